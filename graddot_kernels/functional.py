@@ -1,0 +1,357 @@
+"""The public functions: check the arguments, bring them to canonical shape, call the op.
+
+Everywhere: `act` (N, T, Din) and `grad` (N, T, Dout) are a linear layer's input and the loss
+gradient at its output, `ids` (N, T) and `grad` (N, T, d) an embedding's; two-dimensional
+activations mean T = 1. Floating inputs are fp32, bf16, fp16 or fp64, any strides, one device, one
+dtype; results are fp32 (fp64 for fp64). Formulas: Wang et al., "Data Shapley in One Training Run",
+ICLR 2025, section 4.2 and appendix D, with the notation of the README.
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401 (registers torch.ops.graddot)
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Multiply-adds of the direction route run as one large matrix product; those of the gram route
+# in two products with a short result and a Hadamard product between, which measured about this
+# much slower per multiply-add on a CPU.
+_GRAM_COST_PER_MAC = 1.3
+
+
+def _check(ok: bool, name: str, got: object, expected: str) -> None:
+    if not ok:
+        shape = f"shape {tuple(got.shape)}" if isinstance(got, Tensor) else f"{got!r}"
+        raise ValueError(f"{name} has {shape}; expected {expected}")
+
+
+def _check_floats(**tensors: Tensor) -> None:
+    first_name, first = next(iter(tensors.items()))
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        if x.dtype not in _FLOATS:
+            raise ValueError(f"{name} has dtype {x.dtype}; expected one of {_FLOATS}")
+        if x.dtype != first.dtype:
+            raise ValueError(f"{name} has dtype {x.dtype}; expected {first_name}'s, {first.dtype}")
+        if x.device != first.device:
+            raise ValueError(f"{name} is on {x.device}; expected {first_name}'s, {first.device}")
+
+
+def _rows(name: str, x: Tensor) -> Tensor:
+    """(N, T, D), where (N, D) means T = 1."""
+    _check(x.dim() in (2, 3), name, x, "(N, T, D), or (N, D) for T = 1")
+    return x.unsqueeze(1) if x.dim() == 2 else x
+
+
+def _pair(prefix: str, act: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """act and grad of the same samples and tokens, in canonical shape."""
+    same_dim = act.dim() == grad.dim()
+    act, grad = _rows(f"{prefix}act", act), _rows(f"{prefix}grad", grad)
+    n, t = act.shape[:2]
+    _check(
+        same_dim and grad.shape[:2] == (n, t), f"{prefix}grad", grad, f"({n}, {t}, Dout), as act"
+    )
+    return act, grad
+
+
+def _id_rows(prefix: str, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """ids (N, T) and grad (N, T, d) in canonical shape; ids (N,) with grad (N, d) mean T = 1."""
+    if ids.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"{prefix}ids has dtype {ids.dtype}; expected int32 or int64")
+    _check(ids.dim() in (1, 2), f"{prefix}ids", ids, "(N, T), or (N,) for T = 1")
+    _check(
+        grad.dim() == ids.dim() + 1 and grad.shape[:-1] == ids.shape,
+        f"{prefix}grad",
+        grad,
+        f"{(*ids.shape, 'd')}",
+    )
+    if ids.device != grad.device:
+        raise ValueError(f"{prefix}ids is on {ids.device}; expected grad's, {grad.device}")
+    return (ids.unsqueeze(1), grad.unsqueeze(1)) if ids.dim() == 1 else (ids, grad)
+
+
+def _directions(direction: Tensor, d_rows: int | None, d_cols: int) -> tuple[Tensor, bool]:
+    """(K, rows, cols), and whether the caller gave a single direction without K."""
+    expected = f"([K,] {'num_embeddings' if d_rows is None else d_rows}, {d_cols})"
+    single = direction.dim() == 2
+    stacked = direction.unsqueeze(0) if single else direction
+    ok = stacked.dim() == 3 and stacked.shape[2] == d_cols
+    _check(ok and d_rows in (None, stacked.shape[1]), "direction", direction, expected)
+    _check(stacked.shape[0] > 0, "direction", direction, "at least one direction")
+    return stacked, single
+
+
+def _padding(padding_idx: int | None, num_embeddings: int) -> int:
+    """torch.nn.Embedding's convention (negative counts from the end) as the op's: -1 is none."""
+    if padding_idx is None:
+        return -1
+    _check(
+        -num_embeddings <= padding_idx < num_embeddings,
+        "padding_idx",
+        padding_idx,
+        f"an index into {num_embeddings} embeddings",
+    )
+    return padding_idx % num_embeddings
+
+
+def linear_ghost_dot(
+    val_act: Tensor,
+    val_grad: Tensor,
+    train_act: Tensor,
+    train_grad: Tensor,
+    *,
+    pairwise: bool = False,
+    method: Literal["auto", "gram", "direction"] = "auto",
+) -> Tensor:
+    """Dot products of the val rows' weight gradient with that of every training sample.
+
+    val_act (V, S, Din), val_grad (V, S, Dout), train_act (N, T, Din), train_grad (N, T, Dout).
+    Returns ⟨Σ_v G_v, G_i⟩, (N,), or with `pairwise` ⟨G_v, G_i⟩, (V, N), where
+    G_i = Σ_t b_it a_itᵀ. "gram" multiplies token by token, N·T·V·S·(Din+Dout) multiply-adds and
+    no weight-sized tensor; "direction" forms Σ_v G_v (each G_v if pairwise) and costs
+    (N·T + V·S)·Din·Dout (V times N·T if pairwise); "auto" takes the one with fewer operations.
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    _check_floats(val_act=val_act, val_grad=val_grad, train_act=train_act, train_grad=train_grad)
+    val_act, val_grad = _pair("val_", val_act, val_grad)
+    train_act, train_grad = _pair("train_", train_act, train_grad)
+    d_in, d_out = val_act.shape[2], val_grad.shape[2]
+    _check(train_act.shape[2] == d_in, "train_act", train_act, f"(N, T, {d_in}), val_act's width")
+    _check(
+        train_grad.shape[2] == d_out, "train_grad", train_grad, f"(N, T, {d_out}), val_grad's width"
+    )
+    _check(method in ("auto", "gram", "direction"), "method", method, "auto, gram or direction")
+    if method == "auto":
+        v, s = val_act.shape[:2]
+        n, t = train_act.shape[:2]
+        gram = n * t * v * s * (d_in + d_out)
+        direction = (n * t * (v if pairwise else 1) + v * s) * d_in * d_out
+        method = "gram" if gram * _GRAM_COST_PER_MAC <= direction else "direction"
+    if method == "gram":
+        return torch.ops.graddot.linear_gram_dot(val_act, val_grad, train_act, train_grad, pairwise)
+    if pairwise:
+        direction_kn = torch.bmm(val_grad.transpose(1, 2), val_act)
+    else:
+        direction_kn = (val_grad.flatten(0, 1).t() @ val_act.flatten(0, 1)).unsqueeze(0)
+    dots = torch.ops.graddot.linear_direction_dot(direction_kn, train_act, train_grad, False)
+    return dots if pairwise else dots[0]
+
+
+def linear_direction_dot(
+    direction: Tensor, act: Tensor, grad: Tensor, *, per_token: bool = False
+) -> Tensor:
+    """Dot products of given directions with every sample's weight gradient: Σ_t b_itᵀ D a_it.
+
+    direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout). Returns (N,), or
+    the terms of every token, (N, T), with `per_token`; a leading K when the direction has one.
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    _check_floats(direction=direction, act=act, grad=grad)
+    act, grad = _pair("", act, grad)
+    direction, single = _directions(direction, grad.shape[2], act.shape[2])
+    dots = torch.ops.graddot.linear_direction_dot(direction, act, grad, per_token)
+    return dots[0] if single else dots
+
+
+def linear_wgrad_dot(
+    direction: Tensor, act: Tensor, grad: Tensor, *, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The weight gradient of a batch together with every sample's dot with given directions.
+
+    direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout), scale a 0-dim
+    tensor. Returns scale · Σ_i G_i, (Dout, Din), and ⟨D, G_i⟩, (N,) or (K, N), not scaled.
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    _check_floats(direction=direction, act=act, grad=grad)
+    act, grad = _pair("", act, grad)
+    direction, single = _directions(direction, grad.shape[2], act.shape[2])
+    weight_grad, dots = torch.ops.graddot.linear_wgrad_dot(direction, act, grad, scale)
+    return weight_grad, dots[0] if single else dots
+
+
+def linear_joint_wgrad_dot(
+    act: Tensor, grad: Tensor, val_rows: list[int], *, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`linear_wgrad_dot` where the directions are the gradients of rows in the same batch.
+
+    act (N + ΣV_k, T, Din) and grad (N + ΣV_k, T, Dout) hold N training rows first, then
+    val_rows[k] = V_k rows of target k, in order. Returns scale · Σ_{i<N} G_i, (Dout, Din), and
+    ⟨Σ_{v of k} G_v, G_i⟩, (K, N). No direction is held whole.
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    _check_floats(act=act, grad=grad)
+    act, grad = _pair("", act, grad)
+    _check_val_rows(val_rows, act.shape[0])
+    return torch.ops.graddot.linear_joint_wgrad_dot(act, grad, val_rows, scale)
+
+
+def _check_val_rows(val_rows: list[int], rows: int) -> None:
+    ok = len(val_rows) > 0 and min(val_rows) > 0 and sum(val_rows) <= rows
+    _check(ok, "val_rows", val_rows, f"positive row counts, one a target, at most {rows} in all")
+
+
+def embedding_ghost_dot(
+    val_ids: Tensor,
+    val_grad: Tensor,
+    train_ids: Tensor,
+    train_grad: Tensor,
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Dot products of the val rows' embedding gradient with that of every training sample, (N,).
+
+    val_ids (V, S), val_grad (V, S, d), train_ids (N, T), train_grad (N, T, d); ids int32 or int64
+    in [0, num_embeddings). Tokens equal to padding_idx have no gradient. Only ids of the val batch
+    are held: O((N·T + V·S)·d) work.
+
+    Raises ValueError naming the argument that does not fit; IndexError for an id outside the table.
+    """
+    _check_floats(val_grad=val_grad, train_grad=train_grad)
+    val_ids, val_grad = _id_rows("val_", val_ids, val_grad)
+    train_ids, train_grad = _id_rows("train_", train_ids, train_grad)
+    d = val_grad.shape[2]
+    _check(train_grad.shape[2] == d, "train_grad", train_grad, f"(N, T, {d}), val_grad's width")
+    padding = _padding(padding_idx, num_embeddings)
+    return torch.ops.graddot.embedding_ghost_dot(
+        val_ids, val_grad, train_ids, train_grad, num_embeddings, padding
+    )
+
+
+def embedding_direction_dot(
+    direction: Tensor,
+    ids: Tensor,
+    grad: Tensor,
+    *,
+    padding_idx: int | None = None,
+    per_token: bool = False,
+) -> Tensor:
+    """Dot products of given directions with every sample's embedding gradient: Σ_t D[id_it]·b_it.
+
+    direction (num_embeddings, d) or (K, num_embeddings, d), ids (N, T), grad (N, T, d). Returns
+    (N,), or (N, T) with `per_token`; a leading K when the direction has one.
+
+    Raises ValueError naming the argument that does not fit; IndexError for an id outside the table.
+    """
+    _check_floats(direction=direction, grad=grad)
+    ids, grad = _id_rows("", ids, grad)
+    direction, single = _directions(direction, None, grad.shape[2])
+    padding = _padding(padding_idx, direction.shape[1])
+    dots = torch.ops.graddot.embedding_direction_dot(direction, ids, grad, padding, per_token)
+    return dots[0] if single else dots
+
+
+def embedding_wgrad_dot(
+    direction: Tensor,
+    ids: Tensor,
+    grad: Tensor,
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The embedding's weight gradient together with every sample's dot with given directions.
+
+    direction ([K,] num_embeddings, d), ids (N, T), grad (N, T, d), scale a 0-dim tensor. Returns
+    scale · Σ_i G_i, (num_embeddings, d), and ⟨D, G_i⟩, (N,) or (K, N), not scaled.
+
+    Raises ValueError naming the argument that does not fit; IndexError for an id outside the table.
+    """
+    _check_floats(direction=direction, grad=grad)
+    ids, grad = _id_rows("", ids, grad)
+    direction, single = _directions(direction, num_embeddings, grad.shape[2])
+    padding = _padding(padding_idx, num_embeddings)
+    weight_grad, dots = torch.ops.graddot.embedding_wgrad_dot(direction, ids, grad, padding, scale)
+    return weight_grad, dots[0] if single else dots
+
+
+def embedding_joint_wgrad_dot(
+    ids: Tensor,
+    grad: Tensor,
+    val_rows: list[int],
+    num_embeddings: int,
+    *,
+    padding_idx: int | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`embedding_wgrad_dot` where the directions are the gradients of rows in the same batch.
+
+    ids (N + ΣV_k, T), grad (N + ΣV_k, T, d): training rows first, then val_rows[k] rows of target
+    k. Returns scale · Σ_{i<N} G_i, (num_embeddings, d), and the dots, (K, N).
+
+    Raises ValueError naming the argument that does not fit; IndexError for an id outside the table.
+    """
+    _check_floats(grad=grad)
+    ids, grad = _id_rows("", ids, grad)
+    _check_val_rows(val_rows, ids.shape[0])
+    padding = _padding(padding_idx, num_embeddings)
+    return torch.ops.graddot.embedding_joint_wgrad_dot(
+        ids, grad, val_rows, num_embeddings, padding, scale
+    )
+
+
+def norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Per-sample gradients of a norm layer's weight, Σ_t b⊙x̂, and bias, Σ_t b; (N, d) each.
+
+    normed (N, T, d) is the normalised input x̂ before weight and bias, grad (N, T, d) the loss
+    gradient at the layer's output. They are small enough to keep: dots with any direction,
+    norms and cosines are one matrix product away.
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    _check_floats(normed=normed, grad=grad)
+    normed, grad = _pair("", normed, grad)
+    _check(grad.shape == normed.shape, "grad", grad, f"{tuple(normed.shape)}, normed's shape")
+    return torch.ops.graddot.norm_sample_grads(normed, grad)
+
+
+def norm_ghost_dot(
+    val_normed: Tensor,
+    val_grad: Tensor,
+    train_normed: Tensor,
+    train_grad: Tensor,
+    *,
+    bias: bool = True,
+) -> Tensor:
+    """Dots of the val rows' gradient of a norm's parameters with every sample's, (N,).
+
+    val_normed and val_grad (V, S, d), train_normed and train_grad (N, T, d). The weight's dot,
+    plus the bias's unless `bias` is false (RMSNorm).
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    val_weight, val_bias = norm_sample_grads(val_normed, val_grad)
+    weight, bias_grads = norm_sample_grads(train_normed, train_grad)
+    d = val_weight.shape[1]
+    _check(weight.shape[1] == d, "train_normed", train_normed, f"(N, T, {d}), val_normed's width")
+    dots = weight @ val_weight.sum(0)
+    return dots + bias_grads @ val_bias.sum(0) if bias else dots
+
+
+def norm_wgrad_dot(
+    direction: Tensor, normed: Tensor, grad: Tensor, *, bias_direction: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A norm's weight and bias gradients together with every sample's dot with given directions.
+
+    direction and bias_direction (d,) or (K, d), normed and grad (N, T, d). Returns the weight
+    gradient, (d,), the bias gradient, (d,), and the dots, (N,) or (K, N), to which the bias
+    contributes only if it has a direction.
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    weight, bias = norm_sample_grads(normed, grad)
+    expected = f"([K,] {weight.shape[1]})"
+    ok = direction.dim() in (1, 2) and direction.shape[-1] == weight.shape[1]
+    _check(ok, "direction", direction, expected)
+    dots = direction.to(weight.dtype) @ weight.t()
+    if bias_direction is not None:
+        _check(bias_direction.shape == direction.shape, "bias_direction", bias_direction, expected)
+        dots = dots + bias_direction.to(bias.dtype) @ bias.t()
+    return weight.sum(0), bias.sum(0), dots

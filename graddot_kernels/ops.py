@@ -1,0 +1,163 @@
+"""Every op of `torch.ops.graddot`: its schema, its fake, and its implementation on each device.
+
+This is the one place of registration. A public function in `functional` checks and shapes its
+arguments and calls the op; the op calls the launcher chosen here. Inside, shapes are canonical:
+act (N, T, Din), grad (N, T, Dout), direction (K, Dout, Din), ids (N, T); dots are (K, N).
+`padding_idx` is -1 for none. 16-bit inputs are accumulated in fp32 and give fp32 results.
+"""
+
+import torch
+from torch import Tensor
+
+from . import torch_impl
+
+_lib = torch.library.Library("graddot", "DEF")
+
+
+def _result_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _define(schema: str, fake, cpu, cuda) -> None:  # type: ignore[no-untyped-def]
+    name = schema.split("(")[0]
+    _lib.define(schema)
+    _lib.impl(name, cpu, "CPU")
+    _lib.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"graddot::{name}", fake, lib=_lib)
+
+
+def _fake_linear_gram_dot(
+    val_act: Tensor, val_grad: Tensor, train_act: Tensor, train_grad: Tensor, pairwise: bool
+) -> Tensor:
+    v, n = val_act.shape[0], train_act.shape[0]
+    return train_act.new_empty((v, n) if pairwise else (n,), dtype=_result_dtype(train_act))
+
+
+def _fake_linear_direction_dot(
+    direction: Tensor, act: Tensor, grad: Tensor, per_token: bool
+) -> Tensor:
+    shape = (direction.shape[0], *(act.shape[:2] if per_token else act.shape[:1]))
+    return act.new_empty(shape, dtype=_result_dtype(act))
+
+
+def _fake_linear_wgrad_dot(
+    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(act)
+    weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=dtype)
+    return weight_grad, act.new_empty((direction.shape[0], act.shape[0]), dtype=dtype)
+
+
+def _fake_linear_joint_wgrad_dot(
+    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(act)
+    weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=dtype)
+    return weight_grad, act.new_empty((len(val_rows), act.shape[0] - sum(val_rows)), dtype=dtype)
+
+
+def _fake_embedding_ghost_dot(
+    val_ids: Tensor,
+    val_grad: Tensor,
+    train_ids: Tensor,
+    train_grad: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+) -> Tensor:
+    return train_grad.new_empty(train_grad.shape[:1], dtype=_result_dtype(train_grad))
+
+
+def _fake_embedding_direction_dot(
+    direction: Tensor, ids: Tensor, grad: Tensor, padding_idx: int, per_token: bool
+) -> Tensor:
+    shape = (direction.shape[0], *(ids.shape if per_token else ids.shape[:1]))
+    return grad.new_empty(shape, dtype=_result_dtype(grad))
+
+
+def _fake_embedding_wgrad_dot(
+    direction: Tensor, ids: Tensor, grad: Tensor, padding_idx: int, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(grad)
+    weight_grad = grad.new_empty(direction.shape[1:], dtype=dtype)
+    return weight_grad, grad.new_empty((direction.shape[0], ids.shape[0]), dtype=dtype)
+
+
+def _fake_embedding_joint_wgrad_dot(
+    ids: Tensor,
+    grad: Tensor,
+    val_rows: list[int],
+    num_embeddings: int,
+    padding_idx: int,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    dtype = _result_dtype(grad)
+    weight_grad = grad.new_empty((num_embeddings, grad.shape[2]), dtype=dtype)
+    return weight_grad, grad.new_empty((len(val_rows), ids.shape[0] - sum(val_rows)), dtype=dtype)
+
+
+def _fake_norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    shape, dtype = (grad.shape[0], grad.shape[2]), _result_dtype(grad)
+    return grad.new_empty(shape, dtype=dtype), grad.new_empty(shape, dtype=dtype)
+
+
+_define(
+    "linear_gram_dot(Tensor val_act, Tensor val_grad, Tensor train_act, Tensor train_grad,"
+    " bool pairwise) -> Tensor",
+    fake=_fake_linear_gram_dot,
+    cpu=torch_impl.linear_gram_dot,
+    cuda=torch_impl.linear_gram_dot,
+)
+_define(
+    "linear_direction_dot(Tensor direction, Tensor act, Tensor grad, bool per_token) -> Tensor",
+    fake=_fake_linear_direction_dot,
+    cpu=torch_impl.linear_direction_dot,
+    cuda=torch_impl.linear_direction_dot,
+)
+_define(
+    "linear_wgrad_dot(Tensor direction, Tensor act, Tensor grad, Tensor? scale)"
+    " -> (Tensor, Tensor)",
+    fake=_fake_linear_wgrad_dot,
+    cpu=torch_impl.linear_wgrad_dot,
+    cuda=torch_impl.linear_wgrad_dot,
+)
+_define(
+    "linear_joint_wgrad_dot(Tensor act, Tensor grad, int[] val_rows, Tensor? scale)"
+    " -> (Tensor, Tensor)",
+    fake=_fake_linear_joint_wgrad_dot,
+    cpu=torch_impl.linear_joint_wgrad_dot,
+    cuda=torch_impl.linear_joint_wgrad_dot,
+)
+_define(
+    "embedding_ghost_dot(Tensor val_ids, Tensor val_grad, Tensor train_ids, Tensor train_grad,"
+    " int num_embeddings, int padding_idx) -> Tensor",
+    fake=_fake_embedding_ghost_dot,
+    cpu=torch_impl.embedding_ghost_dot,
+    cuda=torch_impl.embedding_ghost_dot,
+)
+_define(
+    "embedding_direction_dot(Tensor direction, Tensor ids, Tensor grad, int padding_idx,"
+    " bool per_token) -> Tensor",
+    fake=_fake_embedding_direction_dot,
+    cpu=torch_impl.embedding_direction_dot,
+    cuda=torch_impl.embedding_direction_dot,
+)
+_define(
+    "embedding_wgrad_dot(Tensor direction, Tensor ids, Tensor grad, int padding_idx,"
+    " Tensor? scale) -> (Tensor, Tensor)",
+    fake=_fake_embedding_wgrad_dot,
+    cpu=torch_impl.embedding_wgrad_dot,
+    cuda=torch_impl.embedding_wgrad_dot,
+)
+_define(
+    "embedding_joint_wgrad_dot(Tensor ids, Tensor grad, int[] val_rows, int num_embeddings,"
+    " int padding_idx, Tensor? scale) -> (Tensor, Tensor)",
+    fake=_fake_embedding_joint_wgrad_dot,
+    cpu=torch_impl.embedding_joint_wgrad_dot,
+    cuda=torch_impl.embedding_joint_wgrad_dot,
+)
+_define(
+    "norm_sample_grads(Tensor normed, Tensor grad) -> (Tensor, Tensor)",
+    fake=_fake_norm_sample_grads,
+    cpu=torch_impl.norm_sample_grads,
+    cuda=torch_impl.norm_sample_grads,
+)

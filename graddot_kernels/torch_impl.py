@@ -1,0 +1,254 @@
+"""The ops in plain PyTorch, arranged to be fast on a CPU and correct on any device.
+
+Same signatures as the ops (`padding_idx` -1 for none); the definitions are in `reference`.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+# Elements of one tile of a weight gradient. A sample's tile, the direction's and the running sum
+# are read right after they are written; 2M elements of each stay in a server's last-level cache,
+# while the matrix product over T still has enough rows to run at full rate (smaller tiles lost
+# 10-50 % of it on an EPYC core pair, larger ones nothing either way).
+_TILE_ELEMENTS = 2 * 1024 * 1024
+# Elements of one block of token-by-token products (the gram route's only temporary).
+_GRAM_ELEMENTS = 4 * 1024 * 1024
+# Measured on the same machine: multiply-adds that a matrix product does in the time in which the
+# fused route handles one more element of a sample's weight gradient (write, dot, add). Only their
+# ratio matters: it decides which exact route is cheaper, never what the result is.
+_MACS_PER_FUSED_ELEMENT = 40
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    """x in the dtype that results are accumulated in: fp64 for fp64, else fp32."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(N, T, D) as (N·T, D), a view when the rows allow it."""
+    return x.reshape(-1, x.shape[-1])
+
+
+def _scaled_(x: Tensor, scale: Tensor | None) -> Tensor:
+    return x if scale is None else x.mul_(scale)
+
+
+def _sum_by_group(pairs: Tensor, val_rows: list[int]) -> Tensor:
+    """(V, N) row sums by consecutive groups of val_rows rows, (K, N)."""
+    return torch.stack([group.sum(0) for group in torch.split(pairs, val_rows)])
+
+
+def linear_gram_dot(
+    val_act: Tensor, val_grad: Tensor, train_act: Tensor, train_grad: Tensor, pairwise: bool
+) -> Tensor:
+    """⟨G_v, G_i⟩ = Σ_st (a_vs·a_it)(b_vs·b_it), in blocks of samples."""
+    v, s, _ = val_act.shape
+    n, t, _ = train_act.shape
+    pairs = _accumulated(train_act.new_zeros(v, n))
+    if 0 in (v, n, s, t):
+        return pairs if pairwise else pairs.sum(0)
+    v_block = min(v, max(1, _GRAM_ELEMENTS // (s * t)))
+    n_block = min(n, max(1, _GRAM_ELEMENTS // (s * t * v_block)))
+    for i in range(0, n, n_block):
+        acts = _accumulated(_tokens(train_act[i : i + n_block])).t()
+        grads = _accumulated(_tokens(train_grad[i : i + n_block])).t()
+        for j in range(0, v, v_block):
+            block = _accumulated(_tokens(val_act[j : j + v_block])) @ acts
+            block *= _accumulated(_tokens(val_grad[j : j + v_block])) @ grads
+            shape = (min(v_block, v - j), s, min(n_block, n - i), t)
+            pairs[j : j + v_block, i : i + n_block] = block.view(shape).sum((1, 3))
+    return pairs if pairwise else pairs.sum(0)
+
+
+def linear_direction_dot(direction: Tensor, act: Tensor, grad: Tensor, per_token: bool) -> Tensor:
+    """b_itᵀ D_k a_it: one matrix product a direction, then a row dot with the narrower side."""
+    n, t, d_in = act.shape
+    acts, grads = _accumulated(_tokens(act)), _accumulated(_tokens(grad))
+    out = acts.new_empty(direction.shape[0], n, t)
+    for k, one in enumerate(_accumulated(direction)):
+        if d_in < grads.shape[1]:
+            torch.sum(torch.mm(grads, one).mul_(acts), 1, out=out[k].view(-1))
+        else:
+            torch.sum(torch.mm(acts, one.t()).mul_(grads), 1, out=out[k].view(-1))
+    return out if per_token else out.sum(-1)
+
+
+def _weight_grad(act: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor:
+    return _scaled_(torch.mm(_tokens(grad).t(), _tokens(act)), scale)
+
+
+def _fused_wgrad_dot(
+    act: Tensor,
+    grad: Tensor,
+    k: int,
+    scale: Tensor | None,
+    direction_tile: Callable[[int, int], Tensor],
+) -> tuple[Tensor, Tensor]:
+    """The weight gradient's own product, sample by sample, and the dots while a tile is in cache.
+
+    direction_tile(lo, hi) gives rows lo:hi of the K directions, (K, hi - lo, Din). Every sample
+    has its own accumulator: with one running sum and differences of ⟨sum, D⟩, a sample's dot
+    would carry the rounding error of the largest sample before it.
+    """
+    n, _, d_in = act.shape
+    d_out = grad.shape[2]
+    weight_grad = act.new_zeros(d_out, d_in)
+    dots = act.new_zeros(k, n)
+    rows = min(d_out, max(1, _TILE_ELEMENTS // max(1, k * d_in)))
+    buffer = act.new_empty(rows, d_in)
+    for lo in range(0, d_out, rows):
+        hi = min(lo + rows, d_out)
+        direction = direction_tile(lo, hi).reshape(k, -1)
+        tile, sample = weight_grad[lo:hi], buffer[: hi - lo]
+        for i in range(n):
+            torch.mm(grad[i, :, lo:hi].t(), act[i], out=sample)
+            dots[:, i] += torch.mv(direction, sample.view(-1))
+            tile.add_(sample)
+        _scaled_(tile, scale)
+    return weight_grad, dots
+
+
+def linear_wgrad_dot(
+    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Weight gradient and dots, by whichever of fused and direction costs less."""
+    direction, act, grad = _accumulated(direction), _accumulated(act), _accumulated(grad)
+    k, t = direction.shape[0], act.shape[1]
+    if k * t < _MACS_PER_FUSED_ELEMENT:
+        dots = linear_direction_dot(direction, act, grad, per_token=False)
+        return _weight_grad(act, grad, scale), dots
+    return _fused_wgrad_dot(act, grad, k, scale, lambda lo, hi: direction[:, lo:hi])
+
+
+def linear_joint_wgrad_dot(
+    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The same with directions from the val rows at the end, by fused or gram.
+
+    Neither holds a whole direction: the fused route makes the tile that it is about to use.
+    """
+    act, grad = _accumulated(act), _accumulated(grad)
+    n, t = act.shape[0] - sum(val_rows), act.shape[1]
+    d_in, d_out = act.shape[2], grad.shape[2]
+    gram_macs = sum(val_rows) * t * t * (d_in + d_out)
+    if gram_macs < _MACS_PER_FUSED_ELEMENT * d_in * d_out:
+        pairs = linear_gram_dot(act[n:], grad[n:], act[:n], grad[:n], pairwise=True)
+        return _weight_grad(act[:n], grad[:n], scale), _sum_by_group(pairs, val_rows)
+    val_acts = [_tokens(x) for x in torch.split(act[n:], val_rows)]
+    val_grads = [_tokens(x) for x in torch.split(grad[n:], val_rows)]
+
+    def direction_tile(lo: int, hi: int) -> Tensor:
+        return torch.stack([b[:, lo:hi].t() @ a for a, b in zip(val_acts, val_grads, strict=True)])
+
+    return _fused_wgrad_dot(act[:n], grad[:n], len(val_rows), scale, direction_tile)
+
+
+def check_ids(ids: Tensor, num_embeddings: int) -> None:
+    """IndexError naming the first id outside the table. CPU only: on a GPU it would synchronise."""
+    if ids.device.type != "cpu" or ids.numel() == 0:
+        return
+    low, high = torch.aminmax(ids)
+    if low >= 0 and high < num_embeddings:
+        return
+    n, t = ((ids < 0) | (ids >= num_embeddings)).nonzero()[0].tolist()
+    raise IndexError(
+        f"ids[{n}, {t}] is {ids[n, t].item()}, outside the table of {num_embeddings} embeddings"
+    )
+
+
+def _embedding_weight_grad(
+    ids: Tensor, grad: Tensor, num_embeddings: int, padding_idx: int, scale: Tensor | None
+) -> Tensor:
+    weight_grad = torch.ops.aten.embedding_dense_backward(
+        _accumulated(grad), ids, num_embeddings, padding_idx, False
+    )
+    return _scaled_(weight_grad, scale)
+
+
+def _compact_direction(
+    val_ids: Tensor, val_grad: Tensor, val_rows: list[int], num_embeddings: int, padding_idx: int
+) -> tuple[Tensor, Tensor]:
+    """The val rows' gradient of the table, (K, U, d), on the U ids that occur there, and the slot
+    of every id among them, (num_embeddings,), -1 where it does not occur."""
+    unique, inverse = torch.unique(val_ids, return_inverse=True)
+    slots = val_ids.new_full((num_embeddings,), -1, dtype=torch.long)
+    slots[unique.long()] = torch.arange(unique.numel(), device=val_ids.device)
+    if padding_idx >= 0:
+        slots[padding_idx] = -1
+    table = _accumulated(val_grad.new_zeros(len(val_rows), unique.numel(), val_grad.shape[2]))
+    groups = zip(torch.split(inverse, val_rows), torch.split(val_grad, val_rows), strict=True)
+    for k, (rows, grads) in enumerate(groups):
+        table[k].index_add_(0, rows.flatten(), _accumulated(_tokens(grads)))
+    return table, slots
+
+
+def _compact_dots(table: Tensor, slots: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+    """Σ_t table[slot(id_it)] · b_it over the tokens whose id has a slot, (K, N)."""
+    slot = slots[ids.long()]
+    sample, token = (slot >= 0).nonzero(as_tuple=True)
+    hits, rows = _accumulated(grad[sample, token]), slot[sample, token]
+    dots = table.new_zeros(table.shape[0], ids.shape[0])
+    for k in range(table.shape[0]):
+        dots[k].index_add_(0, sample, (table[k, rows] * hits).sum(1))
+    return dots
+
+
+def embedding_ghost_dot(
+    val_ids: Tensor,
+    val_grad: Tensor,
+    train_ids: Tensor,
+    train_grad: Tensor,
+    num_embeddings: int,
+    padding_idx: int,
+) -> Tensor:
+    """⟨Σ_v G_v, G_i⟩ on the ids of the val batch only; nothing of the table's size is written."""
+    check_ids(val_ids, num_embeddings)
+    check_ids(train_ids, num_embeddings)
+    rows = [val_ids.shape[0]]
+    table, slots = _compact_direction(val_ids, val_grad, rows, num_embeddings, padding_idx)
+    return _compact_dots(table, slots, train_ids, train_grad)[0]
+
+
+def embedding_direction_dot(
+    direction: Tensor, ids: Tensor, grad: Tensor, padding_idx: int, per_token: bool
+) -> Tensor:
+    """D_k[id_it] · b_it: a gather and a row dot a direction."""
+    check_ids(ids, direction.shape[1])
+    grad = _accumulated(grad)
+    index = ids.long()
+    out = torch.stack([(_accumulated(one[index]) * grad).sum(-1) for one in direction])
+    if padding_idx >= 0:
+        out.masked_fill_(ids == padding_idx, 0)
+    return out if per_token else out.sum(-1)
+
+
+def embedding_wgrad_dot(
+    direction: Tensor, ids: Tensor, grad: Tensor, padding_idx: int, scale: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The table's gradient by scatter, and the dots by gather."""
+    dots = embedding_direction_dot(direction, ids, grad, padding_idx, per_token=False)
+    return _embedding_weight_grad(ids, grad, direction.shape[1], padding_idx, scale), dots
+
+
+def embedding_joint_wgrad_dot(
+    ids: Tensor,
+    grad: Tensor,
+    val_rows: list[int],
+    num_embeddings: int,
+    padding_idx: int,
+    scale: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The same with directions from the val rows at the end, held on their own ids only."""
+    check_ids(ids, num_embeddings)
+    n = ids.shape[0] - sum(val_rows)
+    table, slots = _compact_direction(ids[n:], grad[n:], val_rows, num_embeddings, padding_idx)
+    dots = _compact_dots(table, slots, ids[:n], grad[:n])
+    return _embedding_weight_grad(ids[:n], grad[:n], num_embeddings, padding_idx, scale), dots
+
+
+def norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ_t b⊙x̂ and Σ_t b, (N, d) each."""
+    grad = _accumulated(grad)
+    return (grad * _accumulated(normed)).sum(1), grad.sum(1)
