@@ -129,15 +129,15 @@ def linear_ghost_dot(
         v, s = val_act.shape[:2]
         n, t = train_act.shape[:2]
         gram = n * t * v * s * (d_in + d_out)
-        direction = (n * t * (v if pairwise else 1) + v * s) * d_in * d_out
-        method = "gram" if gram * _GRAM_COST_PER_MAC <= direction else "direction"
+        by_direction = (n * t * (v if pairwise else 1) + v * s) * d_in * d_out
+        method = "gram" if gram * _GRAM_COST_PER_MAC <= by_direction else "direction"
     if method == "gram":
         return torch.ops.graddot.linear_gram_dot(val_act, val_grad, train_act, train_grad, pairwise)
-    if pairwise:
-        direction_kn = torch.bmm(val_grad.transpose(1, 2), val_act)
-    else:
-        direction_kn = (val_grad.flatten(0, 1).t() @ val_act.flatten(0, 1)).unsqueeze(0)
-    dots = torch.ops.graddot.linear_direction_dot(direction_kn, train_act, train_grad, False)
+    if not pairwise:  # one long row, so that one product sums over the val rows
+        val_act, val_grad = val_act.reshape(1, -1, d_in), val_grad.reshape(1, -1, d_out)
+    with torch.autocast(val_act.device.type, enabled=False):
+        direction = torch.bmm(val_grad.transpose(1, 2), val_act)
+    dots = torch.ops.graddot.linear_direction_dot(direction, train_act, train_grad, False)
     return dots if pairwise else dots[0]
 
 

@@ -1,0 +1,288 @@
+"""Layers whose backward also returns every training sample's dot product with the val gradient.
+
+Pretend that sample i runs with weights W + ε_i·D, D the gradient of the val rows. Then ∂L/∂ε_i is
+⟨D, G_i⟩: the score is the gradient of a leaf. Each function below takes such a `sink`, (K, N), that
+its forward ignores, and returns the dots as the sink's gradient; autograd adds the uses up. The
+weight gradient that they return is that of the training rows, in the scale of training alone.
+
+The functions replace a layer's forward while a step is active. Rows of the joint batch come first
+in every activation: N training rows, then val_rows[k] rows of target k.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from graddot_kernels import norm_sample_grads
+
+from .errors import GraddotError
+from .shared_uses import SharedUses
+
+_ops = torch.ops.graddot
+
+
+@dataclass
+class Step:
+    """One micro-batch: what the layers need to know about the rows that run through them.
+
+    scale is M / n_train (0-dim): it turns the training rows' part of the joint loss's gradient
+    into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
+    dots; a parameter without one is trained but not scored.
+    """
+
+    rows: int
+    val_rows: list[int]
+    scale: Tensor
+    sinks: dict[int, Tensor]
+    shared: dict[int, SharedUses] = field(default_factory=dict)
+
+    def uses(self, name: str, parameter: Tensor) -> SharedUses:
+        key = id(parameter)
+        if key not in self.shared:
+            self.shared[key] = SharedUses(name, self.val_rows)
+        return self.shared[key]
+
+    def sink(self, parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else self.sinks.get(id(parameter))
+
+    def check_rows(self, name: str, x: Tensor) -> None:
+        if x.dim() < 2 or x.shape[0] != self.rows:
+            raise GraddotError(
+                f"layer {name} got an input of shape {tuple(x.shape)}; expected {self.rows} rows"
+                " (training rows, then validation rows) as the first dimension. Layers that mix"
+                " or flatten samples cannot be scored."
+            )
+
+
+def _as_tokens(x: Tensor) -> Tensor:
+    """(rows, ..., D) as (rows, T, D)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def _add(dots: Tensor, cross_terms: Tensor | None) -> Tensor:
+    return dots if cross_terms is None else dots + cross_terms
+
+
+def _vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor]:
+    """The training gradient (d,) and dots (K, N) of a bias or norm weight from its row gradients."""
+    n = step.rows - sum(step.val_rows)
+    direction = torch.stack([rows.sum(0) for rows in torch.split(row_grads[n:], step.val_rows)])
+    dots = _add(direction @ row_grads[:n].t(), uses.vector_terms(row_grads))
+    return row_grads[:n].sum(0).mul_(step.scale), dots
+
+
+def _without_autocast(backward):  # type: ignore[no-untyped-def]
+    """Backward under an autocast region that the caller left open: dots must not be rounded."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx, grad_out):  # type: ignore[no-untyped-def]
+        with torch.autocast(grad_out.device.type, enabled=False):
+            return backward(ctx, grad_out)
+
+    return wrapped
+
+
+class LinearDot(torch.autograd.Function):
+    """A linear layer; `transposed` when the weight is stored (Din, Dout), as HF Conv1D does."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, transposed):  # type: ignore[no-untyped-def]
+        w = weight.to(x.dtype)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        ctx.step, ctx.transposed = step, transposed
+        ctx.uses = ctx.bias_uses = None
+        if ctx.needs_input_grad[1]:
+            ctx.uses = step.uses(names[0], weight)
+            ctx.uses.linear_calls += 1
+        if bias is not None and ctx.needs_input_grad[2]:
+            ctx.bias_dtype = bias.dtype
+            ctx.bias_uses = step.uses(names[1], bias)
+            ctx.bias_uses.vector_calls += 1
+        b = None if bias is None else bias.to(x.dtype)
+        if not transposed:
+            return F.linear(x, w, b)
+        flat = x.reshape(-1, x.shape[-1])
+        out = flat @ w if b is None else torch.addmm(b, flat, w)
+        return out.view(*x.shape[:-1], w.shape[1])
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        step, result = ctx.step, [None] * 8
+        if ctx.needs_input_grad[0]:
+            w = weight.to(grad_out.dtype)
+            result[0] = grad_out @ (w.t() if ctx.transposed else w)
+        grad = _as_tokens(grad_out)
+        if ctx.bias_uses is not None:
+            row_grads = grad.sum(1, dtype=_accumulator(grad.dtype))
+            bias_grad, result[4] = _vector_grad(step, ctx.bias_uses, row_grads)
+            result[2] = bias_grad.to(ctx.bias_dtype)
+        if ctx.uses is not None:
+            act = _as_tokens(x)
+            if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
+                act, grad = grad, act
+            weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
+            result[1] = weight_grad.to(weight.dtype)
+            result[3] = _add(dots, ctx.uses.linear_terms(act, grad))
+        if not ctx.needs_input_grad[3]:
+            result[3] = None
+        if not ctx.needs_input_grad[4]:
+            result[4] = None
+        return tuple(result)
+
+
+class EmbeddingDot(torch.autograd.Function):
+    """An embedding; ids of shape (1, T) are broadcast over the rows, as position ids are."""
+
+    @staticmethod
+    def forward(ctx, ids, weight, sink, step, name, padding_idx):  # type: ignore[no-untyped-def]
+        out = F.embedding(ids, weight, padding_idx)
+        if ids.shape[0] != step.rows:
+            out = out.expand(step.rows, *out.shape[1:])
+            ids = ids.expand(step.rows, *ids.shape[1:])
+        ids = ids.reshape(step.rows, -1)
+        ctx.save_for_backward(ids)
+        ctx.step, ctx.padding_idx = step, padding_idx
+        ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
+        ctx.uses = step.uses(name, weight)
+        ctx.uses.num_embeddings, ctx.uses.padding_idx = weight.shape[0], padding_idx
+        ctx.index = len(ctx.uses.embedding_ids)
+        ctx.uses.embedding_ids.append(ids)
+        return out
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        (ids,) = ctx.saved_tensors
+        grad = _as_tokens(grad_out)
+        padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+        weight_grad, dots = _ops.embedding_joint_wgrad_dot(
+            ids, grad, ctx.step.val_rows, ctx.num_embeddings, padding, ctx.step.scale
+        )
+        dots = _add(dots, ctx.uses.embedding_terms(ctx.index, ids, grad))
+        dots = dots if ctx.needs_input_grad[2] else None
+        return None, weight_grad.to(ctx.dtype), dots, None, None, None
+
+
+class LayerNormDot(torch.autograd.Function):
+    """A layer norm with weight and optional bias."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, shape, eps):  # type: ignore[no-untyped-def]
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.step, ctx.shape = step, shape
+        ctx.uses = ctx.bias_uses = None
+        if ctx.needs_input_grad[1]:
+            ctx.uses = step.uses(names[0], weight)
+            ctx.uses.vector_calls += 1
+        if bias is not None and ctx.needs_input_grad[2]:
+            ctx.bias_uses = step.uses(names[1], bias)
+            ctx.bias_uses.vector_calls += 1
+        return out
+
+    @staticmethod
+    @_without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        result = [None] * 9
+        if ctx.needs_input_grad[0]:
+            result[0] = torch.ops.aten.native_layer_norm_backward(
+                grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        d = weight.numel()
+        normed = ((x - mean) * rstd).to(grad_out.dtype).reshape(ctx.step.rows, -1, d)
+        weight_rows, bias_rows = norm_sample_grads(normed, grad_out.reshape(ctx.step.rows, -1, d))
+        for uses, rows, parameter, at in (
+            (ctx.uses, weight_rows, weight, 1),
+            (ctx.bias_uses, bias_rows, bias, 2),
+        ):
+            if uses is not None:
+                grad, dots = _vector_grad(ctx.step, uses, rows)
+                result[at] = grad.view(parameter.shape).to(parameter.dtype)
+                result[at + 2] = dots if ctx.needs_input_grad[at + 2] else None
+        return tuple(result)
+
+
+def _accumulator(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """x in autocast's dtype, as the native linear layer would see it."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def _linear_forward(module: nn.Module, name: str, step: Step, x: Tensor) -> Tensor:
+    assert isinstance(module, (nn.Linear, Conv1D))
+    step.check_rows(name, x)
+    weight, bias = module.weight, module.bias
+    sinks = step.sink(weight), step.sink(bias)
+    names = (f"{name}.weight", f"{name}.bias")
+    x = _autocast(x)
+    with torch.autocast(x.device.type, enabled=False):
+        return LinearDot.apply(x, weight, bias, *sinks, step, names, isinstance(module, Conv1D))
+
+
+def _embedding_forward(module: nn.Module, name: str, step: Step, ids: Tensor) -> Tensor:
+    assert isinstance(module, nn.Embedding)
+    if not (
+        ids.dim() >= 1 and (ids.shape[0] == step.rows or (ids.dim() == 2 and ids.shape[0] == 1))
+    ):
+        raise GraddotError(
+            f"embedding {name} got ids of shape {tuple(ids.shape)}; expected {step.rows} rows"
+            " (training rows, then validation rows), or (1, T) to be broadcast over them"
+        )
+    if not module.weight.requires_grad:
+        return F.embedding(ids, module.weight, module.padding_idx)
+    sink = step.sink(module.weight)
+    return EmbeddingDot.apply(ids, module.weight, sink, step, f"{name}.weight", module.padding_idx)
+
+
+def _layer_norm_forward(module: nn.Module, name: str, step: Step, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.LayerNorm)
+    step.check_rows(name, x)
+    weight, bias = module.weight, module.bias
+    if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
+        x = x.to(weight.dtype)
+    sinks = step.sink(weight), step.sink(bias)
+    names = (f"{name}.weight", f"{name}.bias")
+    return LayerNormDot.apply(
+        x, weight, bias, *sinks, step, names, list(module.normalized_shape), module.eps
+    )
+
+
+def _embedding_refusal(module: nn.Module) -> str | None:
+    assert isinstance(module, nn.Embedding)
+    if module.max_norm is not None:
+        return "max_norm changes the weights in the forward"
+    if module.scale_grad_by_freq:
+        return "scale_grad_by_freq mixes samples"
+    return "sparse gradients are not supported" if module.sparse else None
+
+
+Forward = Callable[[nn.Module, str, Step, Tensor], Tensor]
+
+# Exact types only: a subclass may compute something else with the same parameters.
+FORWARDS: dict[type[nn.Module], Forward] = {
+    nn.Linear: _linear_forward,
+    Conv1D: _linear_forward,
+    nn.Embedding: _embedding_forward,
+    nn.LayerNorm: _layer_norm_forward,
+}
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the parameters directly owned by this module cannot be scored; None if they can."""
+    if type(module) not in FORWARDS:
+        return f"no rule for layers of type {type(module).__name__}"
+    return _embedding_refusal(module) if isinstance(module, nn.Embedding) else None

@@ -1,0 +1,196 @@
+"""Cross terms of a parameter that is used more than once in a step.
+
+A parameter's gradient is the sum over its uses, G_i = Σ_p G_i^p, so its dot product has a term for
+every pair of uses: ⟨Σ_p D^p, Σ_q G_i^q⟩. Each use's backward adds its own ⟨D^q, G_i^q⟩; whichever
+of two uses runs later in the backward pass adds ⟨D^p, G_i^q⟩ + ⟨D^q, G_i^p⟩ for the pair. GPT-2's
+`wte` and `lm_head` are the common case: the head runs first, and leaves behind only what the
+embedding will need, never the head's logit gradient.
+
+Rows are the step's joint batch throughout: N training rows, then val_rows[k] rows of target k.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from graddot_kernels import (
+    embedding_direction_dot,
+    embedding_ghost_dot,
+    linear_direction_dot,
+    linear_ghost_dot,
+)
+
+from .errors import GraddotError
+
+
+@dataclass
+class _LinearPart:
+    """What a linear use leaves for one embedding use of the same weight (Dout = num_embeddings).
+
+    The head gradient's rows matter only at ids that the embedding saw: `val_ids` (U,) with the
+    training rows' logit gradients there, (N, T, U), and `train_ids` (U',) with the val rows' head
+    gradient there, (K, U', d).
+    """
+
+    act: Tensor
+    val_ids: Tensor
+    train_grad: Tensor
+    train_ids: Tensor
+    val_head_grad: Tensor
+
+
+@dataclass
+class SharedUses:
+    """The uses of one parameter in one step: counted in the forward, paired in the backward."""
+
+    name: str
+    val_rows: list[int]
+    padding_idx: int | None = None
+    num_embeddings: int = 0
+    linear_calls: int = 0
+    vector_calls: int = 0
+    embedding_ids: list[Tensor] = field(default_factory=list)
+    _linears: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    _linears_done: int = 0
+    _embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
+    _vectors: list[Tensor] = field(default_factory=list)
+
+    @property
+    def _uses(self) -> int:
+        return self.linear_calls + len(self.embedding_ids)
+
+    def _targets(self, x: Tensor) -> list[Tensor]:
+        n = x.shape[0] - sum(self.val_rows)
+        return list(torch.split(x[n:], self.val_rows))
+
+    def _train(self, x: Tensor) -> Tensor:
+        return x[: x.shape[0] - sum(self.val_rows)]
+
+    def linear_terms(self, act: Tensor, grad: Tensor) -> Tensor | None:
+        """Cross terms of a linear use with the uses whose backward ran before, (K, N)."""
+        if self._uses == 1:
+            return None
+        terms = [self._linear_pair(act, grad, *other) for other in self._linears]
+        for ids, emb_grad in self._embeddings.values():
+            terms.append(self._mixed_pair(self._part(act, grad, ids), ids, emb_grad))
+        if self.linear_calls > 1:
+            self._linears.append((act, grad))
+        self._linears_done += 1
+        for i, ids in enumerate(self.embedding_ids):
+            if i not in self._embeddings:
+                self._parts.setdefault(i, []).append(self._part(act, grad, ids))
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def embedding_terms(self, index: int, ids: Tensor, grad: Tensor) -> Tensor | None:
+        """Cross terms of the index-th embedding use, (K, N)."""
+        if self._uses == 1:
+            return None
+        parts = self._parts.pop(index, [])
+        if len(parts) < self._linears_done:
+            raise GraddotError(
+                f"{self.name} is shared by an embedding and a linear layer, and the embedding was"
+                " recomputed after the linear layer's backward. Keep the embedding outside of"
+                " activation checkpointing."
+            )
+        terms = [self._mixed_pair(part, ids, grad) for part in parts]
+        terms += [self._embedding_pair(ids, grad, *other) for other in self._embeddings.values()]
+        self._embeddings[index] = (ids, grad)
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def vector_terms(self, row_grads: Tensor) -> Tensor | None:
+        """Cross terms of a bias or norm use, given its per-row gradients (N + ΣV, d); (K, N)."""
+        if self.vector_calls == 1:
+            return None
+        terms = None
+        if self._vectors:
+            other = torch.stack(self._vectors).sum(0)
+            terms = self._vector_dots(other, row_grads) + self._vector_dots(row_grads, other)
+        self._vectors.append(row_grads)
+        return terms
+
+    def _vector_dots(self, direction_rows: Tensor, sample_rows: Tensor) -> Tensor:
+        direction = torch.stack([rows.sum(0) for rows in self._targets(direction_rows)])
+        return direction @ self._train(sample_rows).t()
+
+    def _linear_pair(self, act: Tensor, grad: Tensor, other_act: Tensor, other_grad: Tensor):
+        pairs = ((act, grad, other_act, other_grad), (other_act, other_grad, act, grad))
+        return sum(
+            torch.stack(
+                [
+                    linear_ghost_dot(val_act, val_grad, self._train(a), self._train(b))
+                    for val_act, val_grad in zip(
+                        self._targets(val_a), self._targets(val_b), strict=True
+                    )
+                ]
+            )
+            for val_a, val_b, a, b in pairs
+        )
+
+    def _embedding_pair(self, ids: Tensor, grad: Tensor, other_ids: Tensor, other_grad: Tensor):
+        pairs = ((ids, grad, other_ids, other_grad), (other_ids, other_grad, ids, grad))
+        return sum(
+            torch.stack(
+                [
+                    embedding_ghost_dot(
+                        v_ids,
+                        v_grad,
+                        self._train(t_ids),
+                        self._train(t_grad),
+                        self.num_embeddings,
+                        padding_idx=self.padding_idx,
+                    )
+                    for v_ids, v_grad in zip(
+                        self._targets(val_ids), self._targets(val_grad), strict=True
+                    )
+                ]
+            )
+            for val_ids, val_grad, t_ids, t_grad in pairs
+        )
+
+    def _unique(self, ids: Tensor) -> Tensor:
+        unique = torch.unique(ids).long()
+        return unique if self.padding_idx is None else unique[unique != self.padding_idx]
+
+    def _part(self, act: Tensor, grad: Tensor, ids: Tensor) -> _LinearPart:
+        n = ids.shape[0] - sum(self.val_rows)
+        val_ids, train_ids = self._unique(ids[n:]), self._unique(ids[:n])
+        head_grads = [
+            (b[..., train_ids].flatten(0, 1).t() @ a.flatten(0, 1))
+            for a, b in zip(self._targets(act), self._targets(grad), strict=True)
+        ]
+        return _LinearPart(
+            act=act[:n],
+            val_ids=val_ids,
+            train_grad=grad[:n][..., val_ids],
+            train_ids=train_ids,
+            val_head_grad=torch.stack(head_grads),
+        )
+
+    def _mixed_pair(self, part: _LinearPart, ids: Tensor, grad: Tensor) -> Tensor:
+        """⟨D^emb, G_i^head⟩ + ⟨D^head, G_i^emb⟩: both on compact tables of ids."""
+        n = ids.shape[0] - sum(self.val_rows)
+        act, grad = _accumulated(part.act), _accumulated(grad)
+        direction = grad.new_zeros(len(self.val_rows), part.val_ids.numel() + 1, grad.shape[2])
+        groups = zip(self._targets(ids), self._targets(grad), strict=True)
+        for k, (v_ids, v_grad) in enumerate(groups):
+            slots = _slots(part.val_ids, v_ids).flatten()
+            direction[k].index_add_(0, slots, v_grad.flatten(0, 1))
+        head_terms = linear_direction_dot(direction[:, :-1], act, _accumulated(part.train_grad))
+        rows = torch.nn.functional.pad(_accumulated(part.val_head_grad), (0, 0, 0, 1))
+        slots = _slots(part.train_ids, ids[:n])
+        missing = part.train_ids.numel()
+        return head_terms + embedding_direction_dot(rows, slots, grad[:n], padding_idx=missing)
+
+
+def _accumulated(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _slots(unique: Tensor, ids: Tensor) -> Tensor:
+    """The position of every id in the sorted `unique`; its length for ids that are not there."""
+    missing = unique.numel()
+    slots = torch.searchsorted(unique, ids.long())
+    padded = torch.nn.functional.pad(unique, (0, 1), value=-1)
+    return slots.masked_fill(padded[slots] != ids, missing)

@@ -1,0 +1,424 @@
+"""The engine against brute force: scores, gradients, what they may not depend on, refusals."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import GraddotError, GradDotProdEngine
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+# Relative error of a dot; the denominator is at least a tenth of the Cauchy-Schwarz scale
+# ‖D‖·‖G_i‖, which is what rounding errors of activations and gradients are proportional to: a dot
+# of two nearly orthogonal gradients has no relative accuracy in any fp32 computation.
+TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
+
+
+def run_step(model, train, val, *, loss=lm_loss, factor=1.0, label_shift=1, **kwargs):
+    """Scores and dots by parameter of one step; .grad is left on the model."""
+    model.zero_grad(set_to_none=True)
+    engine = GradDotProdEngine(model, val, label_shift=label_shift, per_parameter=True, **kwargs)
+    engine.attach()
+    engine.attach_train_batch(*train, 0, torch.arange(len(train[0])))
+    x, y = engine.prepare_forward_input(*train)
+    out = model(x)
+    total = loss(getattr(out, "logits", out), y)
+    (engine.track_loss(total) * factor).backward()
+    engine.prepare_gradients()
+    dots = engine.parameter_dots()
+    scores = engine.aggregate_and_log()
+    engine.detach()
+    return scores, dots
+
+
+def close(got, want, tolerance, scale=None):
+    scale = want.abs() if scale is None else torch.maximum(want.abs(), 0.1 * scale)
+    error = ((got.double() - want).abs() / scale.clamp(min=1e-30)).max().item()
+    assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
+
+
+def check_against_brute_force(model, train, val, dtype, *, loss=lm_loss, label_shift=1):
+    want, scales = sample_dots(model, train, val, loss=loss)
+    want_grad = gradient(model, *train, loss=loss)
+    model = copy.deepcopy(model).to(dtype)
+    if train[0].is_floating_point():
+        train, val = (train[0].to(dtype), train[1]), (val[0].to(dtype), val[1])
+    scores, dots = run_step(model, train, val, loss=loss, label_shift=label_shift)
+    close(scores, total(want), TOLERANCE[dtype], total(scales))
+    for name, dot in dots.items():
+        close(dot, want[name], TOLERANCE[dtype], scales[name])
+    for name, p in model.named_parameters():
+        error = (p.grad.double() - want_grad[name]).norm() / want_grad[name].norm()
+        assert error <= TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("v", [1, 2, 4])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gpt2(tied, v, n, ragged, dtype):
+    train, val = (
+        token_batch(n, 17, seed=1, ragged=ragged),
+        token_batch(v, 17, seed=2, ragged=ragged),
+    )
+    check_against_brute_force(tiny_gpt2(tied=tied), train, val, dtype)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gpt2_bf16(tied):
+    """Autocast and bf16 parameters: scores within 2e-2 of their Cauchy-Schwarz scale."""
+    train, val = token_batch(5, 31, seed=1, ragged=True), token_batch(2, 31, seed=2)
+    model = tiny_gpt2(tied=tied)
+    dots, scales = sample_dots(model, train, val)
+    want, scale = total(dots), total(scales)
+    scores, _ = run_step(copy.deepcopy(model).bfloat16(), train, val)
+    assert ((scores - want).abs() / scale).max() <= 2e-2
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, _ = run_step(copy.deepcopy(model), train, val)
+    assert ((scores - want).abs() / scale).max() <= 2e-2
+
+
+def test_huggingface_labels():
+    """`model(X, labels=Y).loss`: the shift is found, and the loss's own scaling is undone."""
+    model = tiny_gpt2()
+    train, val = token_batch(4, 13, seed=3, ragged=True), token_batch(2, 13, seed=4, ragged=True)
+    want = total(sample_dots(model, train, val)[0])
+    for factor in (1.0, 1024.0):
+        engine = GradDotProdEngine(model, val)
+        engine.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        engine.attach_train_batch(*train, 0, torch.arange(4))
+        x, y = engine.prepare_forward_input(*train)
+        (model(x, labels=y).loss * factor).backward()
+        engine.prepare_gradients()
+        close(engine.aggregate_and_log(), want, 1e-5)
+        engine.detach()
+
+
+class MLP(nn.Module):
+    def __init__(self, conv1d=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Linear(12, 20),
+            nn.GELU(),
+            nn.LayerNorm(20),
+            Conv1D(20, 20) if conv1d else nn.Linear(20, 20, bias=False),
+            nn.Tanh(),
+            nn.Linear(20, 7),
+        )
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_mlp_classification(conv1d, dtype):
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randn(8, 12, generator=g), torch.randint(0, 7, (8,), generator=g)
+    train, val = (x[:6], y[:6]), (x[6:], y[6:])
+    check_against_brute_force(MLP(conv1d), train, val, dtype, loss=F.cross_entropy, label_shift=0)
+
+
+def test_mlp_regression():
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randn(8, 12, generator=g), torch.randn(8, 7, generator=g)
+    loss = lambda out, y: F.mse_loss(out, y.to(out.dtype))
+    check_against_brute_force(
+        MLP(), (x[:6], y[:6]), (x[6:], y[6:]), torch.float64, loss=loss, label_shift=0
+    )
+
+
+class SharedEverything(nn.Module):
+    """A weight used by two embeddings and a head, a linear layer and a norm called twice."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.source, self.target = nn.Embedding(30, 10, padding_idx=3), nn.Embedding(30, 10, 3)
+        self.mix, self.norm = nn.Linear(10, 10), nn.LayerNorm(10)
+        self.head = nn.Linear(10, 30, bias=False)
+        self.target.weight = self.source.weight
+        self.head.weight = self.source.weight
+
+    def forward(self, ids):
+        x = self.source(ids) + 0.5 * self.target(ids.roll(1, 1))
+        x = torch.tanh(self.mix(self.norm(x)))
+        return self.head(torch.tanh(self.mix(self.norm(x))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+def test_parameters_with_several_uses(dtype):
+    train, val = token_batch(5, 11, 30, seed=6), token_batch(2, 11, 30, seed=7)
+    assert (train[0] == 3).any() and (val[0] == 3).any(), "padding ids must occur"
+    check_against_brute_force(SharedEverything(), train, val, dtype)
+
+
+def test_several_targets_equal_each_alone():
+    model = tiny_gpt2().double()
+    train = token_batch(4, 15, seed=1, ragged=True)
+    vals = {"a": token_batch(1, 15, seed=2), "b": token_batch(3, 15, seed=3, ragged=True)}
+    together, _ = run_step(model, train, vals)
+    for row, val in zip(together, vals.values(), strict=True):
+        close(run_step(model, train, val)[0], row, 1e-12)
+
+
+def test_score_depends_on_nothing_else_in_the_batch():
+    model = tiny_gpt2().double()
+    x, y = token_batch(7, 15, seed=1, ragged=True)
+    val = token_batch(2, 15, seed=2)
+    first = run_step(model, (x[:5], y[:5]), val)[0][2]
+    alone = run_step(model, (x[2:3], y[2:3]), val)[0][0]
+    others = run_step(model, (x[[5, 6, 2]], y[[5, 6, 2]]), val)[0][2]
+    scaled = run_step(model, (x[:5], y[:5]), val, factor=4096.0)[0][2]
+    for other in (alone, others, scaled):
+        close(other, first, 1e-12)
+
+
+@pytest.mark.parametrize("where", [0, 2, 4])
+def test_outlier(where):
+    """One sample's gradient 1e4 times the others': the others' dots keep their digits."""
+    model = MLP()
+    g = torch.Generator().manual_seed(8)
+    x, y = torch.randn(6, 24, 12, generator=g), torch.randn(6, 24, 7, generator=g)
+    y[where] *= 1e4
+    loss = lambda out, y: F.mse_loss(out, y.to(out.dtype))
+    train, val = (x[:5], y[:5]), (x[5:], y[5:])
+    want, scales = sample_dots(model, train, val, loss=loss)
+    _, dots = run_step(model, train, val, loss=loss, label_shift=0)
+    others = [i for i in range(5) if i != where]
+    for name, dot in dots.items():
+        error = (dot - want[name]).abs() / scales[name]
+        assert error[others].max() <= 1e-5, name
+
+
+def test_zero_labelled_sample_scores_zero():
+    model = tiny_gpt2().double()
+    x, y = token_batch(3, 9, seed=1)
+    y[1] = -100
+    scores, _ = run_step(model, (x, y), token_batch(1, 9, seed=2))
+    assert scores[1] == 0 and torch.isfinite(scores).all() and scores[0] != 0
+
+
+@pytest.mark.parametrize("dtype, bound", [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_twenty_adamw_steps_equal_regular(dtype, bound):
+    scored, regular = tiny_gpt2().to(dtype), tiny_gpt2().to(dtype)
+    val = token_batch(2, 15, seed=99)
+    engine = GradDotProdEngine(scored, val, label_shift=1)
+    optimizers = [torch.optim.AdamW(m.parameters(), lr=1e-3) for m in (scored, regular)]
+    engine.attach(optimizers[0])
+    for step in range(20):
+        x, y = token_batch(4, 15, seed=step, ragged=step % 2 == 0)
+        engine.attach_train_batch(x, y, step, torch.arange(4))
+        xx, yy = engine.prepare_forward_input(x, y)
+        lm_loss(scored(xx).logits, yy).backward()
+        engine.prepare_gradients()
+        lm_loss(regular(x).logits, y).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        engine.aggregate_and_log()
+    # The gradient of GPT-2's key biases is zero but for rounding (softmax ignores a shift), and
+    # Adam turns noise of any size into full steps: they are random in both runs in fp32.
+    width = scored.config.n_embd
+    for (name, a), b in zip(scored.named_parameters(), regular.parameters(), strict=True):
+        keep = torch.ones(a.shape[-1], dtype=torch.bool)
+        if name.endswith("c_attn.bias") and dtype == torch.float32:
+            keep[width : 2 * width] = False
+        assert (a - b)[..., keep].norm() <= bound * b[..., keep].norm(), name
+
+
+def test_score_predicts_the_loss_without_the_sample():
+    """Removing sample i from an SGD step changes the val loss by lr·(n_i/n_train)·dot_i."""
+    model = tiny_gpt2().double()
+    x, y = token_batch(4, 15, seed=1, ragged=True)
+    val = token_batch(2, 15, seed=2)
+    scores, _ = run_step(model, (x, y), val)
+    counts = (y[:, 1:] != -100).sum(1)
+    grads = {n: p.grad.clone() for n, p in model.named_parameters()}
+    for i in range(4):
+        share = (counts[i] / counts.sum()).item()
+        own = gradient(model, x[i : i + 1], y[i : i + 1])
+
+        def change(lr, share=share, own=own):
+            losses = []
+            for keep in (0.0, share):
+                moved = copy.deepcopy(model)
+                with torch.no_grad():
+                    for n, p in moved.named_parameters():
+                        p -= lr * (grads[n] - keep * own[n])
+                    losses.append(lm_loss(moved(val[0]).logits, val[1]).item())
+            return (losses[1] - losses[0]) / lr
+
+        # Richardson: the error of one-sided differences is linear in lr.
+        slope = 2 * change(5e-5) - change(1e-4)
+        assert slope == pytest.approx(share * scores[i].item(), rel=1e-5)
+
+
+def test_accumulated_micro_batches():
+    model = tiny_gpt2().double()
+    x, y = token_batch(6, 15, seed=1)
+    val = token_batch(2, 15, seed=2)
+    want, _ = run_step(model, (x, y), val)
+    want_grad = gradient(model, x, y)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    model.zero_grad(set_to_none=True)
+    for at in (0, 3):
+        part = x[at : at + 3], y[at : at + 3]
+        engine.attach_train_batch(*part, 0, torch.arange(3))
+        xx, yy = engine.prepare_forward_input(*part)
+        (model(xx, labels=yy).loss / 2).backward()
+        engine.prepare_gradients()
+    close(engine.aggregate_and_log(), want, 1e-6)  # transformers computes the loss in fp32
+    for name, p in model.named_parameters():
+        assert (p.grad - want_grad[name]).norm() <= 1e-6 * want_grad[name].norm()
+
+
+def test_frozen_and_excluded_parameters():
+    model = tiny_gpt2(tied=False)
+    for name, p in model.named_parameters():
+        p.requires_grad_("c_fc" not in name and "wpe" not in name and "ln_1.bias" not in name)
+    train, val = token_batch(3, 15, seed=1), token_batch(1, 15, seed=2)
+    (want, _), want_grad = sample_dots(model, train, val), gradient(model, *train)
+    scores, dots = run_step(model, train, val, exclude=["lm_head.weight"])
+    assert "lm_head.weight" not in dots and not any("c_fc" in name for name in dots)
+    close(scores, total({n: want[n] for n in dots}), 1e-5)
+    for name, p in model.named_parameters():
+        assert (p.grad is None) == (not p.requires_grad)
+        if p.grad is not None:
+            assert (p.grad - want_grad[name]).norm() <= 1e-5 * want_grad[name].norm()
+
+
+def test_detach_restores_the_model():
+    model = tiny_gpt2()
+    model.lm_head.requires_grad_(False)
+    own = model.transformer.ln_f.forward
+    model.transformer.ln_f.forward = own
+    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
+    dicts = [dict(m.__dict__) for m in model.modules()]
+    run_step(model, token_batch(2, 9, seed=1), token_batch(1, 9, seed=2))
+    assert [dict(m.__dict__) for m in model.modules()] == dicts
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1]
+
+
+def test_a_copy_of_an_attached_model_is_a_plain_model():
+    model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        copied.lm_head.weight.zero_()
+    engine.attach_train_batch(*token_batch(2, 9, seed=1), 0, None)
+    assert not copied(val[0]).logits.any() and model.lm_head.weight.any()
+
+
+def test_evaluation_between_steps():
+    model, val = tiny_gpt2(), token_batch(2, 9, seed=2)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    x, _ = token_batch(3, 20, seed=5)
+    want = tiny_gpt2()(x).logits
+    assert torch.equal(model(x).logits, want)
+    engine.detach_for_evaluation()
+    assert "forward" not in model.lm_head.__dict__
+    engine.reattach_after_evaluation()
+    assert torch.equal(model(x).logits, want)
+
+
+class Uncovered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.conv = nn.Linear(4, 4), nn.Conv1d(4, 4, 3)
+
+
+class Borrowed(nn.Module):
+    """Reads a layer's weight behind its back."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.linear(x) @ self.linear.weight
+
+
+def _engine_error(*args, match, **kwargs):
+    with pytest.raises(GraddotError, match=match):
+        GradDotProdEngine(*args, **kwargs)
+
+
+def test_refusals_name_what_is_wrong():
+    val = torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
+    _engine_error(
+        Uncovered(), val, match=r"2 trainable parameters \(72.2%.*\n  conv.weight: no rule"
+    )
+    _engine_error(MLP(), (val[0][:0], val[1][:0]), match="0 inputs")
+    _engine_error(MLP(), {}, match="no target")
+    _engine_error(MLP(), (val[0], torch.full((2,), -100)), match="no labelled token")
+    _engine_error(MLP(), val, exclude=["nothing"], match="nothing")
+    _engine_error(nn.Embedding(5, 3, max_norm=1.0), val, match="max_norm")
+    _engine_error(nn.MultiheadAttention(4, 2), val, match="in_proj_weight")
+    _engine_error(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), val, match="BatchNorm1d")
+
+
+def test_a_weight_used_behind_the_layers_back_is_refused():
+    val = torch.randn(2, 4), torch.randint(0, 4, (2,))
+    with pytest.raises(GraddotError, match=r"linear.weight \(by "):
+        run_step(
+            Borrowed(),
+            (torch.randn(3, 4), torch.randint(0, 4, (3,))),
+            val,
+            loss=F.cross_entropy,
+            label_shift=0,
+        )
+
+
+def test_wrong_label_shift_is_refused():
+    train, val = token_batch(3, 9, seed=1, ragged=True), token_batch(1, 9, seed=2)
+    with pytest.raises(GraddotError, match="label_shift=1"):
+        run_step(tiny_gpt2(), train, val, label_shift=0)
+
+
+def test_mixed_samples_are_refused():
+    model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(4, 4))
+    x, y = torch.randn(3, 5, 4), torch.zeros(3, 5, dtype=torch.long)
+    with pytest.raises(GraddotError, match=r"layer 1 got an input of shape \(20, 4\); expected 4"):
+        run_step(model, (x, y), (x[:1], y[:1]), loss=F.cross_entropy, label_shift=0)
+
+
+def test_order_of_calls_is_checked():
+    model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
+    x, y = token_batch(2, 9, seed=1)
+    engine = GradDotProdEngine(model, val)
+    with pytest.raises(GraddotError, match="attach"):
+        engine.attach_train_batch(x, y, 0, None)
+    engine.attach()
+    with pytest.raises(GraddotError, match="attached already"):
+        engine.attach()
+    with pytest.raises(GraddotError, match="another engine"):
+        GradDotProdEngine(model, val).attach()
+    with pytest.raises(GraddotError, match="no scores"):
+        engine.aggregate_and_log()
+    with pytest.raises(GraddotError, match="2 inputs and 1 labels"):
+        engine.attach_train_batch(x, y[:1], 0, None)
+    engine.attach_train_batch(x, y, 0, None)
+    with pytest.raises(GraddotError, match=r"training rows have shape \(5,\)"):
+        engine.prepare_forward_input(x[:, :5], y[:, :5])
+    with pytest.raises(GraddotError, match="no forward"):
+        engine.prepare_gradients()
+    xx, yy = engine.prepare_forward_input(x, y)
+    loss = model(xx, labels=yy).loss
+    with pytest.raises(GraddotError, match="no backward"):
+        engine.prepare_gradients()
+    with pytest.raises(GraddotError, match="ran twice"):
+        model(xx)
+    loss.backward()
+    engine.prepare_gradients()
+    with pytest.raises(GraddotError, match="under way"):
+        engine.detach_for_evaluation()
+    assert engine.aggregate_and_log().shape == (2,)
