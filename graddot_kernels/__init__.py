@@ -1,5 +1,6 @@
 """graddot_kernels: dot products of gradients with every sample's gradient, none materialised."""
 
+from ._extension import build_info
 from .functional import (
     embedding_direction_dot,
     embedding_ghost_dot,
@@ -17,6 +18,7 @@ from .functional import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "build_info",
     "embedding_direction_dot",
     "embedding_ghost_dot",
     "embedding_joint_wgrad_dot",

@@ -9,9 +9,12 @@ act (N, T, Din), grad (N, T, Dout), direction (K, Dout, Din), ids (N, T); dots a
 import torch
 from torch import Tensor
 
-from . import torch_impl
+from . import _extension, torch_impl
 
 _lib = torch.library.Library("graddot", "DEF")
+
+# Op -> device -> the module that implements it there.
+routes: dict[str, dict[str, str]] = {}
 
 
 def _result_dtype(x: Tensor) -> torch.dtype:
@@ -19,10 +22,14 @@ def _result_dtype(x: Tensor) -> torch.dtype:
 
 
 def _define(schema: str, fake, cpu, cuda) -> None:  # type: ignore[no-untyped-def]
+    """An implementation of None is the extension's: csrc/ registers it as the library is loaded."""
     name = schema.split("(")[0]
     _lib.define(schema)
-    _lib.impl(name, cpu, "CPU")
-    _lib.impl(name, cuda, "CUDA")
+    routes[name] = {}
+    for device, function in (("CPU", cpu), ("CUDA", cuda)):
+        if function is not None:
+            _lib.impl(name, function, device)
+        routes[name][device] = function.__module__ if function else "graddot_kernels._C"
     torch.library.register_fake(f"graddot::{name}", fake, lib=_lib)
 
 
@@ -131,29 +138,29 @@ _define(
     "embedding_ghost_dot(Tensor val_ids, Tensor val_grad, Tensor train_ids, Tensor train_grad,"
     " int num_embeddings, int padding_idx) -> Tensor",
     fake=_fake_embedding_ghost_dot,
-    cpu=torch_impl.embedding_ghost_dot,
-    cuda=torch_impl.embedding_ghost_dot,
+    cpu=None,
+    cuda=None if _extension.HAS_CUDA else torch_impl.embedding_ghost_dot,
 )
 _define(
     "embedding_direction_dot(Tensor direction, Tensor ids, Tensor grad, int padding_idx,"
     " bool per_token) -> Tensor",
     fake=_fake_embedding_direction_dot,
-    cpu=torch_impl.embedding_direction_dot,
-    cuda=torch_impl.embedding_direction_dot,
+    cpu=None,
+    cuda=None if _extension.HAS_CUDA else torch_impl.embedding_direction_dot,
 )
 _define(
     "embedding_wgrad_dot(Tensor direction, Tensor ids, Tensor grad, int padding_idx,"
     " Tensor? scale) -> (Tensor, Tensor)",
     fake=_fake_embedding_wgrad_dot,
-    cpu=torch_impl.embedding_wgrad_dot,
-    cuda=torch_impl.embedding_wgrad_dot,
+    cpu=None,
+    cuda=None if _extension.HAS_CUDA else torch_impl.embedding_wgrad_dot,
 )
 _define(
     "embedding_joint_wgrad_dot(Tensor ids, Tensor grad, int[] val_rows, int num_embeddings,"
     " int padding_idx, Tensor? scale) -> (Tensor, Tensor)",
     fake=_fake_embedding_joint_wgrad_dot,
-    cpu=torch_impl.embedding_joint_wgrad_dot,
-    cuda=torch_impl.embedding_joint_wgrad_dot,
+    cpu=None,
+    cuda=None if _extension.HAS_CUDA else torch_impl.embedding_joint_wgrad_dot,
 )
 _define(
     "norm_sample_grads(Tensor normed, Tensor grad) -> (Tensor, Tensor)",

@@ -1,0 +1,41 @@
+"""Builds the extension with CMake (CMakeLists.txt) when pip builds or installs the package."""
+
+import os
+import subprocess
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent.resolve()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        try:
+            import torch
+        except ImportError as e:
+            raise SystemExit(
+                "building graddot needs torch's headers: install torch, then run pip with"
+                " --no-build-isolation"
+            ) from e
+        output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
+        build = Path(self.build_temp).resolve() / "cmake"
+        settings = {
+            "CMAKE_BUILD_TYPE": "Release",
+            "GRADDOT_TORCH_DIR": torch.__path__[0],
+            "GRADDOT_OUTPUT_DIR": str(output),
+        }
+        defines = [f"-D{name}={value}" for name, value in settings.items()]
+        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *defines])
+        jobs = str(min(8, os.cpu_count() or 1))
+        subprocess.check_call(["cmake", "--build", str(build), "--target", "_C", "-j", jobs])
+
+
+setup(
+    packages=[*find_packages(include=["graddot_kernels*"]), *find_packages("python")],
+    package_dir={"graddot_lm": "python/graddot_lm"},
+    ext_modules=[Extension("graddot_kernels._C", sources=[], py_limited_api=True)],
+    cmdclass={"build_ext": CMakeBuild},
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)
