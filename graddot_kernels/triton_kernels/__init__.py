@@ -1,0 +1,36 @@
+"""The GPU implementations, in Triton: one file an op family, its kernels and then its launchers.
+
+Nothing here imports Triton until an op first runs on a GPU, so that the package works without it.
+"""
+
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@functools.lru_cache
+def _too_old(device: torch.device) -> bool:
+    return torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0)
+
+
+def gpu_implementation(family: str, name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher `name` of file `family`, or the plain-PyTorch form where Triton cannot serve:
+    where it is not installed, for fp64, and on a GPU older than its matrix instructions (sm_80).
+    """
+    if importlib.util.find_spec("triton") is None:
+        return fallback
+
+    def run(*args: Any) -> Any:
+        first = next(x for x in args if isinstance(x, Tensor))
+        if first.dtype == torch.float64 or _too_old(first.device):
+            return fallback(*args)
+        module = importlib.import_module(f"{__name__}.{family}")
+        return getattr(module, name)(*args)
+
+    run.__module__, run.__name__ = f"{__name__}.{family}", name
+    return run

@@ -1,0 +1,73 @@
+"""What every launcher needs from the machine: its architecture, its context, descriptors."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .config import Tile, tile_for
+
+_SMS_IN_INTERPRETER = 4
+_ARCH = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
+
+
+@functools.lru_cache
+def machine(device: torch.device) -> tuple[str, int]:
+    """(row of the tile tables, multiprocessors) of a device; a CPU is Triton's interpreter."""
+    if device.type == "cpu":
+        return "interpreter", _SMS_IN_INTERPRETER
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return "gfx942", properties.multi_processor_count
+    arch = _ARCH.get((properties.major, properties.minor), "small")
+    return arch, properties.multi_processor_count
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Triton launches on the current device; make that x's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+
+
+def precision(x: Tensor) -> str:
+    """How the matrix units treat x: true fp32 unless the user allowed tf32, as in torch.mm."""
+    allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    return "tf32" if allowed else "ieee"
+
+
+def choose_tile(op: str, x: Tensor) -> Tile:
+    kind = {"tf32": "tf32", "ieee": "fp32"}[precision(x)] if x.dtype == torch.float32 else "half"
+    return tile_for(op, machine(x.device)[0], kind)
+
+
+def options(tile: Tile) -> dict[str, Any]:
+    # Named because its default is about to change in Triton: contraction is wanted here.
+    return {"num_warps": tile.warps, "num_stages": tile.stages, "enable_fp_fusion": True}
+
+
+def fits_descriptor(x: Tensor) -> bool:
+    """Whether the copy engine can read x: aligned base and rows, contiguous last dimension."""
+    rows = all(s > 0 and s * x.itemsize % 16 == 0 for s in x.stride()[:-1])
+    return x.data_ptr() % 16 == 0 and rows and x.stride(-1) == 1 and x.numel() > 0
+
+
+def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    """x (N, T, D) in blocks of one sample's rows × cols."""
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, cols])
+
+
+def flat_tokens(x: Tensor) -> Tensor | None:
+    """(N, T, D) as one sample of N·T tokens, or None where the strides forbid a view."""
+    n, t, d = x.shape
+    if n > 1 and t > 1 and x.stride(0) != t * x.stride(1):
+        return None
+    return x.as_strided((1, n * t, d), (0, x.stride(0) if t == 1 else x.stride(1), x.stride(2)))
+
+
+def mm_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y accumulated and returned in fp32, without a rounding of 16-bit results."""
+    if x.is_cuda and x.dtype != torch.float32 and 0 not in (*x.shape, *y.shape):
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.mm(x.float(), y.float())
