@@ -7,6 +7,7 @@ DeepMind Mathematics. The same machine and seed give the same files.
 
 import argparse
 import json
+import os
 import pydoc_data.topics
 import random
 import sysconfig
@@ -17,17 +18,18 @@ from pathlib import Path
 from graddot_lm.errors import GraddotError
 
 DOCUMENT_CHARACTERS = 4000
-TEST_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 LICENCE_NAMES = ("LICENSE", "LICENCE", "COPYING", "NOTICE")
 COMMON_LICENCES = Path("/usr/share/common-licenses")
 
 
 def python_source() -> Iterator[str]:
     """The standard library's modules, without their tests."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        if not TEST_FOLDERS.intersection(path.relative_to(root).parts):
-            yield _read(path)
+    for folder, subfolders, files in os.walk(sysconfig.get_path("stdlib")):
+        subfolders[:] = sorted(set(subfolders) - SKIPPED_FOLDERS)  # os.walk goes into what is left
+        for name in sorted(files):
+            if name.endswith(".py"):
+                yield _read(Path(folder, name))
 
 
 def python_docs() -> Iterator[str]:
