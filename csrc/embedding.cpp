@@ -13,10 +13,19 @@ constexpr int64_t kGrain = 32 * 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+std::vector<int64_t> row_targets(const std::vector<int64_t>& val_rows) {
+  std::vector<int64_t> targets;
+  for (size_t k = 0; k < val_rows.size(); ++k) {
+    targets.insert(targets.end(), static_cast<size_t>(val_rows[k]), static_cast<int64_t>(k));
+  }
+  return targets;
+}
+
 template <class T>
 struct Work {
   const EmbeddingProblem& p;
   const std::vector<Token> tokens, val_tokens;
+  const std::vector<int64_t> val_target;  // of every val row, its direction
   const std::vector<Segment> segments;
   const int64_t blocks;          // column blocks of a row
   const int64_t num_tokens;      // N·T
@@ -25,8 +34,9 @@ struct Work {
   explicit Work(const EmbeddingProblem& problem)
       : p(problem),
         tokens(sorted_tokens(p.ids, p.padding_idx)),
-        val_tokens(p.direction ? std::vector<Token>() : sorted_tokens(p.val_ids, p.padding_idx)),
-        segments(make_segments(tokens, val_tokens, !p.direction && !p.weight_grad)),
+        val_tokens(p.direction_given() ? std::vector<Token>() : sorted_tokens(p.val_ids, p.padding_idx)),
+        val_target(row_targets(p.val_rows)),
+        segments(make_segments(tokens, val_tokens, !p.direction_given() && !p.weight_grad)),
         blocks(ceil_div(p.width, kBlock)),
         num_tokens(p.ids.rows * p.ids.cols),
         partials(static_cast<size_t>(p.num_directions * num_tokens * blocks)) {}
@@ -78,7 +88,7 @@ template <class T>
 void Work<T>::run_segments() {
   const int64_t cost = segments.empty() ? 0 : segments.back().cost_begin + segments.back().cost();
   parallel_for(cost * blocks, kGrain / kBlock, [&](int64_t begin, int64_t end) {
-    std::vector<Sum<T>> val_rows(p.direction ? 0 : static_cast<size_t>(p.num_directions * p.width));
+    std::vector<Sum<T>> val_rows(static_cast<size_t>(p.num_directions * p.width));
     auto segment = std::upper_bound(
         segments.begin(), segments.end(), begin,
         [&](int64_t position, const Segment& s) { return position < s.cost_begin * blocks; });
@@ -99,17 +109,17 @@ void Work<T>::run_segment(const Segment& segment, int64_t block_begin, int64_t b
                           Sum<T>* val_rows) {
   const int64_t begin = block_begin * kBlock;
   const int64_t size = std::min(block_end * kBlock, p.width) - begin;
-  if (p.direction) {
-    const T* directions = row(*p.direction, 0, segment.id) + begin;
-    add_and_dot(segment, directions, p.num_directions, p.direction->row_stride, block_begin, size);
+  if (p.direction_given()) {
+    const T* directions = row(p.direction, 0, segment.id) + begin;
+    add_and_dot(segment, directions, p.num_directions, p.direction.row_stride, block_begin, size);
   } else if (segment.val_begin < segment.val_end) {
     sum_val_rows(segment, begin, size, val_rows);
     add_and_dot(segment, val_rows, p.num_directions, size, block_begin, size);
   } else {
     add_and_dot(segment, val_rows, 0, size, block_begin, size);
   }
-  if (p.weight_grad && p.scale != 1) {
-    scale_row(weight_row(segment.id) + begin, static_cast<Sum<T>>(p.scale), size);
+  if (p.weight_grad && p.scale) {
+    scale_row(weight_row(segment.id) + begin, static_cast<Sum<T>>(*p.scale), size);
   }
 }
 
@@ -119,7 +129,7 @@ void Work<T>::sum_val_rows(const Segment& segment, int64_t begin, int64_t size,
                            Sum<T>* val_rows) const {
   std::fill(val_rows, val_rows + p.num_directions * size, Sum<T>(0));
   for (int64_t i = segment.val_begin; i < segment.val_end; ++i) {
-    const int64_t k = p.val_target[val_tokens[i].index / p.val_ids.cols];
+    const int64_t k = val_target[static_cast<size_t>(val_tokens[i].index / p.val_ids.cols)];
     add_row(val_rows + k * size, token_row(p.val_grad, p.val_ids, val_tokens[i]) + begin, size);
   }
 }

@@ -1,20 +1,23 @@
-// The CPU implementations of the embedding ops, in LibTorch's stable ABI. Schemas, fakes and the
-// routes of other devices are in graddot_kernels/ops.py; the arithmetic is in embedding.cpp.
+// The embedding ops in LibTorch's stable ABI, for the CPU and, where it is built, CUDA. Schemas and
+// fakes are in graddot_kernels/ops.py; the arithmetic is in embedding.cpp and cuda/.
+
+#include "binding.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
+#include <cstdint>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
+#include <string>
 #include <tuple>
+#include <vector>
 
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
 
-#include "binding.h"
-#include "embedding.h"
 #include "parallel.h"
 
 namespace graddot {
@@ -25,58 +28,82 @@ void parallel_for(int64_t size, int64_t grain, const std::function<void(int64_t,
 
 namespace {
 
-Dtype dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
-    case ScalarType::Float: return Dtype::kFloat32;
-    case ScalarType::Double: return Dtype::kFloat64;
-    case ScalarType::BFloat16: return Dtype::kBFloat16;
-    case ScalarType::Half: return Dtype::kFloat16;
-    default: throw std::invalid_argument("expected a gradient in fp32, fp64, bf16 or fp16");
+// The public functions have checked their arguments; this guards the memory against a direct call
+// of an op. std::invalid_argument arrives in Python as ValueError, std::out_of_range as IndexError.
+void check(bool ok, const char* expected) {
+  if (!ok) {
+    throw std::invalid_argument(std::string("expected ") + expected);
   }
 }
 
-// Rows [begin, end) of ids, and from row begin on of a gradient with unit stride along its width.
-IdMatrix id_matrix(const Tensor& ids, int64_t begin, int64_t end) {
-  const auto offset = static_cast<int64_t>(ids.element_size()) * begin * ids.stride(0);
-  return {static_cast<const char*>(ids.const_data_ptr()) + offset,
-          ids.scalar_type() == ScalarType::Long, end - begin, ids.size(1), ids.stride(0),
-          ids.stride(1)};
+void check_shapes(const Tensor& ids, const Tensor& grad) {
+  check(ids.dim() == 2 && grad.dim() == 3 && ids.size(0) == grad.size(0) &&
+            ids.size(1) == grad.size(1),
+        "ids (N, T) and grad (N, T, d)");
+  check(ids.scalar_type() == ScalarType::Long || ids.scalar_type() == ScalarType::Int,
+        "ids in int32 or int64");
 }
 
-IdMatrix id_matrix(const Tensor& ids) { return id_matrix(ids, 0, ids.size(0)); }
-
-RowMatrix row_matrix(const Tensor& x, int64_t begin = 0) {
-  const auto offset = static_cast<int64_t>(x.element_size()) * begin * x.stride(0);
-  return {static_cast<const char*>(x.const_data_ptr()) + offset, x.stride(0), x.stride(1)};
+void check_alike(const Tensor& x, const Tensor& grad) {
+  check(x.scalar_type() == grad.scalar_type() && x.dim() == 3 && x.size(2) == grad.size(2),
+        "directions and gradients of one dtype and width");
 }
 
-double scale_value(const std::optional<Tensor>& scale) {
-  if (!scale) {
-    return 1;
+// On a GPU the check would wait for the device; there a kernel traps instead, as in torch.
+void check_ids(const Tensor& ids, int64_t num_embeddings, const char* name) {
+  if (ids.is_cpu()) {
+    check_ids(id_matrix(ids), num_embeddings, name);
   }
-  const Tensor value = torch::stable::to(*scale, ScalarType::Double);
-  return *static_cast<const double*>(value.const_data_ptr());
 }
 
-// A weight gradient has the size of the table (154 MB for GPT-2), and the allocator gets it from
-// the kernel anew every time: its first writes are page faults, which take several times as long
-// as the writes. Huge pages take away most of them.
-Tensor empty_table(const Tensor& like, int64_t num_embeddings, int64_t width) {
-  Tensor table = empty_result(like, {num_embeddings, width});
+// x itself, or a copy whose last dimension has stride 1.
+Tensor unit_stride(const Tensor& x) {
+  return x.size(2) <= 1 || x.stride(2) == 1 ? x : torch::stable::contiguous(x);
+}
+
+// Results are fp64 for fp64 and else fp32.
+Tensor empty_result(const Tensor& like, const std::vector<int64_t>& shape) {
+  const bool is_double = like.scalar_type() == ScalarType::Double;
+  return torch::stable::empty(shape, is_double ? ScalarType::Double : ScalarType::Float,
+                              std::nullopt, like.device());
+}
+
+// A weight gradient has the size of the table (154 MB for GPT-2), and the CPU's allocator gets it
+// from the kernel anew every time: its first writes are page faults, which take several times as
+// long as the writes. Huge pages take away most of them.
+void advise_huge_pages([[maybe_unused]] const Tensor& table) {
 #ifdef __linux__
   constexpr uintptr_t kHugePage = 2 * 1024 * 1024;
-  const auto begin = reinterpret_cast<uintptr_t>(table.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<size_t>(table.numel()) * table.element_size();
-  const uintptr_t aligned = (begin + kHugePage - 1) / kHugePage * kHugePage;
-  if (aligned + kHugePage <= end) {
+  const auto data = reinterpret_cast<uintptr_t>(table.const_data_ptr());
+  const uintptr_t begin = (data + kHugePage - 1) / kHugePage;
+  const uintptr_t size = static_cast<uintptr_t>(table.numel()) * table.element_size();
+  const uintptr_t end = (data + size) / kHugePage;
+  if (table.is_cpu() && begin < end) {
     // Advice: where the kernel does not take it, nothing is lost.
-    madvise(reinterpret_cast<void*>(aligned), (end - aligned) / kHugePage * kHugePage,
-            MADV_HUGEPAGE);
+    madvise(reinterpret_cast<void*>(begin * kHugePage), (end - begin) * kHugePage, MADV_HUGEPAGE);
   }
 #endif
-  return table;
 }
 
+struct WeightGrad {
+  Tensor table;
+  std::optional<Tensor> scale;  // fp64, on the table's device
+
+  WeightGrad(const Tensor& grad, int64_t num_embeddings, const std::optional<Tensor>& given_scale)
+      : table(empty_result(grad, {num_embeddings, grad.size(2)})) {
+    advise_huge_pages(table);
+    if (given_scale) {
+      scale = torch::stable::to(*given_scale, ScalarType::Double, std::nullopt, table.device());
+    }
+  }
+
+  void fill_in(EmbeddingProblem& problem) const {
+    problem.weight_grad = table.mutable_data_ptr();
+    problem.scale = scale ? static_cast<const double*>(scale->const_data_ptr()) : nullptr;
+  }
+};
+
+// grad has unit stride along its width, here and below.
 EmbeddingProblem problem_of(const Tensor& ids, const Tensor& grad, int64_t num_embeddings,
                             int64_t padding_idx) {
   EmbeddingProblem problem{};
@@ -89,96 +116,103 @@ EmbeddingProblem problem_of(const Tensor& ids, const Tensor& grad, int64_t num_e
   return problem;
 }
 
+// Solves the problem, of which only `dots` is still missing, where `grad` is.
+Tensor solve(EmbeddingProblem& problem, const Tensor& grad) {
+  std::vector<int64_t> shape{problem.num_directions, problem.ids.rows};
+  if (problem.per_token) {
+    shape.push_back(problem.ids.cols);
+  }
+  Tensor dots = empty_result(grad, shape);
+  problem.dots = dots.mutable_data_ptr();
+#ifdef USE_CUDA
+  if (grad.is_cuda()) {
+    embedding_dots_cuda(problem, grad);
+    return dots;
+  }
+#endif
+  embedding_dots(problem);
+  return dots;
+}
+
 Tensor embedding_ghost_dot(const Tensor val_ids, const Tensor val_grad, const Tensor train_ids,
                            const Tensor train_grad, int64_t num_embeddings, int64_t padding_idx) {
-  check_tensors(val_ids, val_grad);
-  check_tensors(train_ids, train_grad);
-  check_same_dtype(val_grad, train_grad);
+  check_shapes(val_ids, val_grad);
+  check_shapes(train_ids, train_grad);
+  check_alike(val_grad, train_grad);
+  check_ids(val_ids, num_embeddings, "val_ids");
+  check_ids(train_ids, num_embeddings, "train_ids");
   const Tensor val_rows = unit_stride(val_grad), rows = unit_stride(train_grad);
   EmbeddingProblem problem = problem_of(train_ids, rows, num_embeddings, padding_idx);
   problem.num_directions = 1;
   problem.val_ids = id_matrix(val_ids);
   problem.val_grad = row_matrix(val_rows);
-  problem.val_target.assign(static_cast<size_t>(val_ids.size(0)), 0);
-  check_ids(problem.val_ids, num_embeddings, "val_ids");
-  check_ids(problem.ids, num_embeddings, "train_ids");
-  Tensor dots = empty_result(rows, {rows.size(0)});
-  problem.dots = dots.mutable_data_ptr();
-  embedding_dots(problem);
-  return dots;
+  problem.val_rows = {val_ids.size(0)};
+  Tensor dots = solve(problem, rows);
+  return torch::stable::select(dots, 0, 0);
 }
 
 Tensor embedding_direction_dot(const Tensor direction, const Tensor ids, const Tensor grad,
                                int64_t padding_idx, bool per_token) {
-  check_tensors(ids, grad);
-  check_same_dtype(direction, grad);
+  check_shapes(ids, grad);
+  check_alike(direction, grad);
+  check_ids(ids, direction.size(1), "ids");
   const Tensor directions = unit_stride(direction), rows = unit_stride(grad);
-  const int64_t k = directions.size(0), n = rows.size(0), t = rows.size(1);
   EmbeddingProblem problem = problem_of(ids, rows, directions.size(1), padding_idx);
-  check_ids(problem.ids, problem.num_embeddings, "ids");
-  const RowMatrix given = row_matrix(directions);
-  problem.num_directions = k;
-  problem.direction = &given;
-  Tensor dots = per_token ? empty_result(rows, {k, n, t}) : empty_result(rows, {k, n});
-  problem.dots = dots.mutable_data_ptr();
+  problem.num_directions = directions.size(0);
+  problem.direction = row_matrix(directions);
   problem.per_token = per_token;
-  embedding_dots(problem);
-  return dots;
+  return solve(problem, rows);
 }
 
 std::tuple<Tensor, Tensor> embedding_wgrad_dot(const Tensor direction, const Tensor ids,
                                                const Tensor grad, int64_t padding_idx,
                                                const std::optional<Tensor> scale) {
-  check_tensors(ids, grad);
-  check_same_dtype(direction, grad);
+  check_shapes(ids, grad);
+  check_alike(direction, grad);
+  check_ids(ids, direction.size(1), "ids");
   const Tensor directions = unit_stride(direction), rows = unit_stride(grad);
   EmbeddingProblem problem = problem_of(ids, rows, directions.size(1), padding_idx);
-  check_ids(problem.ids, problem.num_embeddings, "ids");
-  const RowMatrix given = row_matrix(directions);
   problem.num_directions = directions.size(0);
-  problem.direction = &given;
-  Tensor weight_grad = empty_table(rows, problem.num_embeddings, problem.width);
-  Tensor dots = empty_result(rows, {problem.num_directions, rows.size(0)});
-  problem.weight_grad = weight_grad.mutable_data_ptr();
-  problem.scale = scale_value(scale);
-  problem.dots = dots.mutable_data_ptr();
-  embedding_dots(problem);
-  return {weight_grad, dots};
+  problem.direction = row_matrix(directions);
+  const WeightGrad weight_grad(rows, problem.num_embeddings, scale);
+  weight_grad.fill_in(problem);
+  return {weight_grad.table, solve(problem, rows)};
 }
 
 std::tuple<Tensor, Tensor> embedding_joint_wgrad_dot(const Tensor ids, const Tensor grad,
                                                      const std::vector<int64_t> val_rows,
                                                      int64_t num_embeddings, int64_t padding_idx,
                                                      const std::optional<Tensor> scale) {
-  check_tensors(ids, grad);
+  check_shapes(ids, grad);
+  check_ids(ids, num_embeddings, "ids");
+  const int64_t n = ids.size(0) - std::accumulate(val_rows.begin(), val_rows.end(), int64_t{0});
+  const auto negative = [](int64_t rows) { return rows < 0; };
+  check(n >= 0 && std::none_of(val_rows.begin(), val_rows.end(), negative), "val_rows that sum to at most the number of rows");
   const Tensor rows = unit_stride(grad);
-  const std::vector<int64_t> targets = row_targets(val_rows, rows.size(0));
-  const int64_t n = rows.size(0) - static_cast<int64_t>(targets.size());
   EmbeddingProblem problem = problem_of(ids, rows, num_embeddings, padding_idx);
-  check_ids(problem.ids, num_embeddings, "ids");
-  // The val rows are the last rows of the same matrices.
   problem.ids = id_matrix(ids, 0, n);
+  problem.num_directions = static_cast<int64_t>(val_rows.size());
   problem.val_ids = id_matrix(ids, n, ids.size(0));
   problem.val_grad = row_matrix(rows, n);
-  problem.num_directions = static_cast<int64_t>(val_rows.size());
-  problem.val_target = targets;
-  Tensor weight_grad = empty_table(rows, num_embeddings, problem.width);
-  Tensor dots = empty_result(rows, {problem.num_directions, n});
-  problem.weight_grad = weight_grad.mutable_data_ptr();
-  problem.scale = scale_value(scale);
-  problem.dots = dots.mutable_data_ptr();
-  embedding_dots(problem);
-  return {weight_grad, dots};
+  problem.val_rows = val_rows;
+  const WeightGrad weight_grad(rows, num_embeddings, scale);
+  weight_grad.fill_in(problem);
+  return {weight_grad.table, solve(problem, rows)};
 }
 
-}  // namespace
-
-STABLE_TORCH_LIBRARY_IMPL(graddot, CPU, m) {
+void register_ops(torch::stable::detail::StableLibrary& m) {
   m.impl("embedding_ghost_dot", TORCH_BOX(&embedding_ghost_dot));
   m.impl("embedding_direction_dot", TORCH_BOX(&embedding_direction_dot));
   m.impl("embedding_wgrad_dot", TORCH_BOX(&embedding_wgrad_dot));
   m.impl("embedding_joint_wgrad_dot", TORCH_BOX(&embedding_joint_wgrad_dot));
 }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(graddot, CPU, m) { register_ops(m); }
+#ifdef USE_CUDA
+STABLE_TORCH_LIBRARY_IMPL(graddot, CUDA, m) { register_ops(m); }
+#endif
 
 }  // namespace graddot
 
