@@ -1,0 +1,389 @@
+"""`graddot scores`: what a run's scores say, from the run's directory alone."""
+
+import argparse
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv
+import pyarrow.dataset as ds
+from pyarrow import acero
+
+from graddot_lm.data import TokenData
+from graddot_lm.errors import GraddotError
+from graddot_lm.files import writing
+from graddot_lm.store import open_rows, read_config, reading
+from graddot_lm.tokenization import load_tokenizer
+
+EXCERPT = 80
+MEASURES = ("value", "dot")
+Steps = tuple[int | None, int | None]
+
+
+# From rows to figures
+
+
+def _in_steps(steps: Steps) -> pc.Expression:
+    first, last = steps
+    chosen = pc.scalar(True)
+    if first is not None:
+        chosen &= pc.field("step") >= first
+    if last is not None:
+        chosen &= pc.field("step") <= last
+    return chosen
+
+
+def _grouped(
+    rows: ds.Dataset,
+    chosen: pc.Expression,
+    columns: dict[str, pc.Expression],
+    aggregates: Sequence[tuple],
+    keys: Sequence[str] = (),
+) -> pa.Table:
+    """Aggregate batch by batch, so that only the groups are ever held."""
+    scan = acero.ScanNodeOptions(rows, filter=chosen)  # skips files by their statistics alone
+    nodes = [
+        acero.Declaration("scan", scan),
+        acero.Declaration("filter", acero.FilterNodeOptions(chosen)),
+        acero.Declaration("project", acero.ProjectNodeOptions([*columns.values()], [*columns])),
+        acero.Declaration("aggregate", acero.AggregateNodeOptions(list(aggregates), list(keys))),
+    ]
+    return acero.Declaration.from_sequence(nodes).to_table()
+
+
+def _columns(rows: ds.Dataset, target: str | None) -> dict[str, pc.Expression]:
+    """The score columns of the target asked for, under the names that they have without one."""
+    names = rows.schema.names
+    targets = [name.removeprefix("dot_") for name in names if name.startswith("dot_")]
+    if target is None and targets:
+        raise GraddotError(f"--target: the run has several, name one of {', '.join(targets)}")
+    if target is not None and target not in targets:
+        known = ", ".join(targets) or "none, the run has a single one"
+        raise GraddotError(f"--target {target}: unknown; known are {known}")
+    suffix = "" if target is None else f"_{target}"
+    columns = {name: pc.field(name) for name in ("sample_id", "offset")}
+    columns["domain"] = pc.coalesce(pc.field("domain"), pc.scalar("(not recorded)"))
+    return {**columns, **{name: pc.field(name + suffix) for name in MEASURES}}
+
+
+def _domain_table(
+    rows: ds.Dataset, chosen: pc.Expression, columns: dict[str, pc.Expression], by: str
+) -> pa.Table:
+    sample = pc.VarianceOptions(ddof=1)
+    aggregates: list[tuple] = [([], "hash_count_all", None, "rows")]
+    for name in MEASURES:
+        aggregates += [
+            (name, "hash_mean", None, f"mean_{name}"),
+            (name, "hash_variance", sample, f"variance_{name}"),
+            (name, "hash_sum", None, f"summed_{name}"),
+        ]
+    aggregates.append(("positive", "hash_mean", None, "positive"))
+    columns = {**columns, "positive": (columns[by] > 0).cast(pa.float64())}
+    table = _grouped(rows, chosen, columns, aggregates, ["domain"])
+    for name in MEASURES:
+        error = pc.sqrt(pc.divide(table[f"variance_{name}"], pc.cast(table["rows"], pa.float64())))
+        table = table.append_column(f"error_{name}", error).drop_columns(f"variance_{name}")
+    return table.sort_by([(f"mean_{by}", "descending"), ("domain", "ascending")])
+
+
+def sample_table(
+    run: str | Path, by: str = "value", steps: Steps = (None, None), target: str | None = None
+) -> pa.Table:
+    """One row a sample: sample_id, domain, offset, times (rows), summed value and summed dot.
+
+    Rows whose `by` is not a finite number are left out. Raises GraddotError.
+    """
+    rows = open_rows(run)
+    columns = _columns(rows, target)
+    aggregates: list[tuple] = [([], "hash_count_all", None, "times")]
+    aggregates += [(name, "hash_sum", None, name) for name in MEASURES]
+    # A sample has one place; as further keys these two would double the time.
+    aggregates += [(name, "hash_one", None, name) for name in ("domain", "offset")]
+    with reading(run):
+        chosen = _in_steps(steps) & pc.is_finite(columns[by])
+        table = _grouped(rows, chosen, columns, aggregates, ["sample_id"])
+    return table.select(["sample_id", "domain", "offset", "times", *MEASURES])
+
+
+def _extremes(samples: pa.Table, by: str, top: int) -> dict[str, list[dict[str, Any]]]:
+    found = {}
+    for name, order in (("best", "descending"), ("worst", "ascending")):
+        keys = [(by, order), ("sample_id", "ascending")]
+        picked = pc.select_k_unstable(samples, k=top, sort_keys=keys) if top else []
+        found[name] = samples.take(picked).to_pylist() if top else []
+    return found
+
+
+def _throughput(run: str | Path, steps: Steps) -> dict[str, Any]:
+    try:
+        metrics = open_rows(run, "metrics")
+        with reading(run):
+            table = metrics.to_table(columns=["tokens_per_s"], filter=_in_steps(steps))
+    except GraddotError as error:
+        return {"tokens_per_s": None, "why": str(error)}
+    rates = table["tokens_per_s"].drop_null().to_numpy()
+    return {"tokens_per_s": float(np.median(rates)) if len(rates) else None, "steps": len(rates)}
+
+
+def summarize(
+    run: str | Path,
+    top: int = 5,
+    by: str = "value",
+    steps: Steps = (None, None),
+    target: str | None = None,
+    samples: pa.Table | None = None,
+) -> dict[str, Any]:
+    """Everything `graddot scores` shows, in JSON types.
+
+    `by` ranks domains by mean and samples by sum; `steps` are the first and the last to count;
+    `samples` is `sample_table` of the same arguments, if it is there already. Raises GraddotError
+    if the directory holds no scores of these steps.
+    """
+    config, rows = read_config(run), open_rows(run)
+    columns = _columns(rows, target)
+    inside = _in_steps(steps)
+    finite = pc.is_finite(columns[by])
+    extent = [("step", "min", None, "first"), ("step", "max", None, "last")]
+    with reading(run):
+        (span,) = _grouped(rows, inside, {"step": pc.field("step")}, extent).to_pylist()
+        if span["first"] is None:
+            raise GraddotError(f"{run}: no scores in steps {_named(steps)}")
+        left_out = rows.count_rows(filter=inside) - rows.count_rows(filter=inside & finite)
+        domains = _domain_table(rows, inside & finite, columns, by)
+    if samples is None:
+        samples = sample_table(run, by, steps, target)
+    counts = samples.group_by("domain").aggregate([([], "count_all")])
+    distinct = dict(zip(*(column.to_pylist() for column in counts.columns), strict=True))
+    extremes = _extremes(samples, by, top)
+    why = _add_excerpts(config, [*extremes["best"], *extremes["worst"]])
+    measured = {**config, **config.get("measured", {})}
+    return {
+        "run": str(run),
+        "by": by,
+        "target": target,
+        "steps": [span["first"], span["last"]],
+        "rows": sum(domains["rows"].to_pylist()),
+        "rows_left_out": left_out,
+        "samples": len(samples),
+        "domains": [{**row, "samples": distinct[row["domain"]]} for row in domains.to_pylist()],
+        **extremes,
+        "no_excerpts": why,
+        "throughput": _throughput(run, steps),
+        "overhead": measured.get("overhead"),
+        "coverage": measured.get("coverage"),
+    }
+
+
+def _named(steps: Steps) -> str:
+    return ":".join("" if step is None else str(step) for step in steps)
+
+
+# Excerpts
+
+
+def escape(text: str, width: int = EXCERPT) -> str:
+    """The start of `text` on one line of at most `width` characters, control characters escaped."""
+    shown = ""
+    for char in text:
+        plain = char.isprintable() and char != "\\"
+        piece = char if plain else char.encode("unicode_escape", "surrogatepass").decode("ascii")
+        if len(shown) + len(piece) > width:
+            return shown[: width - 1] + "…"
+        shown += piece
+    return shown
+
+
+def _add_excerpts(config: dict, samples: list[dict[str, Any]]) -> str | None:
+    """Give each sample an "excerpt"; returns why there are none, if so."""
+    for key in ("data_dir", "block_size"):
+        if key not in config:
+            return f"config.json names no {key}"
+    folder = Path(config["data_dir"])
+    # The copy in the data folder is the tokenizer that wrote it, whatever became of the named one.
+    own = (folder / "tokenizer.json").exists()
+    if not own and "tokenizer" not in config:
+        return "config.json names no tokenizer"
+    try:
+        data = TokenData(folder, block_size=config["block_size"])
+        tokenizer = load_tokenizer(str(folder) if own else config["tokenizer"])
+        texts = []
+        for sample in samples:
+            sample_id = sample["sample_id"]
+            place = (data.domain_of([sample_id])[0], int(data.offset_of([sample_id])[0]))
+            if place != (sample["domain"], sample["offset"]):
+                return f"{folder}: sample {sample_id} is elsewhere; not the data of this run"
+            # A token of several characters is common, one of less than one (a byte) is not.
+            tokens = data.token_ids(sample_id)[: 4 * EXCERPT].tolist()
+            texts.append(escape(tokenizer.decode(tokens, skip_special_tokens=False)))
+    except GraddotError as error:
+        return str(error)
+    for sample, text in zip(samples, texts, strict=True):
+        sample["excerpt"] = text
+    return None
+
+
+# From figures to text
+
+
+def _number(value: float | None, form: str = ".3e") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
+    """A table in text; columns in `left` are flush left, the others right."""
+    lines = [header, *rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if i in left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def _domains_text(domains: list[dict[str, Any]]) -> str:
+    header = ["domain", "samples", "rows"]
+    header += ["mean value", "std error", "mean dot", "std error", "positive", "summed value"]
+    rows = [
+        [escape(row["domain"], 40), f"{row['samples']:,}", f"{row['rows']:,}"]
+        + [_number(row[f"{figure}_{name}"]) for name in MEASURES for figure in ("mean", "error")]
+        + [f"{row['positive']:.1%}", _number(row["summed_value"])]
+        for row in domains
+    ]
+    return _aligned(header, rows, left=[0])
+
+
+def _samples_text(samples: list[dict[str, Any]], by: str) -> str:
+    header = [f"summed {by}", "times", "sample_id", "domain", "offset", "text"]
+    rows = [
+        [_number(row[by]), str(row["times"]), str(row["sample_id"]), escape(row["domain"], 40)]
+        + [_number(row["offset"], "d"), row.get("excerpt", "")]
+        for row in samples
+    ]
+    return _aligned(header, rows, left=[3, 5])
+
+
+def _closing_lines(summary: dict[str, Any]) -> list[str]:
+    rate, overhead = summary["throughput"], summary["overhead"]
+    coverage = summary["coverage"]
+    lines = ["throughput: no tokens/s in the metrics"]
+    if rate["tokens_per_s"] is not None:
+        median = f"{rate['tokens_per_s']:,.0f} tokens/s"
+        lines = [f"throughput: {median}, the median of {rate['steps']:,} rows of metrics"]
+    if isinstance(overhead, int | float):
+        overhead = f"{overhead:.1%} of the time of a step without scores"
+    lines.append(f"overhead: {'not measured' if overhead is None else overhead}")
+    if isinstance(coverage, dict) and {"covered", "share"} <= set(coverage):
+        excluded = ", ".join(coverage.get("excluded", [])) or "none"
+        coverage = (
+            f"{len(coverage['covered'])} scored, {coverage['share']:.1%} of the trainable "
+            f"elements; excluded: {excluded}"
+        )
+    lines.append(f"parameters: {'not recorded' if coverage is None else coverage}")
+    return lines
+
+
+def format_summary(summary: dict[str, Any]) -> str:
+    """`summarize`'s figures as text."""
+    by, (first, last) = summary["by"], summary["steps"]
+    target = f", target {summary['target']}" if summary["target"] else ""
+    counts = f"{summary['rows']:,} scores of {summary['samples']:,} samples"
+    blocks = [f"{summary['run']}: {counts}, steps {first} to {last}{target}"]
+    if summary["rows_left_out"]:
+        blocks[0] += f"\nleft out: {summary['rows_left_out']:,} scores whose {by} is not finite"
+    blocks.append(_domains_text(summary["domains"]))
+    for name, title in (("best", "highest"), ("worst", "lowest")):
+        if summary[name]:
+            text = _samples_text(summary[name], by)
+            blocks.append(f"{name} sequences, {title} summed {by} first:\n{text}")
+    closing = _closing_lines(summary)
+    if summary["no_excerpts"] and (summary["best"] or summary["worst"]):
+        closing.insert(0, f"no text shown: {summary['no_excerpts']}")
+    return "\n\n".join([*blocks, "\n".join(closing)])
+
+
+def format_report(
+    run: str | Path,
+    top: int = 5,
+    by: str = "value",
+    steps: Steps = (None, None),
+    target: str | None = None,
+) -> str:
+    """The text that `graddot scores` prints. Raises GraddotError; see `summarize`."""
+    return format_summary(summarize(run, top, by, steps, target))
+
+
+# Command line
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of `graddot scores`."""
+    add = parser.add_argument
+    add("run", metavar="RUN", help="a run's directory, the one that holds config.json")
+    add(
+        "--top",
+        type=int,
+        default=5,
+        metavar="N",
+        help="how many of the best and of the worst sequences to show (default: %(default)s)",
+    )
+    add(
+        "--by",
+        choices=MEASURES,
+        default="value",
+        help="what ranks domains, by mean, and sequences, by sum: the value, which counts the "
+        "learning rate and the share in the batch, or the dot product (default: %(default)s)",
+    )
+    add(
+        "--steps",
+        default=":",
+        metavar="A:B",
+        help="count steps A to B only, both included; either may be left out (default: all)",
+    )
+    add("--target", metavar="NAME", help="whose scores to show, in a run with several targets")
+    add("--json", action="store_true", help="print JSON, with more figures, in place of text")
+    add(
+        "--csv",
+        metavar="PATH",
+        help="also write every sample's sums to this file, in the order of --by",
+    )
+
+
+def parse_steps(text: str) -> Steps:
+    """Read "A:B", either of them possibly empty. Raises GraddotError."""
+    match = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", text)
+    if not match:
+        raise GraddotError(f"--steps {text}: must be like 100:200, 100: or :200")
+    first, last = (int(number) if number else None for number in match.groups())
+    return first, last
+
+
+def _finite(value: Any) -> Any:
+    """`value` with null in place of NaN and infinities, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def run(args: argparse.Namespace) -> int:
+    """`graddot scores`: print the report of `args.run`; returns the exit status 0."""
+    if args.top < 0:
+        raise GraddotError(f"--top {args.top}: must be at least 0")
+    steps = parse_steps(args.steps)
+    samples = sample_table(args.run, args.by, steps, args.target)
+    summary = summarize(args.run, args.top, args.by, steps, args.target, samples)
+    if args.csv is not None:
+        ranked = samples.sort_by([(args.by, "descending"), ("sample_id", "ascending")])
+        with writing(Path(args.csv)):
+            pyarrow.csv.write_csv(ranked, args.csv)
+    print(json.dumps(_finite(summary), indent=2) if args.json else format_summary(summary))
+    return 0

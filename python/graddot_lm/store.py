@@ -1,0 +1,395 @@
+"""A run's directory: its settings, rows of scores and metrics, and checkpoints.
+
+    config.json                              settings, versions, commit, parameters covered
+    scores/part-<first>-<last step>.parquet  one row a training sample a step
+    metrics/part-<first>-<last step>.parquet one row a step
+    checkpoints/step-<k>/                    the state after step k
+
+Whatever a reader sees is whole. Rows are saved before the checkpoint that follows them, and a
+resumed run first drops the rows beyond its checkpoint: so a process may be killed at any instant,
+and the rows of the resumed run have neither gap nor duplicate.
+"""
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple, final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from graddot_lm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
+from graddot_lm.errors import GraddotError
+from graddot_lm.files import TEMPORARY, remove_temporary, sync, write_atomic, writing
+
+SCORES = pa.schema(
+    {
+        "step": pa.int64(),
+        "sample_id": pa.int64(),
+        "domain": pa.dictionary(pa.int32(), pa.string()),
+        "offset": pa.int64(),
+        "n_tokens": pa.int32(),
+        "loss": pa.float32(),
+        "dot": pa.float64(),
+        "lr": pa.float64(),
+        "value": pa.float64(),
+    }
+)
+METRICS = pa.schema(
+    {
+        "step": pa.int64(),
+        "train_loss": pa.float64(),
+        "val_loss": pa.float64(),
+        "lr": pa.float64(),
+        "tokens_per_s": pa.float64(),
+    }
+)
+KINDS = ("scores", "metrics")
+
+
+def scores_schema(targets: Sequence[str] = ()) -> pa.Schema:
+    """`SCORES`, or for several targets the same with a dot_<target> and value_<target> of each."""
+    if not targets:
+        return SCORES
+    fields = [field for field in SCORES if field.name not in ("dot", "value")]
+    for target in targets:
+        fields += [pa.field(f"{name}_{target}", pa.float64()) for name in ("dot", "value")]
+    return pa.schema(fields)
+
+
+# Rows
+
+
+class Part(NamedTuple):
+    """A file of rows; its name says which steps."""
+
+    first: int
+    last: int
+    path: Path
+
+
+def _parts(folder: Path) -> list[Part]:
+    """The parts in a folder, in the order of their steps."""
+    found = []
+    for path in folder.glob("part-*-*.parquet"):
+        if match := re.fullmatch(r"part-(\d+)-(\d+)\.parquet", path.name):
+            found.append(Part(int(match[1]), int(match[2]), path))
+    return sorted(found)
+
+
+def _part_path(folder: Path, first: int, last: int) -> Path:
+    return folder / f"part-{first:08d}-{last:08d}.parquet"
+
+
+def _encode(table: pa.Table) -> pa.Buffer:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.unify_dictionaries(), sink, compression="zstd")
+    return sink.getvalue()
+
+
+def _array(field: pa.Field, values: Any) -> pa.Array:
+    """A copy of `values` in the field's type; TypeError if they are of another kind."""
+    if isinstance(values, list | tuple):
+        return pa.array(values, field.type)
+    dtype = field.type.to_pandas_dtype()
+    return pa.array(np.array(values).astype(dtype, casting="same_kind"), field.type)
+
+
+class PartWriter:
+    """Rows of one kind: gathered in memory, saved as one more part by each `flush`."""
+
+    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+        self.folder, self.schema = folder, schema
+        self._batches: list[pa.RecordBatch] = []
+        self._first = 0
+        self._last = self._saved = self._last_saved()
+
+    def _last_saved(self) -> int:
+        return max((part.last for part in _parts(self.folder)), default=-1)
+
+    def append(self, rows: Mapping[str, Any], step: int) -> None:
+        """Add rows of one step: for each column a list or an `(N,)` array, which is copied.
+
+        A column that is left out holds nulls; `step` stands for the column of that name. A step's
+        rows may come in several calls. Raises ValueError for a step before the last one or already
+        saved, for an unknown column and for columns of different length, and TypeError for values
+        of another kind.
+        """
+        if step < self._last or step <= self._saved:
+            raise ValueError(f"step {step}: rows up to step {self._last} were given before")
+        if unknown := set(rows) - set(self.schema.names):
+            raise ValueError(f"columns {sorted(unknown)}: known are {self.schema.names}")
+        lengths = {name: len(values) for name, values in rows.items()}
+        if len(set(lengths.values())) != 1:
+            raise ValueError(f"columns of different length: {lengths}")
+        n = next(iter(lengths.values()))
+        columns = {**rows, "step": np.full(n, step)}
+        arrays = [
+            _array(field, columns[field.name]) if field.name in columns else pa.nulls(n, field.type)
+            for field in self.schema
+        ]
+        if not self._batches:
+            self._first = step
+        self._batches.append(pa.record_batch(arrays, schema=self.schema))
+        self._last = step
+
+    def flush(self) -> None:
+        """Save the gathered rows; no more rows of their last step may follow.
+
+        Raises GraddotError if they cannot be written, and then they stay gathered.
+        """
+        if not self._batches:
+            return
+        table = pa.Table.from_batches(self._batches, self.schema)
+        write_atomic(_part_path(self.folder, self._first, self._last), _encode(table))
+        self._batches.clear()
+        self._saved = self._last
+
+    def truncate_after(self, step: int) -> None:
+        """Drop all rows of later steps, and what was not saved. Raises GraddotError."""
+        self._batches.clear()
+        with writing(self.folder):
+            # From the end, so that what a reader sees at any instant has no gap.
+            for part in reversed(_parts(self.folder)):
+                if part.first > step:
+                    part.path.unlink()
+                elif part.last > step:
+                    self._shorten(part, step)
+            sync(self.folder)
+        self._last = self._saved = self._last_saved()
+
+    def _shorten(self, part: Part, step: int) -> None:
+        with reading(part.path):
+            table = _open([part], self.schema).to_table(filter=pc.field("step") <= step)
+        # First the content, then the name: at no instant are the rows there twice.
+        write_atomic(part.path, _encode(table))
+        last = pc.max(table["step"]).as_py()
+        os.replace(part.path, _part_path(self.folder, part.first, last))
+
+
+def _open(parts: Sequence[Part], schema: pa.Schema) -> ds.Dataset:
+    return ds.dataset([str(part.path) for part in parts], schema=schema, format="parquet")
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[None]:
+    """Turn what goes wrong while rows are read into a GraddotError."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise GraddotError(f"{path}: changed while it was read (resumed?); try again") from error
+    except (OSError, pa.ArrowException) as error:
+        raise GraddotError(f"{path}: cannot be read: {error}") from error
+
+
+def open_rows(run: str | Path, kind: str = "scores") -> ds.Dataset:
+    """All saved "scores" or "metrics" of a run, to be streamed inside `reading(run)`.
+
+    Domains come as plain strings, for each part has its own dictionary. Raises GraddotError if
+    there is no run or no row.
+    """
+    read_config(run)
+    folder = Path(run) / kind
+    parts = _parts(folder)
+    if not parts:
+        raise GraddotError(f"{folder}: nothing was saved yet")
+    with reading(parts[0].path):
+        schema = pq.read_schema(parts[0].path)
+    fields = [f.with_type(pa.string()) if f.name == "domain" else f for f in schema]
+    return _open(parts, pa.schema(fields))
+
+
+def read_scores(run: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """All saved score rows of a run in the order of steps, all columns or those named.
+
+    Raises GraddotError if there is no run or no row, for an unknown column, and if a file cannot
+    be read.
+    """
+    dataset = open_rows(run)
+    with reading(run):
+        table = dataset.to_table(columns=None if columns is None else list(columns))
+    if "domain" in table.column_names:
+        index = table.column_names.index("domain")
+        domains = table["domain"].dictionary_encode()
+        table = table.set_column(index, "domain", domains)
+    return table
+
+
+# Settings
+
+
+def read_config(run: str | Path) -> dict:
+    """A run's config.json. Raises GraddotError if there is none."""
+    path = Path(run) / "config.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise GraddotError(f"{run}: not a run's directory, for it has no config.json") from error
+    except (OSError, ValueError) as error:
+        raise GraddotError(f"{path}: cannot be read: {error}") from error
+
+
+def _write_config(run: Path, config: Mapping) -> None:
+    write_atomic(run / "config.json", (json.dumps(config, indent=2) + "\n").encode())
+
+
+def _flat(config: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each setting in JSON, in which 1 and 1.0 differ and NaN equals itself."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", json.dumps(value)
+
+
+def check_resume(
+    run: str | Path, config: Mapping, may_differ: Sequence[str] = ("max_steps",)
+) -> None:
+    """Raise GraddotError naming each setting in which `config` differs from the run's own.
+
+    `may_differ` names settings, or groups of settings, that a resumed run is free to change.
+    """
+    free = {*may_differ, "measured"}
+    old, new = dict(_flat(read_config(run))), dict(_flat(config))
+    differing = [
+        f"  {key}: {old.get(key, 'not set')} before, {new.get(key, 'not set')} now"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key) and key not in free and key.split(".")[0] not in free
+    ]
+    if differing:
+        raise GraddotError(
+            f"{run}: cannot be resumed with other settings; repeat its own, or choose another "
+            "folder:\n" + "\n".join(differing)
+        )
+
+
+# The run
+
+
+@final
+class RunDirectory:
+    """A run that this process writes; one process at a time. Made by `create` or `resume`.
+
+    `scores` and `metrics` take the rows; `save` saves them and then a checkpoint. Leaving a `with`
+    block without an exception saves the rows that are left.
+    """
+
+    # Lies among the checkpoints until there is one. A run that lost its checkpoints is told by its
+    # absence from one that was killed before its first, and only the latter may drop all its rows.
+    _NONE_YET = Path("checkpoints/none-yet")
+
+    def __init__(self, path: Path, targets: Sequence[str]) -> None:
+        self.path = path
+        with writing(path):
+            for name in (*KINDS, "checkpoints"):
+                (path / name).mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
+            try:  # a record lock, which a forked loader that outlives a killed run does not hold
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:
+                os.close(self._lock)
+                raise GraddotError(f"{path}: another process is writing this run") from error
+            for folder in (path, *(path / name for name in (*KINDS, "checkpoints"))):
+                remove_temporary(folder)
+        self.scores = PartWriter(path / "scores", scores_schema(targets))
+        self.metrics = PartWriter(path / "metrics", METRICS)
+
+    @classmethod
+    def create(
+        cls, path: str | Path, config: Mapping, targets: Sequence[str] = ()
+    ) -> "RunDirectory":
+        """Begin a run in a new or empty folder; `config` must be of JSON types.
+
+        Raises GraddotError if a run or anything else is there, or it cannot be written.
+        """
+        path = Path(path)
+        if path.exists() and not path.is_dir():
+            raise GraddotError(f"{path}: is a file; a run needs a folder")
+        if (path / "config.json").exists():
+            raise GraddotError(f"{path}: holds a run; resume it, or choose another folder")
+        with writing(path):
+            if any(_foreign(file) for file in path.rglob("*")):
+                raise GraddotError(f"{path}: holds other files; choose a new or empty folder")
+        run = cls(path, targets)
+        with writing(path):
+            (path / cls._NONE_YET).touch()
+        _write_config(path, config)  # last: it is what makes the folder a run
+        return run
+
+    @classmethod
+    def resume(
+        cls,
+        path: str | Path,
+        config: Mapping,
+        may_differ: Sequence[str] = ("max_steps",),
+        targets: Sequence[str] = (),
+    ) -> tuple["RunDirectory", Checkpoint | None]:
+        """Go on with a run from its latest checkpoint; None if it was killed before its first.
+
+        Drops the rows of later steps. Raises GraddotError, and drops nothing, if settings differ
+        (see `check_resume`), the checkpoints are lost or damaged, or another process has the run.
+        """
+        path = Path(path)
+        check_resume(path, config, may_differ)
+        run = cls(path, targets)
+        latest = latest_checkpoint(path)
+        if latest is None and not (path / cls._NONE_YET).exists():
+            raise GraddotError(
+                f"{path}: its checkpoints are lost or damaged, so it cannot go on; its scores are "
+                "as they were"
+            )
+        checkpoint = None if latest is None else load_checkpoint(latest)
+        for rows in (run.scores, run.metrics):
+            rows.truncate_after(-1 if checkpoint is None else checkpoint.step)
+        measured = read_config(path).get("measured")
+        _write_config(path, {**config, "measured": measured} if measured else config)
+        return run, checkpoint
+
+    def flush(self) -> None:
+        """Save the rows so far. Raises GraddotError."""
+        self.scores.flush()
+        self.metrics.flush()
+
+    def save(self, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
+        """Save the rows so far, then `state` as it is after `step`, in this order.
+
+        For what `state` may hold and what is raised see `checkpoint.save_checkpoint`.
+        """
+        self.flush()
+        path = save_checkpoint(self.path / "checkpoints", step, state, keep)
+        with writing(path):
+            (self.path / self._NONE_YET).unlink(missing_ok=True)
+        return path
+
+    def record(self, **measured: Any) -> None:
+        """Add figures of JSON types, such as overhead=0.03, to "measured" in config.json."""
+        config = read_config(self.path)
+        config["measured"] = {**config.get("measured", {}), **measured}
+        _write_config(self.path, config)
+
+    def close(self) -> None:
+        """Let another process write the run."""
+        os.close(self._lock)
+
+    def __enter__(self) -> "RunDirectory":
+        return self
+
+    def __exit__(self, exc_type: type[BaseException] | None, *_: object) -> None:
+        try:
+            if exc_type is None:
+                self.flush()
+        finally:
+            self.close()
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none of those that a `create` that was killed may leave."""
+    ours = path.name in ("lock", RunDirectory._NONE_YET.name) or path.name.startswith(TEMPORARY)
+    return path.is_file() and not ours
