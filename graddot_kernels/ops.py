@@ -4,12 +4,14 @@ This is the one place of registration. A public function in `functional` checks 
 arguments and calls the op; the op calls the launcher chosen here. Inside, shapes are canonical:
 act (N, T, Din), grad (N, T, Dout), direction (K, Dout, Din), ids (N, T); dots are (K, N).
 `padding_idx` is -1 for none. 16-bit inputs are accumulated in fp32 and give fp32 results.
+On a GPU the linear and norm ops are Triton kernels, except for fp64.
 """
 
 import torch
 from torch import Tensor
 
 from . import _extension, torch_impl
+from .triton_kernels import gpu_implementation
 
 _lib = torch.library.Library("graddot", "DEF")
 
@@ -53,6 +55,18 @@ def _fake_linear_wgrad_dot(
     dtype = _result_dtype(act)
     weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=dtype)
     return weight_grad, act.new_empty((direction.shape[0], act.shape[0]), dtype=dtype)
+
+
+def _fake_linear_wgrad_dot_into(
+    weight_grad: Tensor,
+    bias_grads: Tensor | None,
+    direction: Tensor,
+    act: Tensor,
+    grad: Tensor,
+    scale: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    return act.new_empty((direction.shape[0], act.shape[0]), dtype=_result_dtype(act))
 
 
 def _fake_linear_joint_wgrad_dot(
@@ -112,27 +126,40 @@ _define(
     " bool pairwise) -> Tensor",
     fake=_fake_linear_gram_dot,
     cpu=torch_impl.linear_gram_dot,
-    cuda=torch_impl.linear_gram_dot,
+    cuda=gpu_implementation("linear_gram", "linear_gram_dot", torch_impl.linear_gram_dot),
 )
 _define(
     "linear_direction_dot(Tensor direction, Tensor act, Tensor grad, bool per_token) -> Tensor",
     fake=_fake_linear_direction_dot,
     cpu=torch_impl.linear_direction_dot,
-    cuda=torch_impl.linear_direction_dot,
+    cuda=gpu_implementation(
+        "linear_direction", "linear_direction_dot", torch_impl.linear_direction_dot
+    ),
 )
 _define(
     "linear_wgrad_dot(Tensor direction, Tensor act, Tensor grad, Tensor? scale)"
     " -> (Tensor, Tensor)",
     fake=_fake_linear_wgrad_dot,
     cpu=torch_impl.linear_wgrad_dot,
-    cuda=torch_impl.linear_wgrad_dot,
+    cuda=gpu_implementation("linear_wgrad", "linear_wgrad_dot", torch_impl.linear_wgrad_dot),
+)
+_define(
+    "linear_wgrad_dot_into(Tensor(a!) weight_grad, Tensor(b!)? bias_grads, Tensor direction,"
+    " Tensor act, Tensor grad, Tensor? scale, bool accumulate) -> Tensor",
+    fake=_fake_linear_wgrad_dot_into,
+    cpu=torch_impl.linear_wgrad_dot_into,
+    cuda=gpu_implementation(
+        "linear_wgrad", "linear_wgrad_dot_into", torch_impl.linear_wgrad_dot_into
+    ),
 )
 _define(
     "linear_joint_wgrad_dot(Tensor act, Tensor grad, int[] val_rows, Tensor? scale)"
     " -> (Tensor, Tensor)",
     fake=_fake_linear_joint_wgrad_dot,
     cpu=torch_impl.linear_joint_wgrad_dot,
-    cuda=torch_impl.linear_joint_wgrad_dot,
+    cuda=gpu_implementation(
+        "linear_wgrad", "linear_joint_wgrad_dot", torch_impl.linear_joint_wgrad_dot
+    ),
 )
 _define(
     "embedding_ghost_dot(Tensor val_ids, Tensor val_grad, Tensor train_ids, Tensor train_grad,"
@@ -166,5 +193,5 @@ _define(
     "norm_sample_grads(Tensor normed, Tensor grad) -> (Tensor, Tensor)",
     fake=_fake_norm_sample_grads,
     cpu=torch_impl.norm_sample_grads,
-    cuda=torch_impl.norm_sample_grads,
+    cuda=gpu_implementation("norm", "norm_sample_grads", torch_impl.norm_sample_grads),
 )

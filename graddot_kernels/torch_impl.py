@@ -122,6 +122,27 @@ def linear_wgrad_dot(
     return _fused_wgrad_dot(act, grad, k, scale, lambda lo, hi: direction[:, lo:hi])
 
 
+def linear_wgrad_dot_into(
+    weight_grad: Tensor,
+    bias_grads: Tensor | None,
+    direction: Tensor,
+    act: Tensor,
+    grad: Tensor,
+    scale: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    """`linear_wgrad_dot` into (or added to) weight_grad, (Dout, Din), in its own dtype, and every
+    sample's unscaled bias gradient Σ_t b into bias_grads, (N, Dout). Returns the dots."""
+    total, dots = linear_wgrad_dot(direction, act, grad, scale)
+    if accumulate:
+        weight_grad.add_(total)
+    else:
+        weight_grad.copy_(total)
+    if bias_grads is not None:
+        bias_grads.copy_(_accumulated(grad).sum(1))
+    return dots
+
+
 def linear_joint_wgrad_dot(
     act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:

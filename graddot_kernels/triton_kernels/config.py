@@ -32,11 +32,11 @@ class Tile:
 # "interpreter" has tiles so small that a small test crosses their edges.
 _WGRAD = {
     ("sm_80", "half"): Tile(128, 128, 32, 8, 4, slices=4, resident=2),
-    ("sm_90", "half"): Tile(128, 128, 64, 8, 4, slices=2, resident=2),
+    ("sm_90", "half"): Tile(128, 128, 64, 8, 4, slices=4, resident=2),
     ("sm_100", "half"): Tile(128, 128, 64, 8, 4, slices=2, resident=2),
     ("gfx942", "half"): Tile(128, 128, 32, 8, 2, slices=2, resident=2),
     ("small", "half"): Tile(128, 64, 32, 8, 3, resident=2, per_sm=2),
-    ("any", "fp32"): Tile(64, 64, 16, 8, 2, resident=4, per_sm=2),
+    ("any", "fp32"): Tile(64, 64, 16, 8, 2, per_sm=2),
     ("any", "tf32"): Tile(64, 64, 32, 8, 3, resident=4, per_sm=2),
     ("interpreter", "any"): Tile(32, 16, 16, 4, 2, slices=2, resident=2),
 }

@@ -210,7 +210,7 @@ def _separate_wgrad_dot(
     return linear_direction_dot(direction, act, grad, False)
 
 
-def linear_wgrad_dot_(
+def linear_wgrad_dot_into(
     weight_grad: Tensor,
     bias_grads: Tensor | None,
     direction: Tensor,
@@ -236,7 +236,7 @@ def linear_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     """scale · Σ_i G_i, (Dout, Din), and the unscaled dots, (K, N), in fp32."""
     weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=torch.float32)
-    return weight_grad, linear_wgrad_dot_(weight_grad, None, direction, act, grad, scale, False)
+    return weight_grad, linear_wgrad_dot_into(weight_grad, None, direction, act, grad, scale, False)
 
 
 def linear_joint_wgrad_dot(

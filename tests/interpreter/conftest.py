@@ -1,0 +1,21 @@
+"""These tests run the Triton kernels in Triton's interpreter, which has to be chosen before Triton
+is imported: `TRITON_INTERPRET=1 pytest tests/interpreter`. tests/test_triton.py does that in a
+process of its own."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    collect_ignore_glob = ["test_*.py"]
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty is full of NaN, so that an element no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.randn(1).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,97 @@
+"""torch.compile(fullgraph=True) of a function calling each public op gives the eager result."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import graddot_kernels as gk
+
+DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+
+
+def _linear(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    act, grad = torch.randn(5, 7, 12), torch.randn(5, 7, 9)
+    return act.to(device), grad.to(device), torch.randn(2, 9, 12).to(device)
+
+
+def _embedding(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    ids, grad = torch.randint(0, 11, (5, 7)), torch.randn(5, 7, 6)
+    return ids.to(device), grad.to(device), torch.randn(2, 11, 6).to(device)
+
+
+def _into(d: Tensor, a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
+    weight_grad, bias_grads = a.new_ones(b.shape[2], a.shape[2]), a.new_empty(b.shape[::2])
+    dots = torch.ops.graddot.linear_wgrad_dot_into(weight_grad, bias_grads, d, a, b, None, True)
+    return weight_grad, bias_grads, dots
+
+
+LINEAR: dict[str, Callable[..., object]] = {
+    "gram": lambda a, b, d: gk.linear_ghost_dot(a[3:], b[3:], a[:3], b[:3], method="gram"),
+    "pairwise": lambda a, b, d: gk.linear_ghost_dot(a[3:], b[3:], a[:3], b[:3], pairwise=True),
+    "direction": lambda a, b, d: gk.linear_direction_dot(d, a, b, per_token=True),
+    "wgrad": lambda a, b, d: gk.linear_wgrad_dot(d, a, b, scale=a.sum()),
+    "wgrad into": lambda a, b, d: _into(d, a, b),
+    "joint": lambda a, b, d: gk.linear_joint_wgrad_dot(a, b, [1, 1]),
+    "norm": lambda a, b, d: gk.norm_sample_grads(a, a * 2),
+    "norm ghost": lambda a, b, d: gk.norm_ghost_dot(a[3:], a[3:], a[:3], a[:3]),
+    "norm wgrad": lambda a, b, d: gk.norm_wgrad_dot(d[:, 0], a, a, bias_direction=d[:, 1]),
+}
+EMBEDDING: dict[str, Callable[..., object]] = {
+    "ghost": lambda i, g, d: gk.embedding_ghost_dot(i[3:], g[3:], i[:3], g[:3], 11),
+    "direction": lambda i, g, d: gk.embedding_direction_dot(d, i, g, padding_idx=0),
+    "wgrad": lambda i, g, d: gk.embedding_wgrad_dot(d, i, g, 11),
+    "joint": lambda i, g, d: gk.embedding_joint_wgrad_dot(i, g, [2], 11),
+}
+
+
+def _check(function: Callable[..., object], args: tuple[Tensor, ...]) -> None:
+    # The graph alone is in question, not the code an inductor makes around the op.
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*args), function(*args))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", LINEAR)
+def test_linear_and_norm(name: str, device: str) -> None:
+    _check(LINEAR[name], _linear(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("name", EMBEDDING)
+def test_embedding(name: str, device: str) -> None:
+    _check(EMBEDDING[name], _embedding(device))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_inductor(device: str) -> None:
+    """One function through the default backend, with arithmetic around the op to fuse."""
+    act, grad, direction = _linear(device)
+
+    def function(a: Tensor, b: Tensor, d: Tensor) -> Tensor:
+        weight_grad, dots = gk.linear_wgrad_dot(d.sin(), a * 2, b)
+        return dots.sin() + weight_grad.relu().mean()
+
+    got = torch.compile(function, fullgraph=True)(act, grad, direction)
+    torch.testing.assert_close(got, function(act, grad, direction))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_opcheck(device: str) -> None:
+    act, grad, direction = _linear(device)
+    ops = torch.ops.graddot
+    weight_grad, bias_grads = act.new_ones(9, 12), act.new_empty(5, 9)
+    scale = act.new_tensor(0.5)
+    for op, args in (
+        (ops.linear_gram_dot, (act[3:], grad[3:], act[:3], grad[:3], True)),
+        (ops.linear_direction_dot, (direction, act, grad, True)),
+        (ops.linear_wgrad_dot, (direction, act, grad, scale)),
+        (ops.linear_wgrad_dot_into, (weight_grad, bias_grads, direction, act, grad, scale, True)),
+        (ops.linear_joint_wgrad_dot, (act, grad, [1, 2], scale)),
+        (ops.norm_sample_grads, (act, act)),
+    ):
+        torch.library.opcheck(op.default, args)
