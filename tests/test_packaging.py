@@ -1,0 +1,109 @@
+"""What a user meets first: the wheel, a missing or broken extension, and what was built."""
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from graddot_lm import doctor
+
+import graddot_kernels
+from graddot_kernels import _extension, ops
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def import_elsewhere(folder: Path) -> subprocess.CompletedProcess[str]:
+    """`import graddot_kernels` in a new process that sees the package in `folder` only."""
+    code = "import graddot_kernels; print(graddot_kernels.build_info()['extension'])"
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.fixture
+def package_copy(tmp_path: Path) -> Path:
+    ignore = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(ROOT / "graddot_kernels", tmp_path / "graddot_kernels", ignore=ignore)
+    return tmp_path
+
+
+def test_without_the_extension_the_import_says_how_to_build_it(package_copy: Path) -> None:
+    done = import_elsewhere(package_copy)
+    assert done.returncode != 0
+    assert "ImportError" in done.stderr
+    assert "pip install --no-build-isolation" in done.stderr
+
+
+def test_an_extension_that_does_not_load_is_an_error_with_its_cause(package_copy: Path) -> None:
+    (package_copy / "graddot_kernels" / "_C.abi3.so").write_bytes(b"not a library")
+    done = import_elsewhere(package_copy)
+    assert done.returncode != 0
+    assert "does not load" in done.stderr
+    assert re.search("file too short|invalid ELF header", done.stderr)
+
+
+def test_build_info_names_an_implementation_of_every_op_on_each_device() -> None:
+    info = graddot_kernels.build_info()
+    assert info["version"] == graddot_kernels.__version__
+    assert Path(info["extension"]).exists()
+    assert info["torch"] == torch.__version__
+    assert ("CUDA" in info["devices"]) == bool(info["cuda_architectures"])
+    assert info["routes"].keys() == {
+        str(name).split("::")[1].split(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("graddot::")
+    }
+    for name, devices in info["routes"].items():
+        for device in ("CPU", "CUDA"):
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"graddot::{name}", device)
+            assert devices[device].startswith("graddot_kernels.")
+    embedding = [routes for name, routes in ops.routes.items() if name.startswith("embedding_")]
+    for routes in embedding:
+        assert routes["CPU"] == "graddot_kernels._C"
+        assert (routes["CUDA"] == "graddot_kernels._C") == _extension.HAS_CUDA
+
+
+def test_doctor_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    assert doctor.run(parser.parse_args([])) == 0
+    printed = capsys.readouterr().out
+    for text in (torch.__version__, "_C.abi3.so", "embedding_joint_wgrad_dot"):
+        assert text in printed
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="building needs cmake")
+def test_wheel(tmp_path: Path) -> None:
+    # From a copy, so that the source tree's own build folder is left alone.
+    source = tmp_path / "source"
+    ignore = shutil.ignore_patterns("build", ".git", "*.so", ".*cache", "__pycache__", "results")
+    shutil.copytree(ROOT, source, ignore=ignore)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", tmp_path, source], check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert re.fullmatch(r"graddot-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "installed")
+        names = archive.namelist()
+    assert "graddot_kernels/_C.abi3.so" in names
+    assert "graddot_lm/doctor.py" in names
+    assert {n.split("/")[0].split("-")[0] for n in names} == {
+        "graddot_kernels",
+        "graddot_lm",
+        "graddot",
+    }
+    done = import_elsewhere(tmp_path / "installed")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "installed/graddot_kernels/_C.abi3.so")
