@@ -15,7 +15,7 @@ void embedding_dots_cuda(const EmbeddingProblem& problem, const Tensor& grad) {
   const auto device = grad.get_device_index();
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   // The allocator hands freed memory only to work that this stream runs later.
   const auto bytes = static_cast<int64_t>(embedding_workspace_bytes(problem));
   const Tensor workspace =
