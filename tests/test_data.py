@@ -9,7 +9,8 @@ import pytest
 import torch
 from graddot_lm.data import MixtureSampler, TokenData, fixed_batch, parse_weights, permute
 from graddot_lm.errors import GraddotError
-from graddot_lm.tokenization import FORMAT_VERSION, tokenizer_sha256
+from graddot_lm.load_tokenizer import tokenizer_sha256
+from graddot_lm.token_writer import FORMAT_VERSION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models

@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from graddot_lm.errors import GraddotError
-from graddot_lm.tokenization import FORMAT_VERSION, SPLITS, load_tokenizer, tokenizer_sha256
+from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
+from graddot_lm.token_writer import FORMAT_VERSION, SPLITS
 
 SampleIds = np.ndarray | torch.Tensor | Sequence[int]
 

@@ -18,8 +18,8 @@ from pyarrow import acero
 from graddot_lm.data import TokenData
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import writing
+from graddot_lm.load_tokenizer import load_tokenizer
 from graddot_lm.store import open_rows, read_config, reading
-from graddot_lm.tokenization import load_tokenizer
 
 EXCERPT = 80
 MEASURES = ("value", "dot")

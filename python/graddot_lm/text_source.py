@@ -1,0 +1,203 @@
+"""Find and read documents: JSON-lines files, plain or compressed, and datasets of the hub.
+
+Sources come in a fixed order and are cut into chunks of records. The cuts depend on the records
+alone, so the end of a chunk, a source and the number of records read of it, is a position from
+which a later process reads on.
+"""
+
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import zstandard
+
+from graddot_lm.errors import GraddotError
+
+CHUNK_BYTES = 1 << 20
+READ_BYTES = 256 << 10
+FILE_NAME = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst))?$")
+HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
+INPUT_HELP = (
+    "text as JSON lines, one object a document: .jsonl, .json or .ndjson files, plain, .gz or .zst;"
+    " folders, of which every such file is read, in sorted order; or the name of a dataset on the"
+    " hub, which is streamed"
+)
+TEXT_HELP = "key of a document's text; dots go into nested objects (default: %(default)s)"
+
+# The bytes of a line, a mapping from a hub dataset, or the BadRecordError found in its place.
+Record = Any
+
+
+class BadRecordError(GraddotError):
+    """One document cannot be read; `--skip_bad_lines` passes over it."""
+
+
+class Source(NamedTuple):
+    """A file (`bytes` is its size) or a hub dataset (`bytes` is None, `split` the one to read)."""
+
+    name: str
+    bytes: int | None
+    split: str | None = None
+
+
+def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source]:
+    """List every file behind `inputs` (folders recursively, sorted) and every hub dataset name.
+
+    Raises GraddotError for a missing path, an unknown file ending, and a folder without text files.
+    """
+    sources = []
+    for name in inputs:
+        path = Path(name)
+        if path.is_dir():
+            files = sorted(p for p in path.rglob("*") if FILE_NAME.search(p.name) and p.is_file())
+            if not files:
+                raise GraddotError(f"{name}: no .jsonl, .json or .ndjson file (.gz, .zst) in it")
+            sources += [Source(str(p), p.stat().st_size) for p in files]
+        elif path.exists():
+            if not FILE_NAME.search(path.name):
+                raise GraddotError(
+                    f"{name}: unknown file ending; wanted .jsonl, .json or .ndjson, "
+                    "optionally followed by .gz or .zst"
+                )
+            sources.append(Source(name, path.stat().st_size))
+        elif FILE_NAME.search(name) or not HUB_NAME.match(name):
+            raise GraddotError(f"{name}: no such file or folder")
+        else:
+            sources.append(Source(name, None, dataset_split))
+    return sources
+
+
+def _decompressed(raw: BinaryIO, name: str) -> Iterator[bytes]:
+    """The content of `raw` in pieces; frames that follow each other are read as one stream."""
+    if not name.endswith((".gz", ".zst")):
+        yield from iter(lambda: raw.read(READ_BYTES), b"")
+        return
+    kind = name.rpartition(".")[2]
+    decoder: Any = None
+    try:
+        while data := raw.read(READ_BYTES):
+            while data:
+                if decoder is None and kind == "gz":
+                    decoder = zlib.decompressobj(wbits=31)
+                elif decoder is None:
+                    decoder = zstandard.ZstdDecompressor(max_window_size=2**31).decompressobj()
+                yield decoder.decompress(data)
+                data = decoder.unused_data if decoder.eof else b""
+                decoder = None if decoder.eof else decoder
+    except (zlib.error, zstandard.ZstdError) as error:
+        raise BadRecordError(f"damaged .{kind} stream: {error}") from error
+    if decoder is not None or raw.tell() == 0:
+        raise BadRecordError(f"truncated .{kind} stream; fetch the file again")
+
+
+def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
+    """The lines of a possibly compressed file, of any length, without their line ends."""
+    parts: list[bytes] = []
+    for piece in _decompressed(raw, name):
+        head, *rest = piece.split(b"\n")
+        parts.append(head)
+        if rest:
+            yield b"".join(parts)
+            yield from rest[:-1]
+            parts = [rest[-1]]
+    if last := b"".join(parts):
+        yield last
+
+
+def _file_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
+    with open(source.name, "rb") as raw:
+        try:
+            for line in islice(_lines(raw, source.name), skip, None):
+                yield line, raw.tell()
+        except BadRecordError as bad:
+            yield bad, raw.tell()
+
+
+def _hub_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
+    import datasets
+
+    try:
+        stream = datasets.load_dataset(source.name, split=source.split, streaming=True)
+        for record in stream.skip(skip):
+            yield record, 0
+    except Exception as error:  # datasets raises the errors of every library below it
+        raise GraddotError(
+            f"{source.name}: no such file or folder here, and split {source.split!r} of a dataset "
+            f"of this name could not be read from the hub: {error}"
+        ) from error
+
+
+class Chunk(NamedTuple):
+    """Consecutive records of one source; `line` counts those read up to the chunk's end."""
+
+    source: int
+    name: str
+    records: list[tuple[int, Record]]
+    line: int
+    bytes_done: int
+
+
+def read_chunks(sources: list[Source], start: int, line: int) -> Iterator[Chunk]:
+    """Cut the sources into chunks, from record `line` of source `start` on.
+
+    The cuts depend on the records alone, so a chunk's end is a position to go on from.
+    """
+    done = sum(source.bytes or 0 for source in sources[:start])
+    for index in range(start, len(sources)):
+        source = sources[index]
+        skip = line if index == start else 0
+        records: list[tuple[int, Record]] = []
+        size, number, position = 0, skip, 0
+        read = _hub_records if source.bytes is None else _file_records
+        try:
+            for number, (record, position) in enumerate(read(source, skip), skip + 1):
+                if isinstance(record, bytes) and not record.strip():
+                    continue
+                records.append((number, record))
+                size += len(record) if isinstance(record, bytes) else len(str(record))
+                if size >= CHUNK_BYTES:
+                    yield Chunk(index, source.name, records, number, done + position)
+                    records, size = [], 0
+        except OSError as error:
+            raise GraddotError(f"{source.name}: cannot be read: {error.strerror}") from error
+        done += source.bytes or 0
+        yield Chunk(index, source.name, records, number, done)
+
+
+def parse(
+    record: Record, text_column: str, domain_column: str, default_domain: str | None
+) -> tuple[str, str]:
+    """Text and domain of a record. Raises BadRecordError."""
+    if isinstance(record, BadRecordError):
+        raise record
+    if isinstance(record, bytes):
+        try:
+            record = json.loads(record.decode())
+        except UnicodeDecodeError as error:
+            raise BadRecordError(f"not UTF-8: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise BadRecordError(f"not JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise BadRecordError(f"a JSON object was expected, not {type(record).__name__}")
+    text = _column(record, text_column)
+    if not isinstance(text, str):
+        raise BadRecordError(f"{text_column!r} is missing or not a string")
+    if re.search("[\ud800-\udfff]", text):
+        raise BadRecordError(f"{text_column!r} holds half of a surrogate pair")
+    domain = _column(record, domain_column)
+    if not isinstance(domain, str) or not domain:
+        domain = default_domain
+    if domain is None:
+        raise BadRecordError(f"no domain at {domain_column!r}; give --default_domain for such text")
+    return text, domain
+
+
+def _column(record: dict, dotted: str) -> Any:
+    value: Any = record
+    for key in dotted.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value

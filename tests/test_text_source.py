@@ -1,0 +1,111 @@
+"""Where `graddot tokenize` finds documents: files, streams and lines that are fit or unfit."""
+
+import gzip
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+import zstandard
+from graddot_lm.errors import GraddotError
+from tokenize_checks import GOOD, content, document, jsonl, small_bpe, tokenize
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> Path:
+    return small_bpe(tmp_path_factory.mktemp("bpe"))
+
+
+BAD_LINES = {
+    "not-json": b'{"text": ',
+    "not-an-object": b"[1, 2]",
+    "no-text": b'{"meta": {"pile_set_name": "x"}}',
+    "text-not-a-string": b'{"text": 3, "meta": {"pile_set_name": "x"}}',
+    "not-utf8": b'{"text": "\xff", "meta": {"pile_set_name": "x"}}',
+    "half-a-surrogate-pair": rb'{"text": "\ud800", "meta": {"pile_set_name": "x"}}',
+    "too-deep": b"[" * 100_000,
+    "no-domain": b'{"text": "a"}',
+}
+
+
+@pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES)
+def test_bad_line_is_named_or_skipped(tmp_path, bpe, bad):
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(GOOD + b"\n" + bad + b"\n" + GOOD)
+    with pytest.raises(GraddotError, match=r"a\.jsonl:2: "):
+        tokenize(file, tmp_path / "out", bpe)
+    meta = tokenize(file, tmp_path / "out", bpe, skip_bad_lines=True)
+    assert meta["bad_lines"] == 1
+    assert sum(d[s]["documents"] for d in meta["domains"] for s in ("train", "val")) == 2
+
+
+@pytest.mark.parametrize("ending", ["gz", "zst"])
+@pytest.mark.parametrize("damage", ["truncated", "damaged"])
+def test_broken_stream_names_the_file(tmp_path, bpe, ending, damage):
+    # Random letters, so that half of the stream holds about half of the documents.
+    letters = np.random.default_rng(0).integers(97, 123, (1500, 300), np.uint8)
+    text = b"".join(b'{"text": "%s"}\n' % row.tobytes() for row in letters)
+    packed = gzip.compress(text) if ending == "gz" else zstandard.compress(text)
+    file = tmp_path / f"b.jsonl.{ending}"
+    file.write_bytes(packed[: len(packed) // 2] if damage == "truncated" else b"\0\1junk" + packed)
+    (tmp_path / "c.jsonl").write_bytes(GOOD)
+    inputs = [str(file), str(tmp_path / "c.jsonl")]
+    with pytest.raises(GraddotError, match=rf"b\.jsonl\.{ending}:\d+: {damage}"):
+        tokenize(inputs, tmp_path / "out", bpe, default_domain="x")
+    given = {"default_domain": "x", "skip_bad_lines": True, "overwrite": True}
+    meta = tokenize(inputs, tmp_path / "out", bpe, **given)
+    read = sum(d[s]["documents"] for d in meta["domains"] for s in ("train", "val"))
+    assert meta["bad_lines"] == 1
+    assert read == 1 if damage == "damaged" else 1 < read < 1500
+
+
+def test_frames_that_follow_each_other_are_one_stream(tmp_path, bpe):
+    skippable = b"\x50\x2a\x4d\x18" + (3).to_bytes(4, "little") + b"abc"
+    halves = jsonl(range(50))[:1111], jsonl(range(50))[1111:]
+    packed = skippable + b"".join(zstandard.compress(half) for half in halves)
+    (tmp_path / "a.jsonl.zst").write_bytes(packed)
+    (tmp_path / "a.jsonl.gz").write_bytes(b"".join(gzip.compress(half) for half in halves))
+    (tmp_path / "a.jsonl").write_bytes(b"".join(halves))
+    tokenize(tmp_path / "a.jsonl", tmp_path / "plain", bpe)
+    for ending in ("gz", "zst"):
+        tokenize(tmp_path / f"a.jsonl.{ending}", tmp_path / ending, bpe)
+        assert content(tmp_path / ending) == content(tmp_path / "plain")
+
+
+def test_input_errors(tmp_path, bpe):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "none.jsonl").write_text("\n")
+    cases = {
+        "empty": "no .jsonl, .json or .ndjson file",
+        "missing.jsonl": "no such file or folder",
+        "missing/": "no such file or folder",
+        "a.txt": "unknown file ending",
+        "none.jsonl": "no document in",
+    }
+    for name, message in cases.items():
+        with pytest.raises(GraddotError, match=message):
+            tokenize(f"{tmp_path}/{name}", tmp_path / "out", bpe)
+
+
+def test_hub_dataset_is_streamed(tmp_path, bpe, monkeypatch):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(range(40)))
+    rows = datasets.Dataset.from_list([document(n) for n in range(40)])
+    asked = []
+
+    def load_dataset(name, split, streaming):
+        asked.append((name, split, streaming))
+        return rows.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    tokenize("some/pile", tmp_path / "hub", bpe, dataset_split="test")
+    tokenize(tmp_path / "a.jsonl", tmp_path / "file", bpe)
+    assert asked == [("some/pile", "test", True)]
+    assert content(tmp_path / "hub") == content(tmp_path / "file")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(GraddotError, match="some/pile.*no route to the hub"):
+        tokenize("some/pile", tmp_path / "off", bpe)

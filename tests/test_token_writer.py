@@ -1,0 +1,153 @@
+"""Output folders of `graddot tokenize`: refused, interrupted at any instant, gone on with."""
+
+import gzip
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from graddot_lm import text_source, token_writer
+from graddot_lm.errors import GraddotError
+from tokenize_checks import GOOD, content, jsonl, small_bpe, small_pile, tokenize
+
+
+@pytest.fixture(scope="module")
+def bpe(tmp_path_factory) -> Path:
+    return small_bpe(tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture
+def pile(tmp_path) -> Path:
+    return small_pile(tmp_path / "pile")
+
+
+def test_finished_foreign_and_unwritable_outputs(tmp_path, pile, bpe):
+    tokenize(pile, tmp_path / "out", bpe)
+    with pytest.raises(GraddotError, match="--overwrite"):
+        tokenize(pile, tmp_path / "out", bpe)
+    (tmp_path / "one.jsonl").write_bytes(GOOD)
+    meta = tokenize(tmp_path / "one.jsonl", tmp_path / "out", bpe, overwrite=True)
+    assert [d["name"] for d in meta["domains"]] == ["Pile-CC"]
+    assert set(content(tmp_path / "out")) == {"pile-cc/train.bin", "pile-cc/val.bin"}
+    with pytest.raises(GraddotError, match="holds other files"):
+        tokenize(pile, pile, bpe)
+    with pytest.raises(GraddotError, match="cannot be written"):
+        tokenize(pile, tmp_path / "one.jsonl" / "out", bpe)
+
+
+# Interrupted runs, in a process of their own
+
+SCRIPT = """
+import argparse
+from graddot_lm import text_source, token_writer, tokenization
+text_source.CHUNK_BYTES, token_writer.COMMIT_SECONDS = 20_000, 0
+parser = argparse.ArgumentParser()
+tokenization.add_arguments(parser)
+tokenization.run(parser.parse_args())
+"""
+
+
+def start(source, out, bpe, *more) -> subprocess.Popen:
+    words = [f"--input={source}", f"--output={out}", f"--tokenizer={bpe}", "--workers=2", *more]
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *words])
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """Enough text for some hundred commits, over two files."""
+    folder = tmp_path_factory.mktemp("large")
+    (folder / "a.jsonl.gz").write_bytes(gzip.compress(jsonl(range(2000))))
+    (folder / "b.jsonl").write_bytes(jsonl(range(2000, 4000)))
+    return folder
+
+
+def wait_for(condition, process, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.poll()
+        time.sleep(0.002)
+
+
+def recorded_lines(out) -> int:
+    try:
+        state = json.loads((out / "progress.json").read_text())
+    except FileNotFoundError:
+        return 0
+    return state["source"] * 2000 + state["line"]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_sigkill_loses_and_repeats_nothing(tmp_path, large, bpe):
+    tokenize(large, tmp_path / "whole", bpe, val_fraction=0.2)
+    out = tmp_path / "out"
+    workers = []
+    for stop in (1, 2300):
+        process = start(large, out, bpe, "--val_fraction=0.2")
+        wait_for(lambda stop=stop: recorded_lines(out) >= stop, process)
+        workers += children_of(process.pid)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL
+    assert 2300 <= recorded_lines(out) < 4000
+    for path in out.rglob("train.bin"):  # as if death had come between a write and its record
+        with open(path, "ab") as file:
+            file.write(b"\1\2\3")
+
+    with pytest.raises(GraddotError) as refused:
+        tokenize(large, out, bpe, val_fraction=0.3, seed=5)
+    assert "seed: 0 before, 5 now; val_fraction: 0.2 before, 0.3 now" in str(refused.value)
+
+    meta = tokenize(large, out, bpe, val_fraction=0.2)
+    assert content(out) == content(tmp_path / "whole")
+    assert meta == json.loads((tmp_path / "whole" / "meta.json").read_text())
+    deadline = time.monotonic() + 5  # workers end with the process that started them
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert len(workers) == 4
+    alive = [pid for pid in workers if Path(f"/proc/{pid}").exists()]
+    assert all("Z" in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in alive)
+
+
+def test_full_disk_keeps_what_was_recorded(tmp_path, large, bpe, monkeypatch):
+    tokenize(large, tmp_path / "whole", bpe)
+    out = tmp_path / "out"
+    monkeypatch.setattr(text_source, "CHUNK_BYTES", 10_000)
+    monkeypatch.setattr(token_writer, "COMMIT_SECONDS", 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(GraddotError, match="cannot be written.*run the same command again"):
+            tokenize(large, out, bpe)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert recorded_lines(out) > 0
+    tokenize(large, out, bpe)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_lost_and_damaged_records_are_refused(tmp_path, pile, bpe, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_writer.TokenWriter, "finish", raise_interrupt)
+        tokenize(pile, out, bpe)
+    (out / "github" / "train.bin").unlink()
+    with pytest.raises(GraddotError, match="github/train.bin: shorter than recorded"):
+        tokenize(pile, out, bpe)
+    (out / "progress.json").write_text("{")
+    with pytest.raises(GraddotError, match="progress.json: damaged"):
+        tokenize(pile, out, bpe)
+    tokenize(pile, out, bpe, overwrite=True)
+    tokenize(pile, tmp_path / "whole", bpe)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def raise_interrupt(*_):
+    raise KeyboardInterrupt

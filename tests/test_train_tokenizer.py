@@ -1,0 +1,26 @@
+"""`graddot train-tokenizer`."""
+
+import pytest
+from graddot_lm.errors import GraddotError
+from graddot_lm.train_tokenizer import add_bpe_arguments, run_bpe, train_bpe
+from tokenize_checks import GOOD, jsonl, parse_options
+from tokenizers import Tokenizer
+
+
+def test_train_bpe_round_trips_any_text(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(jsonl(range(50)))
+    out = tmp_path / "new" / "tokenizer.json"
+    args = parse_options(add_bpe_arguments, input=tmp_path / "a.jsonl", output=out, vocab_size=300)
+    assert run_bpe(args) == 0
+    tokenizer = Tokenizer.from_file(str(out))
+    assert tokenizer.get_vocab_size() == 300 and tokenizer.token_to_id("<|endoftext|>") == 0
+    for text in ("  two spaces\n\ttab", "漢字 🙂 \x00", "unseen Ωmega"):
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_train_bpe_errors(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n{}\n")
+    with pytest.raises(GraddotError, match="at least 257"):
+        train_bpe([str(tmp_path / "a.jsonl")], 256, tmp_path / "t.json")
+    with pytest.raises(GraddotError, match=r"a\.jsonl:2: 'text' is missing"):
+        train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path / "t.json")
