@@ -4,12 +4,14 @@ The interpreter has to be chosen before Triton is imported, so tests/interpreter
 of its own; its cases are seen with `TRITON_INTERPRET=1 pytest tests/interpreter`.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from graddot_kernels.triton_kernels import config
 from graddot_kernels.triton_kernels.config import TABLES, cdiv, packed, tile_for, wgrad_samples
@@ -73,3 +75,59 @@ def test_routes_by_counted_operations() -> None:
     assert not config.fused_wgrad_is_cheaper(1, 1, tile)
     assert config.joint_gram_is_cheaper(4, 8, 768, 768)
     assert not config.joint_gram_is_cheaper(32, 1024, 768, 3072)
+
+
+def _gpu_bench():  # type: ignore[no-untyped-def]
+    """bench/gpu_kernels.py as a module."""
+    spec = importlib.util.spec_from_file_location("gpu_kernels", ROOT / "bench/gpu_kernels.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("op", ["wgrad", "direction", "gram", "norm"])
+def test_gpu_bench_rivals_compute_the_same(op: str) -> None:
+    """The rivals and the bench's own check, on a CPU and small; descriptors need a GPU."""
+    pytest.importorskip("triton")
+    bench = _gpu_bench()
+    torch.manual_seed(0)
+    shapes = {"act": (3, 8, 16), "grad": (3, 8, 12), "direction": (12, 16)}
+    shapes |= {"val_act": (2, 8, 16), "val_grad": (2, 8, 12)}
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
+    candidates = bench.functions(op, tensors)
+    want = candidates["kernel"]()
+    bench.check(op, tensors, want)
+    want_dots = want[1] if op == "wgrad" else want
+    for rival in {"naive", "vmap", "two matmuls", "direction"} & set(candidates):
+        got = candidates[rival]()
+        if op == "direction":
+            got = got.view(3, 8).sum(1)
+        if op == "wgrad" and rival == "naive":
+            torch.testing.assert_close(got[0], want[0])
+            got = got[1]
+        torch.testing.assert_close(got, want_dots, rtol=1e-4, atol=1e-3)
+
+
+def test_gpu_bench_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
+    bench = _gpu_bench()
+    bench.dry_run(["wgrad", "gram"])
+    printed = capsys.readouterr().out
+    assert printed.count("GFLOP") == 2 * len(bench.SHAPES)
+    assert "small proj" in printed
+    count = bench.counts(32, 4, 1024, 768, 768)["wgrad"]
+    assert count.flops == 2 * 32 * 1024 * 768 * 768
+    assert count.floor(1e15, 3e12) > count.flops / 1e15 * 0.99
+
+
+def test_package_works_without_triton() -> None:
+    """No Triton: the package imports, and the GPU route is the plain-PyTorch form."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import importlib.util as u; find = u.find_spec\n"
+        "u.find_spec = lambda name, *a: None if name == 'triton' else find(name, *a)\n"
+        "from graddot_kernels import ops\n"
+        "assert set(ops.routes['linear_gram_dot'].values()) == {'graddot_kernels.torch_impl'}\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -1,0 +1,180 @@
+"""The Triton kernels on a GPU against float64: every dtype, the tables' own tiles, their edges."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from kernel_checks import (
+    FP32_ERROR,
+    TF32_ERROR,
+    check_direction,
+    check_gram,
+    check_norm,
+    check_wgrad,
+    inputs,
+    random,
+)
+
+import graddot_kernels as gk
+
+DTYPES = pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
+)
+# (N, T, Din, Dout): GPT-2's widths, one over and one under a tile, T = 1, odd widths.
+SHAPES = [
+    (4, 256, 768, 768),
+    (3, 130, 768, 2304),
+    (5, 127, 129, 255),
+    (2, 65, 1600, 320),
+    (9, 17, 64, 50),
+    (6, 1, 256, 136),
+    (1, 1, 1, 1),
+    (1, 1000, 72, 40),
+]
+SHAPE = pytest.mark.parametrize(
+    "shape", SHAPES, ids=["n={}-t={}-din={}-dout={}".format(*s) for s in SHAPES]
+)
+# Longer sums than in the interpreter, and the matrix units' own accumulation order.
+TOLERANCE = 4 * FP32_ERROR
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty is full of NaN, so that an element no kernel wrote shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, seed: int = 0):  # type: ignore[no-untyped-def]
+    n, t, d_in, d_out = shape
+    act = random(n, t, d_in, dtype=dtype, device="cuda", seed=seed)
+    return act, random(n, t, d_out, dtype=dtype, device="cuda", seed=seed + 1)
+
+
+@DTYPES
+@SHAPE
+@pytest.mark.parametrize("pairwise", [False, True], ids=["summed", "pairwise"])
+def test_gram(shape: tuple[int, ...], dtype: torch.dtype, pairwise: bool) -> None:
+    act, grad = _inputs(shape, dtype)
+    val = _inputs((2, max(1, shape[1] - 3), *shape[2:]), dtype, seed=2)
+    got = gk.linear_ghost_dot(*val, act, grad, pairwise=pairwise, method="gram")
+    check_gram(got, *val, act, grad, pairwise, TOLERANCE)
+
+
+@DTYPES
+@SHAPE
+@pytest.mark.parametrize("per_token", [False, True], ids=["sample", "token"])
+def test_direction(shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) -> None:
+    act, grad = _inputs(shape, dtype)
+    direction = random(2, shape[3], shape[2], dtype=dtype, device="cuda")
+    got = gk.linear_direction_dot(direction, act, grad, per_token=per_token)
+    check_direction(got, direction, act, grad, per_token, TOLERANCE)
+
+
+@DTYPES
+@SHAPE
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("tma", [False, True], ids=["pointers", "descriptors"])
+def test_wgrad(shape: tuple[int, ...], dtype: torch.dtype, k: int, tma: bool) -> None:
+    from graddot_kernels.triton_kernels.launch import choose_tile
+    from graddot_kernels.triton_kernels.linear_wgrad import fused_wgrad_dot
+
+    if tma and torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors are Hopper's")
+    act, grad = _inputs(shape, dtype)
+    direction = random(k, shape[3], shape[2], dtype=dtype, device="cuda")
+    scale = torch.tensor(0.5, device="cuda")
+    tile = replace(choose_tile("wgrad", act), tma=tma)
+    for samples in (None, 1):
+        before = random(shape[3], shape[2], dtype=dtype, device="cuda", seed=3)
+        out = before.clone()
+        bias_grads = act.new_empty((shape[0], shape[3]), dtype=torch.float32)
+        dots = fused_wgrad_dot(out, bias_grads, direction, act, grad, scale, True, tile, samples)
+        check_wgrad(out, dots, direction, act, grad, scale, before, TOLERANCE)
+        torch.testing.assert_close(bias_grads.double(), grad.double().sum(1), rtol=0, atol=1e-3)
+
+
+@DTYPES
+@pytest.mark.parametrize("t", [1, 40, 512])
+def test_public_wgrad_and_joint(t: int, dtype: torch.dtype) -> None:
+    act, grad = _inputs((6, t, 320, 192), dtype)
+    direction = random(2, 192, 320, dtype=dtype, device="cuda")
+    scale = torch.tensor(0.5, device="cuda")
+    got = gk.linear_wgrad_dot(direction, act, grad, scale=scale)
+    check_wgrad(*got, direction, act, grad, scale, tolerance=TOLERANCE)
+    joint = gk.linear_joint_wgrad_dot(act, grad, [1, 2], scale=scale)
+    grads = torch.einsum("nto,nti->noi", grad[3:].double(), act[3:].double())
+    directions = torch.stack([grads[0], grads[1:].sum(0)])
+    check_wgrad(*joint, directions, act[:3], grad[:3], scale, tolerance=2 * TOLERANCE)
+
+
+@DTYPES
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1024, 768), (5, 77, 1601), (2, 4096, 64)])
+def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    normed = random(*shape, dtype=dtype, device="cuda")
+    grad = random(*shape, dtype=dtype, device="cuda", seed=1)
+    check_norm(gk.norm_sample_grads(normed, grad), normed, grad)
+
+
+def test_tf32_only_when_allowed() -> None:
+    act, grad = _inputs((3, 200, 256, 128), torch.float32)
+    direction = random(1, 128, 256, dtype=torch.float32, device="cuda")
+    before = torch.backends.cuda.matmul.allow_tf32
+    try:
+        for allowed, tolerance in ((False, TOLERANCE), (True, TF32_ERROR)):
+            torch.backends.cuda.matmul.allow_tf32 = allowed
+            got = gk.linear_wgrad_dot(direction, act, grad)
+            check_wgrad(*got, direction, act, grad, tolerance=tolerance)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_bitwise_repeatable(dtype: torch.dtype) -> None:
+    act, grad = _inputs((7, 300, 768, 640), dtype)
+    direction = random(2, 640, 768, dtype=dtype, device="cuda")
+    for run in (
+        lambda: gk.linear_wgrad_dot(direction, act, grad),
+        lambda: (gk.linear_direction_dot(direction, act, grad),),
+        lambda: (gk.linear_ghost_dot(act, grad, act, grad, pairwise=True, method="gram"),),
+        lambda: gk.norm_sample_grads(act, act),
+    ):
+        for _ in range(3):
+            assert all(torch.equal(x, y) for x, y in zip(run(), run(), strict=True))
+
+
+def test_gram_memory_is_small() -> None:
+    """Nothing of size T × S: 4 × 8 pairs of 2048 tokens would be half a GiB in fp32."""
+    act, grad = _inputs((8, 2048, 256, 256), torch.bfloat16)
+    torch.use_deterministic_algorithms(False)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gk.linear_ghost_dot(act[:4], grad[:4], act, grad, pairwise=True, method="gram")
+    assert torch.cuda.max_memory_allocated() - before < 1 << 20
+
+
+def test_beyond_32_bit_addresses() -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free GPU memory")
+    torch.use_deterministic_algorithms(False)
+    n, t, d = 3, 128, 64
+    big = [torch.empty(2**31 * (n - 1) + t * d, dtype=torch.bfloat16, device="cuda")
+           for _ in range(2)]  # fmt: skip
+    act, grad = (x.as_strided((n, t, d), (2**31, d, 1)) for x in big)
+    for x, filled in zip((act, grad), inputs(n, t, d, d, dtype=torch.bfloat16), strict=True):
+        x.copy_(filled)
+    direction = random(1, d, d, dtype=torch.bfloat16, device="cuda")
+    check_wgrad(*gk.linear_wgrad_dot(direction, act, grad), direction, act, grad)
+    got = gk.linear_ghost_dot(act, grad, act, grad, pairwise=True, method="gram")
+    check_gram(got, act, grad, act, grad, True, TOLERANCE)
+
+
+def test_second_device() -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    act, grad = (x.to("cuda:1") for x in inputs(3, 40, 64, 64, dtype=torch.bfloat16))
+    direction = random(1, 64, 64, dtype=torch.bfloat16, device="cuda:1")
+    check_wgrad(*gk.linear_wgrad_dot(direction, act, grad), direction, act, grad)
