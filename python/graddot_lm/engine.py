@@ -409,7 +409,6 @@ class GradDotProdEngine:
             lr = float("nan") if micro.lr is None else micro.lr
             share = counts / counts.sum().clamp(min=1) / len(self._pending)
             rows: dict[str, Any] = {
-                "step": torch.full((n,), micro.iteration),
                 "sample_id": torch.as_tensor(micro.sample_ids),
                 "n_tokens": counts,
                 "lr": torch.full((n,), lr, dtype=torch.float64),
@@ -421,5 +420,5 @@ class GradDotProdEngine:
             for name, column in columns.items():
                 rows[name] = column[at : at + n]
             arrays = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in rows.items()}
-            store.append(arrays, step=micro.iteration)
+            store.append(arrays, micro.iteration)
             at += n

@@ -162,7 +162,7 @@ def summarize(
     distinct = dict(zip(*(column.to_pylist() for column in counts.columns), strict=True))
     extremes = _extremes(samples, by, top)
     why = _add_excerpts(config, [*extremes["best"], *extremes["worst"]])
-    measured = {**config, **config.get("measured", {})}
+    measured = config.get("measured", {})
     return {
         "run": str(run),
         "by": by,
@@ -176,7 +176,8 @@ def summarize(
         "no_excerpts": why,
         "throughput": _throughput(run, steps),
         "overhead": measured.get("overhead"),
-        "coverage": measured.get("coverage"),
+        "overhead_over_regular_n": measured.get("overhead_over_regular_n"),
+        "coverage": config.get("coverage"),
     }
 
 
@@ -277,16 +278,20 @@ def _closing_lines(summary: dict[str, Any]) -> list[str]:
     if rate["tokens_per_s"] is not None:
         median = f"{rate['tokens_per_s']:,.0f} tokens/s"
         lines = [f"throughput: {median}, the median of {rate['steps']:,} rows of metrics"]
-    if isinstance(overhead, int | float):
-        overhead = f"{overhead:.1%} of the time of a step without scores"
-    lines.append(f"overhead: {'not measured' if overhead is None else overhead}")
-    if isinstance(coverage, dict) and {"covered", "share"} <= set(coverage):
-        excluded = ", ".join(coverage.get("excluded", [])) or "none"
-        coverage = (
-            f"{len(coverage['covered'])} scored, {coverage['share']:.1%} of the trainable "
-            f"elements; excluded: {excluded}"
+    if overhead is None:
+        lines.append("overhead: not measured")
+    else:
+        lines.append(f"overhead: {overhead:+.1%} over regular training on the same rows")
+    if summary["overhead_over_regular_n"] is not None:
+        lines[-1] += f", {summary['overhead_over_regular_n']:+.1%} on the training rows alone"
+    if coverage is None:
+        lines.append("parameters: not recorded")
+    else:
+        excluded = ", ".join(coverage["excluded"]) or "none"
+        share = f"{coverage['share']:.1%} of the trainable elements"
+        lines.append(
+            f"parameters: {len(coverage['covered'])} scored, {share}; excluded: {excluded}"
         )
-    lines.append(f"parameters: {'not recorded' if coverage is None else coverage}")
     return lines
 
 

@@ -1,0 +1,47 @@
+# Two commands for a newcomer: `make demo` and `make test`. Everything runs in .venv, made on demand.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+VENV ?= .venv
+PYTHON ?= python3
+BIN := $(VENV)/bin
+# The CPU build of torch unless told otherwise: `make TORCH=torch` takes the default build.
+TORCH ?= torch==2.13.0
+DEMO ?= demo
+
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding gpu-check clean
+
+$(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
+	@echo "Setting up $(VENV): a few minutes the first time"
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
+	$(BIN)/pip install -q "setuptools>=77" wheel "cmake>=3.25" ninja
+	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	touch $@
+
+demo: $(VENV)/installed ## train a small GPT-2 on text of this machine, show which data helped
+	PATH=$(abspath $(BIN)):$$PATH bash python/examples/demo.sh $(DEMO)
+
+test: $(VENV)/installed lint csrc-check aot ## everything that CI runs
+	$(BIN)/pytest -n 2 --dist loadfile
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+csrc-check: $(VENV)/installed ## C++ unit test under sanitizers, .cu compile, symbols of the stable ABI
+	PATH=$(abspath $(BIN)):$$PATH csrc/check.sh
+
+aot: $(VENV)/installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942
+	$(BIN)/python bench/aot.py
+
+bench: bench-step bench-embedding
+
+bench-step: $(VENV)/installed
+	$(BIN)/python bench/bench_step.py
+
+bench-embedding: $(VENV)/installed
+	$(BIN)/python bench/bench_embedding.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info graddot_kernels/*.so

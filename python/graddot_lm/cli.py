@@ -1,0 +1,48 @@
+"""The command `graddot`."""
+
+import argparse
+import sys
+from importlib import import_module
+
+from .errors import GraddotError
+
+# name -> module, its two functions, one line of help. Modules are imported only when used, so
+# that `graddot --help` does not wait for torch.
+COMMANDS = {
+    "train-tokenizer": (
+        "train_tokenizer",
+        "add_bpe_arguments",
+        "run_bpe",
+        "train a byte-level BPE",
+    ),
+    "tokenize": ("tokenization", "add_arguments", "run", "turn text by domain into token files"),
+    "train": ("train", "add_arguments", "run", "train GPT-2, with a score for every sample"),
+    "scores": ("report", "add_arguments", "run", "show which data helped, from a run's folder"),
+    "doctor": ("doctor", "add_arguments", "run", "show what was built and what runs where"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand; 2 with a message for people if the input or environment is at fault."""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(
+        prog="graddot",
+        description="Which training data helps and which hurts, while the model trains.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, add, run, text) in COMMANDS.items():
+        sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
+        if argv[:1] == [name]:
+            imported = import_module(f"graddot_lm.{module}")
+            getattr(imported, add)(sub)
+            sub.set_defaults(function=getattr(imported, run))
+    args = parser.parse_args(argv)
+    try:
+        return args.function(args)
+    except GraddotError as error:
+        print(f"graddot {args.command}: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,307 @@
+"""`graddot train`: GPT-2 on tokenized domains, with a score for every sample at every step."""
+
+import argparse
+import math
+import signal
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .checkpoint import latest_checkpoint, load_checkpoint
+from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
+from .engine import GradDotProdEngine
+from .errors import GraddotError
+from .models import DTYPES, build_gpt2, row_losses
+from .store import RunDirectory
+from .train_options import (
+    add_arguments,  # noqa: F401 (the command line looks here)
+    check,
+    describe,
+)
+
+
+def _optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
+    """AdamW; only matrices decay, as GPT-2's recipes have it."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": args.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=args.learning_rate, betas=(0.9, 0.95))
+
+
+def learning_rate(step: int, args: argparse.Namespace) -> float:
+    """Linear warm-up over `warmup_step` steps, then constant, or a cosine to a tenth."""
+    if step < args.warmup_step:
+        return args.learning_rate * (step + 1) / args.warmup_step
+    if args.lr_schedule == "constant":
+        return args.learning_rate
+    done = (step - args.warmup_step) / max(1, args.max_steps - args.warmup_step)
+    return args.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
+
+
+class Trainer:
+    """One run: model, data, optimizer, engine and the run's directory."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.device = torch.device(args.device)
+        torch.manual_seed(args.seed)
+        self.data = TokenData(args.pile_data_dir, "train", args.train_set, args.block_size)
+        self.val_data = TokenData(args.pile_data_dir, "val", args.val_set, args.block_size)
+        vocab_size = self.data.vocab_size
+        model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
+        self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
+        self.optimizer = _optimizer(self.model, args)
+        weights = parse_weights(args.domain_weights) if args.domain_weights else None
+        self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
+        self.engine: GradDotProdEngine | None = None
+        if args.method == "GradDotProd":
+            val_ids = fixed_batch(self.val_data, args.val_batch_size, args.seed)
+            val_batch = self._to_device(self.val_data.get(val_ids))
+            self.engine = GradDotProdEngine(self.model, val_batch, label_shift=0)
+        self.run_dir: RunDirectory | None = None
+        self.step = 0  # the next to run
+        self.stop_signal: int | None = None
+
+    # Pieces of a step
+
+    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        x, y = batch
+        return x.to(self.device), y.to(self.device)
+
+    def _autocast(self) -> AbstractContextManager:
+        dtype = DTYPES[self.args.train_dtype]
+        enabled = dtype in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, dtype if enabled else None, enabled=enabled)
+
+    def _row_losses(self, x: Tensor, y: Tensor) -> Tensor:
+        with self._autocast():
+            return row_losses(self.model(x).logits, y)
+
+    def _backward(self, x: Tensor, y: Tensor, tag: Any) -> Tensor:
+        """Forward and backward of one batch; mean loss of each training row, (N,)."""
+        n = len(x)
+        if self.engine is None:
+            losses = self._row_losses(x, y)
+            (losses.sum() / y.numel()).backward()
+        else:
+            self.engine.attach_train_batch(x, y, self.step, tag)
+            x, y = self.engine.prepare_forward_input(x, y)
+            losses = self._row_losses(x, y)
+            self.engine.track_loss(losses.sum() / y.numel()).backward()
+            self.engine.prepare_gradients()
+        return losses[:n].detach() / y.shape[1]
+
+    def _one_step(self) -> float:
+        """Train on the next batch, log its scores; the mean training loss."""
+        ids = self.sampler.next_batch()
+        lr = learning_rate(self.step, self.args)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        losses = self._backward(*self._to_device(self.data.get(ids)), ids)
+        loss = losses.mean().item()
+        if not math.isfinite(loss) and self.args.on_nan == "stop":
+            raise GraddotError(self._nan_message(loss))
+        if self.args.grad_clip > 0:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.engine is not None:
+            columns = {
+                "domain": self.data.domain_of(ids),
+                "offset": self.data.offset_of(ids),
+                "loss": losses.float().cpu(),
+            }
+            self.engine.aggregate_and_log(columns)
+        return loss
+
+    def _nan_message(self, loss: float) -> str:
+        assert self.run_dir is not None
+        return (
+            f"the training loss is {loss} at step {self.step}. Scores up to step {self.step - 1} and"
+            f" the last checkpoint in {self.run_dir.path} are kept. Lower --learning_rate or raise"
+            " --warmup_step in a new run; --on_nan continue goes on regardless"
+        )
+
+    def evaluate_only(self) -> None:
+        """Print the val loss of the run's last checkpoint, or of random weights; write nothing."""
+        latest = latest_checkpoint(self._path()) if self.args.resume else None
+        if self.args.resume and latest is None:
+            raise GraddotError(f"{self._path()}: no checkpoint to evaluate")
+        if latest is not None:
+            checkpoint = load_checkpoint(latest)
+            self.model.load_state_dict(checkpoint.state["model"])
+            self.step = checkpoint.step + 1
+        print(f"val loss {self.evaluate():.4f} after {self.step} steps")
+
+    @torch.no_grad()
+    def evaluate(self) -> float:
+        """Mean loss over eval_iter batches of eval_bs blocks of the val set, always the same."""
+        self.model.eval()
+        sampler = MixtureSampler(self.val_data, self.args.eval_bs, self.args.seed)
+        losses = []
+        for _ in range(self.args.eval_iter):
+            x, y = self._to_device(self.val_data.get(sampler.next_batch()))
+            losses.append(self._row_losses(x, y).sum() / y.numel())
+        self.model.train()
+        return torch.stack(losses).mean().item()
+
+    # State
+
+    def _state(self) -> dict[str, Any]:
+        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        return {
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "sampler": self.sampler.state_dict(),
+            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
+        }
+
+    def _load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.sampler.load_state_dict(state["sampler"])
+        torch.set_rng_state(state["rng"]["cpu"])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
+
+    def _path(self) -> Path:
+        return Path(self.args.results_dir) / self.args.run_name
+
+    def _open_run(self) -> None:
+        config = describe(self.args, self.data, self.model, self.engine)
+        path = self._path()
+        if self.args.resume and (path / "config.json").exists():
+            self.run_dir, checkpoint = RunDirectory.resume(path, config, self._may_differ())
+            if checkpoint is not None:
+                self._load_state(checkpoint.state)
+                self.step = checkpoint.step + 1
+        else:
+            self.run_dir = RunDirectory.create(path, config)
+        if self.engine is not None:
+            self.engine.store = self.run_dir.scores
+            self.engine.attach(self.optimizer)
+
+    def _may_differ(self) -> list[str]:
+        """Settings that a resumed run may change: none that its weights or scores depend on."""
+        names = "resume eval_only results_dir measure_overhead versions commit"
+        names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
+        return names.split() + (["max_steps"] if self.args.lr_schedule == "constant" else [])
+
+    # The run
+
+    def train(self) -> None:
+        """All steps that are left, with rows and checkpoints saved on the way."""
+        self._open_run()
+        assert self.run_dir is not None
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._on_signal)
+        bar = tqdm(
+            total=self.args.max_steps,
+            initial=self.step,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+        )
+        try:
+            while self.step < self.args.max_steps and self.stop_signal is None:
+                self._step_and_save(bar)
+        except GraddotError:
+            self.run_dir.flush()  # rows of finished steps; the last checkpoint stays as it is
+            raise
+        finally:
+            bar.close()
+        if self.step > 0:
+            self.run_dir.save(self.step - 1, self._state())
+        if self.stop_signal is not None:
+            name = signal.Signals(self.stop_signal).name
+            raise GraddotError(f"stopped by {name} after step {self.step - 1}; go on with --resume")
+        if self.args.measure_overhead:
+            self._measure_overhead()
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.stop_signal = number
+
+    def _step_and_save(self, bar: tqdm) -> None:
+        assert self.run_dir is not None
+        start = time.perf_counter()
+        loss = self._one_step()
+        tokens_per_s = self.args.batch_size * self.args.block_size / (time.perf_counter() - start)
+        done = self.step + 1
+        val_loss = None
+        if done % self.args.eval_interval == 0 or done == self.args.max_steps:
+            val_loss = self.evaluate()
+            bar.write(f"step {self.step}: val loss {val_loss:.4f}", file=sys.stderr)
+        row = {
+            "train_loss": [loss],
+            "val_loss": [val_loss],
+            "lr": [self.optimizer.param_groups[0]["lr"]],
+            "tokens_per_s": [tokens_per_s],
+        }
+        self.run_dir.metrics.append(row, self.step)
+        if done % self.args.checkpoint_interval == 0:
+            self.run_dir.save(self.step, self._state())
+        elif done % self.args.dot_prod_save_interval == 0:
+            self.run_dir.flush()
+        bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}", refresh=False)
+        bar.update()
+        self.step = done
+
+    def _measure_overhead(self) -> None:
+        """Time steps with and without scores on the trained model, interleaved; weights stay."""
+        assert self.run_dir is not None and self.engine is not None
+        engine, self.engine = self.engine, None
+        engine.store = None
+        batch = self._to_device(self.data.get(self.sampler.next_batch()))
+        val = self._to_device(
+            self.val_data.get(fixed_batch(self.val_data, self.args.val_batch_size, self.args.seed))
+        )
+        joint = torch.cat([batch[0], val[0]]), torch.cat([batch[1], val[1]])
+
+        def scored() -> None:
+            self.engine = engine
+            self._backward(*batch, None)
+            engine.aggregate_and_log()
+            self.engine = None
+
+        methods: dict[str, Callable[[], object]] = {
+            "regular_n": lambda: self._backward(*batch, None),
+            "regular_nv": lambda: self._backward(*joint, None),
+            "graddot": scored,
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in methods}
+        for _ in range(self.args.measure_overhead):
+            for name, method in methods.items():
+                start = time.perf_counter()
+                method()
+                seconds[name].append(time.perf_counter() - start)
+                self.optimizer.zero_grad(set_to_none=True)
+        self.engine = engine
+        median = {name: statistics.median(times) for name, times in seconds.items()}
+        self.run_dir.record(
+            overhead=median["graddot"] / median["regular_nv"] - 1,
+            overhead_over_regular_n=median["graddot"] / median["regular_n"] - 1,
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """`graddot train` with parsed arguments."""
+    check(args)
+    trainer = Trainer(args)
+    if args.eval_only:
+        trainer.evaluate_only()
+        return 0
+    trainer.train()
+    assert trainer.run_dir is not None
+    print(f"{trainer.step} steps are in {trainer.run_dir.path}")
+    if trainer.engine is not None:
+        print(f"see which data helped: graddot scores {trainer.run_dir.path}")
+    return 0

@@ -1,0 +1,222 @@
+"""The options of `graddot train`: their help, their checks, and their record in config.json."""
+
+import argparse
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+import graddot_kernels
+
+from . import config
+from .data import TokenData
+from .engine import GradDotProdEngine
+from .errors import GraddotError
+from .models import ARCHITECTURES, DTYPES
+
+
+def _domains(text: str) -> list[str] | None:
+    """Comma-separated names; None for all."""
+    return None if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    method = parser.add_argument_group("method and model")
+    method.add_argument(
+        "--method",
+        choices=["GradDotProd", "Regular"],
+        default="GradDotProd",
+        help="train with scores or without; the weights move alike (default: GradDotProd)",
+    )
+    method.add_argument(
+        "--architecture",
+        default="GPT2-Small",
+        help=f"size of the model: {', '.join(ARCHITECTURES)} (default: GPT2-Small)",
+    )
+    method.add_argument("--dropout", type=float, default=0.0, help="dropout rate (default: 0)")
+    method.add_argument(
+        "--model_dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="dtype of the parameters (default: float32)",
+    )
+    method.add_argument(
+        "--train_dtype",
+        choices=list(DTYPES),
+        default="float32",
+        help="dtype of the computation: bfloat16 runs under autocast (default: float32)",
+    )
+    method.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to train on (default: cuda if there is one, else cpu)",
+    )
+    _add_data_arguments(parser.add_argument_group("data"))
+    _add_step_arguments(parser.add_argument_group("steps"))
+    _add_run_arguments(parser.add_argument_group("run"))
+    add(
+        "--seed", type=int, default=42, help="seed of weights, data order and dropout (default: 42)"
+    )
+
+
+def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
+    data.add_argument(
+        "--pile_data_dir",
+        type=Path,
+        default=config.PILE_DATA_DIR,
+        help="folder written by `graddot tokenize` (default: $PILE_DATA_DIR or data/pile)",
+    )
+    data.add_argument(
+        "--train_set",
+        type=_domains,
+        default=None,
+        help="domains to train on, separated by commas, or all (default: all)",
+    )
+    data.add_argument(
+        "--val_set",
+        type=_domains,
+        default=None,
+        help="domains that the validation batch and the evaluation come from (default: all)",
+    )
+    data.add_argument(
+        "--domain_weights",
+        help="draw domains by weight, as in 'code=2,math=1' (default: by their size)",
+    )
+    data.add_argument(
+        "--block_size", type=int, default=1024, help="tokens of a sample (default: 1024)"
+    )
+
+
+def _add_step_arguments(steps: argparse._ArgumentGroup) -> None:
+    for name, default, text in (
+        ("batch_size", 16, "training samples a step"),
+        ("val_batch_size", 1, "validation samples that ride along; the same in every step"),
+        ("max_steps", 10000, "steps of the whole run"),
+        ("warmup_step", 100, "steps of linear learning-rate warm-up"),
+    ):
+        steps.add_argument(
+            f"--{name}", type=int, default=default, help=f"{text} (default: {default})"
+        )
+    steps.add_argument(
+        "--learning_rate", type=float, default=6e-4, help="peak learning rate (default: 6e-4)"
+    )
+    steps.add_argument(
+        "--lr_schedule",
+        choices=["cosine", "constant"],
+        default="cosine",
+        help="after the warm-up: a cosine to a tenth at max_steps, or constant (default: cosine)",
+    )
+    steps.add_argument(
+        "--weight_decay", type=float, default=0.1, help="AdamW's, on matrices (default: 0.1)"
+    )
+    steps.add_argument(
+        "--grad_clip",
+        type=float,
+        default=1.0,
+        help="largest gradient norm, 0 for none (default: 1)",
+    )
+    steps.add_argument(
+        "--on_nan",
+        choices=["stop", "continue"],
+        default="stop",
+        help="when the loss is not finite: stop and keep what is saved, or go on (default: stop)",
+    )
+
+
+def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
+    run.add_argument(
+        "--results_dir",
+        type=Path,
+        default=config.RESULTS_DIR,
+        help="where runs are written (default: $RESULTS_DIR or results)",
+    )
+    run.add_argument(
+        "--run_name", help="folder of this run (default: <architecture>-<method>-seed<seed>)"
+    )
+    run.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the run's last checkpoint, bit for bit as if it had not stopped",
+    )
+    for name, default, text in (
+        ("dot_prod_save_interval", 100, "steps between saves of the scores"),
+        ("checkpoint_interval", 1000, "steps between checkpoints; the last step always has one"),
+        ("eval_interval", 500, "steps between evaluations"),
+        ("eval_iter", 10, "batches of an evaluation"),
+        ("eval_bs", 16, "samples in a batch of an evaluation"),
+        ("measure_overhead", 0, "after training, time this many steps with and without scores"),
+    ):
+        run.add_argument(
+            f"--{name}", type=int, default=default, help=f"{text} (default: {default})"
+        )
+    run.add_argument(
+        "--eval_only", action="store_true", help="print the val loss (with --resume: of that run)"
+    )
+
+
+def check(args: argparse.Namespace) -> None:
+    """Complete the arguments; GraddotError for a value that makes no sense."""
+    positive = (
+        "batch_size max_steps block_size dot_prod_save_interval checkpoint_interval"
+        " eval_interval eval_iter eval_bs"
+    )
+    for name in positive.split():
+        if getattr(args, name) < 1:
+            raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.method == "GradDotProd" and args.val_batch_size < 1:
+        raise GraddotError(
+            f"--val_batch_size is {args.val_batch_size}; scores need at least one validation sample"
+        )
+    if not 0 <= args.dropout < 1:
+        raise GraddotError(f"--dropout is {args.dropout}; it must be in [0, 1)")
+    if args.architecture not in ARCHITECTURES:
+        raise GraddotError(
+            f"--architecture is {args.architecture!r}; it must be one of {', '.join(ARCHITECTURES)}"
+        )
+    if args.measure_overhead and args.method != "GradDotProd":
+        raise GraddotError("--measure_overhead needs --method GradDotProd")
+    if args.run_name is None:
+        args.run_name = f"{args.architecture}-{args.method}-seed{args.seed}"
+
+
+def _commit() -> str | None:
+    """The source's git commit, if it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def describe(
+    args: argparse.Namespace, data: TokenData, model: nn.Module, engine: GradDotProdEngine | None
+) -> dict[str, Any]:
+    """What config.json records: every setting, versions, commit, and what the scores cover."""
+    settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
+    record: dict[str, Any] = {
+        **{k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
+        "data_dir": str(Path(args.pile_data_dir).resolve()),
+        "data_fingerprint": data.fingerprint,
+        "tokenizer": str((Path(args.pile_data_dir) / "tokenizer.json").resolve()),
+        "vocab_size": data.vocab_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "versions": {
+            "graddot": graddot_kernels.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "commit": _commit(),
+    }
+    if engine is not None:
+        coverage = engine.coverage()
+        record["coverage"] = {
+            "covered": coverage.covered,
+            "excluded": coverage.excluded,
+            "share": coverage.share,
+        }
+    return record
