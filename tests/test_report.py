@@ -1,0 +1,307 @@
+"""The closing table against plain numpy, and its excerpts against a small data folder."""
+
+import argparse
+import csv
+import json
+
+import numpy as np
+import pytest
+from graddot_lm import report
+from graddot_lm.data import TokenData
+from graddot_lm.errors import GraddotError
+from graddot_lm.store import RunDirectory
+from graddot_lm.tokenization import FORMAT_VERSION
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+DOMAINS = ["code", "math", "web\npage"]
+SAMPLES, STEPS, N = 60, 30, 16
+CONFIG = {
+    "lr": 0.1,
+    "coverage": {"covered": ["a.weight", "a.bias"], "excluded": ["wpe.weight"], "share": 0.875},
+}
+
+
+def made_rows() -> dict[str, np.ndarray]:
+    """All rows of a run, by column. Domains differ in mean; steps 1 to STEPS."""
+    rng = np.random.default_rng(0)
+    ids = np.concatenate([rng.permutation(SAMPLES)[:N] for _ in range(STEPS)])
+    dot = rng.normal(size=len(ids)) + ids % 3
+    lr = np.repeat(np.linspace(1, 0.1, STEPS), N)
+    return {
+        "step": np.repeat(np.arange(1, STEPS + 1), N),
+        "sample_id": ids,
+        "offset": ids // 3 * 128,
+        "dot": dot,
+        "lr": lr,
+        "value": lr / N * -dot,  # so that the two rank differently
+    }
+
+
+def write_run(path, columns, config=CONFIG, **record):
+    with RunDirectory.create(path, config) as run:
+        for step in np.unique(columns["step"]):
+            here = {k: v[columns["step"] == step] for k, v in columns.items() if k != "step"}
+            here["domain"] = [DOMAINS[i % 3] for i in here["sample_id"]]
+            run.scores.append(here, int(step))
+            run.metrics.append({"tokens_per_s": [100.0 + step**2]}, int(step))
+            if step % 7 == 0:
+                run.flush()
+        run.record(**record)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return made_rows()
+
+
+@pytest.fixture(scope="module")
+def run_path(tmp_path_factory, rows):
+    path = tmp_path_factory.mktemp("report") / "run"
+    return write_run(path, rows, overhead=0.125, overhead_over_regular_n=-0.0625)
+
+
+def call(*arguments) -> int:
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return report.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def close(found, wanted) -> bool:
+    return found == pytest.approx(wanted, rel=1e-12)  # sums of 480 doubles, in any order
+
+
+@pytest.mark.parametrize("by", ["value", "dot"])
+@pytest.mark.parametrize("first, last", [(None, None), (5, 20), (None, 7), (30, None)])
+def test_figures_are_those_of_numpy(run_path, rows, by, first, last):
+    chosen = (rows["step"] >= (first or 0)) & (rows["step"] <= (last or STEPS))
+    data = {name: column[chosen] for name, column in rows.items()}
+    summary = report.summarize(run_path, top=4, by=by, steps=(first, last))
+    assert summary["rows"] == len(data["step"]) and summary["rows_left_out"] == 0
+    assert summary["steps"] == [first or 1, last or STEPS]
+    assert summary["samples"] == len(set(data["sample_id"]))
+
+    for row in summary["domains"]:
+        here = data["sample_id"] % 3 == DOMAINS.index(row["domain"])
+        assert row["rows"] == here.sum()
+        assert row["samples"] == len(set(data["sample_id"][here]))
+        assert row["positive"] == (data[by][here] > 0).mean()
+        for name in ("value", "dot"):
+            column = data[name][here]
+            assert close(row[f"mean_{name}"], column.mean())
+            assert close(row[f"error_{name}"], column.std(ddof=1) / len(column) ** 0.5)
+            assert close(row[f"summed_{name}"], column.sum())
+    means = [row[f"mean_{by}"] for row in summary["domains"]]
+    assert means == sorted(means, reverse=True) and len(means) == 3
+
+    sums = {i: data[by][data["sample_id"] == i].sum() for i in set(data["sample_id"])}
+    order = sorted(sums, key=sums.__getitem__)
+    assert [row["sample_id"] for row in summary["worst"]] == order[:4]
+    assert [row["sample_id"] for row in summary["best"]] == order[::-1][:4]
+    for row in summary["best"] + summary["worst"]:
+        assert close(row[by], sums[row["sample_id"]])
+        assert row["times"] == (data["sample_id"] == row["sample_id"]).sum()
+        assert row["offset"] == row["sample_id"] // 3 * 128
+        assert row["domain"] == DOMAINS[row["sample_id"] % 3]
+
+    rates = 100.0 + np.unique(data["step"]) ** 2
+    assert summary["throughput"] == {"tokens_per_s": np.median(rates), "steps": len(rates)}
+
+
+def test_text_shows_them_on_aligned_lines(run_path, rows):
+    text = report.format_report(run_path, top=2)
+    lines = text.splitlines()
+    assert lines[0] == f"{run_path}: 480 scores of 60 samples, steps 1 to 30"
+    assert lines[2].split()[:3] == ["domain", "samples", "rows"]
+    assert [line.split()[0] for line in lines[3:6]] == ["code", "math", "web\\npage"]
+    assert len({len(line) for line in lines[2:6]}) == 1
+    code = rows["value"][rows["sample_id"] % 3 == 0]
+    assert f"{code.mean():.3e}" in lines[3] and f"{(code > 0).mean():.1%}" in lines[3]
+    assert text.count("summed value  times") == 2
+    closing = [line for line in lines if line.startswith(("through", "overhead", "param", "no "))]
+    assert closing == [
+        "no text shown: config.json names no data_dir",
+        f"throughput: {100 + (15**2 + 16**2) / 2:,.0f} tokens/s, the median of 30 rows of metrics",
+        "overhead: +12.5% over regular training on the same rows, -6.2% on the training rows alone",
+        "parameters: 2 scored, 87.5% of the trainable elements; excluded: wpe.weight",
+    ]
+
+
+def test_json_and_csv(run_path, rows, tmp_path, capsys):
+    path = tmp_path / "samples.csv"
+    assert call(run_path, "--json", "--top", 3, "--steps", "2:", "--csv", path, "--by", "dot") == 0
+    printed = json.loads(capsys.readouterr().out)
+    summary = report.summarize(run_path, top=3, by="dot", steps=(2, None))
+    assert printed.keys() == summary.keys()
+    for name in ("domains", "best", "worst"):
+        for found, wanted in zip(printed[name], summary[name], strict=True):
+            assert found.keys() == wanted.keys() and found["domain"] == wanted["domain"]
+            assert all(close(found[key], wanted[key]) for key in found if key != "domain")
+    with open(path, newline="") as file:
+        table = list(csv.DictReader(file))
+    later = rows["step"] >= 2
+    sums = np.bincount(rows["sample_id"][later], rows["dot"][later], minlength=SAMPLES)
+    assert [int(row["sample_id"]) for row in table] == np.argsort(-sums).tolist()
+    assert close([float(row["dot"]) for row in table], np.sort(sums)[::-1])
+    assert {row["domain"] for row in table} == set(DOMAINS)
+
+
+def test_no_sequences_are_shown_if_none_are_wanted(run_path, capsys):
+    assert call(run_path, "--top", 0) == 0
+    out = capsys.readouterr().out
+    assert "sequences" not in out and "no text" not in out and "mean value" in out
+
+
+def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsys):
+    broken = {name: column.copy() for name, column in rows.items()}
+    broken["value"][[3, 50]] = np.nan
+    broken["value"][7] = np.inf
+    broken["dot"][9] = np.nan
+    path = write_run(tmp_path / "run", broken)
+    summary = report.summarize(path)
+    assert (summary["rows"], summary["rows_left_out"]) == (477, 3)
+    assert close(
+        sum(row["summed_value"] for row in summary["domains"]),
+        broken["value"][np.isfinite(broken["value"])].sum(),
+    )
+    assert call(path, "--json") == 0
+    assert "NaN" not in capsys.readouterr().out  # which is not JSON; the mean dot of a domain is
+    assert "left out: 3 scores whose value is not finite" in report.format_report(path)
+    assert report.summarize(path, by="dot")["rows_left_out"] == 1
+
+
+def test_a_single_row_has_no_standard_error(tmp_path):
+    with RunDirectory.create(tmp_path / "run", {}) as run:
+        run.scores.append({"sample_id": [3], "dot": [2.0], "value": [1.0]}, 0)
+    (row,) = report.summarize(tmp_path / "run")["domains"]
+    assert row["domain"] == "(not recorded)" and row["error_dot"] is None
+    text = report.format_report(tmp_path / "run")
+    for words in ("overhead: not measured", "parameters: not recorded", "no tokens/s"):
+        assert words in text
+
+
+def test_of_several_targets_one_is_shown(tmp_path):
+    with RunDirectory.create(tmp_path / "run", {}, targets=("law", "code")) as run:
+        rows = {"sample_id": [3], "dot_law": [2.0], "value_law": [1.0]}
+        run.scores.append({**rows, "dot_code": [4.0], "value_code": [3.0]}, 0)
+    with pytest.raises(GraddotError, match="name one of law, code"):
+        report.summarize(tmp_path / "run")
+    with pytest.raises(GraddotError, match="--target art: unknown; known are law, code"):
+        report.summarize(tmp_path / "run", target="art")
+    (row,) = report.summarize(tmp_path / "run", target="code")["best"]
+    assert (row["value"], row["dot"]) == (3.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--top", -1], "--top -1: must be at least 0"),
+        (["--steps", "5"], "--steps 5: must be like"),
+        (["--steps", "31:"], "no scores in steps 31:"),
+        (["--target", "law"], "the run has a single one"),
+        (["--csv", "/no/such/folder/a.csv"], "/no/such/folder/a.csv.*No such file"),
+    ],
+)
+def test_mistakes_are_named(run_path, options, words):
+    with pytest.raises(GraddotError, match=words):
+        call(run_path, *options)
+
+
+def test_a_folder_without_scores_is_named(tmp_path):
+    with pytest.raises(GraddotError, match="not a run's directory"):
+        call(tmp_path)
+    RunDirectory.create(tmp_path / "run", {}).close()
+    with pytest.raises(GraddotError, match="run/scores: nothing was saved yet"):
+        call(tmp_path / "run")
+
+
+# Excerpts
+
+TEXTS = ["x = 1\n\x1b[31mred\\\n", "∑ ü 数 " * 20, "plain words "]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """Three domains of 20 blocks of 128 tokens, a token a byte; each repeats its text."""
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(alphabet))}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    root = tmp_path / "data"
+    domains = []
+    for name, text in zip(DOMAINS, TEXTS, strict=True):
+        slug = name.replace("\n", "-")
+        (root / slug).mkdir(parents=True)
+        tokens = np.resize(tokenizer.encode(text).ids, 20 * 128 + 1)
+        tokens.astype("<u2").tofile(root / slug / "train.bin")
+        counts = {"tokens": len(tokens), "documents": 1}
+        domains.append({"name": name, "slug": slug, "train": counts})
+    meta = {"format_version": FORMAT_VERSION, "dtype": "uint16", "vocab_size": 256}
+    (root / "meta.json").write_text(json.dumps({**meta, "domains": domains}))
+    tokenizer.save(str(root / "tokenizer.json"))
+    return root
+
+
+def data_rows() -> dict[str, np.ndarray]:
+    """One step with block 0 of code, 11 of math and 1 of the last domain."""
+    ids, value = np.array([0, 31, 41]), np.array([3.0, 2.0, 1.0])
+    rows = {"step": np.ones(3, int), "sample_id": ids, "offset": ids % 20 * 128}
+    return {**rows, "dot": value, "value": value}
+
+
+def test_excerpts_are_the_samples_text_on_one_line(tmp_path, data_dir):
+    config = {"data_dir": str(data_dir), "tokenizer": "no/such.json", "block_size": 128}
+    path = write_run(tmp_path / "run", data_rows(), config)
+    summary = report.summarize(path)
+    assert summary["no_excerpts"] is None
+    code, math, web = (row["excerpt"] for row in summary["best"])
+    assert code.startswith("x = 1\\n\\x1b[31mred\\\\\\nx = 1") and len(code) <= 80
+    assert math.startswith("∑ ü 数 ∑ ü 数 ") and len(math) <= 80
+    assert web == ("plain words " * 11)[128 % 12 :][:79] + "…"
+    assert web in report.format_report(path) and "\x1b" not in report.format_report(path)
+
+
+def test_the_named_tokenizer_serves_if_the_data_folder_has_none(tmp_path, data_dir):
+    (data_dir / "tokenizer.json").rename(tmp_path / "t.json")
+    config = {"data_dir": str(data_dir), "tokenizer": str(tmp_path / "t.json"), "block_size": 128}
+    summary = report.summarize(write_run(tmp_path / "run", data_rows(), config))
+    assert summary["best"][1]["excerpt"].startswith("∑ ü 数")
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"block_size": None}, "config.json names no block_size"),
+        ({"data_dir": "/no/such/data"}, "/no/such/data/meta.json: missing"),
+        ({"block_size": 64}, "sample 31 is elsewhere; not the data of this run"),
+        ({"tokenizer": None}, "config.json names no tokenizer"),
+        ({"tokenizer": "/no/such.json"}, "/no/such.json: no such tokenizer file"),
+    ],
+)
+def test_without_excerpts_the_reason_is_shown(tmp_path, data_dir, change, words):
+    (data_dir / "tokenizer.json").rename(tmp_path / "t.json")
+    config = {"data_dir": str(data_dir), "tokenizer": str(tmp_path / "t.json"), "block_size": 128}
+    config = {k: v for k, v in {**config, **change}.items() if v is not None}
+    text = report.format_report(write_run(tmp_path / "run", data_rows(), config))
+    assert f"no text shown: {words}" in text.replace(f"{data_dir}: ", "")
+    assert "best sequences" in text
+
+
+def test_the_data_folder_of_these_tests_is_read_as_any_other(data_dir):
+    assert len(TokenData(data_dir, block_size=128)) == 60
+
+
+@pytest.mark.parametrize(
+    "text, shown",
+    [
+        ("short", "short"),
+        ("12345678", "12345678"),
+        ("123456789", "1234567…"),
+        ("1234567\n9", "1234567…"),
+        ("a\tb\u202ec", "a\\tb…"),
+        ("\ud800", "\\ud800"),
+        ("", ""),
+    ],
+)
+def test_escaping_never_cuts_an_escape_open(text, shown):
+    assert report.escape(text, 8) == shown

@@ -1,0 +1,581 @@
+"""A run's directory against kills at every step of a save, full disks, and resumes."""
+
+import errno
+import json
+import multiprocessing
+import os
+import random
+import resource
+import signal
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from graddot_lm.errors import GraddotError
+from graddot_lm.files import TEMPORARY
+from graddot_lm.store import (
+    METRICS,
+    SCORES,
+    PartWriter,
+    RunDirectory,
+    check_resume,
+    open_rows,
+    read_config,
+    read_scores,
+    scores_schema,
+)
+from torch import nn
+
+CONFIG = {"lr": 0.1, "model": {"n_layer": 2, "n_head": 2}, "max_steps": 9}
+N = 3  # rows a step
+
+PROCESSES = multiprocessing.get_context("fork")  # to import torch anew takes seconds
+
+
+def rows(step: int) -> dict:
+    """Score rows that follow from the step, so that what comes back can be told to be right."""
+    ids = np.arange(N) + N * step
+    return {
+        "sample_id": ids,
+        "domain": [f"domain {(step + i) % 4}" for i in range(N)],
+        "offset": ids * 8,
+        "n_tokens": np.full(N, 8),
+        "loss": np.sin(ids),
+        "dot": np.cos(ids),
+        "lr": np.full(N, 0.1),
+        "value": np.cos(ids) / 7,
+    }
+
+
+def expect_steps(run: Path, steps: int) -> None:
+    """Exactly the rows of range(steps) are to be read, in order."""
+    if not steps:
+        with pytest.raises(GraddotError, match="nothing was saved"):
+            read_scores(run)
+        return
+    table = read_scores(run)
+    assert table["step"].to_pylist() == [step for step in range(steps) for _ in range(N)]
+    for name in ("sample_id", "domain", "dot", "value"):
+        wanted = [item for step in range(steps) for item in rows(step)[name]]
+        assert table[name].to_pylist() == wanted
+
+
+def fill(writer: PartWriter, first: int, last: int) -> None:
+    """One part with the rows of steps first to last."""
+    for step in range(first, last + 1):
+        writer.append(rows(step), step)
+    writer.flush()
+
+
+def folder_of_parts(path: Path, *spans: tuple[int, int]) -> PartWriter:
+    """The scores of a run that has nothing else."""
+    (path / "scores").mkdir(parents=True)
+    (path / "config.json").write_text("{}")
+    writer = PartWriter(path / "scores", SCORES)
+    for first, last in spans:
+        fill(writer, first, last)
+    return writer
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Killed
+
+
+def state_at(step: int) -> dict:
+    return {"model": {"w": torch.full((50,), float(step))}, "data": {"position": step * N}}
+
+
+def train(path: Path, steps: int, die_at: int | None = None) -> None:
+    """Create or resume a run, save at every third step, and note in a file what was saved."""
+    if die_at is not None:
+        die_before_call(die_at)
+    if (path / "config.json").exists():
+        run, checkpoint = RunDirectory.resume(path, CONFIG)
+    else:
+        run, checkpoint = RunDirectory.create(path, CONFIG), None
+    start = 0 if checkpoint is None else checkpoint.step + 1
+    for step in range(start, steps):
+        run.scores.append(rows(step), step)
+        run.metrics.append({"train_loss": [1.0 / (step + 1)], "lr": [0.1]}, step)
+        if step % 3 == 1:
+            run.flush()
+        if step % 3 == 2:
+            run.save(step, state_at(step), keep=1)
+            noted = os.open(path.with_suffix(".noted"), os.O_CREAT | os.O_WRONLY)
+            os.pwrite(noted, f"{step:6d}".encode(), 0)
+            os.close(noted)
+    run.close()
+
+
+def die_before_call(count: int) -> None:
+    """End this process, as a kill would, before its count-th call that changes the disk."""
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal count
+            count -= 1
+            if count < 0:
+                os._exit(9)
+            return function(*args, **kwargs)
+
+        return call
+
+    for name in ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir"):
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def start(function, *args) -> multiprocessing.process.BaseProcess:
+    process = PROCESSES.Process(target=function, args=args)
+    process.start()
+    return process
+
+
+def check_after_kill(path: Path) -> None:
+    """What a killed run left is whole, holds all that was saved, and can be resumed exactly."""
+    if not (path / "config.json").exists():
+        return
+    parts = names(path / "scores")
+    seen = 1 + max((int(p[-16:-8]) for p in parts if not p.startswith(TEMPORARY)), default=-1)
+    expect_steps(path, seen)  # before the resume: no gap, no duplicate at any instant
+    latest = latest_checkpoint(path)
+    saved = -1 if latest is None else load_checkpoint(latest).step
+    noted = path.with_suffix(".noted")
+    assert saved >= (int(noted.read_text()) if noted.exists() else -1)
+    run, checkpoint = RunDirectory.resume(path, CONFIG)
+    run.close()
+    assert (checkpoint.step if checkpoint else -1) == saved
+    if checkpoint is not None:
+        assert torch.equal(checkpoint.state["model"]["w"], state_at(saved)["model"]["w"])
+        assert checkpoint.state["data"] == state_at(saved)["data"]
+        metrics = open_rows(path, "metrics").to_table()
+        assert metrics["step"].to_pylist() == list(range(saved + 1))
+    expect_steps(path, saved + 1)
+    assert not list(path.rglob(TEMPORARY + "*"))
+
+
+def test_a_run_may_die_before_any_change_to_the_disk(tmp_path):
+    """For each such change in turn: a run dies before it, and the next one goes on to the end."""
+    deaths = 0
+    while True:
+        path = tmp_path / f"run-{deaths}"
+        process = start(train, path, 6, deaths)
+        process.join()
+        check_after_kill(path)
+        if process.exitcode == 0:
+            break
+        assert process.exitcode == 9
+        deaths += 1
+        if deaths % 12 == 0:  # that the next one ends well is much the same for all of them
+            process = start(train, path, 6)
+            process.join()
+            assert process.exitcode == 0
+            expect_steps(path, 6)
+    assert deaths > 30  # the counting does reach into the saves
+
+
+def test_a_run_killed_at_random_moments_ends_with_every_row_once(tmp_path):
+    path, steps, kills = tmp_path / "run", 150, 0
+    chance = random.Random(3)
+    deadline = time.monotonic() + 4
+    while True:
+        process = start(train, path, steps)
+        process.join(chance.uniform(0.02, 0.25) if time.monotonic() < deadline else None)
+        if process.exitcode is not None:
+            break
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        kills += 1
+        check_after_kill(path)
+    assert process.exitcode == 0
+    assert kills >= 3
+    expect_steps(path, steps)
+
+
+def truncate(path: Path, step: int, die_at: int) -> None:
+    die_before_call(die_at)
+    PartWriter(path / "scores", SCORES).truncate_after(step)
+
+
+def test_truncation_may_die_before_any_change_to_the_disk(tmp_path):
+    deaths, exitcode = 0, None
+    while exitcode != 0:
+        path = tmp_path / str(deaths)
+        writer = folder_of_parts(path, (0, 4), (5, 9), (10, 14))
+        process = start(truncate, path, 6, deaths)
+        process.join()
+        exitcode = process.exitcode
+        left = read_scores(path, ["step"])["step"].to_pylist()
+        assert left in [[s for s in range(end) for _ in range(N)] for end in (7, 10, 15)]
+        writer.truncate_after(6)
+        expect_steps(path, 7)
+        deaths += 1
+    assert deaths > 4
+
+
+# Rows
+
+
+@pytest.mark.parametrize("step", [-1, 0, 3, 4, 5, 7, 9, 20])
+def test_truncation_drops_later_rows_and_writing_goes_on(tmp_path, step):
+    writer = folder_of_parts(tmp_path, (0, 4), (5, 9))
+    writer.append(rows(10), 10)
+    writer.truncate_after(step)
+    end = min(step, 9) + 1
+    expect_steps(tmp_path, end)
+    fill(writer, end, 12)
+    expect_steps(tmp_path, 13)
+    assert names(tmp_path / "scores")[-1] == f"part-{end:08d}-00000012.parquet"
+
+
+def test_rows_keep_types_nulls_and_nan(tmp_path):
+    writer = folder_of_parts(tmp_path)
+    writer.append({"sample_id": [4], "dot": np.array([np.nan]), "step": [2]}, 2)
+    reused = np.array([7])
+    writer.append({"sample_id": reused, "dot": [1 / 3]}, 2)  # a second micro-batch of the step
+    reused[0] = 0  # a caller's buffer may be filled anew
+    writer.flush()
+    table = read_scores(tmp_path)
+    assert table.schema.types == SCORES.types
+    assert table["sample_id"].to_pylist() == [4, 7]
+    assert table["domain"].to_pylist() == [None, None]
+    first, second = table["dot"].to_pylist()
+    assert np.isnan(first) and second == 1 / 3
+    assert read_scores(tmp_path, ["dot", "step"]).column_names == ["dot", "step"]
+
+
+@pytest.mark.parametrize(
+    "columns, step, error, words",
+    [
+        pytest.param({"dot": [1.0]}, 4, ValueError, "up to step 4", id="saved-step"),
+        pytest.param({"dots": [1.0]}, 5, ValueError, "'dots'", id="unknown-column"),
+        pytest.param({"dot": [1.0], "lr": []}, 5, ValueError, "'lr': 0", id="lengths"),
+        pytest.param({"sample_id": np.array([1.5])}, 5, TypeError, "float64", id="float-id"),
+    ],
+)
+def test_wrong_rows_are_refused_and_change_nothing(tmp_path, columns, step, error, words):
+    writer = folder_of_parts(tmp_path, (0, 4))
+    with pytest.raises(error, match=words):
+        writer.append(columns, step)
+    fill(writer, 5, 5)
+    expect_steps(tmp_path, 6)
+
+
+def test_several_targets_have_columns_of_their_own(tmp_path):
+    assert scores_schema() is SCORES
+    with RunDirectory.create(tmp_path / "run", CONFIG, targets=("code", "math")) as run:
+        run.scores.append({"dot_code": [1.0], "value_math": [2.0]}, 0)
+    table = read_scores(tmp_path / "run")
+    assert table.column_names[-4:] == ["dot_code", "value_code", "dot_math", "value_math"]
+    assert table["value_math"].to_pylist() == [2.0]
+
+
+def test_a_damaged_part_is_named(tmp_path):
+    folder_of_parts(tmp_path, (0, 4), (5, 9))
+    part = tmp_path / "scores" / "part-00000005-00000009.parquet"
+    part.write_bytes(part.read_bytes()[:-100])
+    with pytest.raises(GraddotError, match="cannot be read.*part-00000005"):
+        read_scores(tmp_path)
+
+
+# No room
+
+
+@contextmanager
+def files_up_to(size: int):
+    """The system refuses to let any file grow beyond `size` bytes, as a full disk would."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_rows_that_do_not_fit_stay_until_there_is_room(tmp_path):
+    writer = folder_of_parts(tmp_path, (0, 4))
+    writer.append(rows(5), 5)
+    with files_up_to(1000), pytest.raises(GraddotError, match="part-00000005.*File too large"):
+        writer.flush()
+    assert names(tmp_path / "scores") == ["part-00000000-00000004.parquet"]
+    expect_steps(tmp_path, 5)
+    fill(writer, 6, 6)
+    expect_steps(tmp_path, 7)
+
+
+def test_a_full_disk_that_shows_at_the_sync_is_named(tmp_path, monkeypatch):
+    writer = folder_of_parts(tmp_path, (0, 4))
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer.append(rows(5), 5)
+    with monkeypatch.context() as patch, pytest.raises(GraddotError) as caught:
+        patch.setattr(os, "fsync", full)
+        writer.flush()
+    assert "part-00000005" in str(caught.value) and "No space left" in str(caught.value)
+    assert len(names(tmp_path / "scores")) == 1
+    writer.flush()
+    expect_steps(tmp_path, 6)
+
+
+def test_a_checkpoint_that_does_not_fit_leaves_the_older_ones(tmp_path):
+    for step in (1, 2):
+        save_checkpoint(tmp_path, step, state_at(step))
+    big = {"model": {"w": torch.zeros(100_000)}}
+    with files_up_to(10_000), pytest.raises(GraddotError, match="step-3: cannot be written.*large"):
+        save_checkpoint(tmp_path, 3, big)
+    assert names(tmp_path) == ["step-1", "step-2"]
+    save_checkpoint(tmp_path, 3, big)
+    assert names(tmp_path) == ["step-2", "step-3"]
+
+
+# Checkpoints
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.wte = nn.Embedding(11, 6)
+        self.norm = nn.LayerNorm(6)
+        self.lm_head = nn.Linear(6, 11, bias=False)
+        self.lm_head.weight = self.wte.weight
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        logits = self.lm_head(nn.functional.dropout(self.norm(self.wte(ids)), 0.5))
+        return nn.functional.cross_entropy(logits.flatten(0, 1), ids.flatten())
+
+
+def trainee() -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(5)
+    model = Tied()
+    groups = [{"params": [model.wte.weight]}, {"params": model.norm.parameters(), "lr": 1 / 3}]
+    return model, torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.95), amsgrad=True)
+
+
+def advance(model: nn.Module, optimizer: torch.optim.Optimizer, draws, steps: int) -> list[float]:
+    losses = []
+    for _ in range(steps):
+        loss = model(torch.from_numpy(draws.integers(0, 11, (4, 7))))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def same(a, b) -> bool:
+    """Equal in every bit and type, whatever the nesting."""
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, np.ndarray):
+        return a.dtype == b.dtype and np.array_equal(a, b)
+    if isinstance(a, dict):
+        return list(a) == list(b) and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
+    return type(a) is type(b) and repr(a) == repr(b)
+
+
+def test_training_goes_on_bit_by_bit_from_a_checkpoint(tmp_path):
+    model, optimizer = trainee()
+    draws = np.random.default_rng(2)
+    advance(model, optimizer, draws, 3)
+    state = {
+        "model": dict(model.state_dict()),
+        "optimizer": optimizer.state_dict(),
+        "data": {"generator": draws.bit_generator.state},  # integers of 128 bits
+        "rng": {"torch": torch.get_rng_state(), "python": random.Random(1).getstate()},
+    }
+    path = save_checkpoint(tmp_path, 3, state)
+    loaded = load_checkpoint(path)
+    assert loaded.step == 3
+    assert same(loaded.state, state)
+    wanted = advance(model, optimizer, draws, 3)
+
+    other, other_optimizer = trainee()
+    other.load_state_dict(loaded.state["model"])
+    other_optimizer.load_state_dict(loaded.state["optimizer"])
+    other_draws = np.random.default_rng(0)
+    other_draws.bit_generator.state = loaded.state["data"]["generator"]
+    torch.set_rng_state(loaded.state["rng"]["torch"])
+    assert advance(other, other_optimizer, other_draws, 3) == wanted
+    assert same(dict(other.state_dict()), dict(model.state_dict()))
+    assert same(load_checkpoint(path).state["rng"], state["rng"])  # training left the file alone
+
+
+def test_tied_tensors_are_stored_once_and_come_back_tied(tmp_path):
+    model, _ = trainee()
+    path = save_checkpoint(tmp_path, 0, {"model": model.state_dict()})
+    weights = load_checkpoint(path).state["model"]
+    assert weights["wte.weight"] is weights["lm_head.weight"]
+    stored = (path / "tensors.safetensors").read_bytes()
+    assert stored.count(model.wte.weight.detach().numpy().tobytes()) == 1
+
+
+def test_views_scalars_and_odd_values_come_back_equal(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    state = {
+        "views": [base, base[1:], base.T, base[:, ::2], base[0, 0]],
+        "kinds": {d: torch.ones(3, dtype=getattr(torch, d)) for d in ("bfloat16", "bool", "uint8")},
+        "empty": [torch.empty(0, 3), torch.empty(0, 5), {}, [], ()],
+        "keys": {1: torch.zeros(1), "1": torch.ones(1), (2, 3): None},
+        "floats": [0.1, 1e-323, -0.0, float("inf"), float("nan"), 2**200, True],
+        "numpy": np.random.RandomState(1).get_state(),
+    }
+    assert same(load_checkpoint(save_checkpoint(tmp_path, 0, state)).state, state)
+
+
+def test_what_cannot_be_saved_is_named_and_leaves_nothing(tmp_path):
+    with pytest.raises(TypeError, match="data.seen.0: a checkpoint cannot hold a set"):
+        save_checkpoint(tmp_path, 0, {"data": {"seen": [{1}]}})
+    assert names(tmp_path) == []
+
+
+def test_the_last_are_kept_and_a_damaged_one_is_passed_over(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (8, 9, 10, 11):
+        save_checkpoint(folder, step, state_at(step), keep=3)
+    assert names(folder) == ["step-10", "step-11", "step-9"]
+    save_checkpoint(folder, 11, state_at(12), keep=3)  # there already
+    assert load_checkpoint(folder / "step-11").state["data"] == state_at(11)["data"]
+    with pytest.raises(ValueError, match="there is one at step 11"):
+        save_checkpoint(folder, 10, state_at(10))
+    os.truncate(folder / "step-11" / "tensors.safetensors", 100)
+    (folder / "step-10" / "state.json").unlink()
+    assert latest_checkpoint(tmp_path) == folder / "step-9"
+    with pytest.raises(GraddotError, match="not a complete checkpoint"):
+        load_checkpoint(folder / "step-11")
+    save_checkpoint(folder, 11, state_at(11))
+    assert load_checkpoint(folder / "step-11").state["data"] == state_at(11)["data"]
+
+
+def test_a_checkpoint_with_a_tensor_missing_is_refused(tmp_path):
+    path = save_checkpoint(tmp_path, 0, state_at(0))
+    content = json.loads((path / "state.json").read_text())
+    text = json.dumps(content).replace("model.w", "model.v")
+    (path / "state.json").write_text(text)
+    with pytest.raises(GraddotError, match="damaged: 'model.v'"):
+        load_checkpoint(path)
+
+
+# The run
+
+
+def test_only_an_empty_folder_becomes_a_run(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(GraddotError, match="file: is a file"):
+        RunDirectory.create(tmp_path / "file", CONFIG)
+    with pytest.raises(GraddotError, match="cannot be written: Not a directory"):
+        RunDirectory.create(tmp_path / "file" / "run", CONFIG)
+    with pytest.raises(GraddotError, match="holds other files"):
+        RunDirectory.create(tmp_path, CONFIG)
+    RunDirectory.create(tmp_path / "a" / "run", CONFIG).close()
+    with pytest.raises(GraddotError, match="holds a run; resume it"):
+        RunDirectory.create(tmp_path / "a" / "run", CONFIG)
+    with pytest.raises(GraddotError, match="not a run's directory"):
+        RunDirectory.resume(tmp_path / "b", CONFIG)
+
+
+def test_a_folder_that_refuses_is_named(tmp_path, monkeypatch):
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(GraddotError, match=f"{tmp_path}/run.*Permission denied"):
+        RunDirectory.create(tmp_path / "run", CONFIG)
+
+
+def test_resuming_with_other_settings_is_refused_by_name(tmp_path):
+    path = tmp_path / "run"
+    RunDirectory.create(path, CONFIG).close()
+    longer = {**CONFIG, "max_steps": 20}
+    changed = {**longer, "lr": 0.2, "model": {"n_layer": 2}, "seed": 1}
+    with pytest.raises(GraddotError) as caught:
+        RunDirectory.resume(path, changed)
+    for words in ("lr: 0.1 before, 0.2 now", "n_head: 2 before, not set now", "seed: not set"):
+        assert words in str(caught.value)
+    assert "max_steps" not in str(caught.value) and "n_layer" not in str(caught.value)
+    assert read_config(path) == CONFIG
+    check_resume(path, changed, may_differ=("max_steps", "lr", "model", "seed"))
+    run, checkpoint = RunDirectory.resume(path, longer)
+    assert checkpoint is None
+    run.record(overhead=0.5)
+    run.close()
+    run, _ = RunDirectory.resume(path, longer)
+    run.close()
+    assert read_config(path) == {**longer, "measured": {"overhead": 0.5}}
+
+
+def test_scores_are_not_dropped_because_checkpoints_were_lost(tmp_path):
+    path = tmp_path / "run"
+    train(path, 6)
+    for file in (path / "checkpoints").rglob("tensors.safetensors"):
+        file.unlink()
+    with pytest.raises(GraddotError, match="checkpoints are lost"):
+        RunDirectory.resume(path, CONFIG)
+    expect_steps(path, 6)
+
+
+def test_a_straddling_part_is_cut_when_an_older_checkpoint_is_resumed(tmp_path):
+    path = tmp_path / "run"
+    with RunDirectory.create(path, CONFIG) as run:
+        for step in range(9):
+            run.scores.append(rows(step), step)
+            if step == 4:
+                save_checkpoint(path / "checkpoints", step, state_at(step))
+        run.save(8, state_at(8))
+    os.truncate(path / "checkpoints" / "step-8" / "tensors.safetensors", 9)
+    expect_steps(path, 9)
+    run, checkpoint = RunDirectory.resume(path, CONFIG)
+    run.close()
+    assert checkpoint is not None and checkpoint.step == 4
+    expect_steps(path, 5)
+    assert names(path / "scores") == ["part-00000000-00000004.parquet"]
+
+
+def hold(path: Path, ready, done) -> None:
+    run, _ = RunDirectory.resume(path, CONFIG)
+    ready.set()
+    done.wait()
+    run.close()
+
+
+def test_two_processes_do_not_write_one_run(tmp_path):
+    path = tmp_path / "run"
+    RunDirectory.create(path, CONFIG).close()
+    ready, done = PROCESSES.Event(), PROCESSES.Event()
+    process = start(hold, path, ready, done)
+    assert ready.wait(30)
+    with pytest.raises(GraddotError, match="another process is writing this run"):
+        RunDirectory.resume(path, CONFIG)
+    done.set()
+    process.join()
+    run, _ = RunDirectory.resume(path, CONFIG)
+    run.close()
+
+
+def test_rows_are_saved_at_the_end_of_a_with_block_unless_it_failed(tmp_path):
+    with RunDirectory.create(tmp_path / "a", CONFIG) as run:
+        run.scores.append(rows(0), 0)
+    expect_steps(tmp_path / "a", 1)
+    with pytest.raises(KeyError), RunDirectory.create(tmp_path / "b", CONFIG) as run:
+        run.scores.append(rows(0), 0)
+        raise KeyError
+    expect_steps(tmp_path / "b", 0)
+
+
+def test_metrics_of_every_column(tmp_path):
+    row = {"train_loss": [3.5], "val_loss": [None], "lr": [0.1], "tokens_per_s": [100]}
+    with RunDirectory.create(tmp_path / "run", CONFIG) as run:
+        run.metrics.append(row, 0)
+    table = open_rows(tmp_path / "run", "metrics").to_table()
+    assert table.schema.equals(METRICS)
+    assert table.to_pylist() == [{"step": 0, **{k: v[0] for k, v in row.items()}}]
