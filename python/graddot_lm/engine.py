@@ -407,7 +407,7 @@ class GradDotProdEngine:
             assert micro.counts is not None
             counts = micro.counts[:n].cpu()
             lr = float("nan") if micro.lr is None else micro.lr
-            share = counts / counts.sum().clamp(min=1) / len(self._pending)
+            share = counts.double() / counts.sum().clamp(min=1) / len(self._pending)
             rows: dict[str, Any] = {
                 "sample_id": torch.as_tensor(micro.sample_ids),
                 "n_tokens": counts,

@@ -1,0 +1,274 @@
+"""`graddot train` from the command line: exact scores on disk, resumption, errors for people."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import sample_dots, total
+from graddot_lm import cli
+from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
+from graddot_lm.data import TokenData, fixed_batch
+from graddot_lm.models import build_gpt2
+from graddot_lm.store import read_config, read_scores
+from graddot_lm.train import Trainer
+
+ROOT = Path(__file__).parent.parent
+SIZES = "--architecture GPT2-Tiny --block_size 24 --batch_size 4 --val_batch_size 2 --max_steps 8"
+STEPS = "--warmup_step 2 --eval_interval 4 --eval_iter 2 --eval_bs 2"
+SAVES = "--dot_prod_save_interval 2 --checkpoint_interval 3 --seed 7"
+
+
+@pytest.fixture(scope="module")
+def tokens(tmp_path_factory):
+    """Three domains of made text, tokenized with a small BPE by the real commands."""
+    root = tmp_path_factory.mktemp("data")
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "a",
+        "mat",
+        "while",
+        "seven",
+        "large",
+        "dogs",
+        "ran",
+        "far",
+        "away",
+    ]
+    with (root / "text.jsonl").open("w") as file:
+        for i in range(120):
+            name = ("prose", "sums", "shout")[i % 3]
+            text = [words[(i * 7 + j * j) % len(words)] for j in range(60)]
+            if name == "sums":
+                text = [f"{i + j}+{j}={i + 2 * j}" for j in range(40)]
+            line = " ".join(text).upper() if name == "shout" else " ".join(text)
+            file.write(json.dumps({"text": line, "meta": {"pile_set_name": name}}) + "\n")
+    tokenizer, out = str(root / "tokenizer.json"), str(root / "tokens")
+    source = ["--input", str(root / "text.jsonl")]
+    assert cli.main(["train-tokenizer", *source, "--vocab_size", "300", "--output", tokenizer]) == 0
+    command = ["tokenize", *source, "--tokenizer", tokenizer, "--output", out, "--workers", "1"]
+    assert cli.main([*command, "--val_fraction", "0.2"]) == 0
+    return Path(out)
+
+
+def arguments(tokens, results, extra=""):
+    places = ["--pile_data_dir", str(tokens), "--results_dir", str(results), "--run_name", "run"]
+    return ["train", *places, *f"{SIZES} {STEPS} {SAVES} {extra}".split()]
+
+
+def train(tokens, results, extra=""):
+    return cli.main(arguments(tokens, results, extra))
+
+
+def final_state(results):
+    return load_checkpoint(latest_checkpoint(results / "run")).state
+
+
+def assert_same_run(one, other):
+    a, b = final_state(one), final_state(other)
+    for name, tensor in a["model"].items():
+        assert torch.equal(tensor, b["model"][name]), name
+    assert read_scores(one / "run").equals(read_scores(other / "run"))
+
+
+def test_stored_scores_equal_brute_force(tokens, tmp_path):
+    assert train(tokens, tmp_path, "--val_set sums --learning_rate 0 --train_set prose,sums") == 0
+    torch.manual_seed(7)
+    model = build_gpt2("GPT2-Tiny", 300, 24, dropout=0.0)  # as it was: the learning rate is 0
+    val_data = TokenData(tokens, "val", ["sums"], 24)
+    val = val_data.get(fixed_batch(val_data, 2, seed=7))
+    data = TokenData(tokens, "train", None, 24)
+    rows = read_scores(tmp_path / "run").to_pylist()
+    assert len(rows) == 8 * 4 and {row["domain"] for row in rows} == {"prose", "sums"}
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    ids = [row["sample_id"] for row in rows[:6]]
+    want, scales = sample_dots(model, data.get(ids), val, loss=loss)
+    got = torch.tensor([row["dot"] for row in rows[:6]])
+    assert ((got - total(want)).abs() / total(scales)).max() <= 1e-6
+    assert [row["offset"] for row in rows[:6]] == data.offset_of(ids).tolist()
+    assert all(row["n_tokens"] == 24 and row["loss"] > 0 for row in rows)
+
+
+def test_regular_moves_the_weights_alike(tokens, tmp_path):
+    for method in ("GradDotProd", "Regular"):
+        extra = f"--method {method} --model_dtype float64 --train_dtype float64"
+        assert train(tokens, tmp_path / method, extra) == 0
+    scored, regular = (final_state(tmp_path / m)["model"] for m in ("GradDotProd", "Regular"))
+    for name, tensor in scored.items():
+        assert (tensor - regular[name]).norm() <= 1e-9 * tensor.norm(), name
+
+
+def test_value_is_the_learning_rate_times_the_share_times_the_dot(tokens, tmp_path):
+    assert train(tokens, tmp_path) == 0
+    for row in read_scores(tmp_path / "run").to_pylist():
+        assert row["value"] == pytest.approx(row["lr"] * row["dot"] / 4, rel=1e-12)
+
+
+def test_bfloat16(tokens, tmp_path):
+    assert train(tokens, tmp_path / "exact", "--learning_rate 0") == 0
+    want = read_scores(tmp_path / "exact" / "run")["dot"].to_numpy()
+    for extra in ("--train_dtype bfloat16", "--train_dtype bfloat16 --model_dtype bfloat16"):
+        results = tmp_path / extra.replace(" ", "")
+        assert train(tokens, results, f"--learning_rate 0 {extra}") == 0
+        got = read_scores(results / "run")["dot"].to_numpy()
+        assert abs(got - want).max() <= 2e-2 * abs(want).max()
+
+
+def test_killed_run_resumes_bit_exactly(tokens, tmp_path):
+    """SIGKILL at some instant after the first checkpoint, twice; then resume to the end."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    extra = "--dropout 0.1 --max_steps 40"
+    for at in ("step-5", "step-17"):
+        command = [sys.executable, "-m", "graddot_lm.cli", *arguments(tokens, killed, extra)]
+        process = subprocess.Popen(
+            [*command, "--resume"], env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        deadline = time.monotonic() + 120
+        while not (killed / "run" / "checkpoints" / at).exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert train(tokens, killed, f"{extra} --resume") == 0
+    assert train(tokens, whole, extra) == 0
+    assert_same_run(whole, killed)
+    steps = read_scores(killed / "run")["step"].to_pylist()
+    assert steps == [step for step in range(40) for _ in range(4)]
+
+
+def test_sigterm_saves_a_checkpoint_first(tokens, tmp_path, monkeypatch, capsys):
+    one_step = Trainer._one_step
+
+    def interrupted(self):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return one_step(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_one_step", interrupted)
+        assert train(tokens, tmp_path / "stopped") == 2
+    assert "stopped by SIGTERM after step 4; go on with --resume" in capsys.readouterr().err
+    assert train(tokens, tmp_path / "stopped", "--resume") == 0
+    assert train(tokens, tmp_path / "whole") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_resume_with_other_settings_is_refused(tokens, tmp_path, capsys):
+    assert train(tokens, tmp_path) == 0
+    before = read_scores(tmp_path / "run")
+    assert train(tokens, tmp_path, "--resume --learning_rate 0.1 --batch_size 3") == 2
+    error = capsys.readouterr().err
+    assert "learning_rate: 0.0006 before, 0.1 now" in error and "batch_size: 4 before" in error
+    assert train(tokens, tmp_path) == 2  # without --resume
+    assert "holds a run" in capsys.readouterr().err
+    assert read_scores(tmp_path / "run").equals(before)
+
+
+def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkeypatch):
+    one_step = Trainer._one_step
+
+    def poisoned(self):
+        if self.step == 5:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("nan"))
+        return one_step(self)
+
+    monkeypatch.setattr(Trainer, "_one_step", poisoned)
+    assert train(tokens, tmp_path) == 2
+    error = capsys.readouterr().err
+    assert "training loss is nan at step 5" in error and "--on_nan continue" in error
+    assert load_checkpoint(latest_checkpoint(tmp_path / "run")).step == 2
+    assert set(read_scores(tmp_path / "run")["step"].to_pylist()) == set(range(5))
+    assert train(tokens, tmp_path / "on", "--on_nan continue") == 0
+
+
+def test_eval_only_writes_nothing(tokens, tmp_path, capsys):
+    assert train(tokens, tmp_path, "--eval_only") == 0
+    assert "after 0 steps" in capsys.readouterr().out and not any(tmp_path.iterdir())
+    assert train(tokens, tmp_path) == 0
+    assert train(tokens, tmp_path, "--eval_only --resume") == 0
+    assert "after 8 steps" in capsys.readouterr().out
+
+
+def test_overhead_is_recorded(tokens, tmp_path, capsys):
+    assert train(tokens, tmp_path, "--measure_overhead 1") == 0
+    measured = read_config(tmp_path / "run")["measured"]
+    assert measured["overhead"] > -1 and measured["overhead_over_regular_n"] > -1
+    assert cli.main(["scores", str(tmp_path / "run")]) == 0
+    out = capsys.readouterr().out
+    assert "prose" in out and "100.0% of the trainable elements" in out
+
+
+BAD = [
+    ("--architecture GPT3", "'GPT3'; it must be one of GPT2-Tiny"),
+    ("--train_set prose,poems", "poems"),
+    ("--val_batch_size 0", "--val_batch_size is 0"),
+    ("--val_batch_size 100000", "100000"),
+    ("--block_size 100000", "100000"),
+    ("--batch_size 0", "--batch_size is 0"),
+    ("--dropout 1", "--dropout is 1.0"),
+    ("--domain_weights prose=x", "prose"),
+    ("--domain_weights poems=1", "poems"),
+    ("--method Regular --measure_overhead 3", "needs --method GradDotProd"),
+]
+
+
+@pytest.mark.parametrize("extra, message", BAD, ids=[extra for extra, _ in BAD])
+def test_bad_option(tokens, tmp_path, capsys, extra, message):
+    assert train(tokens, tmp_path / "results", extra) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "results").exists(), "nothing is written for a run that cannot begin"
+
+
+def test_bad_places(tokens, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert train(tokens, tmp_path / "file") == 2
+    assert "file" in capsys.readouterr().err
+    assert train(tmp_path / "nowhere", tmp_path) == 2
+    assert "nowhere" in capsys.readouterr().err
+    broken = tmp_path / "broken"
+    shutil.copytree(tokens, broken)
+    part = broken / "prose" / "train.bin"
+    part.write_bytes(part.read_bytes()[:-2])
+    assert train(broken, tmp_path / "results") == 2
+    assert "train.bin" in capsys.readouterr().err
+
+
+def test_help_explains_every_option(capsys):
+    for command in cli.COMMANDS:
+        with pytest.raises(SystemExit) as end:
+            cli.main([command, "--help"])
+        assert end.value.code == 0
+        for line in capsys.readouterr().out.splitlines():
+            assert not line.startswith("  --") or len(line.split()) > 1, f"{command}: {line}"
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["bash", "python/train.sh", "--help"], [sys.executable, "python/examples/ghost_mlp.py"]],
+)
+def test_scripts_run(command):
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(
+        command,
+        check=False,
+        cwd=ROOT,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--dot_prod_save_interval" in done.stdout or "step 9: scores" in done.stdout
