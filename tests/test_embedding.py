@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from torch import Tensor
 
 import graddot_kernels as gk
-from graddot_kernels import reference
+from graddot_kernels import reference, torch_impl
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ID_LAYOUTS = ["random", "equal", "distinct", "padding", "broadcast", "columns"]
@@ -129,6 +129,23 @@ def test_joint_wgrad_dot(problem, val_rows: list[int]) -> None:
     terms = reference.embedding_joint_wgrad_dot(ids, g.abs(), val_rows, e, padding, None)
     for one in zip(got, want, terms, strict=True):
         assert_close(*one)
+
+
+def test_plain_forms_for_a_gpu_without_the_extension() -> None:
+    # They run wherever torch does, so they are compared here, on the CPU.
+    torch.manual_seed(0)
+    ids, grad, direction = torch.randint(9, (5, 4)), torch.randn(5, 4, 3), torch.randn(2, 9, 3)
+    val, train = (ids[3:], grad[3:]), (ids[:3], grad[:3])
+    for padding, none in ((2, 2), (-1, None)):
+        for name, args in {
+            "embedding_ghost_dot": (*val, *train, 9),
+            "embedding_direction_dot": (direction, ids, grad),
+            "embedding_wgrad_dot": (direction, ids, grad),
+            "embedding_joint_wgrad_dot": (ids, grad, [1, 1], 9),
+        }.items():
+            last = () if "ghost" in name else (True,) if "direction" in name else (None,)
+            got = getattr(torch_impl, name)(*args, padding, *last)
+            torch.testing.assert_close(got, getattr(reference, name)(*args, none, *last))
 
 
 def test_ghost_dot_costs_nothing_for_the_tables_size() -> None:
