@@ -253,5 +253,6 @@ def linear_joint_wgrad_dot(
         weight_grad = mm_fp32(train[1].flatten(0, 1).t(), train[0].flatten(0, 1))
         return weight_grad if scale is None else weight_grad.mul_(scale), dots
     groups = zip(torch.split(act[n:], val_rows), torch.split(grad[n:], val_rows), strict=True)
-    direction = torch.stack([mm_fp32(b.flatten(0, 1).t(), a.flatten(0, 1)) for a, b in groups])
+    directions = [mm_fp32(b.flatten(0, 1).t(), a.flatten(0, 1)) for a, b in groups]
+    direction = directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
     return linear_wgrad_dot(direction, *train, scale)
