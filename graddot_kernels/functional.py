@@ -46,15 +46,18 @@ def _rows(name: str, x: Tensor) -> Tensor:
     return x.unsqueeze(1) if x.dim() == 2 else x
 
 
-def _pair(prefix: str, act: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _pair(act_name: str, act: Tensor, grad_name: str, grad: Tensor) -> tuple[Tensor, Tensor]:
     """act and grad of the same samples and tokens, in canonical shape."""
-    same_dim = act.dim() == grad.dim()
-    act, grad = _rows(f"{prefix}act", act), _rows(f"{prefix}grad", grad)
-    n, t = act.shape[:2]
-    _check(
-        same_dim and grad.shape[:2] == (n, t), f"{prefix}grad", grad, f"({n}, {t}, Dout), as act"
-    )
-    return act, grad
+    acts = _rows(act_name, act)
+    ok = grad.dim() == act.dim() and grad.shape[:-1] == act.shape[:-1]
+    expected = ", ".join(map(str, act.shape[:-1]))
+    _check(ok, grad_name, grad, f"({expected}, Dout), as {act_name}")
+    return acts, _rows(grad_name, grad)
+
+
+def _check_scale(scale: Tensor | None) -> None:
+    ok = scale is None or (isinstance(scale, Tensor) and scale.dim() == 0)
+    _check(ok, "scale", scale, "a 0-dim tensor")
 
 
 def _id_rows(prefix: str, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,8 +120,8 @@ def linear_ghost_dot(
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     _check_floats(val_act=val_act, val_grad=val_grad, train_act=train_act, train_grad=train_grad)
-    val_act, val_grad = _pair("val_", val_act, val_grad)
-    train_act, train_grad = _pair("train_", train_act, train_grad)
+    val_act, val_grad = _pair("val_act", val_act, "val_grad", val_grad)
+    train_act, train_grad = _pair("train_act", train_act, "train_grad", train_grad)
     d_in, d_out = val_act.shape[2], val_grad.shape[2]
     _check(train_act.shape[2] == d_in, "train_act", train_act, f"(N, T, {d_in}), val_act's width")
     _check(
@@ -135,6 +138,8 @@ def linear_ghost_dot(
         return torch.ops.graddot.linear_gram_dot(val_act, val_grad, train_act, train_grad, pairwise)
     if not pairwise:  # one long row, so that one product sums over the val rows
         val_act, val_grad = val_act.reshape(1, -1, d_in), val_grad.reshape(1, -1, d_out)
+    if val_act.dtype != torch.float64:  # a 16-bit direction would be rounded, and may overflow
+        val_act, val_grad = val_act.float(), val_grad.float()
     with torch.autocast(val_act.device.type, enabled=False):
         direction = torch.bmm(val_grad.transpose(1, 2), val_act)
     dots = torch.ops.graddot.linear_direction_dot(direction, train_act, train_grad, False)
@@ -152,7 +157,7 @@ def linear_direction_dot(
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     _check_floats(direction=direction, act=act, grad=grad)
-    act, grad = _pair("", act, grad)
+    act, grad = _pair("act", act, "grad", grad)
     direction, single = _directions(direction, grad.shape[2], act.shape[2])
     dots = torch.ops.graddot.linear_direction_dot(direction, act, grad, per_token)
     return dots[0] if single else dots
@@ -169,8 +174,9 @@ def linear_wgrad_dot(
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     _check_floats(direction=direction, act=act, grad=grad)
-    act, grad = _pair("", act, grad)
+    act, grad = _pair("act", act, "grad", grad)
     direction, single = _directions(direction, grad.shape[2], act.shape[2])
+    _check_scale(scale)
     weight_grad, dots = torch.ops.graddot.linear_wgrad_dot(direction, act, grad, scale)
     return weight_grad, dots[0] if single else dots
 
@@ -187,8 +193,9 @@ def linear_joint_wgrad_dot(
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     _check_floats(act=act, grad=grad)
-    act, grad = _pair("", act, grad)
+    act, grad = _pair("act", act, "grad", grad)
     _check_val_rows(val_rows, act.shape[0])
+    _check_scale(scale)
     return torch.ops.graddot.linear_joint_wgrad_dot(act, grad, val_rows, scale)
 
 
@@ -268,6 +275,7 @@ def embedding_wgrad_dot(
     ids, grad = _id_rows("", ids, grad)
     direction, single = _directions(direction, num_embeddings, grad.shape[2])
     padding = _padding(padding_idx, num_embeddings)
+    _check_scale(scale)
     weight_grad, dots = torch.ops.graddot.embedding_wgrad_dot(direction, ids, grad, padding, scale)
     return weight_grad, dots[0] if single else dots
 
@@ -292,6 +300,7 @@ def embedding_joint_wgrad_dot(
     ids, grad = _id_rows("", ids, grad)
     _check_val_rows(val_rows, ids.shape[0])
     padding = _padding(padding_idx, num_embeddings)
+    _check_scale(scale)
     return torch.ops.graddot.embedding_joint_wgrad_dot(
         ids, grad, val_rows, num_embeddings, padding, scale
     )
@@ -307,9 +316,14 @@ def norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     _check_floats(normed=normed, grad=grad)
-    normed, grad = _pair("", normed, grad)
-    _check(grad.shape == normed.shape, "grad", grad, f"{tuple(normed.shape)}, normed's shape")
-    return torch.ops.graddot.norm_sample_grads(normed, grad)
+    return _norm_sample_grads("", normed, grad)
+
+
+def _norm_sample_grads(prefix: str, normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    rows, grads = _pair(f"{prefix}normed", normed, f"{prefix}grad", grad)
+    expected = f"{tuple(normed.shape)}, {prefix}normed's shape"
+    _check(grad.shape == normed.shape, f"{prefix}grad", grad, expected)
+    return torch.ops.graddot.norm_sample_grads(rows, grads)
 
 
 def norm_ghost_dot(
@@ -327,12 +341,16 @@ def norm_ghost_dot(
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
-    val_weight, val_bias = norm_sample_grads(val_normed, val_grad)
-    weight, bias_grads = norm_sample_grads(train_normed, train_grad)
+    _check_floats(
+        val_normed=val_normed, val_grad=val_grad, train_normed=train_normed, train_grad=train_grad
+    )
+    val_weight, val_bias = _norm_sample_grads("val_", val_normed, val_grad)
+    weight, bias_grads = _norm_sample_grads("train_", train_normed, train_grad)
     d = val_weight.shape[1]
     _check(weight.shape[1] == d, "train_normed", train_normed, f"(N, T, {d}), val_normed's width")
-    dots = weight @ val_weight.sum(0)
-    return dots + bias_grads @ val_bias.sum(0) if bias else dots
+    with torch.autocast(weight.device.type, enabled=False):
+        dots = weight @ val_weight.sum(0)
+        return dots + bias_grads @ val_bias.sum(0) if bias else dots
 
 
 def norm_wgrad_dot(
@@ -346,12 +364,17 @@ def norm_wgrad_dot(
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
-    weight, bias = norm_sample_grads(normed, grad)
-    expected = f"([K,] {weight.shape[1]})"
+    _check_floats(direction=direction, normed=normed, grad=grad)
+    weight, bias = _norm_sample_grads("", normed, grad)
+    expected = f"([K,] {weight.shape[1]}), K at least 1"
     ok = direction.dim() in (1, 2) and direction.shape[-1] == weight.shape[1]
-    _check(ok, "direction", direction, expected)
-    dots = direction.to(weight.dtype) @ weight.t()
-    if bias_direction is not None:
-        _check(bias_direction.shape == direction.shape, "bias_direction", bias_direction, expected)
-        dots = dots + bias_direction.to(bias.dtype) @ bias.t()
+    _check(ok and direction.shape[0] > 0, "direction", direction, expected)
+    with torch.autocast(weight.device.type, enabled=False):
+        dots = direction.to(weight.dtype) @ weight.t()
+        if bias_direction is not None:
+            _check_floats(direction=direction, bias_direction=bias_direction)
+            ok = bias_direction.shape == direction.shape
+            expected = f"{tuple(direction.shape)}, direction's shape"
+            _check(ok, "bias_direction", bias_direction, expected)
+            dots = dots + bias_direction.to(bias.dtype) @ bias.t()
     return weight.sum(0), bias.sum(0), dots

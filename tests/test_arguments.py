@@ -1,0 +1,236 @@
+"""Every public function's refusals: the argument at fault, what it is, and what was expected."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+import graddot_kernels as gk
+
+
+def x(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+HALF, INT = torch.float16, torch.int64
+ACT, GRAD, DIRECTION = x(2, 4, 3), x(2, 4, 5), x(5, 3)
+IDS, ROWS, TABLE = x(2, 4, dtype=INT), x(2, 4, 3), x(7, 3)
+COUNTS = "positive row counts, one a target, at most 2 in all"
+FLOAT = "expected one of (torch.float32"
+
+# Case -> (a call, the beginning of its message, the expectation in it).
+LINEAR: dict[str, tuple[Callable[[], object], str, str]] = {
+    "act-1d": (
+        lambda: gk.linear_wgrad_dot(DIRECTION, x(3), GRAD),
+        "act has shape (3,)",
+        "(N, T, D), or (N, D) for T = 1",
+    ),
+    "act-4d": (
+        lambda: gk.linear_direction_dot(DIRECTION, x(1, 2, 4, 3), GRAD),
+        "act has shape (1, 2, 4, 3)",
+        "(N, T, D)",
+    ),
+    "grad-tokens": (
+        lambda: gk.linear_direction_dot(DIRECTION, ACT, x(2, 3, 5)),
+        "grad has shape (2, 3, 5)",
+        "(2, 4, Dout), as act",
+    ),
+    "grad-2d": (
+        lambda: gk.linear_joint_wgrad_dot(ACT, x(2, 5), [1]),
+        "grad has shape (2, 5)",
+        "(2, 4, Dout), as act",
+    ),
+    "act-2d": (
+        lambda: gk.linear_wgrad_dot(DIRECTION, x(2, 3), GRAD),
+        "grad has shape (2, 4, 5)",
+        "(2, Dout), as act",
+    ),
+    "val-grad-rows": (
+        lambda: gk.linear_ghost_dot(ACT, x(1, 4, 5), ACT, GRAD),
+        "val_grad has shape (1, 4, 5)",
+        "(2, 4, Dout), as val_act",
+    ),
+    "train-act-width": (
+        lambda: gk.linear_ghost_dot(ACT, GRAD, x(2, 4, 6), GRAD),
+        "train_act has shape (2, 4, 6)",
+        "(N, T, 3), val_act's width",
+    ),
+    "train-grad-width": (
+        lambda: gk.linear_ghost_dot(ACT, GRAD, ACT, x(2, 4, 6)),
+        "train_grad has shape (2, 4, 6)",
+        "(N, T, 5), val_grad's width",
+    ),
+    "direction-transposed": (
+        lambda: gk.linear_wgrad_dot(x(3, 5), ACT, GRAD),
+        "direction has shape (3, 5)",
+        "([K,] 5, 3)",
+    ),
+    "direction-1d": (
+        lambda: gk.linear_direction_dot(x(3), ACT, GRAD),
+        "direction has shape (3,)",
+        "([K,] 5, 3)",
+    ),
+    "direction-k=0": (
+        lambda: gk.linear_wgrad_dot(x(0, 5, 3), ACT, GRAD),
+        "direction has shape (0, 5, 3)",
+        "at least one direction",
+    ),
+    "mixed-dtypes": (
+        lambda: gk.linear_direction_dot(DIRECTION, ACT, GRAD.half()),
+        "grad has dtype torch.float16",
+        "direction's, torch.float32",
+    ),
+    "integer": (
+        lambda: gk.linear_joint_wgrad_dot(ACT.long(), GRAD.long(), [1]),
+        "act has dtype torch.int64",
+        FLOAT,
+    ),
+    "device": (
+        lambda: gk.linear_direction_dot(DIRECTION, ACT, GRAD.to("meta")),
+        "grad is on meta",
+        "direction's, cpu",
+    ),
+    "method": (
+        lambda: gk.linear_ghost_dot(ACT, GRAD, ACT, GRAD, method="fast"),  # type: ignore[arg-type]
+        "method has 'fast'",
+        "auto, gram or direction",
+    ),
+    "val-rows-empty": (
+        lambda: gk.linear_joint_wgrad_dot(ACT, GRAD, []),
+        "val_rows has []",
+        COUNTS,
+    ),
+    "val-rows-zero": (
+        lambda: gk.linear_joint_wgrad_dot(ACT, GRAD, [1, 0]),
+        "val_rows has [1, 0]",
+        COUNTS,
+    ),
+    "val-rows-too-many": (
+        lambda: gk.embedding_joint_wgrad_dot(IDS, ROWS, [2, 1], 7),
+        "val_rows has [2, 1]",
+        COUNTS,
+    ),
+    "scale-1d": (
+        lambda: gk.linear_wgrad_dot(DIRECTION, ACT, GRAD, scale=x(3)),
+        "scale has shape (3,)",
+        "a 0-dim tensor",
+    ),
+    "scale-number": (
+        lambda: gk.embedding_joint_wgrad_dot(IDS, ROWS, [1], 7, scale=0.5),  # type: ignore[arg-type]
+        "scale has 0.5",
+        "a 0-dim tensor",
+    ),
+}
+NORM: dict[str, tuple[Callable[[], object], str, str]] = {
+    "normed-1d": (lambda: gk.norm_sample_grads(x(3), x(3)), "normed has shape (3,)", "(N, T, D)"),
+    "width": (
+        lambda: gk.norm_sample_grads(ACT, GRAD),
+        "grad has shape (2, 4, 5)",
+        "(2, 4, 3), normed's shape",
+    ),
+    "val-grad-tokens": (
+        lambda: gk.norm_ghost_dot(ACT, x(2, 3, 3), ACT, ACT),
+        "val_grad has shape (2, 3, 3)",
+        "(2, 4, Dout), as val_normed",
+    ),
+    "train-width": (
+        lambda: gk.norm_ghost_dot(ACT, ACT, GRAD, GRAD),
+        "train_normed has shape (2, 4, 5)",
+        "(N, T, 3), val_normed's width",
+    ),
+    "mixed-dtypes": (
+        lambda: gk.norm_ghost_dot(ACT, ACT, ACT.half(), ACT.half()),
+        "train_normed has dtype torch.float16",
+        "val_normed's, torch.float32",
+    ),
+    "direction-width": (
+        lambda: gk.norm_wgrad_dot(x(4), ACT, ACT),
+        "direction has shape (4,)",
+        "([K,] 3)",
+    ),
+    "direction-k=0": (
+        lambda: gk.norm_wgrad_dot(x(0, 3), ACT, ACT),
+        "direction has shape (0, 3)",
+        "K at least 1",
+    ),
+    "direction-dtype": (
+        lambda: gk.norm_wgrad_dot(x(3, dtype=INT), ACT, ACT),
+        "direction has dtype torch.int64",
+        FLOAT,
+    ),
+    "bias-direction": (
+        lambda: gk.norm_wgrad_dot(x(3), ACT, ACT, bias_direction=x(2, 3)),
+        "bias_direction has shape (2, 3)",
+        "(3,), direction's shape",
+    ),
+    "bias-direction-dtype": (
+        lambda: gk.norm_wgrad_dot(x(3), ACT, ACT, bias_direction=x(3, dtype=HALF)),
+        "bias_direction has dtype torch.float16",
+        "direction's, torch.float32",
+    ),
+}
+EMBEDDING: dict[str, tuple[Callable[[], object], str, str]] = {
+    "ids-dtype": (
+        lambda: gk.embedding_ghost_dot(IDS, ROWS, IDS.float(), ROWS, 7),
+        "train_ids has dtype torch.float32",
+        "int32 or int64",
+    ),
+    "ids-3d": (
+        lambda: gk.embedding_direction_dot(TABLE, x(2, 4, 1, dtype=INT), ROWS),
+        "ids has shape (2, 4, 1)",
+        "(N, T), or (N,) for T = 1",
+    ),
+    "grad-rows": (
+        lambda: gk.embedding_ghost_dot(IDS, x(1, 4, 3), IDS, ROWS, 7),
+        "val_grad has shape (1, 4, 3)",
+        "(2, 4, 'd')",
+    ),
+    "train-grad-width": (
+        lambda: gk.embedding_ghost_dot(IDS, ROWS, IDS, GRAD, 7),
+        "train_grad has shape (2, 4, 5)",
+        "(N, T, 3), val_grad's width",
+    ),
+    "direction-rows": (
+        lambda: gk.embedding_wgrad_dot(TABLE, IDS, ROWS, 8),
+        "direction has shape (7, 3)",
+        "([K,] 8, 3)",
+    ),
+    "direction-width": (
+        lambda: gk.embedding_direction_dot(x(7, 2), IDS, ROWS),
+        "direction has shape (7, 2)",
+        "([K,] num_embeddings, 3)",
+    ),
+    "padding-above": (
+        lambda: gk.embedding_wgrad_dot(TABLE, IDS, ROWS, 7, padding_idx=7),
+        "padding_idx has 7",
+        "an index into 7 embeddings",
+    ),
+    "padding-below": (
+        lambda: gk.embedding_joint_wgrad_dot(IDS, ROWS, [1], 7, padding_idx=-8),
+        "padding_idx has -8",
+        "an index into 7 embeddings",
+    ),
+    "grad-integer": (
+        lambda: gk.embedding_joint_wgrad_dot(IDS, ROWS.int(), [1], 7),
+        "grad has dtype torch.int32",
+        FLOAT,
+    ),
+}
+CASES = {
+    f"{family}-{name}": case
+    for family, cases in (("linear", LINEAR), ("norm", NORM), ("embedding", EMBEDDING))
+    for name, case in cases.items()
+}
+
+
+@pytest.mark.parametrize(("call", "fault", "expected"), CASES.values(), ids=CASES)
+def test_refusal_names(call: Callable[[], object], fault: str, expected: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(fault)}; .*{re.escape(expected)}"):
+        call()
+
+
+def test_refusal_of_what_is_no_tensor() -> None:
+    with pytest.raises(TypeError, match="act must be a tensor, got ndarray"):
+        gk.linear_direction_dot(DIRECTION, ACT.numpy(), GRAD)  # type: ignore[arg-type]

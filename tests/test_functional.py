@@ -1,0 +1,281 @@
+"""The linear and norm functions against the float64 definitions, by every route on the CPU.
+
+`kernel_checks` states the error model: fp32 sums of exact products, so about 16 roundings (1e-6)
+of the sum of the terms' magnitudes, and the same number of fp64 roundings for fp64 inputs. 16-bit
+inputs are exact in fp64, so their results are held to fp32's error too.
+"""
+
+from collections.abc import Callable
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+from kernel_checks import (
+    assert_within,
+    check_direction,
+    check_gram,
+    check_wgrad,
+    token_norms,
+)
+from linear_problems import DTYPES, LAYOUTS, Problem, joint, make, rows
+from torch import Tensor
+
+import graddot_kernels as gk
+from graddot_kernels import reference, torch_impl
+
+VAL_ROWS = [[1], [1, 2], [2, 1, 2]]
+CASES: dict[str, dict] = {name: {"dtype": name} for name in DTYPES}
+CASES |= {f"{name}-long": {"dtype": name, "t": 41} for name in DTYPES}
+CASES |= {layout: {"layout": layout} for layout in LAYOUTS[1:]}
+CASES |= {f"{layout}-long": {"layout": layout, "t": 41} for layout in LAYOUTS[1:]}
+CASES |= {
+    "two-dim": {"layout": "two-dim", "t": 1},
+    "n=1": {"n": 1},
+    "n=1-v=1-t=1": {"n": 1, "v": 1, "t": 1},
+    "empty-n": {"n": 0},
+    "empty-n-long": {"n": 0, "t": 41},
+    "empty-t": {"t": 0},
+    "s!=t": {"s": 4},
+    "narrow": {"d_in": 1, "d_out": 3, "t": 50},
+    "tall": {"d_in": 40, "d_out": 3},
+    "bf16-sliced": {"dtype": "bf16", "layout": "sliced"},
+    "mixed-layouts": {"layout": "transposed", "grad_layout": "expanded"},
+}
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def check_ghost(p: Problem) -> None:
+    args = p.val_act, p.val_grad, p.act, p.grad
+    for pairwise in (False, True):
+        for method in ("auto", "gram", "direction"):
+            got = gk.linear_ghost_dot(*args, pairwise=pairwise, method=method)  # type: ignore[arg-type]
+            check_gram(got, *map(rows, args), pairwise, p.tolerance)
+
+
+def check_given_direction(p: Problem) -> None:
+    act, grad = rows(p.act), rows(p.grad)
+    for per_token in (False, True):
+        got = gk.linear_direction_dot(p.direction, p.act, p.grad, per_token=per_token)
+        check_direction(got, p.direction, act, grad, per_token, p.tolerance)
+        single = gk.linear_direction_dot(p.direction[0], p.act, p.grad, per_token=per_token)
+        check_direction(single[None], p.direction[:1], act, grad, per_token, p.tolerance)
+
+
+def check_wgrad_dot(p: Problem) -> None:
+    for scale in (None, torch.tensor(0.3), torch.tensor(-3.0, dtype=torch.float64)):
+        got, dots = gk.linear_wgrad_dot(p.direction, p.act, p.grad, scale=scale)
+        act, grad, tolerance = rows(p.act), rows(p.grad), p.tolerance
+        check_wgrad(got, dots, p.direction, act, grad, scale, tolerance=tolerance)
+        got, dots = gk.linear_wgrad_dot(p.direction[0], p.act, p.grad, scale=scale)
+        check_wgrad(got, dots[None], p.direction[:1], act, grad, scale, tolerance=tolerance)
+
+
+def check_joint(p: Problem, val_rows: list[int]) -> None:
+    act, grad, scale = rows(p.act), rows(p.grad), torch.tensor(0.3)
+    got, dots = gk.linear_joint_wgrad_dot(*joint(p), val_rows, scale=scale)
+    want, want_dots = reference.linear_joint_wgrad_dot(
+        *(rows(x).double() for x in joint(p)), val_rows, scale.double()
+    )
+    magnitude = torch.einsum("nto,nti->oi", grad.double().abs(), act.double().abs())
+    assert_within(got, want, magnitude, p.tolerance)
+    val_norms = token_norms(rows(p.val_act), rows(p.val_grad)).sum(1).split(val_rows)
+    bound = torch.stack([x.sum() for x in val_norms])[:, None] * token_norms(act, grad).sum(1)
+    assert_within(dots, want_dots, bound, p.tolerance)
+
+
+@every_case
+def test_ghost_dot_by_both_methods(case: dict) -> None:
+    check_ghost(make(**case))
+
+
+@every_case
+def test_direction_dot(case: dict) -> None:
+    check_given_direction(make(**case))
+
+
+@every_case
+def test_wgrad_dot(case: dict) -> None:
+    check_wgrad_dot(make(**case))
+
+
+@every_case
+def test_joint_wgrad_dot_of_one_and_several_targets(case: dict) -> None:
+    for val_rows in VAL_ROWS:
+        check_joint(make(**(case | {"v": sum(val_rows), "s": None})), val_rows)
+
+
+@every_case
+def test_norms(case: dict) -> None:
+    p = make(**(case | {"d_out": case.get("d_in", 13)}))
+    tolerance = p.tolerance
+    (weight, bias), val = (
+        [x.double() for x in reference.norm_sample_grads(rows(a).double(), rows(b).double())]
+        for a, b in ((p.act, p.grad), (p.val_act, p.val_grad))
+    )
+    sizes, val_sizes = (  # the terms' magnitudes
+        reference.norm_sample_grads(rows(a).double().abs(), rows(b).double().abs())
+        for a, b in ((p.act, p.grad), (p.val_act, p.val_grad))
+    )
+    for got, want, size in zip(
+        gk.norm_sample_grads(p.act, p.grad), (weight, bias), sizes, strict=True
+    ):
+        assert_within(got, want, size, tolerance)
+    weight_dots, bias_dots = weight @ val[0].sum(0), bias @ val[1].sum(0)
+    bound = sum(x @ y.sum(0) for x, y in zip(sizes, val_sizes, strict=True))
+    args = p.val_act, p.val_grad, p.act, p.grad
+    assert_within(gk.norm_ghost_dot(*args), weight_dots + bias_dots, bound, tolerance)
+    assert_within(gk.norm_ghost_dot(*args, bias=False), weight_dots, bound, tolerance)
+    d, e = p.direction[:, 0], p.direction[:, -1]
+    total, bias_total, dots = gk.norm_wgrad_dot(d, p.act, p.grad, bias_direction=e)
+    assert_within(total, weight.sum(0), sizes[0].sum(0), tolerance)
+    assert_within(bias_total, bias.sum(0), sizes[1].sum(0), tolerance)
+    d, e = d.double(), e.double()
+    bound = d.abs() @ sizes[0].t() + e.abs() @ sizes[1].t()
+    assert_within(dots, d @ weight.t() + e @ bias.t(), bound, tolerance)
+    one = gk.norm_wgrad_dot(p.direction[0, 0], p.act, p.grad)[2]
+    assert_within(one, d[0] @ weight.t(), bound[0], tolerance)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.data())
+def test_drawn_shapes(data: st.DataObject) -> None:
+    size = st.integers(1, 33)
+    sizes = {name: data.draw(size, name) for name in ("t", "s", "d_in", "d_out")}
+    sizes |= {"n": data.draw(st.integers(0, 4), "n"), "k": data.draw(st.integers(1, 3), "k")}
+    layouts = st.sampled_from(LAYOUTS)
+    kind = {"layout": data.draw(layouts), "grad_layout": data.draw(layouts)}
+    p = make(**sizes, **kind, dtype=data.draw(st.sampled_from(list(DTYPES))))
+    check_ghost(p)
+    check_given_direction(p)
+    check_wgrad_dot(p)
+    val_rows = data.draw(st.sampled_from(VAL_ROWS))
+    check_joint(make(**(sizes | {"s": sizes["t"], "v": sum(val_rows)}), **kind), val_rows)
+
+
+@pytest.mark.parametrize("t", [5, 41], ids=["direction", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_wgrad_dot_into_writes_or_adds_in_the_buffers_dtype(dtype: str, t: int) -> None:
+    p = make(t=t, dtype=dtype)
+    total, dots = gk.linear_wgrad_dot(p.direction, p.act, p.grad, scale=torch.tensor(0.3))
+    bias = reference.norm_sample_grads(p.grad.double(), p.grad.double())[1]
+    for accumulate in (False, True):
+        weight_grad = torch.ones(17, 13, dtype=p.act.dtype)
+        bias_grads = torch.full((5, 17), torch.nan, dtype=total.dtype)
+        got = torch.ops.graddot.linear_wgrad_dot_into(
+            weight_grad, bias_grads, *p[4:], *p[:2], torch.tensor(0.3), accumulate
+        )
+        assert torch.equal(got, dots)
+        rounded = torch.ones_like(weight_grad).add_(total) if accumulate else total
+        assert torch.equal(weight_grad, rounded.to(weight_grad.dtype))
+        assert_within(bias_grads, bias, p.grad.double().abs().sum(1), p.tolerance)
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[str]:
+    """Names of torch_impl's inner functions, in the order of their calls."""
+    seen: list[str] = []
+
+    def spy(name: str) -> None:
+        inner = getattr(torch_impl, name)
+        monkeypatch.setattr(
+            torch_impl, name, lambda *a, **k: (seen.append(name), inner(*a, **k))[1]
+        )
+
+    for name in ("_fused_wgrad_dot", "linear_direction_dot", "linear_gram_dot", "_scaled_"):
+        spy(name)
+    return seen
+
+
+@pytest.mark.parametrize("tile_rows", [1, 4, 17])
+def test_fused_route_by_tiles(tile_rows: int, calls: list[str], monkeypatch) -> None:
+    tiles = ["_scaled_"] * -(-17 // tile_rows)
+    monkeypatch.setattr(torch_impl, "_TILE_ELEMENTS", 2 * 13 * tile_rows + 1)
+    p = make(t=41)  # t·k at least 40, V·t²·(Din + Dout) at least 40·Din·Dout
+    gk.linear_wgrad_dot(p.direction, p.act, p.grad)
+    gk.linear_joint_wgrad_dot(*joint(p), [1, 2])
+    assert calls == ["_fused_wgrad_dot", *tiles] * 2
+    check_wgrad_dot(p)
+    check_joint(p, [1, 2])
+
+
+@pytest.mark.parametrize("elements", [1, 5 * 5 * 2, 5 * 5 * 3 * 2, 10**6])
+def test_gram_route_by_blocks(elements: int, calls: list[str], monkeypatch) -> None:
+    blocks = {1: 5 * (1 + 3), 50: 5 * (1 + 2), 150: 3 * (1 + 1), 10**6: 1 + 1}[elements]
+    monkeypatch.setattr(torch_impl, "_GRAM_ELEMENTS", elements)
+    flattened = []
+    tokens = torch_impl._tokens
+    monkeypatch.setattr(torch_impl, "_tokens", lambda x: (flattened.append(x), tokens(x))[1])
+    p = make(t=5)
+    gk.linear_ghost_dot(p.val_act, p.val_grad, p.act, p.grad, method="gram")
+    assert len(flattened) == 2 * blocks  # act and grad of every block of samples and of val rows
+    gk.linear_joint_wgrad_dot(*joint(p), [1, 2])
+    gk.linear_wgrad_dot(p.direction, p.act, p.grad)
+    assert calls == ["linear_gram_dot", "_scaled_", "linear_direction_dot", "_scaled_"]
+    check_ghost(p)
+    check_joint(p, [1, 2])
+
+
+DOTS: dict[str, Callable[[Problem], Tensor]] = {
+    "ghost-gram": lambda p: gk.linear_ghost_dot(*p[2:4], *p[:2], method="gram"),
+    "ghost-direction": lambda p: gk.linear_ghost_dot(*p[2:4], *p[:2], method="direction"),
+    "ghost-pairwise": lambda p: gk.linear_ghost_dot(
+        *p[2:4], *p[:2], pairwise=True, method="direction"
+    ),
+    "direction": lambda p: gk.linear_direction_dot(p.direction, p.act, p.grad),
+    "wgrad": lambda p: gk.linear_wgrad_dot(p.direction, p.act, p.grad)[1],
+    "joint": lambda p: gk.linear_joint_wgrad_dot(*joint(p), [3])[1][0],
+    "norm-ghost": lambda p: gk.norm_ghost_dot(p.val_act, p.val_act, p.act, p.act),
+    "norm-wgrad": lambda p: gk.norm_wgrad_dot(p.direction[:, 0], p.act, p.act)[2],
+}
+OTHERS: dict[str, Callable[[Problem], Tensor]] = {
+    "per-token": lambda p: gk.linear_direction_dot(p.direction, p.act, p.grad, per_token=True),
+    "wgrad-weight": lambda p: gk.linear_wgrad_dot(p.direction, p.act, p.grad)[0],
+    "joint-weight": lambda p: gk.linear_joint_wgrad_dot(*joint(p), [1, 2])[0],
+    "norm-weight": lambda p: gk.norm_sample_grads(p.act, p.act)[0],
+    "norm-bias": lambda p: gk.norm_sample_grads(p.act, p.act)[1],
+}
+
+
+@pytest.mark.parametrize("t", [3, 41], ids=["gram-or-direction", "fused"])
+@pytest.mark.parametrize("name", ["ghost-gram", "ghost-direction", "direction", "wgrad", "joint"])
+def test_outlier_does_not_blur_the_other_dots(name: str, t: int) -> None:
+    p = make(t=t, n=7)
+    p.grad[2] *= 1e4
+    target = reference.linear_sample_grads(p.val_act.double(), p.val_grad.double()).sum(0)
+    p = p._replace(direction=target.float()[None].expand(2, -1, -1))
+    grads = reference.linear_sample_grads(p.act.double(), p.grad.double())
+    bound = target.norm() * grads.flatten(1).norm(dim=1)
+    got = torch.atleast_2d(DOTS[name](p))
+    want = torch.einsum("oi,noi->n", target, grads).expand_as(got)
+    assert_within(got, want, bound, 1e-5)
+
+
+@pytest.mark.parametrize("t", [3, 41], ids=["gram-or-direction", "fused"])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("call", (DOTS | OTHERS).values(), ids=DOTS | OTHERS)
+def test_result_dtype_repeats_bitwise_also_under_autocast(
+    call: Callable[[Problem], Tensor], dtype: str, t: int
+) -> None:
+    p = make(t=t, dtype=dtype)
+    inputs = [x.clone() for x in p]
+    first = call(p)
+    assert first.dtype == (torch.float64 if dtype == "fp64" else torch.float32)
+    assert torch.equal(call(p), first)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(call(p), first)
+    assert all(torch.equal(x, y) for x, y in zip(p, inputs, strict=True))
+
+
+def test_opcheck_of_both_routes_and_every_dtype() -> None:
+    ops = torch.ops.graddot
+    for dtype, t in (("bf16", 3), ("fp16", 41), ("fp64", 3)):
+        p = make(t=t, dtype=dtype)
+        for op, args in (
+            (ops.linear_gram_dot, (*p[2:4], *p[:2], False)),
+            (ops.linear_direction_dot, (p.direction, p.act, p.grad, False)),
+            (ops.linear_wgrad_dot, (p.direction, p.act, p.grad, None)),
+            (ops.linear_joint_wgrad_dot, (*joint(p), [1, 2], None)),
+            (ops.norm_sample_grads, (p.act, p.act)),
+        ):  # compiled with dynamic shapes in test_compile, where fp32 stands for all
+            torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))
