@@ -7,6 +7,8 @@ act (N, T, Din), grad (N, T, Dout), direction (K, Dout, Din), ids (N, T); dots a
 On a GPU the linear and norm ops are Triton kernels, except for fp64.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,17 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def _without_autocast(function):  # type: ignore[no-untyped-def]
+    """Inside an autocast region the products of an op would be rounded to 16 bits."""
+
+    @functools.wraps(function)
+    def wrapped(first: Tensor, *args):  # type: ignore[no-untyped-def]
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return wrapped
+
+
 def _define(schema: str, fake, cpu, cuda) -> None:  # type: ignore[no-untyped-def]
     """An implementation of None is the extension's: csrc/ registers it as the library is loaded."""
     name = schema.split("(")[0]
@@ -30,7 +43,7 @@ def _define(schema: str, fake, cpu, cuda) -> None:  # type: ignore[no-untyped-de
     routes[name] = {}
     for device, function in (("CPU", cpu), ("CUDA", cuda)):
         if function is not None:
-            _lib.impl(name, function, device)
+            _lib.impl(name, _without_autocast(function), device)
         routes[name][device] = function.__module__ if function else "graddot_kernels._C"
     torch.library.register_fake(f"graddot::{name}", fake, lib=_lib)
 

@@ -94,18 +94,21 @@ def _fused_wgrad_dot(
     """
     n, _, d_in = act.shape
     d_out = grad.shape[2]
-    weight_grad = act.new_zeros(d_out, d_in)
+    weight_grad = act.new_empty(d_out, d_in) if n else act.new_zeros(d_out, d_in)
     dots = act.new_zeros(k, n)
     rows = min(d_out, max(1, _TILE_ELEMENTS // max(1, k * d_in)))
     buffer = act.new_empty(rows, d_in)
     for lo in range(0, d_out, rows):
         hi = min(lo + rows, d_out)
         direction = direction_tile(lo, hi).reshape(k, -1)
-        tile, sample = weight_grad[lo:hi], buffer[: hi - lo]
+        tile = weight_grad[lo:hi]
         for i in range(n):
+            # The first sample's gradient is where the sum begins: no zeros to write and add to.
+            sample = buffer[: hi - lo] if i else tile
             torch.mm(grad[i, :, lo:hi].t(), act[i], out=sample)
             dots[:, i] += torch.mv(direction, sample.view(-1))
-            tile.add_(sample)
+            if i:
+                tile.add_(sample)
         _scaled_(tile, scale)
     return weight_grad, dots
 

@@ -292,6 +292,12 @@ class GradDotProdEngine:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
         if all(leaf.grad is None for leaf in micro.leaves.values()):
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
+        held = [uses.name for uses in micro.step.shared.values() if uses.held is not None]
+        if held:
+            raise GraddotError(
+                f"{', '.join(held)}: the loss depends on the shared weight's linear layer, but not"
+                " on its embedding; their gradient cannot be completed"
+            )
         if self._label_check is not None and self._label_check.problem is not None:
             raise GraddotError(self._label_check.problem)
         if self._optimizer is not None:

@@ -128,8 +128,9 @@ class LinearDot(torch.autograd.Function):
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
             weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
-            result[1] = weight_grad.to(weight.dtype)
             result[3] = _add(dots, ctx.uses.linear_terms(act, grad))
+            if not ctx.uses.hold(weight_grad):
+                result[1] = weight_grad.to(weight.dtype)
         if not ctx.needs_input_grad[3]:
             result[3] = None
         if not ctx.needs_input_grad[4]:
@@ -161,10 +162,13 @@ class EmbeddingDot(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         grad = _as_tokens(grad_out)
-        padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-        weight_grad, dots = _ops.embedding_joint_wgrad_dot(
-            ids, grad, ctx.step.val_rows, ctx.num_embeddings, padding, ctx.step.scale
-        )
+        if ctx.uses.held is not None:
+            weight_grad, dots = ctx.uses.add_rows(ids, grad, ctx.step.scale)
+        else:
+            padding = -1 if ctx.padding_idx is None else ctx.padding_idx
+            weight_grad, dots = _ops.embedding_joint_wgrad_dot(
+                ids, grad, ctx.step.val_rows, ctx.num_embeddings, padding, ctx.step.scale
+            )
         dots = _add(dots, ctx.uses.embedding_terms(ctx.index, ids, grad))
         dots = dots if ctx.needs_input_grad[2] else None
         return None, weight_grad.to(ctx.dtype), dots, None, None, None

@@ -49,6 +49,7 @@ class SharedUses:
     padding_idx: int | None = None
     num_embeddings: int = 0
     linear_calls: int = 0
+    held: Tensor | None = None
     vector_calls: int = 0
     embedding_ids: list[Tensor] = field(default_factory=list)
     _linears: list[tuple[Tensor, Tensor]] = field(default_factory=list)
@@ -67,6 +68,29 @@ class SharedUses:
 
     def _train(self, x: Tensor) -> Tensor:
         return x[: x.shape[0] - sum(self.val_rows)]
+
+    def hold(self, weight_grad: Tensor) -> bool:
+        """Keep a head's weight gradient for the embedding of the same weight to add its rows to.
+
+        Saves a second gradient of the table's size, its zeros and a sum. Not on a GPU, where
+        adding rows in place would need atomics and not repeat bitwise.
+        """
+        pending = len(self.embedding_ids) == 1 and not self._embeddings
+        if weight_grad.is_cuda or not pending or self.linear_calls != 1:
+            return False
+        self.held = weight_grad
+        return True
+
+    def add_rows(self, ids: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """The held gradient with the embedding's training rows added, and its own dots (K, N)."""
+        assert self.held is not None
+        weight_grad, self.held = self.held, None
+        train_ids, train_grad = self._train(ids), self._train(grad)
+        rows = _accumulated(train_grad).flatten(0, 1) * scale
+        if self.padding_idx is not None:
+            rows = rows.masked_fill((train_ids.flatten() == self.padding_idx)[:, None], 0)
+        weight_grad.index_add_(0, train_ids.flatten(), rows)
+        return weight_grad, self._embedding_dots(ids, grad, ids, grad)
 
     def linear_terms(self, act: Tensor, grad: Tensor) -> Tensor | None:
         """Cross terms of a linear use with the uses whose backward ran before, (K, N)."""
@@ -129,24 +153,21 @@ class SharedUses:
         )
 
     def _embedding_pair(self, ids: Tensor, grad: Tensor, other_ids: Tensor, other_grad: Tensor):
-        pairs = ((ids, grad, other_ids, other_grad), (other_ids, other_grad, ids, grad))
-        return sum(
-            torch.stack(
-                [
-                    embedding_ghost_dot(
-                        v_ids,
-                        v_grad,
-                        self._train(t_ids),
-                        self._train(t_grad),
-                        self.num_embeddings,
-                        padding_idx=self.padding_idx,
-                    )
-                    for v_ids, v_grad in zip(
-                        self._targets(val_ids), self._targets(val_grad), strict=True
-                    )
-                ]
-            )
-            for val_ids, val_grad, t_ids, t_grad in pairs
+        return self._embedding_dots(ids, grad, other_ids, other_grad) + self._embedding_dots(
+            other_ids, other_grad, ids, grad
+        )
+
+    def _embedding_dots(
+        self, val_ids: Tensor, val_grad: Tensor, train_ids: Tensor, train_grad: Tensor
+    ) -> Tensor:
+        """Dots of one use's val rows with another's (or the same's) training rows, (K, N)."""
+        train = self._train(train_ids), self._train(train_grad)
+        groups = zip(self._targets(val_ids), self._targets(val_grad), strict=True)
+        return torch.stack(
+            [
+                embedding_ghost_dot(*val, *train, self.num_embeddings, padding_idx=self.padding_idx)
+                for val in groups
+            ]
         )
 
     def _unique(self, ids: Tensor) -> Tensor:
