@@ -188,7 +188,7 @@ def linear_joint_wgrad_dot(
 
     act (N + ΣV_k, T, Din) and grad (N + ΣV_k, T, Dout) hold N training rows first, then
     val_rows[k] = V_k rows of target k, in order. Returns scale · Σ_{i<N} G_i, (Dout, Din), and
-    ⟨Σ_{v of k} G_v, G_i⟩, (K, N). No direction is held whole.
+    ⟨Σ_{v of k} G_v, G_i⟩, (K, N). On a CPU no direction is held whole.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
