@@ -43,5 +43,13 @@ bench-step: $(VENV)/installed
 bench-embedding: $(VENV)/installed
 	$(BIN)/python bench/bench_embedding.py
 
+gpu-check: ## on a machine with a GPU, its own torch and nvcc: build, test, sanitize, bench
+	$(PYTHON) -m pip install --no-build-isolation --no-deps .
+	$(PYTHON) -m pytest tests/gpu
+	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/gpu \
+	    -k "not repeatable and not memory and not 32_bit"
+	$(PYTHON) bench/gpu_kernels.py
+	$(PYTHON) bench/bench_embedding.py
+
 clean:
 	rm -rf $(VENV) build *.egg-info graddot_kernels/*.so
