@@ -378,6 +378,22 @@ def test_a_weight_used_behind_the_layers_back_is_refused():
         )
 
 
+class DetachedEmbedding(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(30, 10), nn.Linear(10, 30, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, ids):
+        return self.head(self.embedding(ids).detach())
+
+
+def test_a_shared_gradient_that_cannot_be_completed_is_refused():
+    train, val = token_batch(3, 9, 30, seed=1), token_batch(1, 9, 30, seed=2)
+    with pytest.raises(GraddotError, match=r"embedding.weight: the loss depends"):
+        run_step(DetachedEmbedding(), train, val)
+
+
 def test_wrong_label_shift_is_refused():
     train, val = token_batch(3, 9, seed=1, ragged=True), token_batch(1, 9, seed=2)
     with pytest.raises(GraddotError, match="label_shift=1"):

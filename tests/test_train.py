@@ -247,6 +247,16 @@ def test_bad_places(tokens, tmp_path, capsys):
     assert "train.bin" in capsys.readouterr().err
 
 
+def test_foreign_tokenizer_is_refused(tokens, tmp_path, capsys):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(tokens, foreign)
+    tokenizer = json.loads((foreign / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (foreign / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert train(foreign, tmp_path / "results") == 2
+    assert "not the tokenizer that" in capsys.readouterr().err
+
+
 def test_help_explains_every_option(capsys):
     for command in cli.COMMANDS:
         with pytest.raises(SystemExit) as end:

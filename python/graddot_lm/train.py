@@ -57,6 +57,8 @@ class Trainer:
         torch.manual_seed(args.seed)
         self.data = TokenData(args.pile_data_dir, "train", args.train_set, args.block_size)
         self.val_data = TokenData(args.pile_data_dir, "val", args.val_set, args.block_size)
+        # Excerpts in the report are decoded with the folder's copy: it must be the data's own.
+        self.data.check_tokenizer(str(Path(args.pile_data_dir) / "tokenizer.json"))
         vocab_size = self.data.vocab_size
         model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
         self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
