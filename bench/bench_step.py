@@ -151,7 +151,7 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5, help="timed rounds of all methods")
+    parser.add_argument("--repeats", type=int, default=3, help="timed rounds of all methods")
     parser.add_argument("--memory_of", nargs=2, metavar=("SHAPE", "METHOD"), help="used by itself")
     args = parser.parse_args()
     if args.memory_of:
