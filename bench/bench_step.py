@@ -152,24 +152,26 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds of all methods")
+    shapes = [*LM_SHAPES, "mlp"]
+    parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, help="default: all")
     parser.add_argument("--memory_of", nargs=2, metavar=("SHAPE", "METHOD"), help="used by itself")
     args = parser.parse_args()
     if args.memory_of:
         print_peak_memory(*args.memory_of)
         return
     start = time.perf_counter()
-    rows = {shape: measure(shape, args.repeats) for shape in [*LM_SHAPES, "mlp"]}
+    rows = {shape: measure(shape, args.repeats) for shape in args.shapes}
     for shape, row in rows.items():
         print(f"{shape:12}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     print(f"took {time.perf_counter() - start:.0f} s")
-    lm = [rows[shape] for shape in LM_SHAPES]
-    worst = {
-        "step_over_regular_nv": max(r["step_over_regular_nv"] for r in lm),
-        "step_over_regular_n": max(r["step_over_regular_n"] for r in lm),
-        "mem_over_regular_nv": max(r["mem_over_regular_nv"] for r in lm),
-        "naive_over_step": min(r["naive_over_step"] for r in lm),
-        "naive_over_step_mlp": rows["mlp"]["naive_over_step"],
-    }
+    lm = [rows[shape] for shape in LM_SHAPES if shape in rows]
+    worst = {}
+    if lm:
+        for key in ("step_over_regular_nv", "step_over_regular_n", "mem_over_regular_nv"):
+            worst[key] = max(row[key] for row in lm)
+        worst["naive_over_step"] = min(row["naive_over_step"] for row in lm)
+    if "mlp" in rows:
+        worst["naive_over_step_mlp"] = rows["mlp"]["naive_over_step"]
     print(" ".join(f"{key}={value:.3f}" for key, value in worst.items()))
 
 

@@ -106,7 +106,9 @@ def _fused_wgrad_dot(
             # The first sample's gradient is where the sum begins: no zeros to write and add to.
             sample = buffer[: hi - lo] if i else tile
             torch.mm(grad[i, :, lo:hi].t(), act[i], out=sample)
-            dots[:, i] += torch.mv(direction, sample.view(-1))
+            # dot uses every thread, mv with a single row only one.
+            flat = sample.view(-1)
+            dots[:, i] += torch.dot(direction[0], flat) if k == 1 else torch.mv(direction, flat)
             if i:
                 tile.add_(sample)
         _scaled_(tile, scale)
