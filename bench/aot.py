@@ -27,6 +27,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from graddot_kernels.triton_kernels import (
+    cross_entropy,
     linear_direction,
     linear_gram,
     linear_wgrad,
@@ -92,6 +93,8 @@ def cases() -> list[Case]:
         Case("direction t", direction, "direction", {}, unit=(*sides, "dir_sy"), dtypes=("bf16",)),
         Case("norm", norm.norm_kernel, "norm", {}, unit=("normed_sd", "grad_sd"), hot=False,
              dtypes=("bf16", "fp32")),
+        Case("cross entropy", cross_entropy.cross_entropy_kernel, "cross_entropy", {},
+             dtypes=("bf16", "fp32")),
         Case("combine", linear_wgrad.combine_kernel, "norm",
              {"SCALE": True, "ACCUMULATE": True}, unit=("out_si",), hot=False, dtypes=("fp32",)),
     ]  # fmt: skip
@@ -104,6 +107,7 @@ def constants_of(case: Case, tile: Tile, dtype: str) -> dict[str, Any]:
         "gram": {"BS": tile.rows, "BT": tile.cols, "BK": tile.depth},
         "direction": {"BM": tile.rows, "BN": tile.cols, "BK": tile.depth, "SLICES": tile.slices},
         "norm": {"BT": tile.rows, "BO": tile.rows, "BD": tile.cols, "BI": tile.cols},
+        "cross_entropy": {"BV": tile.cols},
     }[case.op]
     short = "short" in case.constants
     named |= {"PS": 16 if short else tile.rows, "PT": 16 if short else tile.cols}
@@ -123,7 +127,8 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
     if case.op == "gram":
         blocks = {"p_val_act": tile.rows, "p_val_grad": tile.rows}
         blocks |= {"p_act": tile.cols, "p_grad": tile.cols}
-    fp32 = {"p_out", "p_dots", "p_bias", "p_scale", "p_parts", "p_weight"}
+    fp32 = {"p_out", "p_dots", "p_bias", "p_scale", "p_parts", "p_weight", "p_losses"}
+    scalars = {"smoothing": "fp32", "z_loss": "fp32", "p_labels": "*i64"}
     signature, attributes = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
         if name in constants:
@@ -135,7 +140,8 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
             pointee = "fp32" if name in fp32 else element
             if name == "p_direction" and case.direction:
                 pointee = case.direction
-            signature[name] = f"*{pointee}" if name.startswith("p_") else "i32"
+            plain = f"*{pointee}" if name.startswith("p_") else "i32"
+            signature[name] = scalars.get(name, plain)
             if name.startswith(("p_", "d_")) or re.search("_s[a-z]$", name) or name == "t":
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(case.kernel, signature, constants, attributes)
@@ -177,7 +183,7 @@ def compile_one(job: tuple[int, str, str]) -> dict[str, Any]:
         "registers": registers, "spilled": spilled, "shared": compiled.metadata.shared,
         "matrix": next((name for name in MATRIX if name in assembly), "-"),
         "too_big": compiled.metadata.shared > shared_limit,
-        "hot": case.hot, "must_wgmma": dtype == "bf16" and case.op != "norm",
+        "hot": case.hot, "must_wgmma": dtype == "bf16" and case.op not in ("norm", "cross_entropy"),
     }  # fmt: skip
 
 

@@ -14,10 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#ifdef __linux__
-#include <sys/mman.h>
-#endif
-
+#include "huge_pages.h"
 #include "parallel.h"
 
 namespace graddot {
@@ -68,30 +65,16 @@ Tensor empty_result(const Tensor& like, const std::vector<int64_t>& shape) {
                               std::nullopt, like.device());
 }
 
-// A weight gradient has the size of the table (154 MB for GPT-2), and the CPU's allocator gets it
-// from the kernel anew every time: its first writes are page faults, which take several times as
-// long as the writes. Huge pages take away most of them.
-void advise_huge_pages([[maybe_unused]] const Tensor& table) {
-#ifdef __linux__
-  constexpr uintptr_t kHugePage = 2 * 1024 * 1024;
-  const auto data = reinterpret_cast<uintptr_t>(table.const_data_ptr());
-  const uintptr_t begin = (data + kHugePage - 1) / kHugePage;
-  const uintptr_t size = static_cast<uintptr_t>(table.numel()) * table.element_size();
-  const uintptr_t end = (data + size) / kHugePage;
-  if (table.is_cpu() && begin < end) {
-    // Advice: where the kernel does not take it, nothing is lost.
-    madvise(reinterpret_cast<void*>(begin * kHugePage), (end - begin) * kHugePage, MADV_HUGEPAGE);
-  }
-#endif
-}
-
 struct WeightGrad {
   Tensor table;
   std::optional<Tensor> scale;  // fp64, on the table's device
 
   WeightGrad(const Tensor& grad, int64_t num_embeddings, const std::optional<Tensor>& given_scale)
       : table(empty_result(grad, {num_embeddings, grad.size(2)})) {
-    advise_huge_pages(table);
+    if (table.is_cpu()) {
+      const auto size = static_cast<int64_t>(table.element_size()) * table.numel();
+      advise_huge_pages(table.mutable_data_ptr(), size);
+    }
     if (given_scale) {
       scale = torch::stable::to(*given_scale, ScalarType::Double, std::nullopt, table.device());
     }

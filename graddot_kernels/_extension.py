@@ -31,9 +31,10 @@ def _load() -> ctypes.CDLL:
         ) from e
 
 
-_library = _load()
-_library.graddot_build.restype = ctypes.c_char_p
-_build: dict[str, str] = json.loads(_library.graddot_build())
+library = _load()
+library.graddot_build.restype = ctypes.c_char_p
+library.graddot_instruction_set.restype = ctypes.c_char_p
+_build: dict[str, str] = json.loads(library.graddot_build())
 
 HAS_CUDA = bool(_build["cuda_architectures"])
 

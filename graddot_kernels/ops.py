@@ -12,7 +12,7 @@ import functools
 import torch
 from torch import Tensor
 
-from . import _extension, torch_impl
+from . import _extension, fused_head, torch_impl
 from .triton_kernels import gpu_implementation
 
 _lib = torch.library.Library("graddot", "DEF")
@@ -129,6 +129,40 @@ def _fake_embedding_joint_wgrad_dot(
     return weight_grad, grad.new_empty((len(val_rows), ids.shape[0] - sum(val_rows)), dtype=dtype)
 
 
+def _fake_cross_entropy_grad(
+    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    return logits.new_empty(labels.shape, dtype=_result_dtype(logits))
+
+
+def _fake_linear_cross_entropy(
+    act: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    val_rows: list[int],
+    val_ids: Tensor,
+    train_ids: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    weight_scale: Tensor | None,
+    weight_needed: bool,
+) -> tuple[Tensor, ...]:
+    (rows, t, width), vocab, k = act.shape, weight.shape[0], len(val_rows)
+    n, dtype = rows - sum(val_rows), _result_dtype(act)
+    result = functools.partial(act.new_empty, dtype=dtype)
+    return (
+        result((rows, t)),
+        act.new_empty(act.shape),
+        result((vocab if weight_needed else 0, width)),
+        result((rows if bias is not None else 0, vocab)),
+        result((k if weight_needed else 0, n)),
+        act.new_empty((n, t, val_ids.numel())),
+        result((k, train_ids.numel() if weight_needed else 0, width)),
+    )
+
+
 def _fake_norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     shape, dtype = (grad.shape[0], grad.shape[2]), _result_dtype(grad)
     return grad.new_empty(shape, dtype=dtype), grad.new_empty(shape, dtype=dtype)
@@ -201,6 +235,22 @@ _define(
     fake=_fake_embedding_joint_wgrad_dot,
     cpu=None,
     cuda=None if _extension.HAS_CUDA else torch_impl.embedding_joint_wgrad_dot,
+)
+_define(
+    "cross_entropy_grad(Tensor(a!) logits, Tensor labels, int ignore_index,"
+    " float label_smoothing, float z_loss) -> Tensor",
+    fake=_fake_cross_entropy_grad,
+    cpu=torch_impl.cross_entropy_grad,
+    cuda=gpu_implementation("cross_entropy", "cross_entropy_grad", torch_impl.cross_entropy_grad),
+)
+_define(
+    "linear_cross_entropy(Tensor act, Tensor weight, Tensor? bias, Tensor labels, int[] val_rows,"
+    " Tensor val_ids, Tensor train_ids, int ignore_index, float label_smoothing, float z_loss,"
+    " Tensor? weight_scale, bool weight_needed)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    fake=_fake_linear_cross_entropy,
+    cpu=fused_head.linear_cross_entropy,
+    cuda=fused_head.linear_cross_entropy,
 )
 _define(
     "norm_sample_grads(Tensor normed, Tensor grad) -> (Tensor, Tensor)",

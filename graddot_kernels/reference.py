@@ -118,3 +118,21 @@ def embedding_joint_wgrad_dot(
 def norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Per-sample gradients of a norm's weight, Σ_t b⊙x̂, and bias, Σ_t b, each (N, d)."""
     return (grad * normed).sum(1), grad.sum(1)
+
+
+def cross_entropy_grad(
+    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    """Losses (R,) and their gradients (R, vocab), both 0 where the label is ignored.
+
+    With lse = log Σ_j exp(x_j) and smoothing ε, a row's loss is
+    lse - (1 - ε) x_label - ε/vocab Σ_j x_j + z_loss · lse².
+    """
+    x = logits.detach().clone().requires_grad_()
+    with torch.enable_grad():
+        losses = torch.nn.functional.cross_entropy(
+            x, labels, None, None, ignore_index, None, "none", label_smoothing
+        )
+        losses = losses + z_loss * (torch.logsumexp(x, 1).square() * (labels != ignore_index))
+        (grads,) = torch.autograd.grad(losses.sum(), x)
+    return losses.detach(), grads

@@ -1,12 +1,15 @@
 """The ops in plain PyTorch, arranged to be fast on a CPU and correct on any device.
 
-Same signatures as the ops (`padding_idx` -1 for none); the definitions are in `reference`.
+Same signatures as the ops (`padding_idx` -1 for none); the definitions are in `reference`. Where
+the processor has them, compiled kernels do the fused route's inner work (`cpu_kernels`).
 """
 
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from . import cpu_kernels
 
 # Elements of one tile of a weight gradient. A sample's tile, the direction's and the running sum
 # are read right after they are written; 2M elements of each stay in a server's last-level cache,
@@ -19,6 +22,12 @@ _GRAM_ELEMENTS = 4 * 1024 * 1024
 # fused route handles one more element of a sample's weight gradient (write, dot, add). Only their
 # ratio matters: it decides which exact route is cheaper, never what the result is.
 _MACS_PER_FUSED_ELEMENT = 40
+_MACS_PER_FUSED_ELEMENT_COMPILED = 12
+
+
+def _macs_per_fused_element(x: Tensor) -> int:
+    compiled = cpu_kernels.available(x)
+    return _MACS_PER_FUSED_ELEMENT_COMPILED if compiled else _MACS_PER_FUSED_ELEMENT
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -115,15 +124,23 @@ def _fused_wgrad_dot(
     return weight_grad, dots
 
 
+def _empty_weight_grad(act: Tensor, grad: Tensor) -> Tensor:
+    return act.new_empty(grad.shape[2], act.shape[2])
+
+
 def linear_wgrad_dot(
     direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient and dots, by whichever of fused and direction costs less."""
     direction, act, grad = _accumulated(direction), _accumulated(act), _accumulated(grad)
     k, t = direction.shape[0], act.shape[1]
-    if k * t < _MACS_PER_FUSED_ELEMENT:
+    if k * t < _macs_per_fused_element(act):
         dots = linear_direction_dot(direction, act, grad, per_token=False)
         return _weight_grad(act, grad, scale), dots
+    if cpu_kernels.available(act):
+        weight_grad = _empty_weight_grad(act, grad)
+        dots = cpu_kernels.linear_wgrad_dot(weight_grad, direction, [], act, grad, scale, False)
+        return weight_grad, dots
     return _fused_wgrad_dot(act, grad, k, scale, lambda lo, hi: direction[:, lo:hi])
 
 
@@ -138,11 +155,19 @@ def linear_wgrad_dot_into(
 ) -> Tensor:
     """`linear_wgrad_dot` into (or added to) weight_grad, (Dout, Din), in its own dtype, and every
     sample's unscaled bias gradient Σ_t b into bias_grads, (N, Dout). Returns the dots."""
-    total, dots = linear_wgrad_dot(direction, act, grad, scale)
-    if accumulate:
-        weight_grad.add_(total)
+    acts, grads = _accumulated(act), _accumulated(grad)
+    long = direction.shape[0] * act.shape[1] >= _macs_per_fused_element(acts)
+    in_place = weight_grad.dtype == acts.dtype and weight_grad.is_contiguous()
+    if long and in_place and cpu_kernels.available(acts):
+        dots = cpu_kernels.linear_wgrad_dot(
+            weight_grad, _accumulated(direction), [], acts, grads, scale, accumulate
+        )
     else:
-        weight_grad.copy_(total)
+        total, dots = linear_wgrad_dot(direction, acts, grads, scale)
+        if accumulate:
+            weight_grad.add_(total)
+        else:
+            weight_grad.copy_(total)
     if bias_grads is not None:
         bias_grads.copy_(_accumulated(grad).sum(1))
     return dots
@@ -159,9 +184,13 @@ def linear_joint_wgrad_dot(
     n, t = act.shape[0] - sum(val_rows), act.shape[1]
     d_in, d_out = act.shape[2], grad.shape[2]
     gram_macs = sum(val_rows) * t * t * (d_in + d_out)
-    if gram_macs < _MACS_PER_FUSED_ELEMENT * d_in * d_out:
+    if gram_macs < _macs_per_fused_element(act) * d_in * d_out:
         pairs = linear_gram_dot(act[n:], grad[n:], act[:n], grad[:n], pairwise=True)
         return _weight_grad(act[:n], grad[:n], scale), _sum_by_group(pairs, val_rows)
+    if cpu_kernels.available(act):
+        weight_grad = _empty_weight_grad(act, grad)
+        dots = cpu_kernels.linear_wgrad_dot(weight_grad, None, val_rows, act, grad, scale, False)
+        return weight_grad, dots
     val_acts = [_tokens(x) for x in torch.split(act[n:], val_rows)]
     val_grads = [_tokens(x) for x in torch.split(grad[n:], val_rows)]
 
@@ -169,6 +198,32 @@ def linear_joint_wgrad_dot(
         return torch.stack([b[:, lo:hi].t() @ a for a, b in zip(val_acts, val_grads, strict=True)])
 
     return _fused_wgrad_dot(act[:n], grad[:n], len(val_rows), scale, direction_tile)
+
+
+def cross_entropy_grad(
+    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """Losses (R,); the logits become their gradients, a few rows at a time in the cache."""
+    rows, vocab = logits.shape
+    used = labels != ignore_index
+    labels = labels.masked_fill(~used, 0)
+    if cpu_kernels.available(logits) and logits.is_contiguous() and logits.numel() > 0:
+        labels = torch.where(used, labels, -1)
+        return cpu_kernels.cross_entropy_grad(logits, labels, -1, label_smoothing, z_loss)
+    losses = _accumulated(logits.new_empty(rows))
+    block = max(1, _GRAM_ELEMENTS // max(1, vocab))
+    for lo in range(0, rows, block):
+        x, at = logits[lo : lo + block], labels[lo : lo + block, None]
+        grad = _accumulated(x)
+        lse = torch.logsumexp(grad, 1, keepdim=True)
+        loss = lse - (1 - label_smoothing) * grad.gather(1, at) + z_loss * lse.square()
+        loss -= label_smoothing * grad.mean(1, keepdim=True)
+        grad = (grad - lse).exp_().mul_(1 + 2 * z_loss * lse).sub_(label_smoothing / vocab)
+        grad.scatter_add_(1, at, grad.new_full(at.shape, label_smoothing - 1))
+        keep = used[lo : lo + block, None]
+        losses[lo : lo + block] = loss.masked_fill_(~keep, 0)[:, 0]
+        x.copy_(grad.masked_fill_(~keep, 0))
+    return losses
 
 
 # The embedding ops below serve GPUs where the extension was built without CUDA (ops.py); on a CPU

@@ -22,7 +22,7 @@ from linear_problems import DTYPES, LAYOUTS, Problem, joint, make, rows
 from torch import Tensor
 
 import graddot_kernels as gk
-from graddot_kernels import reference, torch_impl
+from graddot_kernels import cpu_kernels, reference, torch_impl
 
 VAL_ROWS = [[1], [1, 2], [2, 1, 2]]
 CASES: dict[str, dict] = {name: {"dtype": name} for name in DTYPES}
@@ -157,17 +157,17 @@ def test_drawn_shapes(data: st.DataObject) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_wgrad_dot_into_writes_or_adds_in_the_buffers_dtype(dtype: str, t: int) -> None:
     p = make(t=t, dtype=dtype)
-    total, dots = gk.linear_wgrad_dot(p.direction, p.act, p.grad, scale=torch.tensor(0.3))
+    scale = torch.tensor(0.3)
     bias = reference.norm_sample_grads(p.grad.double(), p.grad.double())[1]
+    bias_dtype = torch.float64 if dtype == "fp64" else torch.float32
     for accumulate in (False, True):
         weight_grad = torch.ones(17, 13, dtype=p.act.dtype)
-        bias_grads = torch.full((5, 17), torch.nan, dtype=total.dtype)
+        bias_grads = torch.full((5, 17), torch.nan, dtype=bias_dtype)
         got = torch.ops.graddot.linear_wgrad_dot_into(
-            weight_grad, bias_grads, *p[4:], *p[:2], torch.tensor(0.3), accumulate
+            weight_grad, bias_grads, *p[4:], *p[:2], scale, accumulate
         )
-        assert torch.equal(got, dots)
-        rounded = torch.ones_like(weight_grad).add_(total) if accumulate else total
-        assert torch.equal(weight_grad, rounded.to(weight_grad.dtype))
+        before = torch.ones_like(weight_grad) if accumulate else None
+        check_wgrad(weight_grad, got, *p[4:], *p[:2], scale, before, p.tolerance)
         assert_within(bias_grads, bias, p.grad.double().abs().sum(1), p.tolerance)
 
 
@@ -187,8 +187,39 @@ def calls(monkeypatch) -> list[str]:
     return seen
 
 
+@pytest.fixture
+def plain(monkeypatch) -> None:
+    """As on a processor that the compiled kernels have no code for."""
+    monkeypatch.setattr(cpu_kernels, "INSTRUCTION_SET", "")
+
+
+@every_case
+def test_without_compiled_kernels(case: dict, plain) -> None:
+    p = make(**case)
+    check_wgrad_dot(p)
+    if p.val_act.shape[1:] == p.act.shape[1:]:
+        check_joint(p, [1] if p.val_act.shape[0] == 1 else [1, 2])
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize(
+    "shape", [(3, 60, 200, 300), (2, 300, 1100, 1700), (4, 20, 40, 3)], ids=str
+)
+def test_compiled_tiles(shape: tuple[int, ...], threads: int) -> None:
+    """More than one tile, panel and thread, and their ragged ends."""
+    n, t, d_in, d_out = shape
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        p = make(n=n, t=t, d_in=d_in, d_out=d_out)
+        check_wgrad_dot(p)
+        check_joint(p, [1, 2])
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("tile_rows", [1, 4, 17])
-def test_fused_route_by_tiles(tile_rows: int, calls: list[str], monkeypatch) -> None:
+def test_fused_route_by_tiles(tile_rows: int, calls: list[str], plain, monkeypatch) -> None:
     tiles = ["_scaled_"] * -(-17 // tile_rows)
     monkeypatch.setattr(torch_impl, "_TILE_ELEMENTS", 2 * 13 * tile_rows + 1)
     p = make(t=41)  # t·k at least 40, V·t²·(Din + Dout) at least 40·Din·Dout

@@ -62,8 +62,19 @@ _DIRECTION = {
 }
 # Rows are tokens here, 16-byte loads of 128 columns; nothing is summed through `depth`.
 _NORM = {("any", "any"): Tile(32, 128, 1, 4, 3), ("interpreter", "any"): Tile(8, 16, 1, 4, 2)}
+# A row of logits, 16 of its elements a thread at a time.
+_CROSS_ENTROPY = {
+    ("any", "any"): Tile(1, 4096, 1, 8, 2),
+    ("interpreter", "any"): Tile(1, 16, 1, 4, 2),
+}
 
-TABLES = {"wgrad": _WGRAD, "gram": _GRAM, "direction": _DIRECTION, "norm": _NORM}
+TABLES = {
+    "wgrad": _WGRAD,
+    "gram": _GRAM,
+    "direction": _DIRECTION,
+    "norm": _NORM,
+    "cross_entropy": _CROSS_ENTROPY,
+}
 
 
 def tile_for(op: str, arch: str, kind: str) -> Tile:

@@ -1,0 +1,7 @@
+// Compiled with -mavx2 -mfma.
+#define GRADDOT_LANES 8
+#include "cross_entropy_row.h"
+#include "instruction_sets.h"
+#include "linear_tile.h"
+
+const graddot::InstructionSet graddot::kAvx2{"AVX2", {run, scratch, kBlockOut}, cross_entropy_row};

@@ -1,0 +1,8 @@
+// Compiled with -mavx512f.
+#define GRADDOT_LANES 16
+#include "cross_entropy_row.h"
+#include "instruction_sets.h"
+#include "linear_tile.h"
+
+const graddot::InstructionSet graddot::kAvx512{
+    "AVX-512", {run, scratch, kBlockOut}, cross_entropy_row};

@@ -1,0 +1,86 @@
+#include "linear_wgrad.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "instruction_sets.h"
+#include "parallel.h"
+
+namespace graddot {
+namespace {
+
+// A tile of the sum, of every direction and the packed activations of a sample share the last
+// level of cache; smaller tiles pack more often.
+constexpr int64_t kTileRows = 768, kTileCols = 1024, kPackedAct = 1024 * 1024;
+// Rows below which another thread rather takes columns.
+constexpr int64_t kMinRows = 96;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Equal tiles, as many as there are threads or a multiple.
+std::vector<LinearTile> make_tiles(const LinearProblem& p, int64_t multiple, int64_t threads) {
+  const int64_t max_cols = std::clamp<int64_t>(kPackedAct / std::max<int64_t>(p.tokens, 1), 128, kTileCols);
+  const bool by_rows = p.d_out >= kMinRows * threads;
+  const int64_t col_tiles = std::max(ceil_div(p.d_in, max_cols), by_rows ? 1 : threads);
+  const int64_t cols = ceil_div(ceil_div(p.d_in, col_tiles), 32) * 32;
+  const int64_t max_rows = kTileRows / std::max<int64_t>(1, std::min<int64_t>(p.num_directions, 8));
+  const int64_t share = by_rows ? threads : 1;
+  const int64_t row_tiles = share * std::max<int64_t>(1, ceil_div(ceil_div(p.d_out, share), max_rows));
+  const int64_t rows = ceil_div(ceil_div(p.d_out, row_tiles), multiple) * multiple;
+  std::vector<LinearTile> tiles;
+  for (int64_t out = 0; out < p.d_out; out += rows) {
+    for (int64_t in = 0; in < p.d_in; in += cols) {
+      tiles.push_back({out, std::min(out + rows, p.d_out), in, std::min(in + cols, p.d_in)});
+    }
+  }
+  return tiles;
+}
+
+LinearTile largest(const std::vector<LinearTile>& tiles) {
+  LinearTile size{0, 0, 0, 0};
+  for (const LinearTile& tile : tiles) {
+    size.out_end = std::max(size.out_end, tile.out_end - tile.out_begin);
+    size.in_end = std::max(size.in_end, tile.in_end - tile.in_begin);
+  }
+  return size;
+}
+
+}  // namespace
+
+bool linear_wgrad_dot(const LinearProblem& p, int64_t threads) {
+  const InstructionSet* set = instruction_set();
+  if (set == nullptr) {
+    return false;
+  }
+  const int64_t dots = p.num_directions * p.rows;
+  std::fill(p.dots, p.dots + dots, 0.0F);
+  if (p.rows == 0 && !p.accumulate) {
+    std::fill(p.weight_grad, p.weight_grad + p.d_out * p.d_in, 0.0F);
+  }
+  if (p.rows == 0 || p.d_out == 0 || p.d_in == 0) {
+    return true;
+  }
+  const LinearKernel& kernel = set->linear;
+  const auto tiles = make_tiles(p, kernel.row_multiple, std::max<int64_t>(threads, 1));
+  const auto count = static_cast<int64_t>(tiles.size());
+  const LinearScratch need = kernel.scratch(p, largest(tiles));
+  std::vector<double> parts(static_cast<size_t>(count * dots));
+  parallel_for(count, 1, [&](int64_t begin, int64_t end) {
+    // Kept: fresh megabytes for every layer of every step would cost page faults each time.
+    thread_local std::vector<float> memory;
+    memory.resize(std::max(memory.size(), static_cast<size_t>(need.act + need.grad + need.direction)));
+    for (int64_t i = begin; i < end; ++i) {
+      kernel.run(p, tiles[static_cast<size_t>(i)], memory.data(), parts.data() + i * dots);
+    }
+  });
+  for (int64_t i = 0; i < dots; ++i) {  // in the tiles' order, in double: they may cancel
+    double sum = 0;
+    for (int64_t tile = 0; tile < count; ++tile) {
+      sum += parts[static_cast<size_t>(tile * dots + i)];
+    }
+    p.dots[i] = static_cast<float>(sum);
+  }
+  return true;
+}
+
+}  // namespace graddot

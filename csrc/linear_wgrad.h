@@ -1,0 +1,57 @@
+// A linear layer's weight gradient on the CPU, sample by sample, and every sample's dots with K
+// directions while its part of the gradient is still in registers. Free of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace graddot {
+
+// (rows, tokens, width) with unit stride along the width.
+struct Activations {
+  const float* data;
+  int64_t row_stride, token_stride;
+
+  const float* row(int64_t i) const { return data + i * row_stride; }
+};
+
+// G_i = Σ_t grad_it act_itᵀ, (d_out, d_in).
+struct LinearProblem {
+  int64_t rows, tokens, d_in, d_out;  // N training rows
+  Activations act;                    // (N, T, d_in); with val rows, they follow
+  Activations grad;                   // (N, T, d_out), likewise
+
+  // The K directions: given, (K, d_out, d_in), contiguous; or, if null, the gradients of the val
+  // rows behind the training rows, val_rows[k] of them for direction k, made tile by tile.
+  int64_t num_directions;
+  const float* direction;
+  const int64_t* val_rows;
+
+  // Results. weight_grad (d_out, d_in), contiguous, is scale · Σ_i G_i, or that much more.
+  float* weight_grad;
+  float scale;
+  bool accumulate;
+  float* dots;  // (K, N)
+};
+
+// A tile [out_begin, out_end) x [in_begin, in_end) of the weight gradient: one thread's work.
+struct LinearTile {
+  int64_t out_begin, out_end, in_begin, in_end;
+};
+
+// What a thread needs to hold for any tile of `size`, in floats.
+struct LinearScratch {
+  int64_t act, grad, direction;
+};
+
+// The tile's part of the weight gradient, and its part of the dots added to `dots`, (K, N).
+// One function for each instruction set; `scratch` says how much memory they need.
+struct LinearKernel {
+  void (*run)(const LinearProblem& problem, const LinearTile& tile, float* memory, double* dots);
+  LinearScratch (*scratch)(const LinearProblem& problem, const LinearTile& size);
+  int64_t row_multiple;  // tiles start at multiples of this
+};
+
+// With `threads` threads; false, and nothing written, if the processor has neither AVX2 nor AVX-512.
+bool linear_wgrad_dot(const LinearProblem& problem, int64_t threads);
+
+}  // namespace graddot

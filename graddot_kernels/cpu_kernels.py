@@ -1,0 +1,130 @@
+"""Launchers of the compiled fp32 kernels for CPUs with AVX2 or AVX-512 (csrc/dense.cpp).
+
+`available` says whether they serve a tensor; `torch_impl` has the form for all others.
+"""
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from ._extension import library
+
+INSTRUCTION_SET: str = library.graddot_instruction_set().decode()
+
+
+class _Activations(ctypes.Structure):
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("row_stride", ctypes.c_int64),
+        ("token_stride", ctypes.c_int64),
+    )
+
+    @classmethod
+    def of(cls, x: Tensor) -> "_Activations":
+        return cls(x.data_ptr(), x.stride(0), x.stride(1))
+
+
+class _LinearProblem(ctypes.Structure):  # csrc/linear_wgrad.h
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "tokens", "d_in", "d_out")),
+        ("act", _Activations),
+        ("grad", _Activations),
+        ("num_directions", ctypes.c_int64),
+        ("direction", ctypes.c_void_p),
+        ("val_rows", ctypes.c_void_p),
+        ("weight_grad", ctypes.c_void_p),
+        ("scale", ctypes.c_float),
+        ("accumulate", ctypes.c_bool),
+        ("dots", ctypes.c_void_p),
+    )
+
+
+class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
+    _fields_ = (
+        ("vocab", ctypes.c_int64),
+        ("label_smoothing", ctypes.c_float),
+        ("z_loss", ctypes.c_float),
+    )
+
+
+# A large tensor is fresh memory every time, and its page faults take as long as some of the work.
+_LARGE = 16 * 1024 * 1024
+
+library.graddot_linear_wgrad_dot.restype = ctypes.c_bool
+library.graddot_cross_entropy_grad.restype = ctypes.c_bool
+
+
+def available(x: Tensor) -> bool:
+    """Whether the kernels run on this processor and take x's dtype and device."""
+    return bool(INSTRUCTION_SET) and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
+def advise_huge_pages(x: Tensor) -> None:
+    """Ask the operating system for huge pages below a large tensor that is about to be written."""
+    if x.device.type == "cpu" and x.numel() * x.itemsize >= _LARGE:
+        library.graddot_advise_huge_pages(
+            ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel() * x.itemsize)
+        )
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def linear_wgrad_dot(
+    weight_grad: Tensor,
+    direction: Tensor | None,
+    val_rows: list[int],
+    act: Tensor,
+    grad: Tensor,
+    scale: Tensor | None,
+    accumulate: bool,
+) -> Tensor:
+    """Dots (K, N) of every sample with `direction`, (K, Dout, Din), or else with the gradients of
+    the val rows behind the training rows; the training gradient goes into weight_grad, (Dout, Din),
+    contiguous, or is added to it."""
+    act, grad = _unit_stride(act), _unit_stride(grad)
+    n, k = act.shape[0], len(val_rows)
+    if direction is None:
+        n -= sum(val_rows)
+    else:
+        direction, k = direction.contiguous(), direction.shape[0]
+    dots = act.new_empty(k, n)
+    counts = (ctypes.c_int64 * len(val_rows))(*val_rows)
+    problem = _LinearProblem(
+        n,
+        act.shape[1],
+        act.shape[2],
+        grad.shape[2],
+        _Activations.of(act),
+        _Activations.of(grad),
+        k,
+        None if direction is None else direction.data_ptr(),
+        ctypes.addressof(counts),
+        weight_grad.data_ptr(),
+        1.0 if scale is None else float(scale),
+        accumulate,
+        dots.data_ptr(),
+    )
+    threads = ctypes.c_int64(torch.get_num_threads())
+    assert library.graddot_linear_wgrad_dot(ctypes.byref(problem), threads)
+    return dots
+
+
+def cross_entropy_grad(
+    logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
+) -> Tensor:
+    """Losses (R,) of contiguous logits (R, vocab), which become the losses' gradients."""
+    losses = logits.new_empty(logits.shape[0])
+    labels = labels.contiguous()
+    form = _CrossEntropy(logits.shape[1], label_smoothing, z_loss)
+    assert library.graddot_cross_entropy_grad(
+        ctypes.byref(form),
+        ctypes.c_int64(logits.shape[0]),
+        ctypes.c_void_p(labels.data_ptr()),
+        ctypes.c_int64(ignore_index),
+        ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_void_p(losses.data_ptr()),
+    )
+    return losses

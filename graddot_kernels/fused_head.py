@@ -1,0 +1,171 @@
+"""A language-model head and its cross-entropy, chunk by chunk: the logits never exist as a whole.
+
+A chunk's logits become their own gradient in place, and that gives at once the gradient of the
+hidden states, the weight gradient and the dots. The val rows come first: their weight gradient is
+the direction that every training chunk is dotted with. One form for all devices, on top of the
+other ops.
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import cpu_kernels
+
+# Logits that exist at a time. On a CPU 64 MB, on a GPU enough to fill it.
+_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+
+
+class _Chunk(NamedTuple):
+    """Tokens [t0, t1) of rows [r0, r1): whole rows, or part of one."""
+
+    r0: int
+    r1: int
+    t0: int
+    t1: int
+
+    def of(self, x: Tensor) -> Tensor:
+        return x[self.r0 : self.r1, self.t0 : self.t1]
+
+
+def _chunks(begin: int, end: int, tokens: int, limit: int) -> Iterator[_Chunk]:
+    """Rows [begin, end) in chunks of at most `limit` tokens, as equal as they can be."""
+    if tokens == 0 or begin == end:
+        return
+    if tokens <= limit:
+        parts = -(-(end - begin) // (limit // tokens))
+        rows = -(-(end - begin) // parts)
+        for r in range(begin, end, rows):
+            yield _Chunk(r, min(r + rows, end), 0, tokens)
+    else:
+        size = -(-tokens // -(-tokens // limit))
+        for r in range(begin, end):
+            for t in range(0, tokens, size):
+                yield _Chunk(r, r + 1, t, min(t + size, tokens))
+
+
+def _add_product(total: Tensor, grad: Tensor, act: Tensor, *, first: bool, scale: float) -> None:
+    """total (+)= scale · gradᵀ act, accumulated in total's dtype."""
+    if grad.dtype == total.dtype:
+        torch.addmm(total, grad.t(), act, beta=0 if first else 1, alpha=scale, out=total)
+        return
+    if grad.is_cuda:
+        product = torch.mm(grad.t(), act, out_dtype=total.dtype)
+    else:
+        product = torch.mm(grad.t().to(total.dtype), act.to(total.dtype))
+    if first:
+        torch.mul(product, scale, out=total)
+    else:
+        total.add_(product, alpha=scale)
+
+
+class _Head:
+    """One call: what it was given, what it returns, and the buffer of a chunk's logits."""
+
+    def __init__(
+        self, act: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, val_rows: list[int],
+        val_ids: Tensor, loss: tuple[int, float, float], scale: Tensor | None, weight_needed: bool,
+    ) -> None:  # fmt: skip
+        self.act, self.weight, self.bias, self.labels = act, weight.to(act.dtype), bias, labels
+        self.val_ids, self.loss, self.scale = val_ids, loss, scale
+        self.vocab, self.width = weight.shape
+        (rows, t), k = labels.shape, len(val_rows)
+        self.n = rows - sum(val_rows)
+        dtype = torch.float64 if act.dtype == torch.float64 else torch.float32
+        self.losses = act.new_zeros(rows, t, dtype=dtype)
+        self.act_grad = torch.zeros_like(act, memory_format=torch.contiguous_format)
+        self.bias_rows = self.losses.new_zeros(rows if bias is not None else 0, self.vocab)
+        self.columns = act.new_zeros(self.n, t, val_ids.numel())
+        k = k if weight_needed else 0
+        self.dots = self.losses.new_zeros(k, self.n)
+        self.weight_grad = self._large(self.losses, self.vocab if weight_needed else 0, self.width)
+        self.direction = self._large(self.losses, k, self.vocab, self.width)
+        self.limit = max(1, _CHUNK_ELEMENTS[act.device.type] // max(1, self.vocab))
+        self.logits = self._large(act, min(self.limit, rows * t), self.vocab)
+
+    @staticmethod
+    def _large(like: Tensor, *shape: int) -> Tensor:
+        new = like.new_empty(shape)
+        cpu_kernels.advise_huge_pages(new)
+        return new
+
+    def gradient_of_logits(self, chunk: _Chunk) -> Tensor:
+        """(rows, tokens, vocab) of the chunk, in the buffer; losses and act_grad on the way."""
+        act = chunk.of(self.act).flatten(0, 1)
+        grad = torch.mm(act, self.weight.t(), out=self.logits[: act.shape[0]])
+        if self.bias is not None:
+            grad.add_(self.bias.to(grad.dtype))
+        labels = chunk.of(self.labels).flatten()
+        losses = torch.ops.graddot.cross_entropy_grad(grad, labels, *self.loss)
+        shape = (chunk.r1 - chunk.r0, chunk.t1 - chunk.t0, -1)
+        chunk.of(self.losses).copy_(losses.view(shape[:2]))
+        chunk.of(self.act_grad).copy_(torch.mm(grad, self.weight).view(shape))
+        return grad.view(shape)
+
+    def run(self, begin: int, end: int, total: Tensor, *, train: bool) -> None:
+        """Rows [begin, end), whose weight gradient goes into `total` if that is not empty."""
+        alpha = 1.0
+        if train and self.scale is not None and not self.scale.is_cuda:
+            alpha = float(self.scale)
+        first = True
+        for chunk in _chunks(begin, end, self.labels.shape[1], self.limit):
+            grad, act = self.gradient_of_logits(chunk), chunk.of(self.act)
+            if self.bias is not None:
+                self.bias_rows[chunk.r0 : chunk.r1] += grad.sum(1, dtype=self.losses.dtype)
+            if train and self.val_ids.numel():
+                chunk.of(self.columns).copy_(grad[..., self.val_ids])
+            if train and self.direction.numel():
+                self.dots[:, chunk.r0 : chunk.r1] += torch.ops.graddot.linear_wgrad_dot_into(
+                    total, None, self.direction, act, grad, self.scale, not first
+                )
+            elif total.numel():
+                flat = grad.flatten(0, 1), act.flatten(0, 1)
+                _add_product(total, *flat, first=first, scale=alpha)
+            first = False
+        if first:
+            total.zero_()
+        elif train and self.scale is not None and self.scale.is_cuda and not self.dots.numel():
+            total.mul_(self.scale)  # its value is not known on the host
+
+
+def linear_cross_entropy(
+    act: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    val_rows: list[int],
+    val_ids: Tensor,
+    train_ids: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    z_loss: float,
+    weight_scale: Tensor | None,
+    weight_needed: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The head's losses and everything that the backward of their sum gives.
+
+    act (rows, T, d): N training rows, then val_rows[k] rows of target k; weight (vocab, d), bias
+    (vocab,), labels (rows, T). G_i is sample i's gradient of the weight, D_k target k's.
+
+    Returns losses (rows, T); the gradient of act; weight_scale · Σ_i G_i over the training rows;
+    the bias gradient of every row (rows, vocab); ⟨D_k, G_i⟩ (K, N); the training rows' gradient of
+    the logits at the tokens `val_ids`, (N, T, U); and D_k's rows `train_ids`, (K, U', d): what an
+    embedding that shares the weight needs for its cross terms. What is not needed is empty.
+    """
+    head = _Head(
+        act, weight, bias, labels, val_rows, val_ids,
+        (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed,
+    )  # fmt: skip
+    begin = head.n
+    for k, count in enumerate(val_rows):
+        total = head.direction[k] if weight_needed else head.direction
+        head.run(begin, begin + count, total, train=False)
+        begin += count
+    head.run(0, head.n, head.weight_grad, train=True)
+    rows = head.direction.new_empty(len(val_rows), 0, head.width)
+    if weight_needed and train_ids.numel():
+        rows = head.direction[:, train_ids]
+    columns = head.columns
+    return head.losses, head.act_grad, head.weight_grad, head.bias_rows, head.dots, columns, rows
