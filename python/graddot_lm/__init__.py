@@ -2,5 +2,13 @@
 
 from .engine import Coverage, GradDotProdEngine
 from .errors import GraddotError
+from .fused_head import fuse_head, linear_cross_entropy, unfuse_head
 
-__all__ = ["Coverage", "GradDotProdEngine", "GraddotError"]
+__all__ = [
+    "Coverage",
+    "GradDotProdEngine",
+    "GraddotError",
+    "fuse_head",
+    "linear_cross_entropy",
+    "unfuse_head",
+]

@@ -105,6 +105,18 @@ class _ScoredForward:
             return self._original(*args, **kwargs)
         return FORWARDS[type(self._module)](self._module, self._name, micro.step, *args, **kwargs)
 
+    def graddot_head(self, hidden: Tensor, counts: Tensor) -> Any:
+        """For the fused head, which runs instead of this layer and sees the labels itself:
+        (step, sinks, parameter names), or nothing outside of a step."""
+        micro = self._engine._active
+        if micro is None:
+            return None, (None, None), ("", "")
+        micro.step.check_rows(self._name, hidden)
+        self._engine._count_by_loss(micro, counts)
+        weight, bias = self._module.weight, self._module.bias
+        sinks = micro.step.sink(weight), micro.step.sink(bias)  # type: ignore[arg-type]
+        return micro.step, sinks, (f"{self._name}.weight", f"{self._name}.bias")
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied model is a plain one: its layers must not run this model's weights."""
         copied = memo[id(self._module)]
@@ -361,10 +373,26 @@ class GradDotProdEngine:
         return (labels != self.ignore_index).reshape(labels.shape[0], -1).sum(1)
 
     def _set_counts(self, micro: _MicroBatch, shift: int) -> None:
-        micro.counts = self._count(micro.labels, shift)
+        self._use_counts(micro, self._count(micro.labels, shift))
+
+    def _use_counts(self, micro: _MicroBatch, counts: Tensor) -> None:
+        micro.counts = counts
         if self.loss_reduction == "mean":
             n_train = micro.counts[: -sum(micro.step.val_rows)].sum()
             micro.step.scale.copy_(micro.counts.sum().double() / n_train.clamp(min=1))
+
+    def _count_by_loss(self, micro: _MicroBatch, counts: Tensor) -> None:
+        """The loss's own counts of labelled tokens, (rows,): no guess about its shift is needed."""
+        if self.label_shift != "auto" and micro.counts is not None:
+            wrong = (counts != micro.counts.to(counts.device)).nonzero().flatten().tolist()
+            if wrong:
+                row = wrong[0]
+                raise GraddotError(
+                    f"row {row} of the joint batch has {int(micro.counts[row])} labelled tokens"
+                    f" by its labels and label_shift={self.label_shift}, but the loss used"
+                    f" {int(counts[row])}"
+                )
+        self._use_counts(micro, counts)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self._active

@@ -68,7 +68,7 @@ def _add(dots: Tensor, cross_terms: Tensor | None) -> Tensor:
     return dots if cross_terms is None else dots + cross_terms
 
 
-def _vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor]:
+def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor]:
     """The training gradient (d,) and dots (K, N) of a bias or norm weight from its row gradients."""
     n = step.rows - sum(step.val_rows)
     direction = torch.stack([rows.sum(0) for rows in torch.split(row_grads[n:], step.val_rows)])
@@ -121,7 +121,7 @@ class LinearDot(torch.autograd.Function):
         grad = _as_tokens(grad_out)
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=_accumulator(grad.dtype))
-            bias_grad, result[4] = _vector_grad(step, ctx.bias_uses, row_grads)
+            bias_grad, result[4] = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
         if ctx.uses is not None:
             act = _as_tokens(x)
@@ -208,7 +208,7 @@ class LayerNormDot(torch.autograd.Function):
             (ctx.bias_uses, bias_rows, bias, 2),
         ):
             if uses is not None:
-                grad, dots = _vector_grad(ctx.step, uses, rows)
+                grad, dots = vector_grad(ctx.step, uses, rows)
                 result[at] = grad.view(parameter.shape).to(parameter.dtype)
                 result[at + 2] = dots if ctx.needs_input_grad[at + 2] else None
         return tuple(result)
@@ -218,7 +218,7 @@ def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _autocast(x: Tensor) -> Tensor:
+def autocast_input(x: Tensor) -> Tensor:
     """x in autocast's dtype, as the native linear layer would see it."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.is_floating_point():
@@ -232,7 +232,7 @@ def _linear_forward(module: nn.Module, name: str, step: Step, x: Tensor) -> Tens
     weight, bias = module.weight, module.bias
     sinks = step.sink(weight), step.sink(bias)
     names = (f"{name}.weight", f"{name}.bias")
-    x = _autocast(x)
+    x = autocast_input(x)
     with torch.autocast(x.device.type, enabled=False):
         return LinearDot.apply(x, weight, bias, *sinks, step, names, isinstance(module, Conv1D))
 

@@ -1,13 +1,13 @@
-"""GPT-2 in its published sizes, and the loss that both training methods use."""
+"""GPT-2 in its published sizes, with the head that both training methods use."""
 
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from .errors import GraddotError
+from .fused_head import fuse_head
 
 # Radford et al. (2019), table 2, but for Tiny, which trains in minutes on a CPU.
 ARCHITECTURES = {
@@ -22,8 +22,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch
 
 
 def build_gpt2(architecture: str, vocab_size: int, block_size: int, dropout: float) -> nn.Module:
-    """A GPT-2 with random weights, drawn from torch's default generator.
+    """A GPT-2 with random weights, drawn from torch's default generator, and a fused head.
 
+    `labels=` are the targets of their own positions: the data shifts them.
     Raises GraddotError for an architecture that is not in ARCHITECTURES.
     """
     if architecture not in ARCHITECTURES:
@@ -42,16 +43,4 @@ def build_gpt2(architecture: str, vocab_size: int, block_size: int, dropout: flo
         use_cache=False,
         **sizes,
     )
-    return GPT2LMHeadModel(config)
-
-
-def row_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum of the cross-entropy over each row's labels, (rows,), in fp32 (fp64 for fp64).
-
-    logits (rows, T, vocab) and labels (rows, T), where labels[t] is the target of position t and
-    -100 counts nothing.
-    """
-    flat = logits.flatten(0, 1)
-    if flat.dtype != torch.float64:
-        flat = flat.float()
-    return F.cross_entropy(flat, labels.flatten(), reduction="none").view(labels.shape).sum(1)
+    return fuse_head(GPT2LMHeadModel(config), label_shift=0)

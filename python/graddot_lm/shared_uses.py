@@ -107,6 +107,31 @@ class SharedUses:
                 self._parts.setdefault(i, []).append(self._part(act, grad, ids))
         return sum(terms[1:], terms[0]) if terms else None
 
+    def head_ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """What the fused head has to keep for an embedding of the same weight: the val rows' and
+        the training rows' unique ids."""
+        if len(self.embedding_ids) > 1:
+            raise GraddotError(
+                f"{self.name} is shared by a fused head and several embeddings; unfuse the head"
+            )
+        if not self.embedding_ids:
+            none = torch.empty(0, dtype=torch.long, device=device)
+            return none, none
+        ids = self.embedding_ids[0]
+        n = ids.shape[0] - sum(self.val_rows)
+        return self._unique(ids[n:]), self._unique(ids[:n])
+
+    def add_head_part(
+        self, act: Tensor, columns: Tensor, head_rows: Tensor, val_ids: Tensor, train_ids: Tensor
+    ) -> None:
+        """What the fused head leaves for the embedding, from its backward; see `_LinearPart`."""
+        if self.linear_calls > 1 or self._embeddings:
+            raise GraddotError(f"{self.name} is used by layers besides the fused head and one"
+                               " embedding; unfuse the head")  # fmt: skip
+        self._linears_done += 1
+        part = _LinearPart(act, val_ids, columns, train_ids, head_rows)
+        self._parts.setdefault(0, []).append(part)
+
     def embedding_terms(self, index: int, ids: Tensor, grad: Tensor) -> Tensor | None:
         """Cross terms of the index-th embedding use, (K, N)."""
         if self._uses == 1:

@@ -19,7 +19,7 @@ from .checkpoint import latest_checkpoint, load_checkpoint
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
 from .engine import GradDotProdEngine
 from .errors import GraddotError
-from .models import DTYPES, build_gpt2, row_losses
+from .models import DTYPES, build_gpt2
 from .store import RunDirectory
 from .train_options import (
     add_arguments,  # noqa: F401 (the command line looks here)
@@ -85,23 +85,25 @@ class Trainer:
         enabled = dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device.type, dtype if enabled else None, enabled=enabled)
 
-    def _row_losses(self, x: Tensor, y: Tensor) -> Tensor:
+    def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean loss over all rows, and that of each row, (rows,)."""
         with self._autocast():
-            return row_losses(self.model(x).logits, y)
+            out = self.model(x, labels=y)
+        return out.loss, out.token_losses.mean(1)
 
     def _backward(self, x: Tensor, y: Tensor, tag: Any) -> Tensor:
         """Forward and backward of one batch; mean loss of each training row, (N,)."""
         n = len(x)
         if self.engine is None:
-            losses = self._row_losses(x, y)
-            (losses.sum() / y.numel()).backward()
+            loss, losses = self._losses(x, y)
+            loss.backward()
         else:
             self.engine.attach_train_batch(x, y, self.step, tag)
             x, y = self.engine.prepare_forward_input(x, y)
-            losses = self._row_losses(x, y)
-            self.engine.track_loss(losses.sum() / y.numel()).backward()
+            loss, losses = self._losses(x, y)
+            loss.backward()
             self.engine.prepare_gradients()
-        return losses[:n].detach() / y.shape[1]
+        return losses[:n]
 
     def _one_step(self) -> float:
         """Train on the next batch, log its scores; the mean training loss."""
@@ -153,7 +155,7 @@ class Trainer:
         losses = []
         for _ in range(self.args.eval_iter):
             x, y = self._to_device(self.val_data.get(sampler.next_batch()))
-            losses.append(self._row_losses(x, y).sum() / y.numel())
+            losses.append(self._losses(x, y)[0])
         self.model.train()
         return torch.stack(losses).mean().item()
 

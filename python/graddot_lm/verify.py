@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import GraddotError
+from .fused_head import LinearCrossEntropyDot
 from .layers import EmbeddingDot, LayerNormDot, LinearDot
 
-_SCORED = (EmbeddingDot, LayerNormDot, LinearDot)
+_SCORED = (EmbeddingDot, LayerNormDot, LinearDot, LinearCrossEntropyDot)
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:

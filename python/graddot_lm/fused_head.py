@@ -1,0 +1,245 @@
+"""The language-model head and its loss in one, without the logits of the whole batch.
+
+    graddot_lm.fuse_head(model)                       # a Hugging Face causal language model
+    loss = model(input_ids, labels=labels).loss       # as before, in less time and memory
+
+or, in a model of one's own, `linear_cross_entropy(hidden, head, labels)`. With an engine attached
+the head is scored like any other layer; without one it is a cheaper head.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from .errors import GraddotError
+from .layers import autocast_input, vector_grad
+
+
+@dataclass
+class FusedHeadOutput(ModelOutput):
+    """What a model with a fused head returns for labels.
+
+    loss: 0-dim. token_losses: (rows, T), detached; position t holds the loss of its own target, 0
+    where there is none.
+    """
+
+    loss: Tensor | None = None
+    token_losses: Tensor | None = None
+
+
+class LinearCrossEntropyDot(torch.autograd.Function):
+    """coefficient · Σ losses, and the losses. The gradients are made in the forward."""
+
+    @staticmethod
+    def forward(
+        ctx, act, weight, bias, weight_sink, bias_sink, labels, coefficient, form, step, names
+    ):  # type: ignore[no-untyped-def]
+        weight_needed = ctx.needs_input_grad[1]
+        bias_needed = bias is not None and ctx.needs_input_grad[2]
+        val_rows: list[int] = [] if step is None else step.val_rows
+        ctx.uses = ctx.bias_uses = None
+        ids = none = labels.new_empty(0)
+        if step is not None and weight_needed:
+            ctx.uses = step.uses(names[0], weight)
+            ctx.uses.linear_calls += 1
+            ids, none = ctx.uses.head_ids(labels.device)
+        if step is not None and bias_needed:
+            ctx.bias_uses = step.uses(names[1], bias)
+            ctx.bias_uses.vector_calls += 1
+        scale = coefficient if step is None else coefficient * step.scale
+        losses, *results = torch.ops.graddot.linear_cross_entropy(
+            act.detach(), weight.detach(), None if bias is None else bias.detach(), labels,
+            val_rows, ids, none, *form, scale, weight_needed,
+        )  # fmt: skip
+        ctx.results, ctx.coefficient, ctx.step, ctx.train_act = results, coefficient, step, None
+        if ids.numel():
+            ctx.train_act, ctx.ids = act.detach()[: act.shape[0] - sum(val_rows)], (ids, none)
+        ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
+        ctx.mark_non_differentiable(losses)
+        return losses.sum() * coefficient.to(losses.dtype), losses
+
+    @staticmethod
+    def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
+        if ctx.results is None:
+            raise GraddotError("a second backward through the fused head; run its forward again")
+        act_grad, weight_grad, bias_rows, dots, columns, head_rows = ctx.results
+        ctx.results, step = None, ctx.step
+        result = [None] * 10
+        # A factor of 1, the usual one, needs no pass over the table; a GPU's is not worth a wait.
+        unscaled = not grad_loss.is_cuda and float(grad_loss) == 1
+        factor = grad_loss * ctx.coefficient.to(grad_loss.dtype)
+        if ctx.needs_input_grad[0]:
+            result[0] = act_grad.mul_(factor)
+        if ctx.uses is not None:
+            dots = dots.double() * factor.double() ** 2
+            if ctx.train_act is not None:
+                part = ctx.train_act, columns * factor, head_rows * factor
+                ctx.uses.add_head_part(*part, *ctx.ids)
+            result[3] = dots if ctx.needs_input_grad[3] else None
+        if ctx.needs_input_grad[1]:
+            weight_grad = weight_grad if unscaled else weight_grad.mul_(grad_loss)
+            if ctx.uses is None or not ctx.uses.hold(weight_grad):
+                result[1] = weight_grad.to(ctx.dtypes[0])
+        if ctx.needs_input_grad[2]:
+            rows = bias_rows * factor
+            bias_grad = rows.sum(0)
+            if ctx.bias_uses is not None:
+                bias_grad, bias_dots = vector_grad(step, ctx.bias_uses, rows)
+                result[4] = bias_dots if ctx.needs_input_grad[4] else None
+            result[2] = bias_grad.to(ctx.dtypes[1])
+        return tuple(result)
+
+
+def _check_labels(hidden: Tensor, head: nn.Linear, labels: Tensor, ignore_index: int) -> None:
+    if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+        raise GraddotError(
+            f"hidden has shape {tuple(hidden.shape)} and labels {tuple(labels.shape)}; expected"
+            " (rows, T, d) and (rows, T)"
+        )
+    if labels.is_cuda:  # the kernel makes the loss NaN instead: a check would wait for the device
+        return
+    wrong = (labels != ignore_index) & ((labels < 0) | (labels >= head.weight.shape[0]))
+    if wrong.any():
+        row, t = wrong.nonzero()[0].tolist()
+        raise GraddotError(
+            f"label {int(labels[row, t])} at row {row}, position {t} is no token of the head's"
+            f" {head.weight.shape[0]}; the label to be ignored is {ignore_index}"
+        )
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head: nn.Linear,
+    labels: Tensor,
+    *,
+    reduction: str = "mean",
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    num_labels: Tensor | int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `head(hidden)` with labels, chunked: the logits never exist as a whole.
+
+    hidden (rows, T, d), any float dtype (16-bit under autocast); head a Linear of (vocab, d), whose
+    weight may be an embedding's too; labels (rows, T) int64, labels[:, t] the target of position t
+    (shifted already), `ignore_index` for none. Returns the loss, 0-dim, the mean over labelled
+    tokens ("mean"; over `num_labels` if given) or their sum ("sum"), and the losses (rows, T),
+    detached, fp32 (fp64 for fp64). A token's loss is that of `torch.nn.functional.cross_entropy`
+    with `label_smoothing`, plus z_loss · (log Σ exp logits)².
+
+    The gradients are made in the forward, at once with the logits' only appearance; the backward
+    scales them, and runs once. With a `GradDotProdEngine` attached the weight's dots are among
+    them. Raises GraddotError for labels that are no tokens and shapes that do not fit.
+    """
+    _check_labels(hidden, head, labels, ignore_index)
+    form = (ignore_index, float(label_smoothing), float(z_loss))
+    counts = (labels != ignore_index).sum(1)
+    scored = getattr(head.__dict__.get("forward"), "graddot_head", None)
+    step, sinks, names = None, (None, None), ("", "")
+    if scored is not None and torch.is_grad_enabled():
+        step, sinks, names = scored(hidden, counts)
+    coefficient = torch.ones((), dtype=torch.float64, device=hidden.device)
+    if reduction == "mean":
+        total = counts.sum().clamp(min=1) if num_labels is None else num_labels
+        coefficient = coefficient / total
+    elif reduction != "sum":
+        raise GraddotError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
+    act = autocast_input(hidden)
+    if not torch.is_grad_enabled():
+        losses = _losses(act, head, labels, form)
+        return losses.sum() * coefficient.to(losses.dtype), losses
+    return LinearCrossEntropyDot.apply(
+        act, head.weight, head.bias, *sinks, labels, coefficient, form, step, names
+    )  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def _losses(act: Tensor, head: nn.Linear, labels: Tensor, form: Any) -> Tensor:
+    """Evaluation: one row at a time, no gradients."""
+    weight = head.weight.to(act.dtype)
+    bias = None if head.bias is None else head.bias.to(act.dtype)
+    with torch.autocast(act.device.type, enabled=False):
+        rows = [
+            torch.ops.graddot.cross_entropy_grad(
+                nn.functional.linear(x, weight, bias), y.contiguous(), *form
+            )
+            for x, y in zip(act, labels, strict=True)
+        ]
+    return torch.stack(rows) if rows else labels.new_zeros(labels.shape, dtype=torch.float32)
+
+
+class _FusedForward:
+    """A causal language model's forward: the fused head where there are labels."""
+
+    def __init__(self, model: nn.Module, label_shift: int, **options: Any) -> None:
+        self.model: Any = model
+        self.original = model.forward
+        self.label_shift, self.options = label_shift, options
+
+    def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is None:
+            return self.original(*args, **kwargs)
+        kwargs.pop("return_dict", None)
+        num_labels = kwargs.pop("num_items_in_batch", None)
+        hidden = self.model.base_model(*args, **kwargs)[0]
+        if self.label_shift:
+            labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+        head = self.model.get_output_embeddings()
+        loss, losses = linear_cross_entropy(
+            hidden, head, labels.to(hidden.device), num_labels=num_labels, **self.options
+        )
+        return FusedHeadOutput(loss=loss, token_losses=losses)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_FusedForward":
+        return _FusedForward(memo[id(self.model)], self.label_shift, **self.options)
+
+
+def fuse_head(
+    model: nn.Module, *, label_shift: int = 1, label_smoothing: float = 0.0, z_loss: float = 0.0
+) -> nn.Module:
+    """Give a Hugging Face causal language model the fused head; returns the model.
+
+    `model(input_ids, labels=labels)` then returns a `FusedHeadOutput`; without labels nothing
+    changes. label_shift is 1 when labels[t] is the token at position t, as Hugging Face has it,
+    and 0 when it is that position's target. `unfuse_head` takes it back.
+
+    Raises GraddotError unless the model is a base model and a Linear head, and its own loss, on a
+    few tokens, is what the fused head computes (a model may scale or cap its logits).
+    """
+    get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
+    base = getattr(model, "base_model", model)
+    if type(get_head()) is not nn.Linear or base is model:
+        raise GraddotError(
+            f"{type(model).__name__} is not a base model with a Linear head; call"
+            " linear_cross_entropy on its last hidden states instead"
+        )
+    if isinstance(model.__dict__.get("forward"), _FusedForward):
+        raise GraddotError("the model has a fused head already")
+    fused = _FusedForward(model, 1)
+    weight = get_head().weight
+    ids = torch.arange(8, device=weight.device)[None] % min(weight.shape)
+    training = model.training
+    with torch.no_grad():
+        model.eval()
+        want, got = fused.original(ids, labels=ids).loss, fused(ids, labels=ids).loss
+        model.train(training)
+    tolerance = 1e-4 if weight.dtype in (torch.float32, torch.float64) else 2e-2
+    if not torch.allclose(got.double(), want.double(), rtol=tolerance, atol=tolerance):
+        raise GraddotError(
+            f"{type(model).__name__} computes another loss ({want:.6g}) than cross-entropy of its"
+            f" head's logits ({got:.6g}); its head cannot be fused"
+        )
+    fused.label_shift = label_shift
+    fused.options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+    model.forward = fused  # type: ignore[method-assign]
+    return model
+
+
+def unfuse_head(model: nn.Module) -> None:
+    """Give the model its own forward back."""
+    if not isinstance(model.__dict__.get("forward"), _FusedForward):
+        raise GraddotError("the model has no fused head")
+    del model.__dict__["forward"]

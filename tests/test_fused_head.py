@@ -1,0 +1,294 @@
+"""The fused head against float64 definitions: alone, with an engine, and in a model."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import (
+    GraddotError,
+    GradDotProdEngine,
+    fuse_head,
+    linear_cross_entropy,
+    unfuse_head,
+)
+from test_engine import TOLERANCE, close
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from graddot_kernels import fused_head, reference
+
+
+def problem(dtype=torch.float32, *, bias=True, rows=6, t=7, width=12, vocab=19):
+    torch.manual_seed(0)
+    head = nn.Linear(width, vocab, bias=bias)
+    hidden = torch.randn(rows, t, width)
+    labels = torch.randint(0, vocab, (rows, t))
+    labels[0, 2:] = -100
+    labels[rows - 2, :1] = -100
+    return head.to(dtype), hidden.to(dtype).requires_grad_(), labels
+
+
+def plain_loss(head, hidden, labels, *, label_smoothing=0.0, z_loss=0.0, reduction="mean"):
+    """The same loss from whole logits in float64."""
+    logits = F.linear(hidden.double(), head.weight.double(), head.bias.double()).flatten(0, 1)
+    flat = labels.flatten()
+    losses = F.cross_entropy(logits, flat, label_smoothing=label_smoothing, reduction="none")
+    losses = losses + z_loss * torch.logsumexp(logits, 1).square() * (flat != -100)
+    loss = losses.sum()
+    return (loss / (flat != -100).sum() if reduction == "mean" else loss), losses.view(labels.shape)
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
+
+
+@pytest.fixture(params=[2**24, 40, 170], ids=["one-chunk", "part-rows", "some-rows"])
+def chunked(request, monkeypatch):
+    """Everything at once, pieces of a row, one row at a time: 19 tokens of vocabulary."""
+    monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", request.param)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("extra", [{}, {"label_smoothing": 0.1, "z_loss": 1e-2}], ids=["", "extra"])
+def test_loss_and_gradients(chunked, dtype, reduction, extra):
+    head, hidden, labels = problem(dtype)
+    want, want_losses = plain_loss(head, hidden, labels, reduction=reduction, **extra)
+    inputs = hidden, head.weight, head.bias
+    want_grads = torch.autograd.grad(3 * want, inputs)
+    loss, losses = linear_cross_entropy(hidden, head, labels, reduction=reduction, **extra)
+    assert relative(loss.detach(), want.detach()) <= TOLERANCE[dtype]
+    assert relative(losses, want_losses.detach()) <= TOLERANCE[dtype]
+    assert not losses.requires_grad
+    for got, grad in zip(torch.autograd.grad(3 * loss, inputs), want_grads, strict=True):
+        assert relative(got, grad) <= TOLERANCE[dtype]
+    with torch.no_grad():
+        loss, losses = linear_cross_entropy(hidden, head, labels, reduction=reduction, **extra)
+    assert relative(loss, want.detach()) <= TOLERANCE[dtype]
+    assert relative(losses, want_losses.detach()) <= TOLERANCE[dtype]
+
+
+def test_frozen_parts_and_num_labels():
+    head, hidden, labels = problem()
+    want, _ = plain_loss(head, hidden, labels, reduction="sum")
+    (grad,) = torch.autograd.grad(want / 100, hidden)
+    head.requires_grad_(False)
+    loss, _ = linear_cross_entropy(hidden, head, labels, num_labels=100)
+    (got,) = torch.autograd.grad(loss, hidden)
+    assert relative(got, grad) <= 1e-6
+    head.requires_grad_(True)
+    (want_weight,) = torch.autograd.grad(plain_loss(head, hidden, labels)[0], head.weight)
+    loss, _ = linear_cross_entropy(hidden.detach(), head, labels)
+    loss.backward(retain_graph=True)
+    assert relative(head.weight.grad, want_weight) <= 1e-6
+    with pytest.raises(GraddotError, match="second backward"):
+        loss.backward()
+
+
+def test_bf16():
+    head, hidden, labels = problem(torch.bfloat16)
+    want, _ = plain_loss(head, hidden, labels)
+    want_grads = torch.autograd.grad(want, (hidden, head.weight))
+    loss, _ = linear_cross_entropy(hidden, head, labels)
+    for got, grad in zip(torch.autograd.grad(loss, (hidden, head.weight)), want_grads, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert relative(got, grad.double()) <= 2e-2
+    head, hidden, labels = problem()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = linear_cross_entropy(hidden, head, labels)
+    loss.backward()
+    assert head.weight.grad.dtype == torch.float32
+    want, _ = plain_loss(head, hidden, labels)
+    assert relative(head.weight.grad, torch.autograd.grad(want, head.weight)[0]) <= 2e-2
+
+
+def test_large_vocabulary_and_extreme_logits():
+    """128k tokens, logits beyond exp's range, one masked out."""
+    head, hidden, labels = problem(vocab=128_256, rows=2, t=3, width=4)
+    with torch.no_grad():
+        head.weight.mul_(300)
+        head.bias[7] = -float("inf")
+    labels[labels == 7] = 8
+    want, _ = plain_loss(head, hidden, labels)
+    inputs = hidden, head.weight
+    want_grads = torch.autograd.grad(want, inputs)
+    loss, _ = linear_cross_entropy(hidden, head, labels)
+    assert relative(loss.detach(), want.detach()) <= 1e-5
+    for got, grad in zip(torch.autograd.grad(loss, inputs), want_grads, strict=True):
+        assert relative(got, grad) <= 1e-4  # fp32 logits of 1e3 are rounded to 6e-5
+
+
+def test_bad_labels_and_shapes():
+    head, hidden, labels = problem()
+    with pytest.raises(GraddotError, match="label 19 at row 0, position 1 is no token of the head"):
+        wrong = labels.clone()
+        wrong[0, 1] = 19
+        linear_cross_entropy(hidden, head, wrong)
+    with pytest.raises(GraddotError, match=r"labels \(6, 3\); expected"):
+        linear_cross_entropy(hidden, head, labels[:, :3])
+    with pytest.raises(GraddotError, match="reduction is 'none'"):
+        linear_cross_entropy(hidden, head, labels, reduction="none")
+
+
+# With an engine
+
+
+def fused_step(model, train, val, factor=1.0, **kwargs):
+    """Scores and dots by parameter of one step through the fused head."""
+    model.zero_grad(set_to_none=True)
+    engine = GradDotProdEngine(model, val, per_parameter=True, **kwargs)
+    engine.attach()
+    engine.attach_train_batch(*train, 0, torch.arange(len(train[0])))
+    x, y = engine.prepare_forward_input(*train)
+    (model(x, labels=y).loss * factor).backward()
+    engine.prepare_gradients()
+    dots = engine.parameter_dots()
+    scores = engine.aggregate_and_log()
+    engine.detach()
+    return scores, dots
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("v", [1, 3])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gpt2_with_engine(tied, ragged, v, dtype, monkeypatch):
+    monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", 61 * 10)  # a 17-token row in two pieces
+    train = token_batch(4, 17, seed=1, ragged=ragged)
+    val = token_batch(v, 17, seed=2, ragged=ragged)
+    model = tiny_gpt2(tied=tied)
+    want, scales = sample_dots(model, train, val)
+    want_grad = gradient(model, *train)
+    model = fuse_head(copy.deepcopy(model).to(dtype))
+    for factor in (1.0, 64.0):
+        scores, dots = fused_step(model, train, val, factor)
+        close(scores, total(want), TOLERANCE[dtype], total(scales))
+        for name, dot in dots.items():
+            close(dot, want[name], TOLERANCE[dtype], scales[name])
+        for name, p in model.named_parameters():
+            assert relative(p.grad / factor, want_grad[name]) <= TOLERANCE[dtype], name
+
+
+def test_two_targets_and_bias():
+    """An untied head with a bias; each target's scores are those of a run of its own."""
+    model = tiny_gpt2(tied=False)
+    model.lm_head = nn.Linear(24, 61)
+    fuse_head(model.double())
+    train = token_batch(3, 9, seed=1)
+    vals = {"a": token_batch(1, 9, seed=2), "b": token_batch(2, 9, seed=3, ragged=True)}
+    both, dots = fused_step(model, train, vals)
+    for row, val in zip(both, vals.values(), strict=True):
+        plain = copy.deepcopy(model)
+        want, _ = sample_dots(plain, train, val)
+        close(row, total(want), 1e-10)
+    assert "lm_head.bias" in dots
+
+
+def test_engine_without_head_scores():
+    """The head excluded, and frozen: everything else is still exact."""
+    train, val = token_batch(3, 9, seed=1), token_batch(2, 9, seed=2)
+    model = tiny_gpt2(tied=False).double()
+    want, _ = sample_dots(model, train, val)
+    want.pop("lm_head.weight")
+    fuse_head(model)
+    scores, _ = fused_step(model, train, val, exclude=["lm_head.weight"])
+    close(scores, total(want), 1e-10)
+    model.lm_head.requires_grad_(False)
+    scores, _ = fused_step(model, train, val)
+    close(scores, total(want), 1e-10)
+
+
+def test_wrong_label_shift_is_refused():
+    model = fuse_head(tiny_gpt2())
+    train, val = token_batch(3, 9, seed=1, ragged=True), token_batch(2, 9, seed=2)
+    with pytest.raises(GraddotError, match="label_shift=0, but the loss used"):
+        fused_step(model, train, val, label_shift=0)
+
+
+# In a model
+
+
+def test_fuse_and_unfuse():
+    model = tiny_gpt2().eval()
+    ids, labels = token_batch(3, 9, seed=1, ragged=True)
+    want = lm_loss(model(ids).logits, labels)
+    state = {name: p.clone() for name, p in model.state_dict().items()}
+    fuse_head(model)
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, want)
+    assert out.token_losses.shape == ids.shape
+    torch.testing.assert_close(out.token_losses.sum() / (labels[:, 1:] != -100).sum(), want)
+    assert model(ids).logits.shape == (3, 9, 61)
+    torch.testing.assert_close(copy.deepcopy(model)(ids, labels=labels).loss, want)
+    with pytest.raises(GraddotError, match="fused head already"):
+        fuse_head(model)
+    unfuse_head(model)
+    assert model(ids, labels=labels).logits is not None
+    with pytest.raises(GraddotError, match="no fused head"):
+        unfuse_head(model)
+    for name, p in model.state_dict().items():
+        assert torch.equal(p, state[name])
+
+
+def test_attention_mask_and_another_architecture():
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, max_position_embeddings=32,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).double()
+    ids, labels = token_batch(3, 9, seed=1)
+    mask = torch.ones_like(ids)
+    mask[0, 5:], labels[0, 5:] = 0, -100
+    want = model(ids, attention_mask=mask, labels=labels).loss
+    want.backward()
+    grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+    model.zero_grad()
+    loss = fuse_head(model)(ids, attention_mask=mask, labels=labels).loss
+    loss.backward()
+    # The model's own loss is in fp32 whatever its parameters are.
+    assert relative(loss.detach(), want.detach().double()) <= 1e-6
+    for name, p in model.named_parameters():
+        assert relative(p.grad, grads[name]) <= 1e-6, name
+
+
+def test_models_that_cannot_be_fused():
+    class Capped(LlamaForCausalLM):
+        def forward(self, *args, labels=None, **kwargs):
+            out = super().forward(*args, **kwargs)
+            out.loss = None if labels is None else lm_loss(30 * torch.tanh(out.logits), labels)
+            return out
+
+    config = LlamaConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1,
+    )  # fmt: skip
+    with pytest.raises(GraddotError, match="computes another loss"):
+        fuse_head(Capped(config))
+    with pytest.raises(GraddotError, match="not a base model with a Linear head"):
+        fuse_head(nn.Sequential(nn.Linear(3, 4)))
+
+
+# The op below it
+
+
+@pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.2, 1e-3)])
+@pytest.mark.parametrize("vocab", [1, 3, 8, 17, 1003])
+@pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp32-torch"])
+def test_cross_entropy_grad(dtype, vocab, smoothing, z_loss, monkeypatch):
+    if dtype == "fp32-torch":
+        monkeypatch.setattr("graddot_kernels.cpu_kernels.INSTRUCTION_SET", "")
+    kind = {"fp64": torch.float64, "bf16": torch.bfloat16}.get(dtype, torch.float32)
+    torch.manual_seed(vocab)
+    logits = (5 * torch.randn(9, vocab)).to(kind)
+    labels = torch.randint(0, vocab, (9,))
+    labels[3] = -1
+    want, want_grad = reference.cross_entropy_grad(logits.double(), labels, -1, smoothing, z_loss)
+    size = logits.double().abs().max()  # a loss is a difference of logits
+    losses = torch.ops.graddot.cross_entropy_grad(logits, labels, -1, smoothing, z_loss)
+    tolerance = {torch.float64: 1e-13, torch.bfloat16: 5e-3}.get(kind, 2e-6)
+    assert (losses - want).abs().max() <= 5e-7 * size
+    assert (logits - want_grad).abs().max() <= tolerance
+    assert (logits[3] == 0).all()
