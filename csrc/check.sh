@@ -12,8 +12,9 @@ if command -v nvcc >/dev/null 2>&1 || [ -x /usr/local/cuda/bin/nvcc ]; then cuda
 
 cmake -S . -B "$build" -DGRADDOT_OUTPUT_DIR="$build" -DGRADDOT_CHECK_CUDA=$cuda \
   -DPython_EXECUTABLE="$(command -v python)" >/dev/null
-cmake --build "$build" --target core_test _C -j 2 >/dev/null
-"$build/core_test"
+cmake --build "$build" --target test_embedding test_dense _C -j 2 >/dev/null
+"$build/test_embedding"
+"$build/test_dense"
 
 # "U name" and "U name@VERSION", by the only origins that every torch from 2.11 on offers.
 nm -D --undefined-only "$build/_C.abi3.so" >"$build/symbols"

@@ -15,8 +15,8 @@ struct CrossEntropy {
 using CrossEntropyRow = float (*)(const CrossEntropy& form, int64_t label, float* logits);
 
 // The same for `rows` contiguous rows: losses and gradients are 0 where the label is
-// `ignore_index`; other labels have been checked. False, and nothing written, without AVX2.
-bool cross_entropy_grad(const CrossEntropy& form, int64_t rows, const int64_t* labels,
-                        int64_t ignore_index, float* logits, float* losses);
+// `ignore_index`; other labels have been checked.
+void cross_entropy_grad(CrossEntropyRow row, const CrossEntropy& form, int64_t rows,
+                        const int64_t* labels, int64_t ignore_index, float* logits, float* losses);
 
 }  // namespace graddot

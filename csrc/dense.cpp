@@ -1,6 +1,5 @@
 // The vector kernels as plain C functions, which graddot_kernels/cpu_kernels.py calls with the
-// addresses of tensors that it has checked. They return false, and write nothing, on a processor
-// that they have no code for.
+// addresses of tensors that it has checked, where graddot_instruction_set() names any.
 
 #include "huge_pages.h"
 #include "instruction_sets.h"
@@ -13,15 +12,16 @@ GRADDOT_EXPORT const char* graddot_instruction_set() {
   return set == nullptr ? "" : set->name;
 }
 
-GRADDOT_EXPORT bool graddot_linear_wgrad_dot(const graddot::LinearProblem* problem,
+GRADDOT_EXPORT void graddot_linear_wgrad_dot(const graddot::LinearProblem* problem,
                                              int64_t threads) {
-  return graddot::linear_wgrad_dot(*problem, threads);
+  graddot::linear_wgrad_dot(graddot::instruction_set()->linear, *problem, threads);
 }
 
-GRADDOT_EXPORT bool graddot_cross_entropy_grad(const graddot::CrossEntropy* form, int64_t rows,
+GRADDOT_EXPORT void graddot_cross_entropy_grad(const graddot::CrossEntropy* form, int64_t rows,
                                                const int64_t* labels, int64_t ignore_index,
                                                float* logits, float* losses) {
-  return graddot::cross_entropy_grad(*form, rows, labels, ignore_index, logits, losses);
+  graddot::cross_entropy_grad(graddot::instruction_set()->cross_entropy_row, *form, rows, labels,
+                              ignore_index, logits, losses);
 }
 
 GRADDOT_EXPORT void graddot_advise_huge_pages(void* data, int64_t size) {

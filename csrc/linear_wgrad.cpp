@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <vector>
 
-#include "instruction_sets.h"
 #include "parallel.h"
 
 namespace graddot {
@@ -47,20 +46,15 @@ LinearTile largest(const std::vector<LinearTile>& tiles) {
 
 }  // namespace
 
-bool linear_wgrad_dot(const LinearProblem& p, int64_t threads) {
-  const InstructionSet* set = instruction_set();
-  if (set == nullptr) {
-    return false;
-  }
+void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& p, int64_t threads) {
   const int64_t dots = p.num_directions * p.rows;
   std::fill(p.dots, p.dots + dots, 0.0F);
   if (p.rows == 0 && !p.accumulate) {
     std::fill(p.weight_grad, p.weight_grad + p.d_out * p.d_in, 0.0F);
   }
   if (p.rows == 0 || p.d_out == 0 || p.d_in == 0) {
-    return true;
+    return;
   }
-  const LinearKernel& kernel = set->linear;
   const auto tiles = make_tiles(p, kernel.row_multiple, std::max<int64_t>(threads, 1));
   const auto count = static_cast<int64_t>(tiles.size());
   const LinearScratch need = kernel.scratch(p, largest(tiles));
@@ -80,7 +74,6 @@ bool linear_wgrad_dot(const LinearProblem& p, int64_t threads) {
     }
     p.dots[i] = static_cast<float>(sum);
   }
-  return true;
 }
 
 }  // namespace graddot

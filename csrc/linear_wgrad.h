@@ -51,7 +51,7 @@ struct LinearKernel {
   int64_t row_multiple;  // tiles start at multiples of this
 };
 
-// With `threads` threads; false, and nothing written, if the processor has neither AVX2 nor AVX-512.
-bool linear_wgrad_dot(const LinearProblem& problem, int64_t threads);
+// With `threads` threads. A weight gradient element is bitwise the same for any number of them.
+void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& problem, int64_t threads);
 
 }  // namespace graddot

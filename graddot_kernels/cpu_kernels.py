@@ -51,8 +51,8 @@ class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024
 
-library.graddot_linear_wgrad_dot.restype = ctypes.c_bool
-library.graddot_cross_entropy_grad.restype = ctypes.c_bool
+for _function in ("linear_wgrad_dot", "cross_entropy_grad", "advise_huge_pages"):
+    getattr(library, f"graddot_{_function}").restype = None
 
 
 def available(x: Tensor) -> bool:
@@ -108,7 +108,7 @@ def linear_wgrad_dot(
         dots.data_ptr(),
     )
     threads = ctypes.c_int64(torch.get_num_threads())
-    assert library.graddot_linear_wgrad_dot(ctypes.byref(problem), threads)
+    library.graddot_linear_wgrad_dot(ctypes.byref(problem), threads)
     return dots
 
 
@@ -119,7 +119,7 @@ def cross_entropy_grad(
     losses = logits.new_empty(logits.shape[0])
     labels = labels.contiguous()
     form = _CrossEntropy(logits.shape[1], label_smoothing, z_loss)
-    assert library.graddot_cross_entropy_grad(
+    library.graddot_cross_entropy_grad(
         ctypes.byref(form),
         ctypes.c_int64(logits.shape[0]),
         ctypes.c_void_p(labels.data_ptr()),

@@ -217,7 +217,8 @@ def cross_entropy_grad(
         grad = _accumulated(x)
         lse = torch.logsumexp(grad, 1, keepdim=True)
         loss = lse - (1 - label_smoothing) * grad.gather(1, at) + z_loss * lse.square()
-        loss -= label_smoothing * grad.mean(1, keepdim=True)
+        if label_smoothing:  # 0 times a masked logit's -inf would be NaN
+            loss -= label_smoothing * grad.mean(1, keepdim=True)
         grad = (grad - lse).exp_().mul_(1 + 2 * z_loss * lse).sub_(label_smoothing / vocab)
         grad.scatter_add_(1, at, grad.new_full(at.shape, label_smoothing - 1))
         keep = used[lo : lo + block, None]

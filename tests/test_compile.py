@@ -86,6 +86,7 @@ def test_opcheck(device: str) -> None:
     ops = torch.ops.graddot
     weight_grad, bias_grads = act.new_ones(9, 12), act.new_empty(5, 9)
     scale = act.new_tensor(0.5)
+    labels = torch.randint(0, 9, act.shape[:2], device=device)
     for op, args in (
         (ops.linear_gram_dot, (act[3:], grad[3:], act[:3], grad[:3], True)),
         (ops.linear_direction_dot, (direction, act, grad, True)),
@@ -93,5 +94,23 @@ def test_opcheck(device: str) -> None:
         (ops.linear_wgrad_dot_into, (weight_grad, bias_grads, direction, act, grad, scale, True)),
         (ops.linear_joint_wgrad_dot, (act, grad, [1, 2], scale)),
         (ops.norm_sample_grads, (act, act)),
+        (ops.cross_entropy_grad, (act[0].clone(), labels[0], -100, 0.1, 1e-3)),
+        (
+            ops.linear_cross_entropy,
+            (
+                act,
+                act.new_ones(9, 12),
+                act.new_ones(9),
+                labels,
+                [1, 2],
+                labels[0, :2],
+                labels[1, :1],
+                -100,
+                0.1,
+                1e-3,
+                scale,
+                True,
+            ),
+        ),
     ):
         torch.library.opcheck(op.default, args)

@@ -38,7 +38,8 @@ def cross_entropy_kernel(
     lse = most + tl.log(total)
     # A label that is no token makes its loss NaN, which no training run overlooks.
     at_label = tl.load(p_logits + label, mask=valid, other=float("nan")).to(tl.float32)
-    loss = lse - (1 - smoothing) * at_label - smoothing * tl.sum(b_plain, 0) / vocab
+    loss = lse - (1 - smoothing) * at_label
+    loss -= tl.where(smoothing == 0, 0.0, smoothing * tl.sum(b_plain, 0) / vocab)
     tl.store(p_losses + i_row, tl.where(used, loss + z_loss * lse * lse, 0.0))
     factor, spread = 1 + 2 * z_loss * lse, smoothing / vocab
     for i_v in range(0, vocab, BV):

@@ -4,50 +4,20 @@
 
 #include "embedding.h"
 
-#include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <cstdlib>
-#include <functional>
 #include <limits>
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <thread>
 #include <vector>
 
-#include "parallel.h"
 #include "rows.h"
+#include "threads.h"
 
 namespace graddot {
 
-int64_t num_threads = 1;
-
-void parallel_for(int64_t size, int64_t, const std::function<void(int64_t, int64_t)>& body) {
-  const int64_t chunk = (size + num_threads - 1) / num_threads;
-  std::vector<std::thread> threads;
-  for (int64_t begin = 0; begin < size; begin += chunk) {
-    threads.emplace_back(body, begin, std::min(begin + chunk, size));
-  }
-  for (std::thread& thread : threads) {
-    thread.join();
-  }
-}
-
 namespace {
-
-void expect(bool ok, const std::string& what) {
-  if (!ok) {
-    std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-    std::exit(1);
-  }
-}
-
-std::mt19937 generator(0);
-
-int64_t random_int(int64_t below) {
-  return std::uniform_int_distribution<int64_t>(0, below - 1)(generator);
-}
 
 std::vector<double> random_numbers(int64_t size) {
   std::vector<double> numbers(static_cast<size_t>(size));

@@ -17,6 +17,7 @@ from kernel_checks import (
 )
 
 import graddot_kernels as gk
+from graddot_kernels import fused_head, reference
 
 DTYPES = pytest.mark.parametrize(
     "dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"]
@@ -178,3 +179,37 @@ def test_second_device() -> None:
     act, grad = (x.to("cuda:1") for x in inputs(3, 40, 64, 64, dtype=torch.bfloat16))
     direction = random(1, 64, 64, dtype=torch.bfloat16, device="cuda:1")
     check_wgrad(*gk.linear_wgrad_dot(direction, act, grad), direction, act, grad)
+
+
+@DTYPES
+@pytest.mark.parametrize("vocab", [1, 50257, 128_256])
+@pytest.mark.parametrize("extras", [(0.0, 0.0), (0.1, 1e-3)], ids=["plain", "smoothing-z_loss"])
+def test_cross_entropy(dtype: torch.dtype, vocab: int, extras: tuple[float, float]) -> None:
+    logits = random(9, vocab, dtype=dtype, device="cuda") * 5
+    labels = torch.arange(9, device="cuda") * 7919 % vocab
+    labels[4] = -100
+    size = logits.double().abs().max()
+    want, want_grad = reference.cross_entropy_grad(logits.double(), labels, -100, *extras)
+    losses = torch.ops.graddot.cross_entropy_grad(logits, labels, -100, *extras)
+    assert ((losses - want).abs() <= 2e-6 * size).all()
+    rounding = torch.finfo(dtype).eps * want_grad.abs() + 4e-6
+    assert ((logits - want_grad).abs() <= rounding).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_fused_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several chunks, two targets; against the same op in float64."""
+    monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cuda", 1003 * 100)
+    act, weight = random(6, 130, 64, dtype=dtype, device="cuda"), random(1003, 64, dtype=dtype)
+    weight = weight.cuda()
+    labels = torch.randint(0, 1003, (6, 130), device="cuda")
+    labels[1, 5:] = -100
+    ids = torch.tensor([1, 5, 999], device="cuda")
+    scale = torch.tensor(0.5, device="cuda")
+    tail = (labels, [1, 2], ids, ids, -100, 0.0, 0.0, scale, True)
+    got = torch.ops.graddot.linear_cross_entropy(act, weight, None, *tail)
+    want = torch.ops.graddot.linear_cross_entropy(act.double(), weight.double(), None, *tail)
+    for g, w in zip(got, want, strict=True):
+        if w.numel():
+            tolerance = 2e-2 if dtype == torch.bfloat16 else 1e-5
+            assert (g - w).norm() <= tolerance * w.norm()

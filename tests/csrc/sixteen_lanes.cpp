@@ -1,0 +1,8 @@
+#define GRADDOT_LANES 16
+#include "cross_entropy_row.h"
+#include "instruction_sets.h"
+#include "linear_tile.h"
+
+extern const graddot::InstructionSet kSixteenLanes;
+const graddot::InstructionSet kSixteenLanes{
+    "sixteen lanes", {run, scratch, kBlockOut}, cross_entropy_row};

@@ -1,0 +1,150 @@
+// The vector kernels without Python or torch: results against plain loops in double, on buffers of
+// exactly the size that the views span, so that a sanitizer sees every access outside them.
+
+#include <cmath>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "instruction_sets.h"
+#include "threads.h"
+
+extern const graddot::InstructionSet kSixteenLanes;
+
+namespace graddot {
+namespace {
+
+std::vector<float> random_numbers(int64_t size) {
+  std::vector<float> numbers(static_cast<size_t>(size));
+  for (float& x : numbers) {
+    x = std::normal_distribution<float>()(generator);
+  }
+  return numbers;
+}
+
+void expect_close(double got, double want, double size, const std::string& name) {
+  expect(std::abs(got - want) <= 2e-6 * (1 + size),
+         name + " is " + std::to_string(got) + ", expected " + std::to_string(want));
+}
+
+struct Case {
+  int64_t n, t, d_in, d_out;
+  std::vector<int64_t> val_rows;
+  std::vector<float> act, grad, direction, weight_grad, dots;
+
+  double gradient(int64_t row, int64_t o, int64_t i) const {
+    double sum = 0;
+    for (int64_t token = 0; token < t; ++token) {
+      sum += double{grad[static_cast<size_t>((row * t + token) * d_out + o)]} *
+             double{act[static_cast<size_t>((row * t + token) * d_in + i)]};
+    }
+    return sum;
+  }
+
+  double direction_at(size_t k, int64_t o, int64_t i) const {
+    if (!direction.empty()) {
+      return direction[k * static_cast<size_t>(d_out * d_in) + static_cast<size_t>(o * d_in + i)];
+    }
+    double sum = 0;
+    int64_t row = n;
+    for (size_t j = 0; j < k; ++j) row += val_rows[j];
+    for (int64_t v = 0; v < val_rows[k]; ++v) sum += gradient(row + v, o, i);
+    return sum;
+  }
+};
+
+Case random_case() {
+  const auto width = [] { return random_int(2) ? 1 + random_int(20) : 1 + random_int(150); };
+  Case c{random_int(4), random_int(9), width(), width(), {random_int(3), 1}, {}, {}, {}, {}, {}};
+  const int64_t rows = c.n + c.val_rows[0] + c.val_rows[1];
+  c.act = random_numbers(rows * c.t * c.d_in);
+  c.grad = random_numbers(rows * c.t * c.d_out);
+  if (random_int(2)) {
+    c.direction = random_numbers(2 * c.d_out * c.d_in);
+  }
+  return c;
+}
+
+void test_linear(const LinearKernel& kernel, Case c) {
+  const auto k = static_cast<int64_t>(c.val_rows.size());
+  const bool accumulate = random_int(2) != 0;
+  c.weight_grad.assign(static_cast<size_t>(c.d_out * c.d_in), accumulate ? 1.0F : std::nanf(""));
+  c.dots.assign(static_cast<size_t>(k * c.n), std::nanf(""));
+  num_threads = 1 + random_int(4);
+  linear_wgrad_dot(kernel,
+                   {c.n, c.t, c.d_in, c.d_out,
+                    {c.act.data(), c.t * c.d_in, c.d_in}, {c.grad.data(), c.t * c.d_out, c.d_out},
+                    k, c.direction.empty() ? nullptr : c.direction.data(), c.val_rows.data(),
+                    c.weight_grad.data(), 0.5F, accumulate, c.dots.data()},
+                   num_threads);
+  std::vector<double> dots(c.dots.size()), sizes(c.dots.size());
+  for (int64_t o = 0; o < c.d_out; ++o) {
+    for (int64_t i = 0; i < c.d_in; ++i) {
+      double sum = accumulate ? 1 : 0;
+      for (int64_t row = 0; row < c.n; ++row) {
+        const double g = c.gradient(row, o, i);
+        sum += 0.5 * g;
+        for (size_t j = 0; j < c.val_rows.size(); ++j) {
+          const size_t at = j * static_cast<size_t>(c.n) + static_cast<size_t>(row);
+          dots[at] += g * c.direction_at(j, o, i);
+          sizes[at] += std::abs(g * c.direction_at(j, o, i));
+        }
+      }
+      expect_close(c.weight_grad[static_cast<size_t>(o * c.d_in + i)], sum, 20, "weight_grad");
+    }
+  }
+  for (size_t i = 0; i < dots.size(); ++i) {
+    expect_close(c.dots[i], dots[i], sizes[i], "dots");
+  }
+}
+
+void test_cross_entropy(CrossEntropyRow row) {
+  const int64_t vocab = 1 + random_int(700), rows = random_int(4);
+  const bool extras = random_int(2) != 0;
+  const CrossEntropy form{vocab, extras ? 0.1F : 0, extras ? 0.01F : 0};
+  std::vector<float> logits = random_numbers(rows * vocab), losses(static_cast<size_t>(rows));
+  const std::vector<float> x = logits;
+  std::vector<int64_t> labels;
+  for (int64_t r = 0; r < rows; ++r) labels.push_back(random_int(4) ? random_int(vocab) : -1);
+  num_threads = 1 + random_int(3);
+  cross_entropy_grad(row, form, rows, labels.data(), -1, logits.data(), losses.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* given = x.data() + r * vocab;
+    double sum = 0, mean = 0;
+    for (int64_t j = 0; j < vocab; ++j) {
+      sum += std::exp(double{given[j]});
+      mean += double{given[j]} / static_cast<double>(vocab);
+    }
+    const int64_t label = labels[static_cast<size_t>(r)];
+    const double smoothing = form.label_smoothing, z_loss = form.z_loss, lse = std::log(sum);
+    const bool used = label >= 0;
+    const double loss =
+        used ? lse - (1 - smoothing) * given[label] - smoothing * mean + z_loss * lse * lse : 0;
+    expect_close(losses[static_cast<size_t>(r)], loss, 10, "loss");
+    for (int64_t j = 0; used && j < vocab; ++j) {
+      const double p = std::exp(given[j] - lse) * (1 + 2 * z_loss * lse);
+      const double want = p - smoothing / static_cast<double>(vocab) - (j == label ? 1 - smoothing : 0);
+      expect_close(logits[static_cast<size_t>(r * vocab + j)], want, 0, "gradient");
+    }
+  }
+}
+
+}  // namespace
+}  // namespace graddot
+
+int main() {
+#ifdef __x86_64__
+  std::vector<const graddot::InstructionSet*> sets;
+  if (graddot::instruction_set() != nullptr) sets = {&kSixteenLanes, graddot::instruction_set()};
+  for (const graddot::InstructionSet* set : sets) {
+    for (int i = 0; i < 150; ++i) {
+      graddot::test_linear(set->linear, graddot::random_case());
+      graddot::test_cross_entropy(set->cross_entropy_row);
+    }
+    std::printf("vector kernels, %s: 150 random problems: ok\n", set->name);
+  }
+#else
+  std::puts("vector kernels: none for this processor");
+#endif
+  return 0;
+}
