@@ -14,7 +14,8 @@ from torch import Tensor
 
 from . import cpu_kernels
 
-# Logits that exist at a time. On a CPU 64 MB, on a GPU enough to fill it.
+# Logits that exist at a time. On a CPU 64 MB, on a GPU enough to fill it. Every training chunk reads
+# all directions: many of them allow as many logits as a quarter of their own size.
 _CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
 
 
@@ -82,7 +83,8 @@ class _Head:
         self.dots = self.losses.new_zeros(k, self.n)
         self.weight_grad = self._large(self.losses, self.vocab if weight_needed else 0, self.width)
         self.direction = self._large(self.losses, k, self.vocab, self.width)
-        self.limit = max(1, _CHUNK_ELEMENTS[act.device.type] // max(1, self.vocab))
+        elements = max(_CHUNK_ELEMENTS[act.device.type], self.direction.numel() // 4)
+        self.limit = max(1, elements // max(1, self.vocab))
         self.logits = self._large(act, min(self.limit, rows * t), self.vocab)
 
     @staticmethod
