@@ -54,17 +54,18 @@ def stack_directions(
 
 def mean_gradient(
     parameters: Mapping[str, nn.Parameter],
+    covered: Sequence[str],
     batches: Iterable[Any],
     loss_of: Callable[[Any], tuple[Tensor, float, float]],
 ) -> dict[str, Tensor]:
-    """Gradient of the mean loss over all labelled tokens of the batches, by parameter name.
+    """Gradient of the mean loss over all labelled tokens of the batches, for the covered names.
 
     loss_of(batch) gives the batch's loss, the weight of its gradient and its labelled tokens.
-    Parameters' `.grad` stay as they are. fp32 (fp64 for fp64). Raises GraddotError if there is no
-    labelled token, or if a gradient is not finite.
+    `.grad` of all parameters stays as it is. fp32 (fp64 for fp64). Raises GraddotError if there is
+    no labelled token, or if a gradient is not finite.
     """
     kept = {name: p.grad for name, p in parameters.items()}
-    total = {n: torch.zeros_like(p, dtype=_accumulator(p)) for n, p in parameters.items()}
+    total = {n: torch.zeros_like(parameters[n], dtype=_accumulator(parameters[n])) for n in covered}
     tokens = 0.0
     try:
         for batch in batches:
@@ -72,9 +73,10 @@ def mean_gradient(
                 p.grad = None
             loss, weight, count = loss_of(batch)
             loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
-            for name, p in parameters.items():
-                if p.grad is not None:
-                    total[name].add_(p.grad, alpha=weight)
+            for name in covered:
+                grad = parameters[name].grad
+                if grad is not None:
+                    total[name].add_(grad, alpha=weight)
             tokens += count
     finally:
         for name, p in parameters.items():

@@ -164,7 +164,13 @@ class GradDotProdEngine:
             raise GraddotError("validation rows ride along; leave val_data out to give directions")
         if self._active is not None or self._pending:
             raise GraddotError("a step is under way; call aggregate_and_log() first")
-        named = not all(isinstance(value, Tensor) for value in directions.values())
+        single = [isinstance(value, Tensor) for value in directions.values()]
+        if not single or len(set(single)) > 1:
+            raise GraddotError(
+                "directions are neither all tensors, by parameter name, nor all mappings of such,"
+                " by target name"
+            )
+        named = not single[0]
         by_target: Mapping[str, Any] = directions if named else {"val": directions}
         stacked = stack_directions(by_target, self._parameters, self._coverage.covered)
         self._directions, self._targets = stacked, list(directions) if named else None
@@ -185,10 +191,10 @@ class GradDotProdEngine:
         """
         if isinstance(batches, Mapping):
             return {name: self.compute_directions(b, loss_fn) for name, b in batches.items()}
-        covered = {name: self._parameters[name] for name in self._coverage.covered}
+        loss_of = lambda batch: self._validation_loss(batch, loss_fn)
         active, self._active = self._active, None
         try:
-            return mean_gradient(covered, batches, lambda b: self._validation_loss(b, loss_fn))
+            return mean_gradient(self._parameters, self._coverage.covered, batches, loss_of)
         finally:
             self._active = active
 

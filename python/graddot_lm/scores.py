@@ -66,10 +66,7 @@ class MicroBatch:
         return torch.stack([self.dots(leaf) for leaf in self.leaves]).sum(0)
 
     def lr_scores(self) -> Tensor:
-        """lr · dot, each parameter with the lr of its own group, (K, N); 0 in a skipped step,
-        NaN without an optimizer."""
-        if not self.applied:
-            return torch.zeros_like(self.scores())
+        """lr · dot, each parameter with the lr of its own group, (K, N); NaN without an optimizer."""
         if not self.leaf_lrs:
             return torch.full_like(self.scores(), float("nan"))
         return torch.stack([lr * self.dots(leaf) for leaf, lr in self.leaf_lrs.items()]).sum(0)
@@ -114,6 +111,8 @@ def score_rows(
             "lr": torch.full((n,), micro.lr, dtype=torch.float64),
         }
         dots, values = micro.scores().cpu(), (micro.lr_scores() * weights * gradient_scale).cpu()
+        if not micro.applied:  # gradients, and so dots, may be infinite
+            values = torch.zeros_like(values)
         for k in range(len(dots)):
             suffix = "" if targets is None else f"_{targets[k]}"
             rows[f"dot{suffix}"], rows[f"value{suffix}"] = dots[k], values[k]
