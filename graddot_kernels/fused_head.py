@@ -67,7 +67,8 @@ class _Head:
 
     def __init__(
         self, act: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, val_rows: list[int],
-        val_ids: Tensor, loss: tuple[int, float, float], scale: Tensor | None, weight_needed: bool,
+        direction: Tensor | None, val_ids: Tensor, loss: tuple[int, float, float],
+        scale: Tensor | None, weight_needed: bool,
     ) -> None:  # fmt: skip
         self.act, self.weight, self.bias, self.labels = act, weight.to(act.dtype), bias, labels
         self.val_ids, self.loss, self.scale = val_ids, loss, scale
@@ -79,10 +80,12 @@ class _Head:
         self.act_grad = torch.zeros_like(act, memory_format=torch.contiguous_format)
         self.bias_rows = self.losses.new_zeros(rows if bias is not None else 0, self.vocab)
         self.columns = act.new_zeros(self.n, t, val_ids.numel())
-        k = k if weight_needed else 0
+        k = 0 if not weight_needed else k if direction is None else direction.shape[0]
         self.dots = self.losses.new_zeros(k, self.n)
         self.weight_grad = self._large(self.losses, self.vocab if weight_needed else 0, self.width)
-        self.direction = self._large(self.losses, k, self.vocab, self.width)
+        if direction is None:
+            direction = self._large(self.losses, k, self.vocab, self.width)
+        self.direction = direction
         elements = max(_CHUNK_ELEMENTS[act.device.type], self.direction.numel() // 4)
         self.limit = max(1, elements // max(1, self.vocab))
         self.logits = self._large(act, min(self.limit, rows * t), self.vocab)
@@ -118,7 +121,7 @@ class _Head:
                 self.bias_rows[chunk.r0 : chunk.r1] += grad.sum(1, dtype=self.losses.dtype)
             if train and self.val_ids.numel():
                 chunk.of(self.columns).copy_(grad[..., self.val_ids])
-            if train and self.direction.numel():
+            if train and self.dots.numel():
                 self.dots[:, chunk.r0 : chunk.r1] += torch.ops.graddot.linear_wgrad_dot_into(
                     total, None, self.direction, act, grad, self.scale, not first
                 )
@@ -138,6 +141,7 @@ def linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     val_rows: list[int],
+    direction: Tensor | None,
     val_ids: Tensor,
     train_ids: Tensor,
     ignore_index: int,
@@ -149,7 +153,8 @@ def linear_cross_entropy(
     """The head's losses and everything that the backward of their sum gives.
 
     act (rows, T, d): N training rows, then val_rows[k] rows of target k; weight (vocab, d), bias
-    (vocab,), labels (rows, T). G_i is sample i's gradient of the weight, D_k target k's.
+    (vocab,), labels (rows, T). G_i is sample i's gradient of the weight, D_k that of target k's
+    rows, or `direction`, (K, vocab, d), given in place of val rows.
 
     Returns losses (rows, T); the gradient of act; weight_scale · Σ_i G_i over the training rows;
     the bias gradient of every row (rows, vocab); ⟨D_k, G_i⟩ (K, N); the training rows' gradient of
@@ -157,7 +162,7 @@ def linear_cross_entropy(
     embedding that shares the weight needs for its cross terms. What is not needed is empty.
     """
     head = _Head(
-        act, weight, bias, labels, val_rows, val_ids,
+        act, weight, bias, labels, val_rows, direction, val_ids,
         (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed,
     )  # fmt: skip
     begin = head.n

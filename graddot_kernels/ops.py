@@ -141,6 +141,7 @@ def _fake_linear_cross_entropy(
     bias: Tensor | None,
     labels: Tensor,
     val_rows: list[int],
+    direction: Tensor | None,
     val_ids: Tensor,
     train_ids: Tensor,
     ignore_index: int,
@@ -151,13 +152,14 @@ def _fake_linear_cross_entropy(
 ) -> tuple[Tensor, ...]:
     (rows, t, width), vocab, k = act.shape, weight.shape[0], len(val_rows)
     n, dtype = rows - sum(val_rows), _result_dtype(act)
+    dots = 0 if not weight_needed else k if direction is None else direction.shape[0]
     result = functools.partial(act.new_empty, dtype=dtype)
     return (
         result((rows, t)),
         act.new_empty(act.shape),
         result((vocab if weight_needed else 0, width)),
         result((rows if bias is not None else 0, vocab)),
-        result((k if weight_needed else 0, n)),
+        result((dots, n)),
         act.new_empty((n, t, val_ids.numel())),
         result((k, train_ids.numel() if weight_needed else 0, width)),
     )
@@ -245,7 +247,7 @@ _define(
 )
 _define(
     "linear_cross_entropy(Tensor act, Tensor weight, Tensor? bias, Tensor labels, int[] val_rows,"
-    " Tensor val_ids, Tensor train_ids, int ignore_index, float label_smoothing, float z_loss,"
+    " Tensor? direction, Tensor val_ids, Tensor train_ids, int ignore_index, float label_smoothing, float z_loss,"
     " Tensor? weight_scale, bool weight_needed)"
     " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_linear_cross_entropy,

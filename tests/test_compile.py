@@ -103,6 +103,7 @@ def test_opcheck(device: str) -> None:
                 act.new_ones(9),
                 labels,
                 [1, 2],
+                None,
                 labels[0, :2],
                 labels[1, :1],
                 -100,

@@ -189,6 +189,24 @@ def test_two_targets_and_bias():
     assert "lm_head.bias" in dots
 
 
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_given_directions(tied):
+    model = tiny_gpt2(tied=tied).double()
+    train, val = token_batch(4, 17, seed=1, ragged=True), token_batch(3, 17, seed=2, ragged=True)
+    want, _ = sample_dots(model, train, val)
+    engine = GradDotProdEngine(fuse_head(model))
+    engine.set_directions({"a": gradient(model, *val), "b": gradient(model, *train)})
+    engine.attach()
+    engine.attach_train_batch(*train, 0, torch.arange(4))
+    x, y = engine.prepare_forward_input(*train)
+    (5 * model(x, labels=y).loss).backward()
+    engine.prepare_gradients()
+    close(engine.aggregate_and_log()[0], total(want), 1e-10)
+    want_grad = gradient(model, *train)
+    for name, p in model.named_parameters():
+        assert relative(p.grad / 5, want_grad[name]) <= 1e-10, name
+
+
 def test_engine_without_head_scores():
     """The head excluded, and frozen: everything else is still exact."""
     train, val = token_batch(3, 9, seed=1), token_batch(2, 9, seed=2)

@@ -15,80 +15,26 @@ does not depend on what else is in the batch. The README says how to read it.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
+from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
+from .coverage import Coverage, cover
+from .directions import Direction, mean_gradient, stack_directions
 from .errors import GraddotError
 from .layers import FORWARDS, Step, refusal
-from .verify import LabelCheck, check_parameter_uses
-
-Batch = tuple[Tensor, Tensor]
+from .scores import MicroBatch, score_rows
+from .verify import _SCORED, LabelCheck, check_parameter_uses, tensors_in
 
 
 class ScoreWriter(Protocol):
     """Where scores go: `graddot_lm.store.PartWriter`, or anything with this method."""
 
     def append(self, rows: Mapping[str, Any], step: int) -> None: ...
-
-
-@dataclass
-class _MicroBatch:
-    """What one `attach_train_batch` leaves until its scores are read."""
-
-    step: Step
-    iteration: int
-    sample_ids: Any
-    labels: Tensor  # (rows, ...) of the joint batch
-    leaves: dict[str, Tensor]  # (K, N) each; their gradients are the raw dots
-    loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
-    counts: Tensor | None = None  # (rows,) labelled tokens
-    forwarded: bool = False
-    lr: float | None = None
-
-
-@dataclass(frozen=True)
-class Coverage:
-    """Which trainable parameters the scores cover, and their share of all trainable elements."""
-
-    covered: list[str]
-    excluded: list[str]
-    share: float
-
-    def __str__(self) -> str:
-        text = f"{len(self.covered)} parameters scored, {self.share:.1%} of the trainable elements"
-        return text + (f"; excluded: {', '.join(self.excluded)}" if self.excluded else "")
-
-
-def _cover(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.Parameter], Coverage]:
-    """The trainable parameters by name, all in layers with a rule; GraddotError otherwise."""
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if not trainable:
-        raise GraddotError("the model has no trainable parameter")
-    unknown = set(exclude) - set(trainable)
-    if unknown:
-        raise GraddotError(f"exclude names no trainable parameter: {', '.join(sorted(unknown))}")
-    names = {id(p): name for name, p in trainable.items()}
-    total = sum(p.numel() for p in trainable.values())
-    problems: dict[str, str] = {}
-    for module in model.modules():
-        reason = refusal(module)
-        for p in module.parameters(recurse=False):
-            if reason is not None and id(p) in names:
-                problems[names[id(p)]] = reason
-    if problems:
-        share = sum(trainable[name].numel() for name in problems) / total
-        listed = "\n".join(f"  {name}: {reason}" for name, reason in problems.items())
-        raise GraddotError(
-            f"{len(problems)} trainable parameters ({share:.1%} of the elements) cannot be scored;"
-            f" freeze them or use a layer with a rule:\n{listed}"
-        )
-    covered = [name for name in trainable if name not in exclude]
-    share = sum(trainable[name].numel() for name in covered) / total
-    return trainable, Coverage(covered, sorted(exclude), share)
 
 
 class _ScoredForward:
@@ -101,9 +47,13 @@ class _ScoredForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         micro = self._engine._active
-        if micro is None:
+        # Without a graph only the first run of a reentrant checkpoint belongs to the step.
+        if micro is None or not (micro.running or torch.is_grad_enabled()):
             return self._original(*args, **kwargs)
-        return FORWARDS[type(self._module)](self._module, self._name, micro.step, *args, **kwargs)
+        out = FORWARDS[type(self._module)](self._module, self._name, micro.step, *args, **kwargs)
+        if self._engine._reentrant is not None:
+            self._engine._reentrant.watch(tensors_in(out))
+        return out
 
     def graddot_head(self, hidden: Tensor, counts: Tensor) -> Any:
         """For the fused head, which runs instead of this layer and sees the labels itself:
@@ -124,19 +74,27 @@ class _ScoredForward:
 
 
 class GradDotProdEngine:
-    """Gradient dot products of every training sample with one or several validation batches.
+    """Gradient dot products of every training sample with one or several validation gradients.
+
+    A batch is (inputs, labels), where inputs are a tensor or a mapping of tensors, or a mapping
+    with "labels" inside, as Hugging Face's collators make them; rows come first in every tensor.
 
     Args:
         model: layers of type Linear, HF Conv1D, Embedding and LayerNorm may hold trainable
             parameters; any other layer with some is refused by name. Parameters may be tied.
-        val_data: (X_val, Y_val), validation rows in the first dimension, V ≥ 1, or a dict
-            {target name: (X_val, Y_val)} for K targets at once; scores are then (K, N).
+        val_data: a batch of V ≥ 1 validation rows that ride along with the training rows, or a
+            dict {target name: batch} for K targets at once; scores are then (K, N). None if
+            directions are given, by `compute_directions` or `set_directions`.
         loss_reduction: how the caller's loss reduces over labelled tokens, "mean" or "sum".
         label_shift: by how many tokens the *loss* shifts the labels: 0 when labels[t] is the
             target of position t, 1 when it is that of position t-1. "auto" is 1 when `labels=` is
             passed to a Hugging Face causal language model, which shifts them itself, else 0. The
             first backward counts the tokens that the loss used and raises if they differ.
         ignore_index: labels of this value are not counted.
+        padding: {key: value} to fill shorter rows up with on the right, where validation and
+            training rows differ in length ("inputs" is the key of inputs that are a tensor);
+            labels are filled up with ignore_index. Without it such rows are refused. A model that
+            looks to the right needs its attention mask among the keys.
         exclude: names of parameters to train but not to score, reported by `coverage()`.
         per_parameter: keep the dots of each parameter for `parameter_dots()`.
         store: where `aggregate_and_log` writes; see `ScoreWriter`.
@@ -148,11 +106,12 @@ class GradDotProdEngine:
     def __init__(
         self,
         model: nn.Module,
-        val_data: Batch | Mapping[str, Batch],
+        val_data: Batch | Mapping[str, Batch] | None = None,
         *,
         loss_reduction: Literal["mean", "sum"] = "mean",
         label_shift: Literal["auto", 0, 1] = "auto",
         ignore_index: int = -100,
+        padding: Mapping[str, float] | None = None,
         exclude: Sequence[str] = (),
         per_parameter: bool = False,
         store: ScoreWriter | None = None,
@@ -163,57 +122,135 @@ class GradDotProdEngine:
             raise GraddotError(f"label_shift is {label_shift!r}; expected 'auto', 0 or 1")
         self.model, self.store = model, store
         self.loss_reduction, self.label_shift = loss_reduction, label_shift
-        self.ignore_index = ignore_index
+        self.ignore_index, self._padding = ignore_index, dict(padding or {})
         self._per_parameter = per_parameter
-        self._single_target = not isinstance(val_data, Mapping)
-        self._val = dict(val_data) if isinstance(val_data, Mapping) else {"val": val_data}
-        self._check_val_data()
-        self._parameters, self._coverage = _cover(model, exclude)
+        self._targets: list[str] | None = None  # None for a single one without a name
+        self._val: list[Rows] = []
+        if val_data is not None:
+            self._val = self._read_val_data(val_data)
+        self._parameters, self._coverage = cover(model, exclude)
+        self._directions: dict[int, Tensor] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._attached: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
-        self._active: _MicroBatch | None = None
-        self._pending: list[_MicroBatch] = []
+        self._active: MicroBatch | None = None
+        self._suspended: MicroBatch | None = None
+        self._pending: list[MicroBatch] = []
+        self._logged_unapplied = False
         self._label_check: LabelCheck | None = None
+        self._reentrant: ReentrantCheck | None = None
+        self._check_reentrant = True
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
         return self
 
-    def _check_val_data(self) -> None:
-        if not self._val:
+    def _read_val_data(self, val_data: Batch | Mapping[str, Batch]) -> list[Rows]:
+        by_target: Mapping[str, Any] = {"val": val_data}
+        if not is_batch(val_data):
+            by_target, self._targets = dict(val_data), list(val_data)  # type: ignore[arg-type]
+        if not by_target:
             raise GraddotError("val_data has no target; expected at least one")
-        for target, (x, y) in self._val.items():
-            if x.shape[0] == 0 or x.shape[0] != y.shape[0]:
-                raise GraddotError(
-                    f"validation data {target!r} has {x.shape[0]} inputs and {y.shape[0]} labels;"
-                    " expected the same number of rows, at least one"
-                )
-            if self._count(y, 1 if self.label_shift == 1 else 0).sum() == 0:
+        rows = []
+        for target, batch in by_target.items():
+            rows.append(read_batch(batch, f"validation data {target!r}"))
+            if self._count(rows[-1].labels, 1 if self.label_shift == 1 else 0).sum() == 0:
                 raise GraddotError(f"validation data {target!r} has no labelled token")
+        return rows
 
     def coverage(self) -> Coverage:
         """Which trainable parameters the scores cover, and their share of the elements."""
         return self._coverage
 
+    # Given directions
+
+    def set_directions(self, directions: Direction | Mapping[str, Direction]) -> None:
+        """Dot every training sample with these from now on: {parameter name: tensor of its shape},
+        or {target name: such a mapping} for K at once.
+
+        Training rows then run alone. The tensors are held as they are, or copied to the
+        parameter's device and fp32 (fp64 for fp64). Raises GraddotError if they do not fit the
+        covered parameters, if validation rows ride along, and in the midst of a step.
+        """
+        if self._val:
+            raise GraddotError("validation rows ride along; leave val_data out to give directions")
+        if self._active is not None or self._pending:
+            raise GraddotError("a step is under way; call aggregate_and_log() first")
+        single = [isinstance(value, Tensor) for value in directions.values()]
+        if not single or len(set(single)) > 1:
+            raise GraddotError(
+                "directions are neither all tensors, by parameter name, nor all mappings of such,"
+                " by target name"
+            )
+        named = not single[0]
+        by_target: Mapping[str, Any] = directions if named else {"val": directions}
+        stacked = stack_directions(by_target, self._parameters, self._coverage.covered)
+        self._directions, self._targets = stacked, list(directions) if named else None
+
+    def compute_directions(
+        self,
+        batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
+        loss_fn: Callable[[nn.Module, Any, Tensor], Tensor] | None = None,
+    ) -> dict[str, Any]:
+        """The validation gradient of any number of batches, for `set_directions`.
+
+        Gradient of the mean loss over all their labelled tokens by parameter name, or a mapping of
+        that for a mapping {target name: batches}. loss_fn(model, inputs, labels) gives a batch's
+        loss, reduced as `loss_reduction` says; by default model(**inputs, labels=labels).loss. It
+        runs the model as it is: call `model.eval()` first for a gradient without dropout, and
+        inside autocast if training is. `.grad` and scores are left alone. Raises GraddotError
+        without labelled tokens and if the gradient is not finite.
+        """
+        if isinstance(batches, Mapping):
+            return {name: self.compute_directions(b, loss_fn) for name, b in batches.items()}
+        loss_of = lambda batch: self._validation_loss(batch, loss_fn)
+        active, self._active = self._active, None
+        try:
+            return mean_gradient(self._parameters, self._coverage.covered, batches, loss_of)
+        finally:
+            self._active = active
+
+    def _validation_loss(
+        self, batch: Batch, loss_fn: Callable[[nn.Module, Any, Tensor], Tensor] | None
+    ) -> tuple[Tensor, float, float]:
+        rows = read_batch(batch, "a validation batch")
+        inputs, labels = rows.as_given()
+        if loss_fn is not None:
+            loss, shift = loss_fn(self.model, inputs, labels), 1 if self.label_shift == 1 else 0
+        else:
+            kwargs = {**rows.inputs, "labels": labels}
+            out = self.model(inputs, labels=labels) if rows.is_tensor else self.model(**kwargs)
+            loss, shift = out.loss, self._shift_of_labels_argument()
+        count = float(self._count(labels, shift).sum())
+        return loss, count if self.loss_reduction == "mean" else 1.0, count
+
     # Life cycle
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the scored layers in place. The optimizer is only read, for the learning rate."""
+        """Put the scored layers in place. The optimizer is only read: its learning rates, and
+        whether it took the step."""
         if self._attached:
             raise GraddotError("the engine is attached already; detach() it first")
         forwards = (module.__dict__.get("forward") for module in self.model.modules())
         if any(isinstance(forward, _ScoredForward) for forward in forwards):
             raise GraddotError("another engine is attached to the model; detach() it first")
+        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+            optimizer = optimizer.optimizer  # type: ignore[union-attr]  # accelerate's wrapper
         self._optimizer = optimizer
+        groups = [] if optimizer is None else optimizer.param_groups
+        updated = {id(p) for group in groups for p in group["params"]}
+        if optimizer is not None and not updated & {id(p) for p in self._parameters.values()}:
+            raise GraddotError("the optimizer updates none of the model's trainable parameters")
         for name, module in self.model.named_modules():
             if type(module) in FORWARDS and refusal(module) is None:
                 self._attached.append((module, module.__dict__.get("forward")))
                 module.forward = _ScoredForward(self, module, name)  # type: ignore[method-assign]
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
+        if isinstance(optimizer, torch.optim.Optimizer):
+            self._hooks.append(optimizer.register_step_post_hook(self._after_optimizer_step))
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
@@ -223,7 +260,9 @@ class GradDotProdEngine:
                 module.__dict__["forward"] = forward
         for hook in self._hooks:
             hook.remove()
-        self._attached, self._hooks = [], []
+        if self._reentrant is not None:
+            self._reentrant.remove()
+        self._attached, self._hooks, self._reentrant = [], [], None
         self._active, self._pending = None, []
 
     def detach_for_evaluation(self) -> None:
@@ -238,9 +277,12 @@ class GradDotProdEngine:
 
     # One step
 
-    def attach_train_batch(self, X: Tensor, Y: Tensor, iteration: int, batch_idx: Any) -> None:
+    def attach_train_batch(
+        self, X: Inputs, Y: Tensor | None, iteration: int, batch_idx: Any
+    ) -> None:
         """Announce N training rows; batch_idx holds their sample ids, (N,), for the store.
 
+        X is a tensor or a mapping of tensors, Y the labels, or None if they are X["labels"].
         Between two calls of `aggregate_and_log` there may be several, the micro-batches of one
         optimizer step: their scores come side by side.
         """
@@ -248,43 +290,49 @@ class GradDotProdEngine:
             raise GraddotError("call attach(optimizer) before attach_train_batch")
         if self._active is not None:
             raise GraddotError("the previous batch had no prepare_gradients(); call it first")
-        if X.shape[0] == 0 or X.shape[0] != Y.shape[0]:
+        if not self._val and self._directions is None:
             raise GraddotError(
-                f"the training batch has {X.shape[0]} inputs and {Y.shape[0]} labels; expected the"
-                " same number of rows, at least one"
+                "there is no direction; call set_directions first, or give the engine val_data"
             )
-        n, val_rows = X.shape[0], [x.shape[0] for x, _ in self._val.values()]
+        parts = [read_rows(X, Y, "the training batch"), *self._val]
+        labels = join([Rows({}, p.labels) for p in parts], self._padding, self.ignore_index).labels
+        val_rows = [len(part) for part in self._val]
+        targets = len(val_rows) or len(self._targets or [None])  # type: ignore[list-item]
+        leaf_of = self._leaf_names()
         first = next(iter(self._parameters.values()))
-        kwargs: dict[str, Any] = {"device": first.device, "requires_grad": True}
-        covered = self._coverage.covered
+        kwargs: dict[str, Any] = {
+            "dtype": torch.float64,
+            "device": first.device,
+            "requires_grad": True,
+        }
         leaves = {
-            key: torch.zeros(len(val_rows), n, dtype=torch.float64, **kwargs)
-            for key in (covered if self._per_parameter else ["total"])
+            leaf: torch.zeros(targets, len(parts[0]), **kwargs) for leaf in set(leaf_of.values())
         }
-        sinks = {
-            id(self._parameters[name]): leaves[name if self._per_parameter else "total"]
-            for name in covered
-        }
-        scale = torch.ones((), dtype=first.dtype if first.dtype == torch.float64 else None)
-        step = Step(n + sum(val_rows), val_rows, scale.to(first.device), sinks)
-        labels = torch.cat([Y, *(y.to(Y.device) for _, y in self._val.values())])
-        loss_scale = torch.zeros((), **kwargs)
-        self._active = _MicroBatch(step, iteration, batch_idx, labels, leaves, loss_scale)
-        self._set_counts(self._active, 1 if self.label_shift == 1 else 0)
+        sinks = {id(self._parameters[name]): leaves[leaf] for name, leaf in leaf_of.items()}
+        scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
+        step = Step(len(labels), val_rows, scale.to(first.device), sinks, self._directions or {})
+        self._active = MicroBatch(
+            step=step,
+            iteration=iteration,
+            sample_ids=batch_idx,
+            labels=labels,
+            leaves=leaves,
+            loss_scale=torch.zeros((), **kwargs),
+            loss_reduction=self.loss_reduction,
+            counts=labels.new_zeros(len(labels)),
+        )
+        self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
+        self._logged_unapplied = False
 
-    def prepare_forward_input(self, X: Tensor, Y: Tensor) -> Batch:
-        """The joint batch: training rows, then the validation rows of every target."""
+    def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
+        """The joint batch: training rows, then the validation rows of every target.
+
+        In the form of X; if the labels are in there, they are in what is returned first, too.
+        """
         if self._active is None:
             raise GraddotError("call attach_train_batch before prepare_forward_input")
-        parts = [(X, Y), *self._val.values()]
-        shapes = [tuple(x.shape[1:]) for x, _ in parts]
-        if len(set(shapes)) > 1:
-            raise GraddotError(
-                f"training rows have shape {shapes[0]}, validation rows {shapes[1:]}; rows that"
-                " ride along in one forward must agree"
-            )
-        inputs = torch.cat([x.to(X.device) for x, _ in parts])
-        return inputs, torch.cat([y.to(Y.device) for _, y in parts])
+        train = read_rows(X, Y, "the training batch")
+        return join([train, *self._val], self._padding, self.ignore_index).as_given()
 
     def track_loss(self, loss: Tensor) -> Tensor:
         """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
@@ -312,8 +360,12 @@ class GradDotProdEngine:
             )
         if self._label_check is not None and self._label_check.problem is not None:
             raise GraddotError(self._label_check.problem)
+        if self._reentrant is not None:
+            check, self._reentrant = self._reentrant, None
+            self._check_reentrant = not check.finish()
         if self._optimizer is not None:
-            micro.lr = float(self._optimizer.param_groups[0]["lr"])
+            micro.lr, micro.leaf_lrs = self._learning_rates()
+            micro.applied = not isinstance(self._optimizer, torch.optim.Optimizer)
         self._active = None
         self._pending.append(micro)
 
@@ -326,26 +378,29 @@ class GradDotProdEngine:
             raise GraddotError("parameter_dots needs GradDotProdEngine(..., per_parameter=True)")
         self._require_pending()
         return {
-            name: self._shaped([self._public(m, m.leaves[name].grad) for m in self._pending])
+            name: self._shaped([micro.dots(name) for micro in self._pending])
             for name in self._coverage.covered
         }
 
-    def aggregate_and_log(self, columns: Mapping[str, Any] | None = None) -> Tensor:
+    def aggregate_and_log(
+        self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float = 1.0
+    ) -> Tensor:
         """Scores ⟨∇L_val, ∇L_i⟩ of the rows since the last call, (N,) or (K, N), fp64.
 
         With a store, one row a sample is appended: step, sample_id, n_tokens, dot, lr and value,
-        and the further `columns` given here, (N,) each.
+        and the further `columns` given here, (N,) each. Values are those of the optimizer's step,
+        so this comes after it, and are 0 if a GradScaler skipped it; gradient_scale is what the
+        gradients were multiplied by before it, as by clipping.
         """
         if self._active is not None:
             self.prepare_gradients()
         self._require_pending()
-        dots = []
-        for micro in self._pending:
-            grads = [leaf.grad for leaf in micro.leaves.values() if leaf.grad is not None]
-            dots.append(self._public(micro, torch.stack(grads).sum(0)))
-        scores = self._shaped(dots)
+        scores = self._shaped([micro.scores() for micro in self._pending])
         if self.store is not None:
-            self._log(self.store, torch.cat(dots, 1), columns or {})
+            rows = score_rows(self._pending, self._targets, columns or {}, gradient_scale)
+            for values, iteration in rows:
+                self.store.append(values, iteration)
+            self._logged_unapplied = not all(micro.applied for micro in self._pending)
         self._pending = []
         return scores
 
@@ -353,6 +408,9 @@ class GradDotProdEngine:
         """Drop all gradients, and the scores of a step that is not to count."""
         self.model.zero_grad(set_to_none=True)
         self._active, self._pending = None, []
+        if self._reentrant is not None:
+            self._reentrant.remove()
+            self._reentrant = None
 
     # Inside
 
@@ -362,28 +420,53 @@ class GradDotProdEngine:
 
     def _shaped(self, dots: list[Tensor]) -> Tensor:
         joined = torch.cat(dots, 1)
-        return joined[0] if self._single_target else joined
+        return joined[0] if self._targets is None else joined
 
     def _count(self, labels: Tensor, shift: int) -> Tensor:
-        """Labelled tokens of each row, (rows,). Labels of a regression all count."""
-        if labels.is_floating_point():
-            return torch.full((labels.shape[0],), labels[0].numel(), device=labels.device)
-        if shift:
-            labels = labels[:, shift:]
-        return (labels != self.ignore_index).reshape(labels.shape[0], -1).sum(1)
+        return count_labels(labels, shift, self.ignore_index)
 
-    def _set_counts(self, micro: _MicroBatch, shift: int) -> None:
-        self._use_counts(micro, self._count(micro.labels, shift))
+    def _shift_of_labels_argument(self) -> int:
+        """By how many tokens the model shifts labels that it is passed."""
+        if self.label_shift != "auto":
+            return self.label_shift
+        loss = getattr(self.model, "loss_function", None)
+        return int(getattr(loss, "__name__", "") == "ForCausalLMLoss")
 
-    def _use_counts(self, micro: _MicroBatch, counts: Tensor) -> None:
-        micro.counts = counts
-        if self.loss_reduction == "mean":
-            n_train = micro.counts[: -sum(micro.step.val_rows)].sum()
-            micro.step.scale.copy_(micro.counts.sum().double() / n_train.clamp(min=1))
+    def _leaf_names(self) -> dict[str, str]:
+        """The leaf of every covered parameter: its own, or that of its group in the optimizer."""
+        covered = self._coverage.covered
+        if self._per_parameter:
+            return {name: name for name in covered}
+        groups = [] if self._optimizer is None else self._optimizer.param_groups
+        group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
+        return {name: group_of.get(id(self._parameters[name]), "none") for name in covered}
 
-    def _count_by_loss(self, micro: _MicroBatch, counts: Tensor) -> None:
+    def _learning_rates(self) -> tuple[float, dict[str, float]]:
+        """The first group's, and by leaf; 0 for parameters that the optimizer does not update."""
+        assert self._optimizer is not None
+        groups = self._optimizer.param_groups
+        by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+        leaf_lrs = {
+            leaf: by_id.get(id(self._parameters[name]), 0.0)
+            for name, leaf in self._leaf_names().items()
+        }
+        return float(groups[0]["lr"]), leaf_lrs
+
+    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
+        if found_inf is not None and found_inf.item():
+            return
+        for micro in self._pending:
+            micro.applied = True
+        if not self._pending and self._logged_unapplied:
+            raise GraddotError(
+                "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
+                " a step that was not taken; call aggregate_and_log() after the step"
+            )
+
+    def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
         """The loss's own counts of labelled tokens, (rows,): no guess about its shift is needed."""
-        if self.label_shift != "auto" and micro.counts is not None:
+        if self.label_shift != "auto":
             wrong = (counts != micro.counts.to(counts.device)).nonzero().flatten().tolist()
             if wrong:
                 row = wrong[0]
@@ -392,67 +475,56 @@ class GradDotProdEngine:
                     f" by its labels and label_shift={self.label_shift}, but the loss used"
                     f" {int(counts[row])}"
                 )
-        self._use_counts(micro, counts)
+        micro.set_counts(counts)
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self._active
         if micro is None or module is not self.model:
             return
+        if not torch.is_grad_enabled():  # an evaluation in the midst of the step
+            self._active, self._suspended = None, micro
+            return
+        if recomputing():
+            if micro.forwarded:
+                return
+            raise GraddotError(
+                "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
+                " in time; checkpoint parts of it, or pass use_reentrant=False"
+            )
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
-        if kwargs.get("num_items_in_batch") is not None:
-            raise GraddotError("num_items_in_batch changes the loss's mean; leave it out")
+        items = kwargs.get("num_items_in_batch")
+        if items is not None:
+            self._divide_by(micro, float(items))
         if self.label_shift == "auto" and kwargs.get("labels") is not None:
-            loss = getattr(module, "loss_function", None)
-            self._set_counts(micro, int(getattr(loss, "__name__", "") == "ForCausalLMLoss"))
+            micro.set_counts(self._count(micro.labels, self._shift_of_labels_argument()))
+        micro.running = True
+
+    def _divide_by(self, micro: MicroBatch, items: float) -> None:
+        loss = getattr(self.model, "loss_function", None)
+        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+            raise GraddotError(
+                "num_items_in_batch changes the loss's mean, and only ForCausalLMLoss is known to"
+                " divide by it; leave it out"
+            )
+        micro.loss_reduction, micro.items = "sum", items
+        micro.set_counts(micro.counts)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        micro = self._active
-        if micro is None or module is not self.model or not torch.is_grad_enabled():
+        if self._suspended is not None:
+            self._active, self._suspended = self._suspended, None
             return output
-        micro.forwarded = True
+        micro = self._active
+        if micro is None or module is not self.model or not micro.running:
+            return output
+        micro.running, micro.forwarded = False, True
         if self._label_check is None:
             check_parameter_uses(output, self._parameters)
-            assert micro.counts is not None
             self._label_check = LabelCheck(output, micro.labels, micro.counts)
+        if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
+            self._reentrant = ReentrantCheck(self._parameters, _SCORED)
+            self._reentrant.watch(tensors_in(output))
+        self._check_reentrant = self._reentrant is not None
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
             output["loss"] = self.track_loss(output["loss"])  # type: ignore[index]
         return output
-
-    def _public(self, micro: _MicroBatch, raw: Tensor | None) -> Tensor:
-        """Raw dots of the joint loss, (K, N), as ⟨∇L_val, ∇L_i⟩ of the mean losses."""
-        if raw is None:  # a parameter that the forward did not use
-            raw = torch.zeros_like(next(iter(micro.leaves.values())))
-        assert micro.counts is not None
-        counts = micro.counts.to(raw.device, raw.dtype)
-        n = raw.shape[1]
-        targets = torch.stack([c.sum() for c in torch.split(counts[n:], micro.step.val_rows)])
-        factor = 1 / (targets[:, None] * counts[:n].clamp(min=1))
-        if self.loss_reduction == "mean":
-            factor = factor * counts.sum() ** 2
-        if micro.loss_scale.grad is not None:
-            factor = factor / micro.loss_scale.grad.to(raw.dtype) ** 2
-        return raw * factor
-
-    def _log(self, store: ScoreWriter, dots: Tensor, columns: Mapping[str, Any]) -> None:
-        at = 0
-        for micro in self._pending:
-            n = micro.leaves[next(iter(micro.leaves))].shape[1]
-            assert micro.counts is not None
-            counts = micro.counts[:n].cpu()
-            lr = float("nan") if micro.lr is None else micro.lr
-            share = counts.double() / counts.sum().clamp(min=1) / len(self._pending)
-            rows: dict[str, Any] = {
-                "sample_id": torch.as_tensor(micro.sample_ids),
-                "n_tokens": counts,
-                "lr": torch.full((n,), lr, dtype=torch.float64),
-            }
-            for target, dot in zip(self._val, dots[:, at : at + n].cpu(), strict=True):
-                suffix = "" if self._single_target else f"_{target}"
-                rows[f"dot{suffix}"] = dot
-                rows[f"value{suffix}"] = lr * share * dot
-            for name, column in columns.items():
-                rows[name] = column[at : at + n]
-            arrays = {k: v.numpy() if isinstance(v, Tensor) else v for k, v in rows.items()}
-            store.append(arrays, micro.iteration)
-            at += n

@@ -40,23 +40,25 @@ class LinearCrossEntropyDot(torch.autograd.Function):
         weight_needed = ctx.needs_input_grad[1]
         bias_needed = bias is not None and ctx.needs_input_grad[2]
         val_rows: list[int] = [] if step is None else step.val_rows
-        ctx.uses = ctx.bias_uses = None
-        ids = none = labels.new_empty(0)
+        ctx.uses = ctx.bias_uses = direction = None
+        ids = train_ids = labels.new_empty(0)
         if step is not None and weight_needed:
             ctx.uses = step.uses(names[0], weight)
-            ctx.uses.linear_calls += 1
-            ids, none = ctx.uses.head_ids(labels.device)
+            ctx.uses.count_linear()
+            direction = ctx.uses.direction
+            ids, train_ids = ctx.uses.head_ids(labels.device)
         if step is not None and bias_needed:
             ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.vector_calls += 1
+            ctx.bias_uses.count_vector()
         scale = coefficient if step is None else coefficient * step.scale
         losses, *results = torch.ops.graddot.linear_cross_entropy(
             act.detach(), weight.detach(), None if bias is None else bias.detach(), labels,
-            val_rows, ids, none, *form, scale, weight_needed,
+            val_rows, direction, ids, train_ids, *form, scale, weight_needed,
         )  # fmt: skip
-        ctx.results, ctx.coefficient, ctx.step, ctx.train_act = results, coefficient, step, None
+        ctx.results, ctx.coefficient, ctx.step = results, coefficient, step
+        ctx.train_act, ctx.ids = None, (ids, train_ids)
         if ids.numel():
-            ctx.train_act, ctx.ids = act.detach()[: act.shape[0] - sum(val_rows)], (ids, none)
+            ctx.train_act = act.detach()[: act.shape[0] - sum(val_rows)]
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() * coefficient.to(losses.dtype), losses
@@ -74,10 +76,10 @@ class LinearCrossEntropyDot(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             result[0] = act_grad.mul_(factor)
         if ctx.uses is not None:
-            dots = dots.double() * factor.double() ** 2
-            if ctx.train_act is not None:
-                part = ctx.train_act, columns * factor, head_rows * factor
-                ctx.uses.add_head_part(*part, *ctx.ids)
+            # Val rows that ride along have their gradients scaled like the training rows'.
+            dots = dots.double() * factor.double() ** (2 if step.val_rows else 1)
+            part = ctx.train_act, columns * factor, head_rows * factor
+            ctx.uses.head_terms(*part, *ctx.ids)
             result[3] = dots if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[1]:
             weight_grad = weight_grad if unscaled else weight_grad.mul_(grad_loss)

@@ -32,19 +32,21 @@ class Step:
 
     scale is M / n_train (0-dim): it turns the training rows' part of the joint loss's gradient
     into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
-    dots; a parameter without one is trained but not scored.
+    dots; a parameter without one is trained but not scored. With given directions, (K, *shape) by
+    id(parameter), there are no val_rows.
     """
 
     rows: int
     val_rows: list[int]
     scale: Tensor
     sinks: dict[int, Tensor]
+    directions: dict[int, Tensor] = field(default_factory=dict)
     shared: dict[int, SharedUses] = field(default_factory=dict)
 
     def uses(self, name: str, parameter: Tensor) -> SharedUses:
         key = id(parameter)
         if key not in self.shared:
-            self.shared[key] = SharedUses(name, self.val_rows)
+            self.shared[key] = SharedUses(name, self.val_rows, self.directions.get(key))
         return self.shared[key]
 
     def sink(self, parameter: Tensor | None) -> Tensor | None:
@@ -68,12 +70,57 @@ def _add(dots: Tensor, cross_terms: Tensor | None) -> Tensor:
     return dots if cross_terms is None else dots + cross_terms
 
 
-def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor]:
-    """The training gradient (d,) and dots (K, N) of a bias or norm weight from its row gradients."""
+def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The training gradient (d,) and dots (K, N) of a bias or norm weight from its row gradients.
+
+    No dots where directions are given and the parameter, not scored, has none.
+    """
     n = step.rows - sum(step.val_rows)
-    direction = torch.stack([rows.sum(0) for rows in torch.split(row_grads[n:], step.val_rows)])
-    dots = _add(direction @ row_grads[:n].t(), uses.vector_terms(row_grads))
+    dots, cross_terms = None, uses.vector_terms(row_grads)
+    if step.val_rows:
+        direction = torch.stack([rows.sum(0) for rows in torch.split(row_grads[n:], step.val_rows)])
+        dots = _add(direction @ row_grads[:n].t(), cross_terms)
+    elif uses.direction is not None:
+        dots = uses.direction.flatten(1).to(row_grads.dtype) @ row_grads.t()
     return row_grads[:n].sum(0).mul_(step.scale), dots
+
+
+def _linear_grad(
+    step: Step, uses: SharedUses, act: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The training gradient (Dout, Din) and dots (K, N) of a weight from (rows, T, Din) and
+    (rows, T, Dout); no dots as in `vector_grad`."""
+    cross_terms = uses.linear_terms(act, grad)
+    if step.val_rows:
+        weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
+        return weight_grad, _add(dots, cross_terms)
+    if uses.direction is not None:
+        return _ops.linear_wgrad_dot(uses.direction, act, grad, step.scale)
+    return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale), None
+
+
+def _embedding_grad(
+    step: Step, uses: SharedUses, ids: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The training gradient (num_embeddings, d) and dots (K, N) of a table; no dots as above."""
+    padding = -1 if uses.padding_idx is None else uses.padding_idx
+    cross_terms = uses.embedding_terms(ids, grad)
+    dots: Tensor | None
+    if uses.held is not None:
+        weight_grad, dots = uses.add_rows(ids, grad, step.scale), uses.embedding_dots(ids, grad)
+    elif step.val_rows:
+        weight_grad, dots = _ops.embedding_joint_wgrad_dot(
+            ids, grad, step.val_rows, uses.num_embeddings, padding, step.scale
+        )
+    elif uses.direction is not None:
+        grad = grad.to(uses.direction.dtype)
+        weight_grad, dots = _ops.embedding_wgrad_dot(uses.direction, ids, grad, padding, step.scale)
+    else:
+        weight_grad = torch.ops.aten.embedding_dense_backward(
+            grad, ids, uses.num_embeddings, padding, False
+        )
+        weight_grad, dots = weight_grad.mul_(step.scale), None
+    return weight_grad, None if dots is None else _add(dots, cross_terms)
 
 
 def _without_autocast(backward):  # type: ignore[no-untyped-def]
@@ -98,11 +145,11 @@ class LinearDot(torch.autograd.Function):
         ctx.uses = ctx.bias_uses = None
         if ctx.needs_input_grad[1]:
             ctx.uses = step.uses(names[0], weight)
-            ctx.uses.linear_calls += 1
+            ctx.uses.count_linear()
         if bias is not None and ctx.needs_input_grad[2]:
             ctx.bias_dtype = bias.dtype
             ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.vector_calls += 1
+            ctx.bias_uses.count_vector()
         b = None if bias is None else bias.to(x.dtype)
         if not transposed:
             return F.linear(x, w, b)
@@ -127,8 +174,7 @@ class LinearDot(torch.autograd.Function):
             act = _as_tokens(x)
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
-            weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
-            result[3] = _add(dots, ctx.uses.linear_terms(act, grad))
+            weight_grad, result[3] = _linear_grad(step, ctx.uses, act, grad)
             if not ctx.uses.hold(weight_grad):
                 result[1] = weight_grad.to(weight.dtype)
         if not ctx.needs_input_grad[3]:
@@ -149,12 +195,10 @@ class EmbeddingDot(torch.autograd.Function):
             ids = ids.expand(step.rows, *ids.shape[1:])
         ids = ids.reshape(step.rows, -1)
         ctx.save_for_backward(ids)
-        ctx.step, ctx.padding_idx = step, padding_idx
-        ctx.num_embeddings, ctx.dtype = weight.shape[0], weight.dtype
+        ctx.step, ctx.dtype = step, weight.dtype
         ctx.uses = step.uses(name, weight)
         ctx.uses.num_embeddings, ctx.uses.padding_idx = weight.shape[0], padding_idx
-        ctx.index = len(ctx.uses.embedding_ids)
-        ctx.uses.embedding_ids.append(ids)
+        ctx.uses.count_embedding(ids)
         return out
 
     @staticmethod
@@ -162,14 +206,7 @@ class EmbeddingDot(torch.autograd.Function):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         grad = _as_tokens(grad_out)
-        if ctx.uses.held is not None:
-            weight_grad, dots = ctx.uses.add_rows(ids, grad, ctx.step.scale)
-        else:
-            padding = -1 if ctx.padding_idx is None else ctx.padding_idx
-            weight_grad, dots = _ops.embedding_joint_wgrad_dot(
-                ids, grad, ctx.step.val_rows, ctx.num_embeddings, padding, ctx.step.scale
-            )
-        dots = _add(dots, ctx.uses.embedding_terms(ctx.index, ids, grad))
+        weight_grad, dots = _embedding_grad(ctx.step, ctx.uses, ids, grad)
         dots = dots if ctx.needs_input_grad[2] else None
         return None, weight_grad.to(ctx.dtype), dots, None, None, None
 
@@ -185,10 +222,10 @@ class LayerNormDot(torch.autograd.Function):
         ctx.uses = ctx.bias_uses = None
         if ctx.needs_input_grad[1]:
             ctx.uses = step.uses(names[0], weight)
-            ctx.uses.vector_calls += 1
+            ctx.uses.count_vector()
         if bias is not None and ctx.needs_input_grad[2]:
             ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.vector_calls += 1
+            ctx.bias_uses.count_vector()
         return out
 
     @staticmethod

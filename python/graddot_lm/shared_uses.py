@@ -21,6 +21,7 @@ from graddot_kernels import (
     linear_ghost_dot,
 )
 
+from .checkpointing import recomputing
 from .errors import GraddotError
 
 
@@ -42,10 +43,15 @@ class _LinearPart:
 
 @dataclass
 class SharedUses:
-    """The uses of one parameter in one step: counted in the forward, paired in the backward."""
+    """The uses of one parameter in one step: counted in the forward, paired in the backward.
+
+    A forward that activation checkpointing runs once more is not another use. With a given
+    direction, (K, *shape), every use dots with the whole of it, and there are no cross terms.
+    """
 
     name: str
     val_rows: list[int]
+    direction: Tensor | None = None
     padding_idx: int | None = None
     num_embeddings: int = 0
     linear_calls: int = 0
@@ -54,13 +60,33 @@ class SharedUses:
     embedding_ids: list[Tensor] = field(default_factory=list)
     _linears: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _linears_done: int = 0
+    _embeddings_done: int = 0
+    _vectors_done: int = 0
     _embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
     _vectors: list[Tensor] = field(default_factory=list)
 
+    def count_linear(self) -> None:
+        self.linear_calls += not recomputing()
+
+    def count_vector(self) -> None:
+        self.vector_calls += not recomputing()
+
+    def count_embedding(self, ids: Tensor) -> None:
+        if not recomputing():
+            self.embedding_ids.append(ids)
+
+    def _check_count(self, backward: int, forward: int) -> None:
+        if backward > forward:
+            raise GraddotError(
+                f"{self.name} had {backward} backward passes in this step, but {forward} forward"
+                " passes; call backward() once a batch, on the sum of all losses"
+            )
+
     @property
-    def _uses(self) -> int:
-        return self.linear_calls + len(self.embedding_ids)
+    def _paired(self) -> bool:
+        """Whether there are cross terms between uses of the weight."""
+        return bool(self.val_rows) and self.linear_calls + len(self.embedding_ids) > 1
 
     def _targets(self, x: Tensor) -> list[Tensor]:
         n = x.shape[0] - sum(self.val_rows)
@@ -75,14 +101,14 @@ class SharedUses:
         Saves a second gradient of the table's size, its zeros and a sum. Not on a GPU, where
         adding rows in place would need atomics and not repeat bitwise.
         """
-        pending = len(self.embedding_ids) == 1 and not self._embeddings
+        pending = len(self.embedding_ids) == 1 and self._embeddings_done == 0
         if weight_grad.is_cuda or not pending or self.linear_calls != 1:
             return False
         self.held = weight_grad
         return True
 
-    def add_rows(self, ids: Tensor, grad: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """The held gradient with the embedding's training rows added, and its own dots (K, N)."""
+    def add_rows(self, ids: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
+        """The held gradient with the embedding's training rows added."""
         assert self.held is not None
         weight_grad, self.held = self.held, None
         train_ids, train_grad = self._train(ids), self._train(grad)
@@ -90,18 +116,29 @@ class SharedUses:
         if self.padding_idx is not None:
             rows = rows.masked_fill((train_ids.flatten() == self.padding_idx)[:, None], 0)
         weight_grad.index_add_(0, train_ids.flatten(), rows)
-        return weight_grad, self._embedding_dots(ids, grad, ids, grad)
+        return weight_grad
+
+    def embedding_dots(self, ids: Tensor, grad: Tensor) -> Tensor | None:
+        """An embedding use's own dots, (K, N); None without a direction."""
+        if self.val_rows:
+            return self._embedding_dots(ids, grad, ids, grad)
+        if self.direction is None:
+            return None
+        padding = self.padding_idx
+        grad = _accumulated(grad)
+        return embedding_direction_dot(self.direction, ids, grad, padding_idx=padding)
 
     def linear_terms(self, act: Tensor, grad: Tensor) -> Tensor | None:
         """Cross terms of a linear use with the uses whose backward ran before, (K, N)."""
-        if self._uses == 1:
+        self._linears_done += 1
+        self._check_count(self._linears_done, self.linear_calls)
+        if not self._paired:
             return None
         terms = [self._linear_pair(act, grad, *other) for other in self._linears]
         for ids, emb_grad in self._embeddings.values():
             terms.append(self._mixed_pair(self._part(act, grad, ids), ids, emb_grad))
         if self.linear_calls > 1:
             self._linears.append((act, grad))
-        self._linears_done += 1
         for i, ids in enumerate(self.embedding_ids):
             if i not in self._embeddings:
                 self._parts.setdefault(i, []).append(self._part(act, grad, ids))
@@ -110,47 +147,64 @@ class SharedUses:
     def head_ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What the fused head has to keep for an embedding of the same weight: the val rows' and
         the training rows' unique ids."""
-        if len(self.embedding_ids) > 1:
+        if len(self.embedding_ids) > 1 and self.val_rows:
             raise GraddotError(
                 f"{self.name} is shared by a fused head and several embeddings; unfuse the head"
             )
-        if not self.embedding_ids:
+        if not self.embedding_ids or not self.val_rows:
             none = torch.empty(0, dtype=torch.long, device=device)
             return none, none
         ids = self.embedding_ids[0]
         n = ids.shape[0] - sum(self.val_rows)
         return self._unique(ids[n:]), self._unique(ids[:n])
 
-    def add_head_part(
+    def head_terms(
         self, act: Tensor, columns: Tensor, head_rows: Tensor, val_ids: Tensor, train_ids: Tensor
     ) -> None:
         """What the fused head leaves for the embedding, from its backward; see `_LinearPart`."""
-        if self.linear_calls > 1 or self._embeddings:
-            raise GraddotError(f"{self.name} is used by layers besides the fused head and one"
-                               " embedding; unfuse the head")  # fmt: skip
         self._linears_done += 1
+        self._check_count(self._linears_done, self.linear_calls)
+        if not self._paired:
+            return
+        if self.linear_calls > 1 or self._embeddings:
+            raise GraddotError(
+                f"{self.name} is used by layers besides the fused head and one embedding; unfuse"
+                " the head"
+            )
         part = _LinearPart(act, val_ids, columns, train_ids, head_rows)
         self._parts.setdefault(0, []).append(part)
 
-    def embedding_terms(self, index: int, ids: Tensor, grad: Tensor) -> Tensor | None:
-        """Cross terms of the index-th embedding use, (K, N)."""
-        if self._uses == 1:
+    def embedding_terms(self, ids: Tensor, grad: Tensor) -> Tensor | None:
+        """Cross terms of an embedding use, (K, N)."""
+        self._embeddings_done += 1
+        self._check_count(self._embeddings_done, len(self.embedding_ids))
+        if not self._paired:
             return None
+        index = self._index(ids)
         parts = self._parts.pop(index, [])
-        if len(parts) < self._linears_done:
-            raise GraddotError(
-                f"{self.name} is shared by an embedding and a linear layer, and the embedding was"
-                " recomputed after the linear layer's backward. Keep the embedding outside of"
-                " activation checkpointing."
-            )
         terms = [self._mixed_pair(part, ids, grad) for part in parts]
         terms += [self._embedding_pair(ids, grad, *other) for other in self._embeddings.values()]
         self._embeddings[index] = (ids, grad)
         return sum(terms[1:], terms[0]) if terms else None
 
+    def _index(self, ids: Tensor) -> int:
+        """Which embedding use this is. A recomputed one has its own copy of the ids; uses of equal
+        ids are interchangeable, for only the ids matter until their backward."""
+        open_uses = [i for i in range(len(self.embedding_ids)) if i not in self._embeddings]
+        for same in (_same_memory, torch.equal):  # the second is a synchronisation on a GPU
+            for i in open_uses:
+                if same(self.embedding_ids[i], ids):
+                    return i
+        raise GraddotError(
+            f"{self.name}: the backward reached an embedding that the forward did not run; keep"
+            " what the embedding is called with the same when its forward is recomputed"
+        )
+
     def vector_terms(self, row_grads: Tensor) -> Tensor | None:
         """Cross terms of a bias or norm use, given its per-row gradients (N + ΣV, d); (K, N)."""
-        if self.vector_calls == 1:
+        self._vectors_done += 1
+        self._check_count(self._vectors_done, self.vector_calls)
+        if self.vector_calls == 1 or not self.val_rows:
             return None
         terms = None
         if self._vectors:
@@ -228,6 +282,10 @@ class SharedUses:
         slots = _slots(part.train_ids, ids[:n])
         missing = part.train_ids.numel()
         return head_terms + embedding_direction_dot(rows, slots, grad[:n], padding_idx=missing)
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
 
 
 def _accumulated(x: Tensor) -> Tensor:

@@ -206,7 +206,7 @@ def test_fused_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None
     labels[1, 5:] = -100
     ids = torch.tensor([1, 5, 999], device="cuda")
     scale = torch.tensor(0.5, device="cuda")
-    tail = (labels, [1, 2], ids, ids, -100, 0.0, 0.0, scale, True)
+    tail = (labels, [1, 2], None, ids, ids, -100, 0.0, 0.0, scale, True)
     got = torch.ops.graddot.linear_cross_entropy(act, weight, None, *tail)
     want = torch.ops.graddot.linear_cross_entropy(act.double(), weight.double(), None, *tail)
     for g, w in zip(got, want, strict=True):

@@ -1,0 +1,147 @@
+"""Batches as loops have them: a tensor or a mapping of tensors, labels beside it or inside.
+
+Validation rows ride behind the training rows in one forward, so batches are joined key by key.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .errors import GraddotError
+
+Inputs = Tensor | Mapping[str, Tensor]
+# (inputs, labels), or a Hugging Face batch with "labels" among its tensors.
+Batch = tuple[Inputs, Tensor] | Mapping[str, Tensor]
+
+_ONE_TENSOR = "inputs"  # the key of inputs that are a tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A batch in one form: inputs by key, labels apart, both with the rows first."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+    is_tensor: bool = False
+    labels_inside: bool = False
+
+    def __len__(self) -> int:
+        return self.labels.shape[0]
+
+    def as_given(self) -> tuple[Any, Tensor]:
+        """(inputs, labels) in the form in which the batch came."""
+        if self.is_tensor:
+            return self.inputs[_ONE_TENSOR], self.labels
+        return {
+            **self.inputs,
+            **({"labels": self.labels} if self.labels_inside else {}),
+        }, self.labels
+
+
+def is_batch(data: Any) -> bool:
+    """Whether this is one batch rather than a mapping of target names to batches."""
+    return not isinstance(data, Mapping) or isinstance(data.get("labels"), Tensor)
+
+
+def read_batch(batch: Batch, what: str) -> Rows:
+    """`read_rows` of a batch: a tuple (inputs, labels), or a mapping with "labels"."""
+    if isinstance(batch, Mapping):
+        return read_rows(batch, None, what)
+    if not isinstance(batch, Sequence) or len(batch) != 2:
+        raise GraddotError(
+            f"{what} is a {type(batch).__name__}; expected (inputs, labels), or a mapping of"
+            ' tensors with "labels"'
+        )
+    return read_rows(*batch, what)
+
+
+def read_rows(inputs: Inputs, labels: Tensor | None, what: str) -> Rows:
+    """Inputs and labels, or inputs with "labels" inside and None. Raises GraddotError."""
+    is_tensor, inside = isinstance(inputs, Tensor), False
+    by_key = {_ONE_TENSOR: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    if not is_tensor and "labels" in by_key:
+        own = by_key.pop("labels")
+        inside, labels = True, own if labels is None else labels
+    if labels is None:
+        raise GraddotError(
+            f'{what} has no labels; expected them beside the inputs, or under "labels" in a mapping'
+        )
+    for key, value in {**by_key, "labels": labels}.items():
+        if not isinstance(value, Tensor) or value.dim() == 0:
+            raise GraddotError(f"{what} has {key} = {value!r}; expected a tensor with rows first")
+    sizes = {key: value.shape[0] for key, value in by_key.items()}
+    rows = labels.shape[0]
+    if rows == 0 or not by_key or set(sizes.values()) != {rows}:
+        listed = ", ".join(str(n) if is_tensor else f"{n} {key}" for key, n in sizes.items())
+        raise GraddotError(
+            f"{what} has {listed or 'no'}{' inputs' if is_tensor or not sizes else ''} and {rows}"
+            " labels; expected the same number of rows, at least one"
+        )
+    return Rows(by_key, labels, is_tensor, inside)
+
+
+def join(parts: Sequence[Rows], padding: Mapping[str, float], ignore_index: int) -> Rows:
+    """The rows of all parts, key by key, in the form of the first, on its device.
+
+    Rows of a key in `padding` are filled up on the right, dimension 1, to the longest of them;
+    labels then with ignore_index. Raises GraddotError if parts differ in their keys or shapes.
+    """
+    first = parts[0]
+    for part in parts[1:]:
+        if part.is_tensor != first.is_tensor or part.inputs.keys() != first.inputs.keys():
+            raise GraddotError(
+                f"training rows are {_form(first)}, validation rows {_form(part)}; rows that ride"
+                " along in one forward must agree"
+            )
+    if padding and "input_ids" in first.inputs and "attention_mask" not in first.inputs:
+        _check_mask_not_needed(parts)
+    inputs = {
+        key: _join_key(key, [part.inputs[key] for part in parts], padding.get(key))
+        for key in first.inputs
+    }
+    fill = ignore_index if padding and not first.labels.is_floating_point() else None
+    labels = _join_key("labels", [part.labels for part in parts], fill)
+    return Rows(inputs, labels, first.is_tensor, first.labels_inside)
+
+
+def _form(rows: Rows) -> str:
+    return "a tensor" if rows.is_tensor else f"a mapping of {', '.join(sorted(rows.inputs))}"
+
+
+def _check_mask_not_needed(parts: Sequence[Rows]) -> None:
+    if len({part.inputs["input_ids"].shape[1:] for part in parts}) > 1:
+        raise GraddotError(
+            "rows of different length need an attention_mask, or the model would attend to the"
+            ' padding; add "attention_mask" to the batches'
+        )
+
+
+def _join_key(key: str, parts: list[Tensor], fill: float | None) -> Tensor:
+    shapes = [tuple(part.shape[1:]) for part in parts]
+    if len(set(shapes)) > 1:
+        if fill is None or any(len(s) == 0 for s in shapes) or len({s[1:] for s in shapes}) > 1:
+            of_key = "" if key == _ONE_TENSOR else f" of {key}"
+            raise GraddotError(
+                f"training rows{of_key} have shape {shapes[0]}, validation rows {shapes[1:]}; rows"
+                " that ride along in one forward must agree. To fill shorter ones up, give the"
+                f" engine padding={{{key!r}: value, ...}} for every key that differs"
+            )
+        longest = max(part.shape[1] for part in parts)
+        parts = [
+            F.pad(part, (0, 0) * (part.dim() - 2) + (0, longest - part.shape[1]), value=fill)
+            for part in parts
+        ]
+    return torch.cat([part.to(parts[0].device) for part in parts])
+
+
+def count_labels(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
+    """Labelled tokens of each row, (rows,). Labels of a regression all count."""
+    if labels.is_floating_point():
+        return torch.full((labels.shape[0],), labels[0].numel(), device=labels.device)
+    if shift:
+        labels = labels[:, shift:]
+    return (labels != ignore_index).reshape(labels.shape[0], -1).sum(1)

@@ -1,0 +1,143 @@
+"""Given directions: validation gradients held per parameter, that every layer dots with.
+
+A direction is a mapping {parameter name: tensor of the parameter's shape}; the score of sample i is
+then ⟨direction, ∇L_i⟩, whatever the direction is: the gradient of a large validation set, computed
+every k steps, one of several targets, or one preconditioned by the optimizer's state.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GraddotError
+
+Direction = Mapping[str, Tensor]
+
+
+def _accumulator(p: Tensor) -> torch.dtype:
+    return torch.float64 if p.dtype == torch.float64 else torch.float32
+
+
+def stack_directions(
+    directions: Mapping[str, Direction],
+    parameters: Mapping[str, nn.Parameter],
+    covered: Sequence[str],
+) -> dict[int, Tensor]:
+    """(K, *shape) by id of the parameter, one direction a target, on the parameter's device.
+
+    Raises GraddotError for a covered parameter without direction, a name that is not covered and
+    another shape than the parameter's.
+    """
+    for target, direction in directions.items():
+        missing = [name for name in covered if name not in direction]
+        unknown = [name for name in direction if name not in covered]
+        if missing or unknown:
+            raise GraddotError(
+                f"direction {target!r} lacks {missing} and has {unknown}, which are not scored;"
+                " expected one tensor for every parameter in coverage().covered"
+            )
+        for name in covered:
+            if direction[name].shape != parameters[name].shape:
+                raise GraddotError(
+                    f"direction {target!r} has shape {tuple(direction[name].shape)} for {name};"
+                    f" expected {tuple(parameters[name].shape)}, the parameter's"
+                )
+    stacked = {}
+    for name in covered:
+        p = parameters[name]
+        parts = [d[name].detach().to(p.device, _accumulator(p)) for d in directions.values()]
+        stacked[id(p)] = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+    return stacked
+
+
+def mean_gradient(
+    parameters: Mapping[str, nn.Parameter],
+    covered: Sequence[str],
+    batches: Iterable[Any],
+    loss_of: Callable[[Any], tuple[Tensor, float, float]],
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss over all labelled tokens of the batches, for the covered names.
+
+    loss_of(batch) gives the batch's loss, the weight of its gradient and its labelled tokens.
+    `.grad` of all parameters stays as it is. fp32 (fp64 for fp64). Raises GraddotError if there is
+    no labelled token, or if a gradient is not finite.
+    """
+    kept = {name: p.grad for name, p in parameters.items()}
+    total = {n: torch.zeros_like(parameters[n], dtype=_accumulator(parameters[n])) for n in covered}
+    tokens = 0.0
+    try:
+        for batch in batches:
+            for p in parameters.values():
+                p.grad = None
+            loss, weight, count = loss_of(batch)
+            loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
+            for name in covered:
+                grad = parameters[name].grad
+                if grad is not None:
+                    total[name].add_(grad, alpha=weight)
+            tokens += count
+    finally:
+        for name, p in parameters.items():
+            p.grad = kept[name]
+    if tokens == 0:
+        raise GraddotError("the validation batches have no labelled token")
+    for name, gradient in total.items():
+        if not torch.isfinite(gradient.div_(tokens)).all():
+            raise GraddotError(f"the validation gradient of {name} is not finite")
+    return total
+
+
+def adamw_direction(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, nn.Parameter],
+    direction: Direction,
+    gradient: Direction | None = None,
+) -> dict[str, Tensor]:
+    """The direction whose dots, times lr, predict AdamW's next step instead of SGD's.
+
+    To first order, lr · ⟨result, δ⟩ is how much more the validation loss falls in the coming step
+    of `optimizer` if δ is added to its gradient. `gradient` is the training gradient of that step
+    (clipped, unscaled) around which the step is linearised; without it, around zero, where entries
+    that have had no gradient yet (second moment 0, as of tokens not met so far) are left out, for
+    there the step is only a sign. Compute it after the last optimizer step, before the next.
+
+    parameters names the model's parameters, as `model.named_parameters()` does. Raises
+    GraddotError for optimizers other than Adam and AdamW, for amsgrad, maximize and Adam's coupled
+    weight decay, and before the first step, when there is no state.
+    """
+    if not isinstance(optimizer, torch.optim.Adam):
+        raise GraddotError(f"the optimizer is a {type(optimizer).__name__}; expected AdamW or Adam")
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    result = {}
+    for name, one in direction.items():
+        p = parameters[name]
+        group = groups.get(id(p))
+        if group is None:  # not updated, so nothing that it is scored on can move the loss
+            result[name] = torch.zeros_like(one)
+            continue
+        coupled = group["weight_decay"] and not group.get("decoupled_weight_decay", False)
+        if group["amsgrad"] or group["maximize"] or coupled:
+            raise GraddotError(
+                f"{name} is optimized with amsgrad, maximize or weight decay in the gradient;"
+                " expected AdamW without amsgrad and maximize"
+            )
+        state = optimizer.state.get(p)
+        if not state:
+            raise GraddotError(f"the optimizer has no state of {name} yet; take a step first")
+        g = torch.zeros_like(one) if gradient is None else gradient[name].to(one)
+        result[name] = one * _adam_slope(g, state, group)
+    return result
+
+
+def _adam_slope(g: Tensor, state: Mapping[str, Any], group: Mapping[str, Any]) -> Tensor:
+    """d(m̂ / (√v̂ + eps)) / dg, elementwise, for the optimizer's next step with gradient g."""
+    beta1, beta2 = (float(b) for b in group["betas"])
+    t = float(state["step"]) + 1
+    m_share, v_share = (1 - beta1) / (1 - beta1**t), (1 - beta2) / (1 - beta2**t)
+    m = state["exp_avg"].to(g) * (beta1 / (1 - beta1**t)) + m_share * g
+    root = (state["exp_avg_sq"].to(g) * (beta2 / (1 - beta2**t)) + v_share * g * g).sqrt()
+    below = root + group["eps"]
+    slope = m_share / below - v_share * m * (g / root) / below / below
+    return torch.where(root == 0, 0, slope)

@@ -1,0 +1,237 @@
+"""A Hugging Face Trainer whose run also leaves a score for every training sample at every step.
+
+    from graddot_lm.hf import GradDotProdTrainer as Trainer
+    Trainer(model=model, args=args, train_dataset=train, val_dataset=val, ...).train()
+
+Every `val_interval` optimizer steps the gradient of the whole validation set becomes the direction
+that every training sample's gradient is dotted with. Training rows run alone, exactly as without
+scores. Needs the package `accelerate`, as transformers' Trainer does.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, IterableDataset
+from transformers import Trainer, TrainerCallback
+
+from .engine import GradDotProdEngine
+from .errors import GraddotError
+from .store import PartWriter, scores_schema
+
+_INDEX = "graddot_index"
+
+
+class _Indexed(Dataset):
+    """A dataset whose items come with their index."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[int, Any]:
+        return index, self.dataset[index]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        items = fetch(indices) if fetch else [self.dataset[i] for i in indices]
+        return list(zip(indices, items, strict=True))
+
+
+class _IndexCollator:
+    """Collates the items; their indices, (N,), are one more entry of the batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
+        self.collate = collate
+
+    def __call__(self, items: list[tuple[int, Any]]) -> Any:
+        batch = self.collate([item for _, item in items])
+        batch[_INDEX] = torch.tensor([index for index, _ in items])
+        return batch
+
+
+class _ScoreCallback(TrainerCallback):
+    def __init__(self, trainer: "GradDotProdTrainer") -> None:
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.write_scores()
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.scores.flush()
+
+
+class GradDotProdTrainer(Trainer):
+    """transformers.Trainer with scores in `output_dir`/scores, Parquet parts of `store.SCORES`.
+
+    One row a training sample a step: step (from 0), sample_id (its index in train_dataset),
+    n_tokens, dot, lr and value, which takes account of gradient accumulation, clipping, each
+    parameter group's own learning rate, and steps that a GradScaler skipped. With several
+    validation sets there is a dot_<name> and value_<name> of each. A run that resumes from a
+    checkpoint drops the rows of later steps.
+
+    Args, beside those of Trainer:
+        val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
+            of the evaluation batch size, or a dict {target name: dataset}. It is run in
+            evaluation mode, without dropout, and not used for training.
+        val_interval: optimizer steps between two computations of the validation gradient.
+        engine_options: further arguments of `GradDotProdEngine`, such as exclude.
+
+    Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
+    processes or GPUs, DeepSpeed and FSDP, torch.compile, label smoothing, `compute_loss_func`,
+    `model_init` and iterable training sets.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        val_dataset: Any = None,
+        val_interval: int = 1,
+        engine_options: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        if val_dataset is None or val_interval < 1:
+            raise GraddotError(
+                f"val_dataset is {val_dataset!r} and val_interval {val_interval}; expected a"
+                " dataset, or a dict of datasets, and at least 1"
+            )
+        self._refuse()
+        named = isinstance(val_dataset, Mapping)
+        self._val_sets = dict(val_dataset) if named else {"val": val_dataset}
+        self._val_batches: dict[str, list[Any]] = {}
+        self._val_interval, self._val_named = val_interval, named
+        assert self.model is not None and self.args.output_dir is not None
+        self.engine = GradDotProdEngine(self.model, **(engine_options or {}))
+        folder = Path(self.args.output_dir) / "scores"
+        schema = scores_schema(list(val_dataset) if named else ())
+        self.scores = PartWriter(folder, schema)
+        self.engine.store = self.scores
+        self._training = False
+        self._direction_step: int | None = None
+        self._clip = 1.0
+        loss = getattr(self.engine.model, "loss_function", None)
+        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+            # Whether another loss divides by num_items_in_batch is not known: a mean for each
+            # micro-batch then, which Trainer averages.
+            self.model_accepts_loss_kwargs = False
+        self.add_callback(_ScoreCallback(self))
+
+    def _refuse(self) -> None:
+        args = self.args
+        reasons = {
+            "several processes": args.world_size > 1,
+            "several GPUs in one process": args.n_gpu > 1,
+            "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
+            "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
+            "torch_compile": bool(args.torch_compile),
+            "label_smoothing_factor": args.label_smoothing_factor != 0,
+            "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
+            "model_init": self.model_init is not None,
+            "an iterable training set": isinstance(self.train_dataset, IterableDataset),
+        }
+        found = [name for name, is_so in reasons.items() if is_so]
+        if found:
+            raise GraddotError(f"GradDotProdTrainer cannot score with {', '.join(found)}")
+
+    # Data
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Trainer's, with every sample's index in the batch."""
+        dataset, collator = self.train_dataset, self.data_collator
+        self.train_dataset = _Indexed(dataset)
+        self.data_collator = _IndexCollator(self._own_collator("training"))
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.train_dataset, self.data_collator = dataset, collator
+
+    def _own_collator(self, description: str) -> Callable[[list[Any]], Any]:
+        return self._get_collator_with_removed_columns(self.data_collator, description=description)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        given = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(given.dataset if isinstance(given, _Indexed) else given)
+
+    def _validation_batches(self, target: str) -> list[Any]:
+        if target not in self._val_batches:
+            loader = DataLoader(
+                self._val_sets[target],
+                batch_size=self.args.eval_batch_size,
+                collate_fn=self._own_collator("validation"),
+            )
+            self._val_batches[target] = list(loader)
+        return self._val_batches[target]
+
+    # Training
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's; leaves the model as it was, without the scored layers, and saves all rows."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            if self._training:
+                self._training = False
+                self.engine.detach()
+                self.accelerator.clip_grad_norm_ = self._clip_grad_norm_of_accelerator
+                self.scores.flush()
+
+    def _begin(self) -> None:
+        self.scores.folder.mkdir(parents=True, exist_ok=True)
+        if self.state.global_step == 0 and any(self.scores.folder.glob("part-*")):
+            raise GraddotError(
+                f"{self.scores.folder} holds the scores of an earlier run; choose another"
+                " output_dir, or resume from a checkpoint"
+            )
+        self.scores.truncate_after(self.state.global_step - 1)
+        self.engine.attach(self.optimizer)
+        self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
+        self.accelerator.clip_grad_norm_ = self._clip_and_note
+        self._training, self._direction_step = True, None
+
+    def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
+        norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
+        if norm is not None:
+            self._clip *= min(1.0, float(max_norm) / (float(norm) + 1e-6))
+        return norm
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Trainer's, with the batch's scores taken from its backward."""
+        if not self._training:
+            self._begin()
+        step = self.state.global_step
+        if self._direction_step is None or (
+            step != self._direction_step and step % self._val_interval == 0
+        ):
+            self._set_direction()
+            self._direction_step = step
+        index = inputs.pop(_INDEX)
+        inputs = self._prepare_inputs(inputs)
+        self.engine.attach_train_batch(inputs, None, step, index.cpu())
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.engine.prepare_gradients()
+        return loss
+
+    def _set_direction(self) -> None:
+        model = self.engine.model
+        was_training = model.training
+        model.eval()
+        directions = {
+            target: self.engine.compute_directions(
+                self._prepare_inputs(batch) for batch in self._validation_batches(target)
+            )
+            for target in self._val_sets
+        }
+        model.train(was_training)
+        self.engine.set_directions(directions if self._val_named else directions["val"])
+
+    def write_scores(self) -> Tensor:
+        """Append the scores of the optimizer step that has just been taken; (N,) or (K, N)."""
+        clip, self._clip = self._clip, 1.0
+        return self.engine.aggregate_and_log(gradient_scale=clip)

@@ -1,0 +1,125 @@
+"""From the raw dots of a step's micro-batches to scores, values and rows of the store."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .layers import Step
+
+
+@dataclass
+class MicroBatch:
+    """What one `attach_train_batch` leaves until its scores are read."""
+
+    step: Step
+    iteration: int
+    sample_ids: Any
+    labels: Tensor  # (rows, ...) of the joint batch
+    leaves: dict[str, Tensor]  # (K, N) each; their gradients are the raw dots
+    loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
+    loss_reduction: str
+    counts: Tensor  # (rows,) labelled tokens
+    items: float | None = None  # what a summed loss was divided by: num_items_in_batch
+    running: bool = False  # inside the model's forward
+    forwarded: bool = False
+    applied: bool = True  # whether the optimizer took the step
+    lr: float = float("nan")
+    leaf_lrs: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """Training rows."""
+        return self.step.rows - sum(self.step.val_rows)
+
+    def loss_factor(self) -> Tensor:
+        """What the tracked loss was multiplied by before its backward, 0-dim fp64."""
+        factor = self.loss_scale.grad
+        return torch.ones_like(self.loss_scale) if factor is None else factor
+
+    def set_counts(self, counts: Tensor) -> None:
+        """Labelled tokens of each row, (rows,); with them the scale of the training gradient."""
+        self.counts = counts
+        scale = counts.new_ones((), dtype=torch.float64)
+        if self.loss_reduction == "mean":
+            scale = counts.sum() / counts[: self.n].sum().clamp(min=1).double()
+        self.step.scale.copy_(scale)
+
+    def dots(self, leaf: str) -> Tensor:
+        """A leaf's raw dots of the joint loss as ⟨∇L_val, ∇L_i⟩ of the mean losses, (K, N)."""
+        raw = self.leaves[leaf].grad
+        if raw is None:  # parameters that the forward did not use
+            return torch.zeros_like(self.leaves[leaf])
+        counts = self.counts.to(raw.device, raw.dtype)
+        divisor = counts.sum() if self.loss_reduction == "mean" else self.items or 1.0
+        divisor = divisor / self.loss_factor()
+        dots = raw * (divisor / counts[: self.n].clamp(min=1))
+        if self.step.val_rows:  # a given direction is a gradient of a mean loss already
+            targets = torch.split(counts[self.n :], self.step.val_rows)
+            dots = dots * (divisor / torch.stack([c.sum() for c in targets]))[:, None]
+        return dots
+
+    def scores(self) -> Tensor:
+        """The sum over leaves, (K, N)."""
+        return torch.stack([self.dots(leaf) for leaf in self.leaves]).sum(0)
+
+    def lr_scores(self) -> Tensor:
+        """lr · dot, each parameter with the lr of its own group, (K, N); NaN without an optimizer."""
+        if not self.leaf_lrs:
+            return torch.full_like(self.scores(), float("nan"))
+        return torch.stack([lr * self.dots(leaf) for leaf, lr in self.leaf_lrs.items()]).sum(0)
+
+
+def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
+    """The weight of each sample's mean loss in the loss of the whole optimizer step, (N,) each.
+
+    That loss is taken to be the mean over the micro-batches, weighted as the caller scaled them
+    (a factor common to all, as a GradScaler's, does not matter). With `num_items_in_batch` it is
+    the sum over all labelled tokens divided by that number.
+    """
+    factors = [micro.loss_factor() for micro in micros]
+    tokens = [micro.counts[: micro.n].double() for micro in micros]
+    if micros[0].loss_reduction == "mean":
+        tokens = [own / own.sum().clamp(min=1) for own in tokens]
+        whole = torch.stack(factors).sum()
+    elif micros[0].items is not None:
+        whole = torch.stack(factors).mean() * micros[0].items
+    else:
+        parts = zip(factors, tokens, strict=True)
+        whole = torch.stack([f * own.sum() for f, own in parts]).sum().clamp(min=1)
+    return [own * (f / whole) for own, f in zip(tokens, factors, strict=True)]
+
+
+def score_rows(
+    micros: Sequence[MicroBatch],
+    targets: Sequence[str] | None,
+    columns: Mapping[str, Any],
+    gradient_scale: float,
+) -> Iterator[tuple[dict[str, Any], int]]:
+    """The store's rows of every micro-batch and its iteration; targets is None for a single one.
+
+    Values are of gradients that were multiplied by gradient_scale before the optimizer's step.
+    """
+    at = 0
+    for micro, weights in zip(micros, sample_weights(micros), strict=True):
+        n = micro.n
+        rows: dict[str, Any] = {
+            "sample_id": torch.as_tensor(micro.sample_ids),
+            "n_tokens": micro.counts[:n].cpu(),
+            "lr": torch.full((n,), micro.lr, dtype=torch.float64),
+        }
+        dots, values = micro.scores().cpu(), (micro.lr_scores() * weights * gradient_scale).cpu()
+        if not micro.applied:  # gradients, and so dots, may be infinite
+            values = torch.zeros_like(values)
+        for k in range(len(dots)):
+            suffix = "" if targets is None else f"_{targets[k]}"
+            rows[f"dot{suffix}"], rows[f"value{suffix}"] = dots[k], values[k]
+        for name, column in columns.items():
+            rows[name] = column[at : at + n]
+        yield (
+            {k: v.numpy() if isinstance(v, Tensor) else v for k, v in rows.items()},
+            micro.iteration,
+        )
+        at += n

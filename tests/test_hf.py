@@ -1,0 +1,239 @@
+"""GradDotProdTrainer against float64: every row that a run leaves, and the weights it ends with."""
+
+import copy
+import importlib.util
+from pathlib import Path
+
+import pyarrow.dataset
+import pytest
+import torch
+from brute_force import tiny_gpt2
+from graddot_lm import GraddotError
+from graddot_lm.hf import GradDotProdTrainer
+from test_loops import close, mapping_gradient, tiny_bert  # noqa: F401 (close is a fixture)
+from torch.utils.data import IterableDataset
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+
+def samples(n, *, seed, vocab=61, classes=0):
+    """Token ids of several lengths; labels are the ids, or a class."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 12, (n,), generator=g).tolist()
+    ids = [torch.randint(1, vocab, (length,), generator=g).tolist() for length in lengths]
+    return [{"input_ids": x, **({"label": sum(x) % classes} if classes else {})} for x in ids]
+
+
+def collate(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        ids[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    if "label" in rows[0]:
+        labels = torch.tensor([row["label"] for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Snapshots(TrainerCallback):
+    """The weights at which each optimizer step's gradients were taken."""
+
+    def __init__(self):
+        self.models = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        plain = copy.deepcopy(model)
+        plain.__dict__.pop("forward", None)  # accelerate's, under autocast
+        plain.gradient_checkpointing_disable()
+        self.models.append(plain.float().train())
+
+
+def arguments(folder, **kwargs):
+    defaults = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.3,
+        "optim": "sgd",
+        "weight_decay": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 1,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
+
+
+TRAIN, VAL = samples(20, seed=1), samples(5, seed=2)
+
+
+def train(folder, model, data=TRAIN, val=VAL, *, resume=None, val_interval=1, **kwargs):
+    snapshots = Snapshots()
+    trainer = GradDotProdTrainer(
+        model=model,
+        args=arguments(folder, **kwargs),
+        data_collator=collate,
+        train_dataset=data,
+        val_dataset=val,
+        val_interval=val_interval,
+        callbacks=[snapshots],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    assert not any("forward" in m.__dict__ for m in list(model.modules())[1:])
+    return snapshots.models, rows_of(folder)
+
+
+def rows_of(folder):
+    return pyarrow.dataset.dataset(f"{folder}/scores").to_table().to_pylist()
+
+
+def sample_gradient(model, data, i):
+    return mapping_gradient(model, collate([data[i]]))
+
+
+def flat(gradient):
+    return torch.cat([g.flatten() for g in gradient.values()])
+
+
+def tokens(data, i):
+    return 1 if "label" in data[i] else len(data[i]["input_ids"]) - 1
+
+
+def brute_force(model, data, val, ids, direction_model=None):
+    """Dots, (N,), their scales, and what clipping to 0.3 multiplies the step's gradient by."""
+    direction = flat(mapping_gradient(direction_model or model, collate(val)))
+    own = [flat(sample_gradient(model, data, i)) for i in ids]
+    dots = torch.stack([direction @ g for g in own])
+    scales = torch.stack([direction.norm() * g.norm() for g in own])
+    return dots, scales, own
+
+
+def clipping(own, weights):
+    norm = torch.stack([w * g for w, g in zip(weights, own, strict=True)]).sum(0).norm().item()
+    return min(1.0, 0.3 / norm)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
+def test_every_row_and_the_weights(tmp_path, close, checkpointing):  # noqa: F811
+    model, regular = tiny_gpt2(), tiny_gpt2()
+    options = {"gradient_checkpointing": checkpointing}
+    models, rows = train(tmp_path / "scored", model, **options)
+    Trainer(
+        model=regular,
+        args=arguments(tmp_path / "regular", **options),
+        data_collator=collate,
+        train_dataset=TRAIN,
+    ).train()
+    for (name, p), q in zip(model.named_parameters(), regular.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    assert [row["step"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
+    for step, snapshot in enumerate(models):
+        at = [row for row in rows if row["step"] == step]
+        ids = [row["sample_id"] for row in at]
+        assert len(set(ids)) == 6 and [row["n_tokens"] for row in at] == [
+            tokens(TRAIN, i) for i in ids
+        ]
+        dots, scales, own = brute_force(snapshot, TRAIN, VAL, ids)
+        column = lambda name, at=at: torch.tensor([row[name] for row in at], dtype=torch.float64)
+        close(column("dot"), dots, 1e-5, scales)
+        weights = torch.tensor([tokens(TRAIN, i) for i in ids], dtype=torch.float64)
+        weights /= weights.sum()
+        lr = 0.02 * (1 - step / 3)
+        assert column("lr").tolist() == pytest.approx([lr] * 6)
+        clip = clipping(own, weights)
+        assert clip < 1
+        close(column("value"), lr * clip * weights * dots, 1e-4, lr * clip * weights * scales)
+
+
+def test_classifier_with_a_mean_of_its_own(tmp_path, close):  # noqa: F811
+    data, val = samples(20, seed=1, classes=3), samples(5, seed=2, classes=3)
+    model = tiny_bert().float()
+    models, rows = train(tmp_path, model, data, val, max_steps=2, remove_unused_columns=False)
+    for step, snapshot in enumerate(models):
+        at = [row for row in rows if row["step"] == step]
+        dots, scales, own = brute_force(snapshot, data, val, [row["sample_id"] for row in at])
+        column = lambda name, at=at: torch.tensor([row[name] for row in at], dtype=torch.float64)
+        close(column("dot"), dots, 1e-5, scales)
+        factor = 0.02 * (1 - step / 2) / 6 * clipping(own, torch.full((6,), 1 / 6))
+        close(column("value"), factor * dots, 1e-4, factor * scales)
+
+
+def test_targets_and_interval(tmp_path, close):  # noqa: F811
+    vals = {"a": VAL[:1], "b": VAL}
+    models, rows = train(tmp_path, tiny_gpt2(), val=vals, val_interval=2)
+    for step, snapshot in enumerate(models):
+        at = [row for row in rows if row["step"] == step]
+        ids = [row["sample_id"] for row in at]
+        for name, val in vals.items():
+            direction_model = models[step - step % 2]
+            dots, scales, _ = brute_force(snapshot, TRAIN, val, ids, direction_model)
+            got = torch.tensor([row[f"dot_{name}"] for row in at], dtype=torch.float64)
+            close(got, dots, 1e-5, scales)
+
+
+def test_bf16(tmp_path, record_property):
+    """Scores within 2e-2 of their Cauchy-Schwarz scale, as in 16 bit elsewhere."""
+    models, rows = train(tmp_path, tiny_gpt2(), bf16=True, max_steps=1)
+    dots, scales, _ = brute_force(models[0], TRAIN, VAL, [row["sample_id"] for row in rows])
+    got = torch.tensor([row["dot"] for row in rows], dtype=torch.float64)
+    error = ((got - dots).abs() / scales).max().item()
+    record_property("relative_error", error)
+    assert 0 < error <= 2e-2
+
+
+def test_resumed_run_has_every_row_once(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    _, whole = train(tmp_path / "whole", tiny_gpt2(), **options)
+    train(tmp_path / "cut", tiny_gpt2(), **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-2")
+    _, resumed = train(tmp_path / "cut", tiny_gpt2(), resume=checkpoint, **options)
+    assert [(r["step"], r["sample_id"]) for r in resumed] == [
+        (r["step"], r["sample_id"]) for r in whole
+    ]
+    for got, want in zip(resumed, whole, strict=True):
+        assert got["dot"] == pytest.approx(want["dot"], rel=1e-4, abs=1e-6)
+    with pytest.raises(GraddotError, match="holds the scores of an earlier run"):
+        train(tmp_path / "cut", tiny_gpt2(), **options)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(TRAIN)
+
+
+def test_refusals(tmp_path):
+    def make(data=TRAIN, val=VAL, model=None, **kwargs):
+        own = {k: kwargs.pop(k) for k in ("compute_loss_func", "model_init") if k in kwargs}
+        args = arguments(tmp_path, **kwargs)
+        model = None if "model_init" in own else model or tiny_gpt2()
+        return GradDotProdTrainer(
+            model=model, args=args, train_dataset=data, val_dataset=val, **own
+        )
+
+    with pytest.raises(GraddotError, match="val_dataset is None"):
+        make(val=None)
+    with pytest.raises(GraddotError, match="iterable training set"):
+        make(data=Stream())
+    with pytest.raises(GraddotError, match="label_smoothing_factor"):
+        make(label_smoothing_factor=0.1)
+    with pytest.raises(GraddotError, match="compute_loss_func"):
+        make(compute_loss_func=lambda *args, **kwargs: None)
+    with pytest.raises(GraddotError, match="model_init"):
+        make(model_init=lambda: tiny_gpt2())
+    with pytest.raises(GraddotError, match="torch_compile"):
+        make(torch_compile=True)
+
+
+def test_example(tmp_path):
+    path = Path(__file__).parent.parent / "python" / "examples" / "hf_trainer.py"
+    spec = importlib.util.spec_from_file_location("hf_trainer", path)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    run = ["--output_dir", str(tmp_path), "--max_steps", "8", "--width", "16"]
+    means = example.main(run)
+    assert list(means) == list(example.KINDS) and len(rows_of(tmp_path)) == 8 * 32
