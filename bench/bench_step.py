@@ -7,7 +7,8 @@ high-water mark above what it held before the step, each method in a process of 
 Correctness is checked first, against the naive way's dots.
 
 Last line: worst case over the language-model shapes, the largest ratio of each kind (of
-naive_over_step the smallest), and naive_over_step_mlp.
+naive_over_step the smallest), naive_over_step_mlp, and k16_over_k1: sixteen val rows as sixteen
+targets over the same rows as one.
 """
 
 import argparse
@@ -28,6 +29,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 LM_SHAPES = {"n8-v1-t256": (8, 1, 256), "n4-v1-t1024": (4, 1, 1024)}
 MLP_SHAPE = (256, 1)  # N, V; T = 1
+TARGETS_SHAPE = (8, 16, 256)
 
 
 class Case:
@@ -39,7 +41,7 @@ class Case:
         self.methods: dict[str, Callable[[], Tensor | None]] = {
             "regular_n": lambda: self._regular(self.n),
             "regular_nv": lambda: self._regular(len(self.x)),
-            "graddot": self._graddot,
+            "graddot": lambda: self._graddot(self.engine),
             "naive": self._naive,
         }
 
@@ -47,16 +49,16 @@ class Case:
         self.model.zero_grad(set_to_none=True)
         self.loss(self.x[:rows], self.y[:rows]).backward()
 
-    def _graddot(self) -> Tensor:
+    def _graddot(self, engine: GradDotProdEngine) -> Tensor:
         self.model.zero_grad(set_to_none=True)
         train = self.x[: self.n], self.y[: self.n]
-        self.engine.attach()
-        self.engine.attach_train_batch(*train, 0, None)
-        x, y = self.engine.prepare_forward_input(*train)
+        engine.attach()
+        engine.attach_train_batch(*train, 0, None)
+        x, y = engine.prepare_forward_input(*train)
         self.loss(x, y).backward()
-        self.engine.prepare_gradients()
-        scores = self.engine.aggregate_and_log()
-        self.engine.detach()
+        engine.prepare_gradients()
+        scores = engine.aggregate_and_log()
+        engine.detach()
         return scores
 
     def _naive(self) -> Tensor:
@@ -88,8 +90,17 @@ class LanguageModelCase(Case):
             "stock_nv": lambda: self._regular(n + v),
             "regular_n": lambda: self._fused(lambda: self._regular(n)),
             "regular_nv": lambda: self._fused(lambda: self._regular(n + v)),
-            "graddot": lambda: self._fused(self._graddot),
+            "graddot": lambda: self._fused(lambda: self._graddot(self.engine)),
             "naive": self._naive,
+        }
+
+    def targets(self) -> dict[str, Callable[[], Tensor | None]]:
+        """The val rows as one target, and each as its own."""
+        each = {str(i): (x[None], x[None]) for i, x in enumerate(self.x[self.n :])}
+        engines = {"k1": self.engine, f"k{len(each)}": GradDotProdEngine(self.model, each)}
+        return {
+            name: lambda engine=engine: self._fused(lambda: self._graddot(engine))
+            for name, engine in engines.items()
         }
 
     def _fused(self, step: Callable[[], Tensor | None]) -> Tensor | None:
@@ -117,6 +128,18 @@ def mlp_case() -> Case:
     model = nn.Sequential(*layers, nn.Linear(768, 10))
     x, y = torch.randn(n + v, 768), torch.randint(0, 10, (n + v,))
     return Case(model, lambda rows, labels: F.cross_entropy(model(rows), labels), x, y, n)
+
+
+def measure_targets(repeats: int) -> dict[str, float]:
+    methods = LanguageModelCase(*TARGETS_SHAPE).targets()
+    one, each = (method() for method in methods.values())
+    assert one is not None and each is not None
+    if not torch.allclose(each.mean(0), one, rtol=1e-4, atol=1e-4 * one.abs().max().item()):
+        raise SystemExit("scores of sixteen targets do not add up, no figures")
+    seconds = interleave(methods, repeats)
+    row = {"k16_over_k1": seconds["k16"] / seconds["k1"]}
+    append_row("step", {"shape": "n8-v16-t256", "repeats": repeats, **row, "seconds": seconds})
+    return row
 
 
 def case_of(shape: str) -> Case:
@@ -171,7 +194,7 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=3, help="timed rounds of all methods")
-    shapes = [*LM_SHAPES, "mlp"]
+    shapes = [*LM_SHAPES, "mlp", "k16"]
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, help="default: all")
     parser.add_argument("--memory_of", nargs=2, metavar=("SHAPE", "METHOD"), help="used by itself")
     args = parser.parse_args()
@@ -179,7 +202,10 @@ def main() -> None:
         print_peak_memory(*args.memory_of)
         return
     start = time.perf_counter()
-    rows = {shape: measure(shape, args.repeats) for shape in args.shapes}
+    rows = {
+        shape: measure_targets(args.repeats) if shape == "k16" else measure(shape, args.repeats)
+        for shape in args.shapes
+    }
     for shape, row in rows.items():
         print(f"{shape:12}", "  ".join(f"{key} {value:.3f}" for key, value in row.items()))
     print(f"took {time.perf_counter() - start:.0f} s")
@@ -191,6 +217,7 @@ def main() -> None:
         }
     if "mlp" in rows:
         worst["naive_over_step_mlp"] = rows["mlp"]["naive_over_step"]
+    worst |= rows.get("k16", {})
     print(" ".join(f"{key}={value:.3f}" for key, value in worst.items()))
 
 
