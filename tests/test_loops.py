@@ -516,7 +516,7 @@ def test_gradient_checkpointing_of_gpt2(close, reentrant, given, tied):
 
 
 class Checkpointed(SharedEverything):
-    """Embeddings, shared layers and head each inside a checkpoint, equal ids twice."""
+    """Embeddings, shared layers and head inside checkpoints, one nested; equal ids twice."""
 
     reentrant = False
 
@@ -527,7 +527,7 @@ class Checkpointed(SharedEverything):
         look = lambda ids, handle: self.source(ids) + 0.5 * self.target(ids.roll(1, 1)) + handle
         x = again(look, ids, handle) + again(look, ids, handle)
         mix = lambda x: torch.tanh(self.mix(self.norm(x)))
-        x = again(mix, again(mix, x))
+        x = again(lambda x: again(mix, x), again(mix, x))
         return again(self.head, x)
 
 
@@ -662,6 +662,22 @@ def test_evaluation_in_the_midst_of_a_step(close):
     evaluate()
     close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
     same_gradients(model, gradient(model, *train), 1e-10)
+
+
+def test_a_forward_that_failed_is_tried_again(close):
+    model = tiny_gpt2().double()
+    train, val = token_batch(4, 15, seed=1), token_batch(2, 15, seed=2)
+    dots, scales = sample_dots(model, train, val)
+    engine = attached(model, val)
+    engine.attach_train_batch(*train, 0, None)
+    x, y = engine.prepare_forward_input(*train)
+    fail = model.transformer.ln_f.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    fail.remove()
+    lm_loss(model(x).logits, y).backward()
+    engine.prepare_gradients()
+    close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
 
 
 def test_detached_and_attached_again_in_a_run(close):

@@ -492,7 +492,11 @@ class GradDotProdEngine:
         micro = self._active
         if micro is None or module is not self.model or not micro.running:
             return output
-        micro.running, micro.forwarded = False, True
+        micro.running = False
+        if output is None:  # the forward raised, and may be tried again
+            micro.step.shared.clear()
+            return None
+        micro.forwarded = True
         if self._label_check is None:
             check_parameter_uses(output, self._parameters)
             self._label_check = LabelCheck(output, micro.labels, micro.counts)
