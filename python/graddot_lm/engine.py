@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
@@ -85,6 +86,7 @@ class GradDotProdEngine:
             looks to the right needs its attention mask among the keys.
         exclude: names of parameters to train but not to score, reported by `coverage()`.
         per_parameter: keep the dots of each parameter for `parameter_dots()`.
+        per_token: keep the dots of each token for `token_dots()`; for given directions only.
         store: where `aggregate_and_log` writes; see `ScoreWriter`.
 
     Raises GraddotError for parameters that cannot be covered (all of them named, with their share)
@@ -102,16 +104,21 @@ class GradDotProdEngine:
         padding: Mapping[str, float] | None = None,
         exclude: Sequence[str] = (),
         per_parameter: bool = False,
+        per_token: bool = False,
         store: ScoreWriter | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise GraddotError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
         if label_shift not in ("auto", 0, 1):
             raise GraddotError(f"label_shift is {label_shift!r}; expected 'auto', 0 or 1")
+        if per_token and val_data is not None:
+            raise GraddotError(
+                "per_token needs given directions; leave val_data out and call set_directions"
+            )
         self.model, self.store = model, store
         self.loss_reduction, self.label_shift = loss_reduction, label_shift
         self.ignore_index, self._padding = ignore_index, dict(padding or {})
-        self._per_parameter = per_parameter
+        self._per_parameter, self._per_token = per_parameter, per_token
         self._targets: list[str] | None = None  # None for a single one without a name
         self._val: list[Rows] = []
         if val_data is not None:
@@ -293,12 +300,16 @@ class GradDotProdEngine:
             "device": first.device,
             "requires_grad": True,
         }
+        tokens = self._tokens(labels) if self._per_token else None
         leaves = {
-            leaf: torch.zeros(targets, len(parts[0]), **kwargs) for leaf in set(leaf_of.values())
+            leaf: torch.zeros(targets, len(parts[0]) * (tokens or 1), **kwargs)
+            for leaf in set(leaf_of.values())
         }
         sinks = {id(self._parameters[name]): leaves[leaf] for name, leaf in leaf_of.items()}
         scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
-        step = Step(len(labels), val_rows, scale.to(first.device), sinks, self._directions or {})
+        step = Step(
+            len(labels), val_rows, scale.to(first.device), sinks, self._directions or {}, tokens
+        )
         self._active = MicroBatch(
             step=step,
             iteration=iteration,
@@ -370,6 +381,20 @@ class GradDotProdEngine:
             for name in self._coverage.covered
         }
 
+    def token_dots(self) -> Tensor:
+        """Every token's part of the scores since the last `aggregate_and_log`, (N, T) or (K, N, T).
+
+        A sample's score is the sum over its tokens, where a token's part is what flows through the
+        layers' weights at its position. Rows of shorter micro-batches are filled up with 0. Needs
+        `per_token=True`.
+        """
+        if not self._per_token:
+            raise GraddotError("token_dots needs GradDotProdEngine(..., per_token=True)")
+        self._require_pending()
+        parts = [micro.token_scores() for micro in self._pending]
+        longest = max(part.shape[2] for part in parts)
+        return self._shaped([F.pad(part, (0, longest - part.shape[2])) for part in parts])
+
     def aggregate_and_log(
         self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float = 1.0
     ) -> Tensor:
@@ -412,6 +437,11 @@ class GradDotProdEngine:
 
     def _count(self, labels: Tensor, shift: int) -> Tensor:
         return count_labels(labels, shift, self.ignore_index)
+
+    def _tokens(self, labels: Tensor) -> int:
+        if labels.dim() != 2:
+            raise GraddotError(f"per_token needs labels of shape (N, T), not {tuple(labels.shape)}")
+        return labels.shape[1]
 
     def _shift_of_labels_argument(self) -> int:
         """By how many tokens the model shifts labels that it is passed."""

@@ -18,7 +18,7 @@ class MicroBatch:
     iteration: int
     sample_ids: Any
     labels: Tensor  # (rows, ...) of the joint batch
-    leaves: dict[str, Tensor]  # (K, N) each; their gradients are the raw dots
+    leaves: dict[str, Tensor]  # (K, N) each, or (K, N·T); their gradients are the raw dots
     loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
@@ -47,19 +47,29 @@ class MicroBatch:
             scale = counts.sum() / counts[: self.n].sum().clamp(min=1).double()
         self.step.scale.copy_(scale)
 
-    def dots(self, leaf: str) -> Tensor:
-        """A leaf's raw dots of the joint loss as ⟨∇L_val, ∇L_i⟩ of the mean losses, (K, N)."""
-        raw = self.leaves[leaf].grad
-        if raw is None:  # parameters that the forward did not use
-            return torch.zeros_like(self.leaves[leaf])
+    def _normalised(self, leaf: str) -> Tensor:
+        """A leaf's raw dots of the joint loss as ⟨∇L_val, ∇L_i⟩ of the mean losses, (K, N, T).
+
+        T is 1 unless tokens are scored by themselves.
+        """
+        leaf_tensor = self.leaves[leaf]
+        raw = torch.zeros_like(leaf_tensor) if leaf_tensor.grad is None else leaf_tensor.grad
         counts = self.counts.to(raw.device, raw.dtype)
         divisor = counts.sum() if self.loss_reduction == "mean" else self.items or 1.0
         divisor = divisor / self.loss_factor()
-        dots = raw * (divisor / counts[: self.n].clamp(min=1))
+        dots = raw.view(len(raw), self.n, -1) * (divisor / counts[: self.n, None].clamp(min=1))
         if self.step.val_rows:  # a given direction is a gradient of a mean loss already
             targets = torch.split(counts[self.n :], self.step.val_rows)
-            dots = dots * (divisor / torch.stack([c.sum() for c in targets]))[:, None]
+            dots = dots * (divisor / torch.stack([c.sum() for c in targets]))[:, None, None]
         return dots
+
+    def dots(self, leaf: str) -> Tensor:
+        """A leaf's part of the scores, (K, N)."""
+        return self._normalised(leaf).sum(2)
+
+    def token_scores(self) -> Tensor:
+        """The sum over leaves by token, (K, N, T)."""
+        return torch.stack([self._normalised(leaf) for leaf in self.leaves]).sum(0)
 
     def scores(self) -> Tensor:
         """The sum over leaves, (K, N)."""
