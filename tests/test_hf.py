@@ -8,6 +8,7 @@ import pyarrow.dataset
 import pytest
 import torch
 from brute_force import tiny_gpt2
+from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
 from test_loops import close, mapping_gradient, tiny_bert  # noqa: F401 (close is a fixture)
@@ -172,7 +173,8 @@ def test_classifier_with_a_mean_of_its_own(tmp_path, close):  # noqa: F811
 
 def test_targets_and_interval(tmp_path, close):  # noqa: F811
     vals = {"a": VAL[:1], "b": VAL}
-    models, rows = train(tmp_path, tiny_gpt2(), val=vals, val_interval=2)
+    data = Dataset.from_list([{**sample, "text": "not for the model"} for sample in TRAIN])
+    models, rows = train(tmp_path, tiny_gpt2(), data, vals, val_interval=2)
     for step, snapshot in enumerate(models):
         at = [row for row in rows if row["step"] == step]
         ids = [row["sample_id"] for row in at]

@@ -15,7 +15,7 @@ does not depend on what else is in the batch. The README says how to read it.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .coverage import Coverage, cover
-from .directions import Direction, mean_gradient, stack_directions
+from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
 from .errors import GraddotError
 from .layers import FORWARDS, Step, refusal
-from .scores import MicroBatch, score_rows
+from .scores import MicroBatch, leaf_names, learning_rates, score_rows
 from .verify import _SCORED, LabelCheck, check_parameter_uses, tensors_in
 
 
@@ -185,7 +185,7 @@ class GradDotProdEngine:
     def compute_directions(
         self,
         batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
-        loss_fn: Callable[[nn.Module, Any, Tensor], Tensor] | None = None,
+        loss_fn: LossFunction | None = None,
     ) -> dict[str, Any]:
         """The validation gradient of any number of batches, for `set_directions`.
 
@@ -199,24 +199,20 @@ class GradDotProdEngine:
         if isinstance(batches, Mapping):
             return {name: self.compute_directions(b, loss_fn) for name, b in batches.items()}
         loss_of = lambda batch: self._validation_loss(batch, loss_fn)
-        active, self._active = self._active, None
+        kept = self._active, self._logged_unapplied
+        self._active = None
         try:
             return mean_gradient(self._parameters, self._coverage.covered, batches, loss_of)
         finally:
-            self._active = active
+            self._active, self._logged_unapplied = kept
 
     def _validation_loss(
-        self, batch: Batch, loss_fn: Callable[[nn.Module, Any, Tensor], Tensor] | None
+        self, batch: Batch, loss_fn: LossFunction | None
     ) -> tuple[Tensor, float, float]:
         rows = read_batch(batch, "a validation batch")
-        inputs, labels = rows.as_given()
-        if loss_fn is not None:
-            loss, shift = loss_fn(self.model, inputs, labels), 1 if self.label_shift == 1 else 0
-        else:
-            kwargs = {**rows.inputs, "labels": labels}
-            out = self.model(inputs, labels=labels) if rows.is_tensor else self.model(**kwargs)
-            loss, shift = out.loss, self._shift_of_labels_argument()
-        count = float(self._count(labels, shift).sum())
+        loss = batch_loss(self.model, rows, loss_fn)
+        shift = self._shift_of_labels_argument() if loss_fn is None else self.label_shift == 1
+        count = float(self._count(rows.labels, int(shift)).sum())
         return loss, count if self.loss_reduction == "mean" else 1.0, count
 
     # Life cycle
@@ -292,8 +288,10 @@ class GradDotProdEngine:
         parts = [read_rows(X, Y, "the training batch"), *self._val]
         labels = join([Rows({}, p.labels) for p in parts], self._padding, self.ignore_index).labels
         val_rows = [len(part) for part in self._val]
-        targets = len(val_rows) or len(self._targets or [None])  # type: ignore[list-item]
-        leaf_of = self._leaf_names()
+        targets = 1 if self._targets is None else len(self._targets)
+        leaf_of = leaf_names(
+            self._parameters, self._coverage.covered, self._optimizer, self._per_parameter
+        )
         first = next(iter(self._parameters.values()))
         kwargs: dict[str, Any] = {
             "dtype": torch.float64,
@@ -303,7 +301,7 @@ class GradDotProdEngine:
         tokens = self._tokens(labels) if self._per_token else None
         leaves = {
             leaf: torch.zeros(targets, len(parts[0]) * (tokens or 1), **kwargs)
-            for leaf in set(leaf_of.values())
+            for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
         }
         sinks = {id(self._parameters[name]): leaves[leaf] for name, leaf in leaf_of.items()}
         scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
@@ -315,6 +313,7 @@ class GradDotProdEngine:
             iteration=iteration,
             sample_ids=batch_idx,
             labels=labels,
+            leaf_of=leaf_of,
             leaves=leaves,
             loss_scale=torch.zeros((), **kwargs),
             loss_reduction=self.loss_reduction,
@@ -363,7 +362,8 @@ class GradDotProdEngine:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
         if self._optimizer is not None:
-            micro.lr, micro.leaf_lrs = self._learning_rates()
+            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizer)
+            micro.lr, micro.leaf_lrs = rates
             micro.applied = not isinstance(self._optimizer, torch.optim.Optimizer)
         self._active = None
         self._pending.append(micro)
@@ -450,26 +450,6 @@ class GradDotProdEngine:
         loss = getattr(self.model, "loss_function", None)
         return int(getattr(loss, "__name__", "") == "ForCausalLMLoss")
 
-    def _leaf_names(self) -> dict[str, str]:
-        """The leaf of every covered parameter: its own, or that of its group in the optimizer."""
-        covered = self._coverage.covered
-        if self._per_parameter:
-            return {name: name for name in covered}
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
-        return {name: group_of.get(id(self._parameters[name]), "none") for name in covered}
-
-    def _learning_rates(self) -> tuple[float, dict[str, float]]:
-        """The first group's, and by leaf; 0 for parameters that the optimizer does not update."""
-        assert self._optimizer is not None
-        groups = self._optimizer.param_groups
-        by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-        leaf_lrs = {
-            leaf: by_id.get(id(self._parameters[name]), 0.0)
-            for name, leaf in self._leaf_names().items()
-        }
-        return float(groups[0]["lr"]), leaf_lrs
-
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
         if found_inf is not None and found_inf.item():
@@ -484,7 +464,10 @@ class GradDotProdEngine:
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self._active
-        if micro is None or module is not self.model:
+        if module is not self.model:
+            return
+        if micro is None:
+            self._logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
             return
         if not torch.is_grad_enabled():  # an evaluation in the midst of the step
             self._active, self._suspended = None, micro

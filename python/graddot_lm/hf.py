@@ -87,7 +87,7 @@ class GradDotProdTrainer(Trainer):
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
     processes or GPUs, DeepSpeed and FSDP, torch.compile, label smoothing, `compute_loss_func`,
-    `model_init` and iterable training sets.
+    `model_init`, auto_find_batch_size and iterable training sets.
     """
 
     def __init__(
@@ -139,6 +139,7 @@ class GradDotProdTrainer(Trainer):
             "label_smoothing_factor": args.label_smoothing_factor != 0,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "model_init": self.model_init is not None,
+            "auto_find_batch_size": args.auto_find_batch_size,
             "an iterable training set": isinstance(self.train_dataset, IterableDataset),
         }
         found = [name for name, is_so in reasons.items() if is_so]

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import Step
 
@@ -18,6 +18,7 @@ class MicroBatch:
     iteration: int
     sample_ids: Any
     labels: Tensor  # (rows, ...) of the joint batch
+    leaf_of: dict[str, str]  # by parameter name
     leaves: dict[str, Tensor]  # (K, N) each, or (K, N·T); their gradients are the raw dots
     loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
     loss_reduction: str
@@ -80,6 +81,32 @@ class MicroBatch:
         if not self.leaf_lrs:
             return torch.full_like(self.scores(), float("nan"))
         return torch.stack([lr * self.dots(leaf) for leaf, lr in self.leaf_lrs.items()]).sum(0)
+
+
+def leaf_names(
+    parameters: Mapping[str, nn.Parameter],
+    covered: Sequence[str],
+    optimizer: torch.optim.Optimizer | None,
+    per_parameter: bool,
+) -> dict[str, str]:
+    """The leaf of every covered parameter: its own, or that of its group in the optimizer."""
+    if per_parameter:
+        return {name: name for name in covered}
+    groups = [] if optimizer is None else optimizer.param_groups
+    group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
+    return {name: group_of.get(id(parameters[name]), "none") for name in covered}
+
+
+def learning_rates(
+    parameters: Mapping[str, nn.Parameter],
+    leaf_of: Mapping[str, str],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[float, dict[str, float]]:
+    """The first group's, and by leaf; 0 for parameters that the optimizer does not update."""
+    groups = optimizer.param_groups
+    by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+    by_leaf = {leaf: by_id.get(id(parameters[name]), 0.0) for name, leaf in leaf_of.items()}
+    return float(groups[0]["lr"]), by_leaf
 
 
 def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
