@@ -8,6 +8,7 @@ import pyarrow.dataset
 import pytest
 import torch
 from brute_force import tiny_gpt2
+from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
 from test_loops import close, mapping_gradient, tiny_bert  # noqa: F401 (close is a fixture)
@@ -40,9 +41,11 @@ class Snapshots(TrainerCallback):
     """The weights at which each optimizer step's gradients were taken."""
 
     def __init__(self):
-        self.models = []
+        self.models, self.states = [], []
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        named = model.named_parameters()
+        self.states.append({n: copy.deepcopy(optimizer.state.get(p)) for n, p in named})
         plain = copy.deepcopy(model)
         plain.__dict__.pop("forward", None)  # accelerate's, under autocast
         plain.gradient_checkpointing_disable()
@@ -72,7 +75,9 @@ def arguments(folder, **kwargs):
 TRAIN, VAL = samples(20, seed=1), samples(5, seed=2)
 
 
-def train(folder, model, data=TRAIN, val=VAL, *, resume=None, val_interval=1, **kwargs):
+def train(
+    folder, model, data=TRAIN, val=VAL, *, resume=None, val_interval=1, adamw=False, **kwargs
+):
     snapshots = Snapshots()
     trainer = GradDotProdTrainer(
         model=model,
@@ -81,10 +86,13 @@ def train(folder, model, data=TRAIN, val=VAL, *, resume=None, val_interval=1, **
         train_dataset=data,
         val_dataset=val,
         val_interval=val_interval,
+        adamw=adamw,
         callbacks=[snapshots],
     )
     trainer.train(resume_from_checkpoint=resume)
     assert not any("forward" in m.__dict__ for m in list(model.modules())[1:])
+    if adamw:
+        return snapshots.models, snapshots.states, rows_of(folder)
     return snapshots.models, rows_of(folder)
 
 
@@ -165,7 +173,8 @@ def test_classifier_with_a_mean_of_its_own(tmp_path, close):  # noqa: F811
 
 def test_targets_and_interval(tmp_path, close):  # noqa: F811
     vals = {"a": VAL[:1], "b": VAL}
-    models, rows = train(tmp_path, tiny_gpt2(), val=vals, val_interval=2)
+    data = Dataset.from_list([{**sample, "text": "not for the model"} for sample in TRAIN])
+    models, rows = train(tmp_path, tiny_gpt2(), data, vals, val_interval=2)
     for step, snapshot in enumerate(models):
         at = [row for row in rows if row["step"] == step]
         ids = [row["sample_id"] for row in at]
@@ -174,6 +183,25 @@ def test_targets_and_interval(tmp_path, close):  # noqa: F811
             dots, scales, _ = brute_force(snapshot, TRAIN, val, ids, direction_model)
             got = torch.tensor([row[f"dot_{name}"] for row in at], dtype=torch.float64)
             close(got, dots, 1e-5, scales)
+
+
+def test_scores_for_adamw(tmp_path, close):  # noqa: F811
+    """The derivative of the next step around a gradient of zero, entry by entry."""
+    options = {"optim": "adamw_torch", "adamw": True, "val_interval": 2}
+    models, states, rows = train(tmp_path, tiny_gpt2(), **options)
+    assert {row["step"] for row in rows} == {1, 2}
+    for step in (1, 2):
+        at = [row for row in rows if row["step"] == step]
+        direction = mapping_gradient(models[step - step % 2], collate(VAL))
+        for name, state in states[step].items():
+            t = state["step"].item() + 1
+            second = state["exp_avg_sq"].double() * 0.999 / (1 - 0.999**t)
+            slope = 0.1 / (1 - 0.9**t) / (second.sqrt() + 1e-8)
+            direction[name] *= torch.where(second > 0, slope, 0)
+        own = [flat(sample_gradient(models[step], TRAIN, row["sample_id"])) for row in at]
+        dots = torch.stack([flat(direction) @ g for g in own])
+        scales = torch.stack([flat(direction).norm() * g.norm() for g in own])
+        close(torch.tensor([row["dot"] for row in at], dtype=torch.float64), dots, 1e-4, scales)
 
 
 def test_bf16(tmp_path, record_property):

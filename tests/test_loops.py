@@ -353,6 +353,85 @@ def test_adamw_direction_refusals():
         adamw_direction(optimizer, parameters, zeros)
 
 
+def token_parts(model, direction, row, labels):
+    """⟨direction, gradient⟩ by token, (T,), float64: every use of a weight in a linear layer,
+    embedding or norm gets a copy of it for every token, whose gradient is that token's part."""
+    copies = []
+
+    def by_token(name, rows):
+        own = dict(model.named_parameters())[name]
+        copy_of = own.detach().expand(rows, *own.shape).clone().requires_grad_()
+        copies.append((name, copy_of))
+        return copy_of
+
+    def forward_of(prefix, module):
+        names = {k: f"{prefix}.{k}" for k, _ in module.named_parameters()}
+        if prefix == "lm_head":
+            names["weight"] = "transformer.wte.weight"
+
+        def forward(x):
+            w = by_token(names["weight"], x.shape[1])
+            b = by_token(names["bias"], x.shape[1]) if "bias" in names else 0
+            if isinstance(module, nn.Embedding):
+                return w[torch.arange(x.shape[1]), x[0]][None]
+            if isinstance(module, nn.LayerNorm):
+                return F.layer_norm(x, x.shape[-1:], eps=module.eps) * w + b
+            if isinstance(module, nn.Linear):
+                return torch.einsum("btd,tod->bto", x, w) + b
+            return torch.einsum("btd,tdo->bto", x, w) + b
+
+        return forward
+
+    plain = copy.deepcopy(model)
+    for prefix, module in plain.named_modules():
+        if len(list(module.children())) == 0 and len(list(module.parameters())) > 0:
+            module.forward = forward_of(prefix, module)
+    lm_loss(plain(row).logits, labels).backward()
+    parts = [(c.grad * direction[name]).flatten(1).sum(1) for name, c in copies]
+    return torch.stack(parts).sum(0)
+
+
+def test_dots_by_token(close):
+    """Against a copy of every weight for every token; in the sum, the scores."""
+    model = tiny_gpt2().double()
+    micros = [token_batch(2, 9, seed=1, ragged=True), token_batch(1, 7, seed=3)]
+    val = token_batch(2, 15, seed=2)
+    direction = gradient(model, *val)
+    rows = [(x[i : i + 1], y[i : i + 1]) for x, y in micros for i in range(len(x))]
+    want = [
+        F.pad(p, (0, 9 - len(p))) for p in (token_parts(model, direction, *row) for row in rows)
+    ]
+    want = torch.stack(want)
+    engine = attached(model, per_token=True)
+    engine.set_directions({"a": direction, "b": {n: 2 * d for n, d in direction.items()}})
+    for micro in micros:
+        run(engine, micro, factor=0.5)
+    dots = engine.token_dots()
+    assert dots.shape == (2, 3, 9)
+    scale = want.norm(dim=1, keepdim=True).expand(3, 9)
+    close(dots[0], want, 1e-10, scale)
+    close(dots[1], 2 * want, 1e-10, scale)
+    close(engine.aggregate_and_log()[0], want.sum(1), 1e-10)
+    grads = [gradient(model, *micro) for micro in micros]
+    same_gradients(model, {n: sum(g[n] for g in grads) / 2 for n in grads[0]}, 1e-10)
+
+
+def test_dots_by_token_that_do_not_exist_are_refused():
+    model = tiny_bert().float()
+    batch = padded(3, [9, 9, 9], seed=1)
+    with pytest.raises(GraddotError, match="per_token needs given directions"):
+        GradDotProdEngine(model, batch, per_token=True)
+    engine = GradDotProdEngine(model, per_token=True)
+    engine.attach()
+    engine.set_directions({n: torch.zeros_like(p) for n, p in model.named_parameters()})
+    with pytest.raises(GraddotError, match=r"labels of shape \(N, T\), not \(3,\)"):
+        engine.attach_train_batch({**batch, "labels": torch.arange(3)}, None, 0, None)
+    engine.attach_train_batch(batch, None, 0, None)
+    batch.pop("labels")
+    with pytest.raises(GraddotError, match="classifier.bias is used on 3 tokens of 3 rows; exp"):
+        model(**batch).logits.sum().backward()
+
+
 # Values
 
 
@@ -427,6 +506,10 @@ def test_a_step_after_its_values_is_refused():
     engine.aggregate_and_log()
     with pytest.raises(GraddotError, match="came after aggregate_and_log"):
         optimizer.step()
+    run(engine, token_batch(2, 9, seed=1))
+    engine.aggregate_and_log()  # as if a GradScaler had skipped the step
+    lm_loss(model(val[0]).logits, val[1]).backward()
+    optimizer.step()  # of a step without scores
     with pytest.raises(GraddotError, match="updates none"):
         GradDotProdEngine(tiny_gpt2(), val).attach(optimizer)
 
@@ -516,7 +599,7 @@ def test_gradient_checkpointing_of_gpt2(close, reentrant, given, tied):
 
 
 class Checkpointed(SharedEverything):
-    """Embeddings, shared layers and head each inside a checkpoint, equal ids twice."""
+    """Embeddings, shared layers and head inside checkpoints, one nested; equal ids twice."""
 
     reentrant = False
 
@@ -527,7 +610,7 @@ class Checkpointed(SharedEverything):
         look = lambda ids, handle: self.source(ids) + 0.5 * self.target(ids.roll(1, 1)) + handle
         x = again(look, ids, handle) + again(look, ids, handle)
         mix = lambda x: torch.tanh(self.mix(self.norm(x)))
-        x = again(mix, again(mix, x))
+        x = again(lambda x: again(mix, x), again(mix, x))
         return again(self.head, x)
 
 
@@ -662,6 +745,22 @@ def test_evaluation_in_the_midst_of_a_step(close):
     evaluate()
     close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
     same_gradients(model, gradient(model, *train), 1e-10)
+
+
+def test_a_forward_that_failed_is_tried_again(close):
+    model = tiny_gpt2().double()
+    train, val = token_batch(4, 15, seed=1), token_batch(2, 15, seed=2)
+    dots, scales = sample_dots(model, train, val)
+    engine = attached(model, val)
+    engine.attach_train_batch(*train, 0, None)
+    x, y = engine.prepare_forward_input(*train)
+    fail = model.transformer.ln_f.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(x)
+    fail.remove()
+    lm_loss(model(x).logits, y).backward()
+    engine.prepare_gradients()
+    close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
 
 
 def test_detached_and_attached_again_in_a_run(close):

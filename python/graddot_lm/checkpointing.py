@@ -38,20 +38,21 @@ def _nodes(outputs: Iterable[Tensor], seen: set[Any]) -> Iterator[Any]:
 
 
 class ReentrantCheck:
-    """Compares, over one step, what parameters got with what the scored layers sent them.
+    """Compares, in one step, what parameters get with what the scored layers send them.
 
     scored are the autograd functions of the layers; `watch` takes what a forward returned.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], scored: tuple[type, ...]) -> None:
-        self._parameters, self._scored = parameters, scored
+        self._scored = scored
         self._keys = {id(p) for p in parameters.values()}
         self._watched: set[Any] = set()
-        self._got: dict[int, Tensor] = {}
-        self._sent: dict[int, Tensor] = {}
-        self._size: dict[int, float] = {}
+        # By backward, for that of a checkpoint runs inside another, and parameter.
+        self._sent: dict[tuple[int, int], list[Tensor]] = {}
+        self._foreign: list[str] = []
+        self._finite = True
         self._handles = [
-            p.register_hook(partial(self._on_gradient, p)) for p in parameters.values()
+            p.register_hook(partial(self._on_gradient, name, p)) for name, p in parameters.items()
         ]
 
     def watch(self, outputs: Iterable[Tensor]) -> None:
@@ -60,21 +61,30 @@ class ReentrantCheck:
             if getattr(node, "_forward_cls", None) in self._scored:
                 self._handles.append(node.register_hook(partial(self._on_layer, node)))
 
-    def _on_gradient(self, p: nn.Parameter, grad: Tensor) -> None:
-        self._got[id(p)] = self._got.get(id(p), 0) + grad.double()
-
     def _on_layer(self, node: Any, sent: tuple[Tensor | None, ...], _: Any) -> None:
         for (following, _index), grad in zip(node.next_functions, sent, strict=True):
-            key = id(getattr(following, "variable", None))
-            if grad is not None and key in self._keys:
-                self._sent[key] = self._sent.get(key, 0) + grad.double()
-                self._size[key] = self._size.get(key, 0.0) + float(grad.double().norm())
+            parameter = id(getattr(following, "variable", None))
+            if grad is not None and parameter in self._keys:
+                key = torch._C._current_graph_task_id(), parameter
+                self._sent.setdefault(key, []).append(grad)
+
+    def _on_gradient(self, name: str, p: nn.Parameter, grad: Tensor) -> None:
+        sent = self._sent.pop((torch._C._current_graph_task_id(), id(p)), [])
+        left = grad.double()
+        for part in sent:
+            left = left - part
+        difference, size = float(left.norm()), sum(float(part.double().norm()) for part in sent)
+        self._finite = self._finite and difference < float("inf")
+        # Autograd adds the parts in p's dtype, in an order of its own.
+        if difference > 8 * torch.finfo(p.dtype).eps * size:
+            self._foreign.append(name)
 
     def remove(self) -> None:
         """Take the hooks away."""
         for handle in self._handles:
             handle.remove()
         self._watched.clear()
+        self._sent.clear()
 
     def finish(self) -> bool:
         """Whether gradients were finite, so that there was something to compare.
@@ -82,20 +92,10 @@ class ReentrantCheck:
         Raises GraddotError if a parameter got what no scored layer sent.
         """
         self.remove()
-        foreign, finite = [], True
-        for name, p in self._parameters.items():
-            got, sent = self._got.get(id(p)), self._sent.get(id(p))
-            if got is None:
-                continue
-            difference = float((got if sent is None else got - sent).norm())
-            finite = finite and difference < float("inf")
-            # Autograd adds the terms in p's dtype, in an order of its own.
-            if difference > 8 * torch.finfo(p.dtype).eps * self._size.get(id(p), 0.0):
-                foreign.append(name)
-        if foreign and finite:
+        if self._foreign and self._finite:
             raise GraddotError(
                 "parameters used outside of the layer that owns them cannot be scored:"
-                f" {', '.join(foreign)}, inside a reentrant checkpoint. Freeze them, or call their"
-                " layer's forward instead"
+                f" {', '.join(sorted(set(self._foreign)))}, inside a reentrant checkpoint. Freeze"
+                " them, or call their layer's forward instead"
             )
-        return finite
+        return self._finite

@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .batches import Rows
 from .errors import GraddotError
 
 Direction = Mapping[str, Tensor]
+LossFunction = Callable[[nn.Module, Any, Tensor], Tensor]
 
 
 def _accumulator(p: Tensor) -> torch.dtype:
@@ -50,6 +52,16 @@ def stack_directions(
         parts = [d[name].detach().to(p.device, _accumulator(p)) for d in directions.values()]
         stacked[id(p)] = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
     return stacked
+
+
+def batch_loss(model: nn.Module, rows: Rows, loss_fn: LossFunction | None) -> Tensor:
+    """loss_fn(model, inputs, labels), or the loss that the model computes from `labels=`."""
+    inputs, labels = rows.as_given()
+    if loss_fn is not None:
+        return loss_fn(model, inputs, labels)
+    if rows.is_tensor:
+        return model(inputs, labels=labels).loss
+    return model(**{**rows.inputs, "labels": labels}).loss
 
 
 def mean_gradient(

@@ -15,19 +15,20 @@ does not depend on what else is in the batch. The README says how to read it.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .coverage import Coverage, cover
-from .directions import Direction, mean_gradient, stack_directions
+from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
 from .errors import GraddotError
 from .layers import FORWARDS, Step, refusal
-from .scores import MicroBatch, score_rows
+from .scores import MicroBatch, leaf_names, learning_rates, score_rows
 from .verify import _SCORED, LabelCheck, check_parameter_uses, tensors_in
 
 
@@ -97,6 +98,7 @@ class GradDotProdEngine:
             looks to the right needs its attention mask among the keys.
         exclude: names of parameters to train but not to score, reported by `coverage()`.
         per_parameter: keep the dots of each parameter for `parameter_dots()`.
+        per_token: keep the dots of each token for `token_dots()`; for given directions only.
         store: where `aggregate_and_log` writes; see `ScoreWriter`.
 
     Raises GraddotError for parameters that cannot be covered (all of them named, with their share)
@@ -114,16 +116,21 @@ class GradDotProdEngine:
         padding: Mapping[str, float] | None = None,
         exclude: Sequence[str] = (),
         per_parameter: bool = False,
+        per_token: bool = False,
         store: ScoreWriter | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise GraddotError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
         if label_shift not in ("auto", 0, 1):
             raise GraddotError(f"label_shift is {label_shift!r}; expected 'auto', 0 or 1")
+        if per_token and val_data is not None:
+            raise GraddotError(
+                "per_token needs given directions; leave val_data out and call set_directions"
+            )
         self.model, self.store = model, store
         self.loss_reduction, self.label_shift = loss_reduction, label_shift
         self.ignore_index, self._padding = ignore_index, dict(padding or {})
-        self._per_parameter = per_parameter
+        self._per_parameter, self._per_token = per_parameter, per_token
         self._targets: list[str] | None = None  # None for a single one without a name
         self._val: list[Rows] = []
         if val_data is not None:
@@ -190,7 +197,7 @@ class GradDotProdEngine:
     def compute_directions(
         self,
         batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
-        loss_fn: Callable[[nn.Module, Any, Tensor], Tensor] | None = None,
+        loss_fn: LossFunction | None = None,
     ) -> dict[str, Any]:
         """The validation gradient of any number of batches, for `set_directions`.
 
@@ -204,24 +211,20 @@ class GradDotProdEngine:
         if isinstance(batches, Mapping):
             return {name: self.compute_directions(b, loss_fn) for name, b in batches.items()}
         loss_of = lambda batch: self._validation_loss(batch, loss_fn)
-        active, self._active = self._active, None
+        kept = self._active, self._logged_unapplied
+        self._active = None
         try:
             return mean_gradient(self._parameters, self._coverage.covered, batches, loss_of)
         finally:
-            self._active = active
+            self._active, self._logged_unapplied = kept
 
     def _validation_loss(
-        self, batch: Batch, loss_fn: Callable[[nn.Module, Any, Tensor], Tensor] | None
+        self, batch: Batch, loss_fn: LossFunction | None
     ) -> tuple[Tensor, float, float]:
         rows = read_batch(batch, "a validation batch")
-        inputs, labels = rows.as_given()
-        if loss_fn is not None:
-            loss, shift = loss_fn(self.model, inputs, labels), 1 if self.label_shift == 1 else 0
-        else:
-            kwargs = {**rows.inputs, "labels": labels}
-            out = self.model(inputs, labels=labels) if rows.is_tensor else self.model(**kwargs)
-            loss, shift = out.loss, self._shift_of_labels_argument()
-        count = float(self._count(labels, shift).sum())
+        loss = batch_loss(self.model, rows, loss_fn)
+        shift = self._shift_of_labels_argument() if loss_fn is None else self.label_shift == 1
+        count = float(self._count(rows.labels, int(shift)).sum())
         return loss, count if self.loss_reduction == "mean" else 1.0, count
 
     # Life cycle
@@ -297,25 +300,32 @@ class GradDotProdEngine:
         parts = [read_rows(X, Y, "the training batch"), *self._val]
         labels = join([Rows({}, p.labels) for p in parts], self._padding, self.ignore_index).labels
         val_rows = [len(part) for part in self._val]
-        targets = len(val_rows) or len(self._targets or [None])  # type: ignore[list-item]
-        leaf_of = self._leaf_names()
+        targets = 1 if self._targets is None else len(self._targets)
+        leaf_of = leaf_names(
+            self._parameters, self._coverage.covered, self._optimizer, self._per_parameter
+        )
         first = next(iter(self._parameters.values()))
         kwargs: dict[str, Any] = {
             "dtype": torch.float64,
             "device": first.device,
             "requires_grad": True,
         }
+        tokens = self._tokens(labels) if self._per_token else None
         leaves = {
-            leaf: torch.zeros(targets, len(parts[0]), **kwargs) for leaf in set(leaf_of.values())
+            leaf: torch.zeros(targets, len(parts[0]) * (tokens or 1), **kwargs)
+            for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
         }
         sinks = {id(self._parameters[name]): leaves[leaf] for name, leaf in leaf_of.items()}
         scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
-        step = Step(len(labels), val_rows, scale.to(first.device), sinks, self._directions or {})
+        step = Step(
+            len(labels), val_rows, scale.to(first.device), sinks, self._directions or {}, tokens
+        )
         self._active = MicroBatch(
             step=step,
             iteration=iteration,
             sample_ids=batch_idx,
             labels=labels,
+            leaf_of=leaf_of,
             leaves=leaves,
             loss_scale=torch.zeros((), **kwargs),
             loss_reduction=self.loss_reduction,
@@ -364,7 +374,8 @@ class GradDotProdEngine:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
         if self._optimizer is not None:
-            micro.lr, micro.leaf_lrs = self._learning_rates()
+            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizer)
+            micro.lr, micro.leaf_lrs = rates
             micro.applied = not isinstance(self._optimizer, torch.optim.Optimizer)
         self._active = None
         self._pending.append(micro)
@@ -381,6 +392,20 @@ class GradDotProdEngine:
             name: self._shaped([micro.dots(name) for micro in self._pending])
             for name in self._coverage.covered
         }
+
+    def token_dots(self) -> Tensor:
+        """Every token's part of the scores since the last `aggregate_and_log`, (N, T) or (K, N, T).
+
+        A sample's score is the sum over its tokens, where a token's part is what flows through the
+        layers' weights at its position. Rows of shorter micro-batches are filled up with 0. Needs
+        `per_token=True`.
+        """
+        if not self._per_token:
+            raise GraddotError("token_dots needs GradDotProdEngine(..., per_token=True)")
+        self._require_pending()
+        parts = [micro.token_scores() for micro in self._pending]
+        longest = max(part.shape[2] for part in parts)
+        return self._shaped([F.pad(part, (0, longest - part.shape[2])) for part in parts])
 
     def aggregate_and_log(
         self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float = 1.0
@@ -425,32 +450,17 @@ class GradDotProdEngine:
     def _count(self, labels: Tensor, shift: int) -> Tensor:
         return count_labels(labels, shift, self.ignore_index)
 
+    def _tokens(self, labels: Tensor) -> int:
+        if labels.dim() != 2:
+            raise GraddotError(f"per_token needs labels of shape (N, T), not {tuple(labels.shape)}")
+        return labels.shape[1]
+
     def _shift_of_labels_argument(self) -> int:
         """By how many tokens the model shifts labels that it is passed."""
         if self.label_shift != "auto":
             return self.label_shift
         loss = getattr(self.model, "loss_function", None)
         return int(getattr(loss, "__name__", "") == "ForCausalLMLoss")
-
-    def _leaf_names(self) -> dict[str, str]:
-        """The leaf of every covered parameter: its own, or that of its group in the optimizer."""
-        covered = self._coverage.covered
-        if self._per_parameter:
-            return {name: name for name in covered}
-        groups = [] if self._optimizer is None else self._optimizer.param_groups
-        group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
-        return {name: group_of.get(id(self._parameters[name]), "none") for name in covered}
-
-    def _learning_rates(self) -> tuple[float, dict[str, float]]:
-        """The first group's, and by leaf; 0 for parameters that the optimizer does not update."""
-        assert self._optimizer is not None
-        groups = self._optimizer.param_groups
-        by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
-        leaf_lrs = {
-            leaf: by_id.get(id(self._parameters[name]), 0.0)
-            for name, leaf in self._leaf_names().items()
-        }
-        return float(groups[0]["lr"]), leaf_lrs
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
@@ -479,7 +489,10 @@ class GradDotProdEngine:
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self._active
-        if micro is None or module is not self.model:
+        if module is not self.model:
+            return
+        if micro is None:
+            self._logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
             return
         if not torch.is_grad_enabled():  # an evaluation in the midst of the step
             self._active, self._suspended = None, micro
@@ -517,7 +530,11 @@ class GradDotProdEngine:
         micro = self._active
         if micro is None or module is not self.model or not micro.running:
             return output
-        micro.running, micro.forwarded = False, True
+        micro.running = False
+        if output is None:  # the forward raised, and may be tried again
+            micro.step.shared.clear()
+            return None
+        micro.forwarded = True
         if self._label_check is None:
             check_parameter_uses(output, self._parameters)
             self._label_check = LabelCheck(output, micro.labels, micro.counts)

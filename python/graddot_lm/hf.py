@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from .directions import adamw_direction
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .store import PartWriter, scores_schema
@@ -79,11 +80,14 @@ class GradDotProdTrainer(Trainer):
             of the evaluation batch size, or a dict {target name: dataset}. It is run in
             evaluation mode, without dropout, and not used for training.
         val_interval: optimizer steps between two computations of the validation gradient.
+        adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
+            around a gradient of zero. The first step, before which there is no state, leaves no
+            rows.
         engine_options: further arguments of `GradDotProdEngine`, such as exclude.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
     processes or GPUs, DeepSpeed and FSDP, torch.compile, label smoothing, `compute_loss_func`,
-    `model_init` and iterable training sets.
+    `model_init`, auto_find_batch_size and iterable training sets.
     """
 
     def __init__(
@@ -91,6 +95,7 @@ class GradDotProdTrainer(Trainer):
         *args: Any,
         val_dataset: Any = None,
         val_interval: int = 1,
+        adamw: bool = False,
         engine_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -104,7 +109,8 @@ class GradDotProdTrainer(Trainer):
         named = isinstance(val_dataset, Mapping)
         self._val_sets = dict(val_dataset) if named else {"val": val_dataset}
         self._val_batches: dict[str, list[Any]] = {}
-        self._val_interval, self._val_named = val_interval, named
+        self._val_interval, self._val_named, self._adamw = val_interval, named, adamw
+        self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
         self.engine = GradDotProdEngine(self.model, **(engine_options or {}))
         folder = Path(self.args.output_dir) / "scores"
@@ -112,7 +118,8 @@ class GradDotProdTrainer(Trainer):
         self.scores = PartWriter(folder, schema)
         self.engine.store = self.scores
         self._training = False
-        self._direction_step: int | None = None
+        self._step: int | None = None
+        self._scoring = False
         self._clip = 1.0
         loss = getattr(self.engine.model, "loss_function", None)
         if getattr(loss, "__name__", "") != "ForCausalLMLoss":
@@ -132,6 +139,7 @@ class GradDotProdTrainer(Trainer):
             "label_smoothing_factor": args.label_smoothing_factor != 0,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "model_init": self.model_init is not None,
+            "auto_find_batch_size": args.auto_find_batch_size,
             "an iterable training set": isinstance(self.train_dataset, IterableDataset),
         }
         found = [name for name, is_so in reasons.items() if is_so]
@@ -191,7 +199,8 @@ class GradDotProdTrainer(Trainer):
         self.engine.attach(self.optimizer)
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_note
-        self._training, self._direction_step = True, None
+        self._training, self._step = True, None
+        self._directions = {}
 
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
@@ -206,32 +215,50 @@ class GradDotProdTrainer(Trainer):
         if not self._training:
             self._begin()
         step = self.state.global_step
-        if self._direction_step is None or (
-            step != self._direction_step and step % self._val_interval == 0
-        ):
-            self._set_direction()
-            self._direction_step = step
+        if step != self._step:
+            self._step, self._scoring = step, self._direct(step)
         index = inputs.pop(_INDEX)
+        if not self._scoring:
+            return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         self.engine.attach_train_batch(inputs, None, step, index.cpu())
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.engine.prepare_gradients()
         return loss
 
-    def _set_direction(self) -> None:
+    def _direct(self, step: int) -> bool:
+        """Give the engine its directions for this step; whether there are any."""
+        if not self._directions or step % self._val_interval == 0:
+            self._directions = self._validation_gradients()
+        directions: Mapping[str, Mapping[str, Tensor]] = self._directions
+        if self._adamw:
+            optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+            if not optimizer.state:
+                return False
+            parameters = dict(self.engine.model.named_parameters())
+            directions = {
+                target: adamw_direction(optimizer, parameters, direction)
+                for target, direction in directions.items()
+            }
+        self.engine.set_directions(directions if self._val_named else directions["val"])
+        return True
+
+    def _validation_gradients(self) -> dict[str, dict[str, Tensor]]:
         model = self.engine.model
         was_training = model.training
         model.eval()
-        directions = {
-            target: self.engine.compute_directions(
-                self._prepare_inputs(batch) for batch in self._validation_batches(target)
-            )
-            for target in self._val_sets
-        }
-        model.train(was_training)
-        self.engine.set_directions(directions if self._val_named else directions["val"])
+        try:
+            return {
+                target: self.engine.compute_directions(
+                    self._prepare_inputs(batch) for batch in self._validation_batches(target)
+                )
+                for target in self._val_sets
+            }
+        finally:
+            model.train(was_training)
 
-    def write_scores(self) -> Tensor:
-        """Append the scores of the optimizer step that has just been taken; (N,) or (K, N)."""
+    def write_scores(self) -> None:
+        """Append the scores of the optimizer step that has just been taken."""
         clip, self._clip = self._clip, 1.0
-        return self.engine.aggregate_and_log(gradient_scale=clip)
+        if self._scoring:
+            self.engine.aggregate_and_log(gradient_scale=clip)

@@ -33,7 +33,8 @@ class Step:
     scale is M / n_train (0-dim): it turns the training rows' part of the joint loss's gradient
     into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
     dots; a parameter without one is trained but not scored. With given directions, (K, *shape) by
-    id(parameter), there are no val_rows.
+    id(parameter), there are no val_rows; with `tokens`, T, every token of a row is then scored as
+    a sample of its own, and a sink is (K, N·T).
     """
 
     rows: int
@@ -41,7 +42,24 @@ class Step:
     scale: Tensor
     sinks: dict[int, Tensor]
     directions: dict[int, Tensor] = field(default_factory=dict)
+    tokens: int | None = None
     shared: dict[int, SharedUses] = field(default_factory=dict)
+
+    def as_samples(self, x: Tensor) -> Tensor:
+        """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
+        return (
+            x.reshape(self.rows, -1, x.shape[-1])
+            if self.tokens is None
+            else (x.reshape(-1, 1, x.shape[-1]))
+        )
+
+    def check_samples(self, name: str, samples: int) -> None:
+        if self.tokens is not None and samples != self.rows * self.tokens:
+            raise GraddotError(
+                f"{name} is used on {samples} tokens of {self.rows} rows; expected {self.tokens} a"
+                " row, as there are labels. Scores by token need every layer to see every token;"
+                " leave per_token out, or exclude the parameter"
+            )
 
     def uses(self, name: str, parameter: Tensor) -> SharedUses:
         key = id(parameter)
@@ -61,11 +79,6 @@ class Step:
             )
 
 
-def _as_tokens(x: Tensor) -> Tensor:
-    """(rows, ..., D) as (rows, T, D)."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
 def _add(dots: Tensor, cross_terms: Tensor | None) -> Tensor:
     return dots if cross_terms is None else dots + cross_terms
 
@@ -81,8 +94,9 @@ def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor
         direction = torch.stack([rows.sum(0) for rows in torch.split(row_grads[n:], step.val_rows)])
         dots = _add(direction @ row_grads[:n].t(), cross_terms)
     elif uses.direction is not None:
+        step.check_samples(uses.name, row_grads.shape[0])
         dots = uses.direction.flatten(1).to(row_grads.dtype) @ row_grads.t()
-    return row_grads[:n].sum(0).mul_(step.scale), dots
+    return row_grads[: n if step.val_rows else None].sum(0).mul_(step.scale), dots
 
 
 def _linear_grad(
@@ -95,6 +109,7 @@ def _linear_grad(
         weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
         return weight_grad, _add(dots, cross_terms)
     if uses.direction is not None:
+        step.check_samples(uses.name, act.shape[0])
         return _ops.linear_wgrad_dot(uses.direction, act, grad, step.scale)
     return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale), None
 
@@ -107,12 +122,14 @@ def _embedding_grad(
     cross_terms = uses.embedding_terms(ids, grad)
     dots: Tensor | None
     if uses.held is not None:
+        step.check_samples(uses.name, ids.shape[0])
         weight_grad, dots = uses.add_rows(ids, grad, step.scale), uses.embedding_dots(ids, grad)
     elif step.val_rows:
         weight_grad, dots = _ops.embedding_joint_wgrad_dot(
             ids, grad, step.val_rows, uses.num_embeddings, padding, step.scale
         )
     elif uses.direction is not None:
+        step.check_samples(uses.name, ids.shape[0])
         grad = grad.to(uses.direction.dtype)
         weight_grad, dots = _ops.embedding_wgrad_dot(uses.direction, ids, grad, padding, step.scale)
     else:
@@ -165,13 +182,13 @@ class LinearDot(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             w = weight.to(grad_out.dtype)
             result[0] = grad_out @ (w.t() if ctx.transposed else w)
-        grad = _as_tokens(grad_out)
+        grad = step.as_samples(grad_out)
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=_accumulator(grad.dtype))
             bias_grad, result[4] = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
         if ctx.uses is not None:
-            act = _as_tokens(x)
+            act = step.as_samples(x)
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
             weight_grad, result[3] = _linear_grad(step, ctx.uses, act, grad)
@@ -205,7 +222,8 @@ class EmbeddingDot(torch.autograd.Function):
     @_without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
-        grad = _as_tokens(grad_out)
+        grad = ctx.step.as_samples(grad_out)
+        ids = ids.reshape(grad.shape[:2])
         weight_grad, dots = _embedding_grad(ctx.step, ctx.uses, ids, grad)
         dots = dots if ctx.needs_input_grad[2] else None
         return None, weight_grad.to(ctx.dtype), dots, None, None, None
@@ -237,9 +255,11 @@ class LayerNormDot(torch.autograd.Function):
             result[0] = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
-        d = weight.numel()
-        normed = ((x - mean) * rstd).to(grad_out.dtype).reshape(ctx.step.rows, -1, d)
-        weight_rows, bias_rows = norm_sample_grads(normed, grad_out.reshape(ctx.step.rows, -1, d))
+        normed = ((x - mean) * rstd).to(grad_out.dtype)
+        normed, grads = (y.flatten(-len(ctx.shape)) for y in (normed, grad_out))
+        weight_rows, bias_rows = norm_sample_grads(
+            ctx.step.as_samples(normed), ctx.step.as_samples(grads)
+        )
         for uses, rows, parameter, at in (
             (ctx.uses, weight_rows, weight, 1),
             (ctx.bias_uses, bias_rows, bias, 2),

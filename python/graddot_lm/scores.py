@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .layers import Step
 
@@ -18,7 +18,8 @@ class MicroBatch:
     iteration: int
     sample_ids: Any
     labels: Tensor  # (rows, ...) of the joint batch
-    leaves: dict[str, Tensor]  # (K, N) each; their gradients are the raw dots
+    leaf_of: dict[str, str]  # by parameter name
+    leaves: dict[str, Tensor]  # (K, N) each, or (K, N·T); their gradients are the raw dots
     loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
@@ -47,19 +48,29 @@ class MicroBatch:
             scale = counts.sum() / counts[: self.n].sum().clamp(min=1).double()
         self.step.scale.copy_(scale)
 
-    def dots(self, leaf: str) -> Tensor:
-        """A leaf's raw dots of the joint loss as ⟨∇L_val, ∇L_i⟩ of the mean losses, (K, N)."""
-        raw = self.leaves[leaf].grad
-        if raw is None:  # parameters that the forward did not use
-            return torch.zeros_like(self.leaves[leaf])
+    def _normalised(self, leaf: str) -> Tensor:
+        """A leaf's raw dots of the joint loss as ⟨∇L_val, ∇L_i⟩ of the mean losses, (K, N, T).
+
+        T is 1 unless tokens are scored by themselves.
+        """
+        leaf_tensor = self.leaves[leaf]
+        raw = torch.zeros_like(leaf_tensor) if leaf_tensor.grad is None else leaf_tensor.grad
         counts = self.counts.to(raw.device, raw.dtype)
         divisor = counts.sum() if self.loss_reduction == "mean" else self.items or 1.0
         divisor = divisor / self.loss_factor()
-        dots = raw * (divisor / counts[: self.n].clamp(min=1))
+        dots = raw.view(len(raw), self.n, -1) * (divisor / counts[: self.n, None].clamp(min=1))
         if self.step.val_rows:  # a given direction is a gradient of a mean loss already
             targets = torch.split(counts[self.n :], self.step.val_rows)
-            dots = dots * (divisor / torch.stack([c.sum() for c in targets]))[:, None]
+            dots = dots * (divisor / torch.stack([c.sum() for c in targets]))[:, None, None]
         return dots
+
+    def dots(self, leaf: str) -> Tensor:
+        """A leaf's part of the scores, (K, N)."""
+        return self._normalised(leaf).sum(2)
+
+    def token_scores(self) -> Tensor:
+        """The sum over leaves by token, (K, N, T)."""
+        return torch.stack([self._normalised(leaf) for leaf in self.leaves]).sum(0)
 
     def scores(self) -> Tensor:
         """The sum over leaves, (K, N)."""
@@ -70,6 +81,32 @@ class MicroBatch:
         if not self.leaf_lrs:
             return torch.full_like(self.scores(), float("nan"))
         return torch.stack([lr * self.dots(leaf) for leaf, lr in self.leaf_lrs.items()]).sum(0)
+
+
+def leaf_names(
+    parameters: Mapping[str, nn.Parameter],
+    covered: Sequence[str],
+    optimizer: torch.optim.Optimizer | None,
+    per_parameter: bool,
+) -> dict[str, str]:
+    """The leaf of every covered parameter: its own, or that of its group in the optimizer."""
+    if per_parameter:
+        return {name: name for name in covered}
+    groups = [] if optimizer is None else optimizer.param_groups
+    group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
+    return {name: group_of.get(id(parameters[name]), "none") for name in covered}
+
+
+def learning_rates(
+    parameters: Mapping[str, nn.Parameter],
+    leaf_of: Mapping[str, str],
+    optimizer: torch.optim.Optimizer,
+) -> tuple[float, dict[str, float]]:
+    """The first group's, and by leaf; 0 for parameters that the optimizer does not update."""
+    groups = optimizer.param_groups
+    by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+    by_leaf = {leaf: by_id.get(id(parameters[name]), 0.0) for name, leaf in leaf_of.items()}
+    return float(groups[0]["lr"]), by_leaf
 
 
 def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
