@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from . import distributed
 from .errors import GraddotError
 from .layers import FORWARDS, Step, refusal
 from .verify import LabelCheck, check_parameter_uses
@@ -46,6 +48,7 @@ class _MicroBatch:
     leaves: dict[str, Tensor]  # (K, N) each; their gradients are the raw dots
     loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
     counts: Tensor | None = None  # (rows,) labelled tokens
+    n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     forwarded: bool = False
     lr: float | None = None
 
@@ -103,7 +106,9 @@ class _ScoredForward:
         micro = self._engine._active
         if micro is None:
             return self._original(*args, **kwargs)
-        return FORWARDS[type(self._module)](self._module, self._name, micro.step, *args, **kwargs)
+        self._engine._resolve(micro, self._module, self._name)
+        forward = FORWARDS[distributed.layer_type(self._module)]
+        return forward(self._module, self._name, micro.step, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied model is a plain one: its layers must not run this model's weights."""
@@ -116,7 +121,9 @@ class GradDotProdEngine:
 
     Args:
         model: layers of type Linear, HF Conv1D, Embedding and LayerNorm may hold trainable
-            parameters; any other layer with some is refused by name. Parameters may be tied.
+            parameters; any other layer with some is refused by name. Parameters may be tied. It
+            may be wrapped in DistributedDataParallel, before or after, or sharded by `fully_shard`
+            before: each process then has training rows of its own and the same validation rows.
         val_data: (X_val, Y_val), validation rows in the first dimension, V ≥ 1, or a dict
             {target name: (X_val, Y_val)} for K targets at once; scores are then (K, N).
         loss_reduction: how the caller's loss reduces over labelled tokens, "mean" or "sum".
@@ -128,6 +135,12 @@ class GradDotProdEngine:
         exclude: names of parameters to train but not to score, reported by `coverage()`.
         per_parameter: keep the dots of each parameter for `parameter_dots()`.
         store: where `aggregate_and_log` writes; see `ScoreWriter`.
+        global_mean: with several processes and a mean loss, weight all labelled training tokens
+            alike, as one process with all the rows would. Without it each process's mean loss
+            weighs the same, as is usual under DDP and FSDP; the two differ only where processes
+            have different numbers of labelled tokens. Values are those of the weights used.
+        process_group: over which gradients are averaged; needed only where it is done by other
+            means than DDP or `fully_shard`.
 
     Raises GraddotError for parameters that cannot be covered (all of them named, with their share)
     and for validation data without rows or labels.
@@ -144,12 +157,18 @@ class GradDotProdEngine:
         exclude: Sequence[str] = (),
         per_parameter: bool = False,
         store: ScoreWriter | None = None,
+        global_mean: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise GraddotError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
         if label_shift not in ("auto", 0, 1):
             raise GraddotError(f"label_shift is {label_shift!r}; expected 'auto', 0 or 1")
+        if global_mean and loss_reduction != "mean":
+            raise GraddotError("global_mean weights the terms of a mean; the loss is a sum")
+        model = distributed.unwrapped(model)
         self.model, self.store = model, store
+        self.global_mean, self.process_group = global_mean, process_group
         self.loss_reduction, self.label_shift = loss_reduction, label_shift
         self.ignore_index = ignore_index
         self._per_parameter = per_parameter
@@ -157,6 +176,14 @@ class GradDotProdEngine:
         self._val = dict(val_data) if isinstance(val_data, Mapping) else {"val": val_data}
         self._check_val_data()
         self._parameters, self._coverage = _cover(model, exclude)
+        names = {id(p): name for name, p in self._parameters.items()}
+        self._owned = {  # by module; a tied parameter has one name in all of them
+            module_name: {
+                key: names[id(p)] for key, p in module._parameters.items() if id(p) in names
+            }
+            for module_name, module in model.named_modules()
+        }
+        self._whole: dict[str, nn.Parameter] = {}
         self._optimizer: torch.optim.Optimizer | None = None
         self._attached: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
@@ -195,7 +222,9 @@ class GradDotProdEngine:
             raise GraddotError("another engine is attached to the model; detach() it first")
         self._optimizer = optimizer
         for name, module in self.model.named_modules():
-            if type(module) in FORWARDS and refusal(module) is None:
+            if name not in self._owned:
+                raise GraddotError(f"module {name} is new since the engine was made; make it last")
+            if distributed.layer_type(module) in FORWARDS and refusal(module) is None:
                 self._attached.append((module, module.__dict__.get("forward")))
                 module.forward = _ScoredForward(self, module, name)  # type: ignore[method-assign]
         self._hooks = [
@@ -249,12 +278,8 @@ class GradDotProdEngine:
             key: torch.zeros(len(val_rows), n, dtype=torch.float64, **kwargs)
             for key in (covered if self._per_parameter else ["total"])
         }
-        sinks = {
-            id(self._parameters[name]): leaves[name if self._per_parameter else "total"]
-            for name in covered
-        }
         scale = torch.ones((), dtype=first.dtype if first.dtype == torch.float64 else None)
-        step = Step(n + sum(val_rows), val_rows, scale.to(first.device), sinks)
+        step = Step(n + sum(val_rows), val_rows, scale.to(first.device), {})
         labels = torch.cat([Y, *(y.to(Y.device) for _, y in self._val.values())])
         loss_scale = torch.zeros((), **kwargs)
         self._active = _MicroBatch(step, iteration, batch_idx, labels, leaves, loss_scale)
@@ -362,9 +387,28 @@ class GradDotProdEngine:
 
     def _set_counts(self, micro: _MicroBatch, shift: int) -> None:
         micro.counts = self._count(micro.labels, shift)
-        if self.loss_reduction == "mean":
-            n_train = micro.counts[: -sum(micro.step.val_rows)].sum()
-            micro.step.scale.copy_(micro.counts.sum().double() / n_train.clamp(min=1))
+
+    def _set_weights(self, micro: _MicroBatch) -> None:
+        """The weight of a labelled training token in the gradient of all processes, 1 / n_train."""
+        group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
+        world = distributed.world_size(group)
+        assert micro.counts is not None
+        own = micro.counts[: -sum(micro.step.val_rows)].sum()
+        total = distributed.summed(own, group) if self.global_mean else own * world
+        micro.n_train = total.clamp(min=1).double()
+        if self.loss_reduction == "mean":  # the average over processes will divide by world
+            micro.step.scale.copy_(world * micro.counts.sum() / micro.n_train)
+
+    def _resolve(self, micro: _MicroBatch, module: nn.Module, name: str) -> None:
+        """Give a layer's parameters, as they are in this forward, the sinks of their names."""
+        for key, owned in self._owned[name].items():
+            parameter = module._parameters[key]
+            distributed.check_plain(owned, parameter, self._parameters[owned])
+            if owned not in self._coverage.excluded:
+                leaf = micro.leaves[owned if self._per_parameter else "total"]
+                micro.step.sinks[id(parameter)] = leaf
+        if self._label_check is None:
+            self._whole.update(distributed.plain_parameters(self.model))
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self._active
@@ -377,6 +421,7 @@ class GradDotProdEngine:
         if self.label_shift == "auto" and kwargs.get("labels") is not None:
             loss = getattr(module, "loss_function", None)
             self._set_counts(micro, int(getattr(loss, "__name__", "") == "ForCausalLMLoss"))
+        self._set_weights(micro)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         micro = self._active
@@ -384,7 +429,10 @@ class GradDotProdEngine:
             return output
         micro.forwarded = True
         if self._label_check is None:
-            check_parameter_uses(output, self._parameters)
+            check_parameter_uses(
+                output, {n: self._whole.get(n, p) for n, p in self._parameters.items()}
+            )
+            self._whole = {}
             assert micro.counts is not None
             self._label_check = LabelCheck(output, micro.labels, micro.counts)
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
@@ -413,7 +461,8 @@ class GradDotProdEngine:
             assert micro.counts is not None
             counts = micro.counts[:n].cpu()
             lr = float("nan") if micro.lr is None else micro.lr
-            share = counts.double() / counts.sum().clamp(min=1) / len(self._pending)
+            assert micro.n_train is not None
+            share = counts.double() / micro.n_train.cpu() / len(self._pending)
             rows: dict[str, Any] = {
                 "sample_id": torch.as_tensor(micro.sample_ids),
                 "n_tokens": counts,
