@@ -394,7 +394,11 @@ class GradDotProdEngine:
         world = distributed.world_size(group)
         assert micro.counts is not None
         own = micro.counts[: -sum(micro.step.val_rows)].sum()
-        total = distributed.summed(own, group) if self.global_mean else own * world
+        total = (
+            distributed.summed(own.to(micro.step.scale.device), group)
+            if self.global_mean
+            else own * world
+        )
         micro.n_train = total.clamp(min=1).double()
         if self.loss_reduction == "mean":  # the average over processes will divide by world
             micro.step.scale.copy_(world * micro.counts.sum() / micro.n_train)

@@ -93,7 +93,7 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
 
 def _add_step_arguments(steps: argparse._ArgumentGroup) -> None:
     for name, default, text in (
-        ("batch_size", 16, "training samples a step"),
+        ("batch_size", 16, "training samples a step, shared by all processes"),
         ("val_batch_size", 1, "validation samples that ride along; the same in every step"),
         ("max_steps", 10000, "steps of the whole run"),
         ("warmup_step", 100, "steps of linear learning-rate warm-up"),
@@ -194,7 +194,11 @@ def _commit() -> str | None:
 
 
 def describe(
-    args: argparse.Namespace, data: TokenData, model: nn.Module, engine: GradDotProdEngine | None
+    args: argparse.Namespace,
+    data: TokenData,
+    model: nn.Module,
+    engine: GradDotProdEngine | None,
+    processes: int,
 ) -> dict[str, Any]:
     """What config.json records: every setting, versions, commit, and what the scores cover."""
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
@@ -204,6 +208,7 @@ def describe(
         "data_fingerprint": data.fingerprint,
         "tokenizer": str((Path(args.pile_data_dir) / "tokenizer.json").resolve()),
         "vocab_size": data.vocab_size,
+        "processes": processes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {
             "graddot": graddot_kernels.__version__,
