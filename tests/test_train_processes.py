@@ -11,13 +11,14 @@ import torch
 import torch.distributed as dist
 from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
+from graddot_lm.report import summarize
 from graddot_lm.store import RunDirectory, open_rows, read_config, read_scores
 from graddot_lm.train import Trainer
 from process_group import PROCESSES
 from test_train import arguments, assert_same_run, tokens, train  # noqa: F401
 
 TIMEOUT = 90
-STEPS = 24
+STEPS = 20
 FP64 = "--model_dtype float64 --train_dtype float64"
 
 
@@ -130,10 +131,18 @@ def test_torchrun_needs_no_further_flags(tokens, tmp_path, record_property):  # 
             [number for number in columns[name] if number is not None] for columns in losses
         )
         assert two == pytest.approx(one, rel=1e-6), name
+    one, two = (summarize(tmp_path / name / "run") for name in ("one", "two"))
+    for a, b in zip(one["domains"], two["domains"], strict=True):
+        assert b.pop("domain") == a.pop("domain")
+        assert b == pytest.approx(a, rel=1e-4), "a sum of dots that may cancel"
+    assert [s["sample_id"] for s in two["best"]] == [s["sample_id"] for s in one["best"]]
 
 
 def test_killed_runs_resume_on_another_number_of_processes(tokens, tmp_path, record_property):  # noqa: F811
-    """2 → 1 → 2 → 4 → 2 processes, each but the last killed while something was being saved."""
+    """2 → 1 → 2 → 4 → 2 processes, each but the last killed while something was being saved.
+
+    The model is sharded in some of them and copied in the others.
+    """
     extra = f"--max_steps {STEPS} {FP64}"
     assert train(tokens, tmp_path / "whole", extra) == 0
     command = arguments(tokens, tmp_path / "killed", f"{extra} --resume")
@@ -143,13 +152,15 @@ def test_killed_runs_resume_on_another_number_of_processes(tokens, tmp_path, rec
     deaths = [(2, 1, "replace", 4), (1, 0, "replace", 8), (2, 0, "rename", 2), (4, 3, "replace", 3)]
     seen = []
     for number, (world, rank, name, count) in enumerate(deaths):
-        codes, outputs = launch(world, tmp_path / str(number), command, dies(rank, name, count))
+        parallel = ["--parallel", "fsdp" if number % 2 == 0 else "ddp"]
+        before = dies(rank, name, count)
+        codes, outputs = launch(world, tmp_path / str(number), command + parallel, before)
         assert codes[rank] == -signal.SIGKILL
         for other in set(range(world)) - {rank}:
             assert codes[other] == 2 and "another process of the run has ended" in outputs[other]
         seen.append(whole_steps(run))
     assert seen == sorted(seen) and seen[0] >= 2 and seen[-1] < STEPS, seen
-    codes, outputs = launch(2, tmp_path / "last", command)
+    codes, outputs = launch(2, tmp_path / "last", [*command, "--parallel", "fsdp"])
     assert codes == [0, 0], outputs
     error = relative_error(tmp_path / "whole", tmp_path / "killed")
     record_property("relative_error", error)
@@ -184,6 +195,40 @@ def test_dropout_resumes_bit_exactly_and_signals_stop_all(tokens, tmp_path):  # 
     codes, outputs = launch(2, tmp_path / "c", command)
     assert codes == [0, 0], outputs
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_regular_moves_the_weights_alike(tokens, tmp_path, record_property):  # noqa: F811
+    assert train(tokens, tmp_path / "scored", f"{FP64} --max_steps 4") == 0
+    command = arguments(
+        tokens, tmp_path / "regular", f"{FP64} --max_steps 4 --method Regular --parallel fsdp"
+    )
+    codes, outputs = launch(2, tmp_path / "output", command)
+    assert codes == [0, 0], outputs
+    scored, regular = (
+        load_checkpoint(latest_checkpoint(tmp_path / name / "run")).state["model"]
+        for name in ("scored", "regular")
+    )
+    error = max(((t - regular[n]).norm() / t.norm()).item() for n, t in scored.items())
+    record_property("relative_error", error)
+    assert error <= 1e-9
+
+
+def test_overhead_is_recorded_once(tokens, tmp_path):  # noqa: F811
+    command = arguments(tokens, tmp_path, "--max_steps 2 --measure_overhead 1")
+    codes, outputs = launch(2, tmp_path / "output", command)
+    assert codes == [0, 0], outputs
+    assert read_config(tmp_path / "run")["measured"]["overhead"] > -1
+
+
+def test_evaluation_is_that_of_one_process(tokens, tmp_path, capsys):  # noqa: F811
+    extra = "--resume --eval_iter 3"  # which two processes cannot share evenly
+    assert train(tokens, tmp_path) == 0
+    capsys.readouterr()
+    assert train(tokens, tmp_path, f"{extra} --eval_only") == 0
+    alone = capsys.readouterr().out
+    command = arguments(tokens, tmp_path, f"{extra} --eval_only --parallel fsdp")
+    codes, outputs = launch(2, tmp_path / "output", command)
+    assert codes == [0, 0] and outputs == [alone, ""] and "after 8 steps" in alone
 
 
 def broken_flush(rank):

@@ -1,9 +1,13 @@
 """Models whose gradients are averaged over several processes: DDP and FSDP2 (`fully_shard`)."""
 
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .errors import GraddotError
@@ -90,3 +94,58 @@ def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> Non
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are there whole at this moment, by name."""
     return {n: p for n, p in model.named_parameters() if not isinstance(p, DTensor)}
+
+
+# States of sharded models, as one process would have them
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Shard a model that is the same in all processes: block by block, then what is left."""
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """A state dict with whole tensors on the CPU in the place of shards, or None unless `keep`.
+
+    To be called by all processes. What is one tensor under two names stays one.
+    """
+    whole: dict[int, Tensor | None] = {}
+
+    def gather(value: Any) -> Any:
+        if isinstance(value, DTensor):
+            if id(value) not in whole:
+                tensor: Any = value.detach()
+                tensor = tensor.full_tensor()
+                whole[id(value)] = tensor.cpu() if keep else None
+            return whole[id(value)]
+        if isinstance(value, Mapping):
+            return {key: gather(item) for key, item in value.items()}
+        return [gather(item) for item in value] if isinstance(value, list) else value
+
+    return gather(state)
+
+
+def _like(tensor: Any, parameter: Tensor) -> Any:
+    """This process's shard of a tensor of a sharded parameter's shape; anything else as it is."""
+    if not isinstance(parameter, DTensor) or getattr(tensor, "shape", None) != parameter.shape:
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors, sharded or not as the model is."""
+    own = model.state_dict(keep_vars=True)
+    model.load_state_dict({name: _like(t, own[name]) for name, t in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load whole tensors, sharded or not as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shards = {
+        index: {key: _like(value, parameters[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": shards})

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
+from .distributed import gathered, load_model, load_optimizer, shard
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .models import DTYPES, build_gpt2, row_losses
@@ -55,7 +56,14 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 class Trainer:
-    """One run: model, data, optimizer, engine and the run's directory."""
+    """One run: model, data, optimizer, engine and the run's directory.
+
+    `distribute` completes it, once all processes have made theirs.
+    """
+
+    wrapped: nn.Module  # what to call in training; `model`, or around it
+    optimizer: torch.optim.Optimizer
+    engine: GradDotProdEngine | None = None
 
     def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
         self.args, self.processes = args, processes
@@ -73,21 +81,27 @@ class Trainer:
         vocab_size = self.data.vocab_size
         model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
         self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
-        self.wrapped: nn.Module = self.model
-        if processes.world > 1:
-            self.wrapped = DistributedDataParallel(self.model)
-        self.optimizer = _optimizer(self.model, args)
         weights = parse_weights(args.domain_weights) if args.domain_weights else None
         self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
-        self.engine: GradDotProdEngine | None = None
+        self.val_batch = None
         if args.method == "GradDotProd":
             val_ids = fixed_batch(self.val_data, args.val_batch_size, args.seed)
-            val_batch = self._to_device(self.val_data.get(val_ids))
-            self.engine = GradDotProdEngine(self.model, val_batch, label_shift=0)
+            self.val_batch = self._to_device(self.val_data.get(val_ids))
         self.run_dir: RunDirectory | None = None
         self.step = 0  # the next to run
         self.stop_signal = 0  # that all processes know of
         self._signal = 0  # that this process got
+
+    def distribute(self) -> None:
+        """Copy or shard the model over the processes; then make the optimizer and the engine."""
+        self.wrapped = self.model
+        if self.processes.world > 1 and self.args.parallel == "fsdp":
+            shard(self.model, self.model.get_submodule("transformer.h").children())
+        elif self.processes.world > 1:
+            self.wrapped = DistributedDataParallel(self.model)
+        self.optimizer = _optimizer(self.model, self.args)
+        if self.val_batch is not None:
+            self.engine = GradDotProdEngine(self.model, self.val_batch, label_shift=0)
 
     # Pieces of a step
 
@@ -167,7 +181,7 @@ class Trainer:
             raise GraddotError(f"{self._path()}: no checkpoint to evaluate")
         if latest is not None:
             checkpoint = load_checkpoint(latest)
-            self.model.load_state_dict(checkpoint.state["model"])
+            load_model(self.model, checkpoint.state["model"])
             self.step = checkpoint.step + 1
         loss = self.evaluate()
         if self.processes.rank == 0:
@@ -177,30 +191,36 @@ class Trainer:
     def evaluate(self) -> float:
         """Mean loss over eval_iter batches of eval_bs blocks of the val set, always the same.
 
-        The processes take turns at the batches.
+        The processes take turns at the batches, all as often, for shards are gathered in step.
         """
         self.model.eval()
         sampler = MixtureSampler(self.val_data, self.args.eval_bs, self.args.seed)
         batches = [sampler.next_batch() for _ in range(self.args.eval_iter)]
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self.device)
-        for i in range(self.processes.rank, len(batches), self.processes.world):
-            x, y = self._to_device(self.val_data.get(batches[i]))
-            losses[i] = self._row_losses(x, y).sum() / y.numel()
+        for turn in range(0, len(batches), self.processes.world):
+            i = turn + self.processes.rank
+            x, y = self._to_device(self.val_data.get(batches[min(i, len(batches) - 1)]))
+            loss = self._row_losses(x, y).sum() / y.numel()
+            if i < len(batches):
+                losses[i] = loss
         self.model.train()
         return self.processes.summed(losses).mean().item()
 
     # State
 
     def _state(self) -> dict[str, Any]:
+        """What a checkpoint holds, which says nothing of processes; whole in the first of them."""
+        first = self.processes.rank == 0
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            # Parameters themselves, so that tied ones can be told.
+            "model": gathered(self.model.state_dict(keep_vars=True), first),
+            "optimizer": gathered(self.optimizer.state_dict(), first),
             "sampler": self.sampler.state_dict(),
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_model(self.model, state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
 
     def _path(self) -> Path:
@@ -245,7 +265,7 @@ class Trainer:
 
     def _may_differ(self) -> list[str]:
         """Settings that a resumed run may change: none that its weights or scores depend on."""
-        names = "resume eval_only results_dir measure_overhead versions commit processes"
+        names = "resume eval_only results_dir measure_overhead versions commit processes parallel"
         names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
         return names.split() + (["max_steps"] if self.args.lr_schedule == "constant" else [])
 
@@ -357,6 +377,7 @@ def run(args: argparse.Namespace) -> int:
     processes = Processes.start(args.device)
     try:
         trainer = processes.together(lambda: Trainer(args, processes))
+        trainer.distribute()
         trainer.evaluate_only() if args.eval_only else trainer.train()
     except (GraddotError, RuntimeError) as error:
         explained = processes.explained(error)

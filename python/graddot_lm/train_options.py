@@ -57,6 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_data_arguments(parser.add_argument_group("data"))
     _add_step_arguments(parser.add_argument_group("steps"))
+    several = parser.add_argument_group(
+        "several processes",
+        "Started by torchrun, processes share the batch, on one GPU each or on CPUs, and write one"
+        " run in a folder that all of them see; any number of them can --resume it.",
+    )
+    several.add_argument(
+        "--parallel",
+        choices=["ddp", "fsdp"],
+        default="ddp",
+        help="every process holds the whole model, or a part of it (default: ddp)",
+    )
     _add_run_arguments(parser.add_argument_group("run"))
     add(
         "--seed", type=int, default=42, help="seed of weights, data order and dropout (default: 42)"
