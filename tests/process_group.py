@@ -7,7 +7,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-TIMEOUT = 60
+TIMEOUT = 120
 PROCESSES = multiprocessing.get_context("fork")  # to import torch anew takes seconds
 
 

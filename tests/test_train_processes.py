@@ -17,7 +17,7 @@ from graddot_lm.train import Trainer
 from process_group import PROCESSES
 from test_train import arguments, assert_same_run, tokens, train  # noqa: F401
 
-TIMEOUT = 90
+TIMEOUT = 150
 STEPS = 20
 FP64 = "--model_dtype float64 --train_dtype float64"
 
@@ -101,7 +101,7 @@ def relative_error(one, other):
     for name in ("step", "sample_id", "domain", "offset", "n_tokens"):
         assert a[name].to_pylist() == b[name].to_pylist(), name
     columns = [(a[name].to_numpy(), b[name].to_numpy()) for name in ("loss", "dot", "lr", "value")]
-    return max(abs(x - y).max() / abs(x).max() for x, y in columns)
+    return max(float(abs(x - y).max() / abs(x).max()) for x, y in columns)
 
 
 def test_torchrun_needs_no_further_flags(tokens, tmp_path, record_property):  # noqa: F811
