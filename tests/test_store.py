@@ -92,20 +92,32 @@ def state_at(step: int) -> dict:
     return {"model": {"w": torch.full((50,), float(step))}, "data": {"position": step * N}}
 
 
-def train(path: Path, steps: int, die_at: int | None = None) -> None:
-    """Create or resume a run, save at every third step, and note in a file what was saved."""
+def part_of(columns: dict, rank: int, world: int) -> dict:
+    """The rows that one of several processes has."""
+    first, last = rank * N // world, (rank + 1) * N // world
+    return {name: column[first:last] for name, column in columns.items()}
+
+
+def train(path: Path, steps: int, die_at: int | None = None, world: int = 1) -> None:
+    """Create or resume a run, save at every third step, and note in a file what was saved.
+
+    Plays `world` processes, the last of which saves first.
+    """
     if die_at is not None:
         die_before_call(die_at)
     if (path / "config.json").exists():
-        run, checkpoint = RunDirectory.resume(path, CONFIG)
+        run, checkpoint = RunDirectory.resume(path, CONFIG, world=world)
     else:
-        run, checkpoint = RunDirectory.create(path, CONFIG), None
+        run, checkpoint = RunDirectory.create(path, CONFIG, world=world), None
+    others = [RunDirectory.join(path, rank, world) for rank in range(world - 1, 0, -1)]
     start = 0 if checkpoint is None else checkpoint.step + 1
     for step in range(start, steps):
-        run.scores.append(rows(step), step)
+        for rank, each in zip(range(world), [run, *others[::-1]], strict=True):
+            each.scores.append(part_of(rows(step), rank, world), step)
         run.metrics.append({"train_loss": [1.0 / (step + 1)], "lr": [0.1]}, step)
-        if step % 3 == 1:
-            run.flush()
+        if step % 3:
+            for each in [*others, run]:
+                each.flush()
         if step % 3 == 2:
             run.save(step, state_at(step), keep=1)
             noted = os.open(path.with_suffix(".noted"), os.O_CREAT | os.O_WRONLY)
@@ -141,8 +153,10 @@ def check_after_kill(path: Path) -> None:
     """What a killed run left is whole, holds all that was saved, and can be resumed exactly."""
     if not (path / "config.json").exists():
         return
-    parts = names(path / "scores")
-    seen = 1 + max((int(p[-16:-8]) for p in parts if not p.startswith(TEMPORARY)), default=-1)
+    try:
+        seen = 1 + max(read_scores(path, ["step"])["step"].to_pylist())
+    except GraddotError:
+        seen = 0
     expect_steps(path, seen)  # before the resume: no gap, no duplicate at any instant
     latest = latest_checkpoint(path)
     saved = -1 if latest is None else load_checkpoint(latest).step
@@ -160,12 +174,13 @@ def check_after_kill(path: Path) -> None:
     assert not list(path.rglob(TEMPORARY + "*"))
 
 
-def test_a_run_may_die_before_any_change_to_the_disk(tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_run_may_die_before_any_change_to_the_disk(tmp_path, world):
     """For each such change in turn: a run dies before it, and the next one goes on to the end."""
     deaths = 0
     while True:
         path = tmp_path / f"run-{deaths}"
-        process = start(train, path, 6, deaths)
+        process = start(train, path, 6, deaths, world)
         process.join()
         check_after_kill(path)
         if process.exitcode == 0:
@@ -173,7 +188,7 @@ def test_a_run_may_die_before_any_change_to_the_disk(tmp_path):
         assert process.exitcode == 9
         deaths += 1
         if deaths % 12 == 0:  # that the next one ends well is much the same for all of them
-            process = start(train, path, 6)
+            process = start(train, path, 6, None, 3 - world)
             process.join()
             assert process.exitcode == 0
             expect_steps(path, 6)

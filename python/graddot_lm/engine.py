@@ -19,9 +19,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import distributed
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .coverage import Coverage, cover
@@ -51,7 +53,9 @@ class _ScoredForward:
         # Without a graph only the first run of a reentrant checkpoint belongs to the step.
         if micro is None or not (micro.running or torch.is_grad_enabled()):
             return self._original(*args, **kwargs)
-        out = FORWARDS[type(self._module)](self._module, self._name, micro.step, *args, **kwargs)
+        self._engine._resolve(micro, self._module, self._name)
+        forward = FORWARDS[distributed.layer_type(self._module)]
+        out = forward(self._module, self._name, micro.step, *args, **kwargs)
         if self._engine._reentrant is not None:
             self._engine._reentrant.watch(tensors_in(out))
         return out
@@ -63,6 +67,9 @@ class _ScoredForward:
         if micro is None:
             return None, (None, None), ("", "")
         micro.step.check_rows(self._name, hidden)
+        if micro.step.tokens is not None:
+            raise GraddotError("per_token needs the model's own head; unfuse_head(model) first")
+        self._engine._resolve(micro, self._module, self._name)
         self._engine._count_by_loss(micro, counts)
         weight, bias = self._module.weight, self._module.bias
         sinks = micro.step.sink(weight), micro.step.sink(bias)  # type: ignore[arg-type]
@@ -82,7 +89,9 @@ class GradDotProdEngine:
 
     Args:
         model: layers of type Linear, HF Conv1D, Embedding and LayerNorm may hold trainable
-            parameters; any other layer with some is refused by name. Parameters may be tied.
+            parameters; any other layer with some is refused by name. Parameters may be tied. It
+            may be wrapped in DistributedDataParallel, before or after, or sharded by `fully_shard`
+            before: each process then has training rows of its own and the same validation rows.
         val_data: a batch of V ≥ 1 validation rows that ride along with the training rows, or a
             dict {target name: batch} for K targets at once; scores are then (K, N). None if
             directions are given, by `compute_directions` or `set_directions`.
@@ -100,6 +109,12 @@ class GradDotProdEngine:
         per_parameter: keep the dots of each parameter for `parameter_dots()`.
         per_token: keep the dots of each token for `token_dots()`; for given directions only.
         store: where `aggregate_and_log` writes; see `ScoreWriter`.
+        global_mean: with several processes and a mean loss, weight all labelled training tokens
+            alike, as one process with all the rows would. Without it each process's mean loss
+            weighs the same, as is usual under DDP and FSDP; the two differ only where processes
+            have different numbers of labelled tokens. Values are those of the weights used.
+        process_group: over which gradients are averaged; needed only where it is done by other
+            means than DDP or `fully_shard`.
 
     Raises GraddotError for parameters that cannot be covered (all of them named, with their share)
     and for validation data without rows or labels.
@@ -118,6 +133,8 @@ class GradDotProdEngine:
         per_parameter: bool = False,
         per_token: bool = False,
         store: ScoreWriter | None = None,
+        global_mean: bool = False,
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         if loss_reduction not in ("mean", "sum"):
             raise GraddotError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
@@ -127,7 +144,11 @@ class GradDotProdEngine:
             raise GraddotError(
                 "per_token needs given directions; leave val_data out and call set_directions"
             )
+        if global_mean and loss_reduction != "mean":
+            raise GraddotError("global_mean weights the terms of a mean; the loss is a sum")
+        model = distributed.unwrapped(model)
         self.model, self.store = model, store
+        self.global_mean, self.process_group = global_mean, process_group
         self.loss_reduction, self.label_shift = loss_reduction, label_shift
         self.ignore_index, self._padding = ignore_index, dict(padding or {})
         self._per_parameter, self._per_token = per_parameter, per_token
@@ -136,6 +157,14 @@ class GradDotProdEngine:
         if val_data is not None:
             self._val = self._read_val_data(val_data)
         self._parameters, self._coverage = cover(model, exclude)
+        names = {id(p): name for name, p in self._parameters.items()}
+        self._owned = {  # by module; a tied parameter has one name in all of them
+            module_name: {
+                key: names[id(p)] for key, p in module._parameters.items() if id(p) in names
+            }
+            for module_name, module in model.named_modules()
+        }
+        self._whole: dict[str, nn.Parameter] = {}
         self._directions: dict[int, Tensor] | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._attached: list[tuple[nn.Module, Any]] = []
@@ -245,7 +274,9 @@ class GradDotProdEngine:
         if optimizer is not None and not updated & {id(p) for p in self._parameters.values()}:
             raise GraddotError("the optimizer updates none of the model's trainable parameters")
         for name, module in self.model.named_modules():
-            if type(module) in FORWARDS and refusal(module) is None:
+            if name not in self._owned:
+                raise GraddotError(f"module {name} is new since the engine was made; make it last")
+            if distributed.layer_type(module) in FORWARDS and refusal(module) is None:
                 self._attached.append((module, module.__dict__.get("forward")))
                 module.forward = _ScoredForward(self, module, name)  # type: ignore[method-assign]
         self._hooks = [
@@ -315,11 +346,8 @@ class GradDotProdEngine:
             leaf: torch.zeros(targets, len(parts[0]) * (tokens or 1), **kwargs)
             for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
         }
-        sinks = {id(self._parameters[name]): leaves[leaf] for name, leaf in leaf_of.items()}
         scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
-        step = Step(
-            len(labels), val_rows, scale.to(first.device), sinks, self._directions or {}, tokens
-        )
+        step = Step(len(labels), val_rows, scale.to(first.device), {}, {}, tokens)
         self._active = MicroBatch(
             step=step,
             iteration=iteration,
@@ -485,7 +513,28 @@ class GradDotProdEngine:
                     f" by its labels and label_shift={self.label_shift}, but the loss used"
                     f" {int(counts[row])}"
                 )
-        micro.set_counts(counts)
+        self._use_counts(micro, counts)
+
+    def _use_counts(self, micro: MicroBatch, counts: Tensor) -> None:
+        """Labelled tokens of each row, and the weight of one in the gradient of all processes."""
+        group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
+        n_train = None
+        if self.global_mean:
+            own = counts[: micro.n].sum().to(micro.step.scale.device)
+            n_train = distributed.summed(own, group)
+        micro.set_counts(counts, distributed.world_size(group), n_train)
+
+    def _resolve(self, micro: MicroBatch, module: nn.Module, name: str) -> None:
+        """Give a layer's parameters, as they are in this forward, what goes by their names."""
+        for key, owned in self._owned[name].items():
+            parameter, known = module._parameters[key], self._parameters[owned]
+            distributed.check_plain(owned, parameter, known)
+            if owned in micro.leaf_of:
+                micro.step.sinks[id(parameter)] = micro.leaves[micro.leaf_of[owned]]
+                if self._directions is not None:
+                    micro.step.directions[id(parameter)] = self._directions[id(known)]
+        if self._label_check is None:
+            self._whole.update(distributed.plain_parameters(self.model))
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self._active
@@ -509,8 +558,10 @@ class GradDotProdEngine:
         items = kwargs.get("num_items_in_batch")
         if items is not None:
             self._divide_by(micro, float(items))
+        counts = micro.counts
         if self.label_shift == "auto" and kwargs.get("labels") is not None:
-            micro.set_counts(self._count(micro.labels, self._shift_of_labels_argument()))
+            counts = self._count(micro.labels, self._shift_of_labels_argument())
+        self._use_counts(micro, counts)
         micro.running = True
 
     def _divide_by(self, micro: MicroBatch, items: float) -> None:
@@ -521,7 +572,6 @@ class GradDotProdEngine:
                 " divide by it; leave it out"
             )
         micro.loss_reduction, micro.items = "sum", items
-        micro.set_counts(micro.counts)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._suspended is not None:
@@ -536,7 +586,9 @@ class GradDotProdEngine:
             return None
         micro.forwarded = True
         if self._label_check is None:
-            check_parameter_uses(output, self._parameters)
+            whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
+            check_parameter_uses(output, whole)
+            self._whole = {}
             self._label_check = LabelCheck(output, micro.labels, micro.counts)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
             self._reentrant = ReentrantCheck(self._parameters, _SCORED)

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graddot_kernels import norm_sample_grads
 
+from .distributed import layer_type
 from .errors import GraddotError
 from .shared_uses import SharedUses
 
@@ -344,6 +345,6 @@ FORWARDS: dict[type[nn.Module], Forward] = {
 
 def refusal(module: nn.Module) -> str | None:
     """Why the parameters directly owned by this module cannot be scored; None if they can."""
-    if type(module) not in FORWARDS:
+    if layer_type(module) not in FORWARDS:
         return f"no rule for layers of type {type(module).__name__}"
     return _embedding_refusal(module) if isinstance(module, nn.Embedding) else None

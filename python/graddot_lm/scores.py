@@ -23,6 +23,7 @@ class MicroBatch:
     loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
+    n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     items: float | None = None  # what a summed loss was divided by: num_items_in_batch
     running: bool = False  # inside the model's forward
     forwarded: bool = False
@@ -40,12 +41,18 @@ class MicroBatch:
         factor = self.loss_scale.grad
         return torch.ones_like(self.loss_scale) if factor is None else factor
 
-    def set_counts(self, counts: Tensor) -> None:
-        """Labelled tokens of each row, (rows,); with them the scale of the training gradient."""
+    def set_counts(self, counts: Tensor, world: int = 1, n_train: Tensor | None = None) -> None:
+        """Labelled tokens of each row, (rows,); with them the scale of the training gradient.
+
+        The gradient is averaged over `world` processes. A training token's weight there is
+        1 / n_train, by default that of a mean over processes of means.
+        """
         self.counts = counts
+        n_train = counts[: self.n].sum() * world if n_train is None else n_train
+        self.n_train = n_train.clamp(min=1).double()
         scale = counts.new_ones((), dtype=torch.float64)
         if self.loss_reduction == "mean":
-            scale = counts.sum() / counts[: self.n].sum().clamp(min=1).double()
+            scale = world * counts.sum().to(n_train.device) / self.n_train
         self.step.scale.copy_(scale)
 
     def _normalised(self, leaf: str) -> Tensor:
@@ -118,14 +125,15 @@ def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
     """
     factors = [micro.loss_factor() for micro in micros]
     tokens = [micro.counts[: micro.n].double() for micro in micros]
+    totals = [micro.n_train for micro in micros if micro.n_train is not None]
     if micros[0].loss_reduction == "mean":
-        tokens = [own / own.sum().clamp(min=1) for own in tokens]
+        tokens = [own / total.to(own.device) for own, total in zip(tokens, totals, strict=True)]
         whole = torch.stack(factors).sum()
     elif micros[0].items is not None:
         whole = torch.stack(factors).mean() * micros[0].items
     else:
-        parts = zip(factors, tokens, strict=True)
-        whole = torch.stack([f * own.sum() for f, own in parts]).sum().clamp(min=1)
+        parts = zip(factors, totals, strict=True)
+        whole = torch.stack([f * total.to(f.device) for f, total in parts]).sum()
     return [own * (f / whole) for own, f in zip(tokens, factors, strict=True)]
 
 

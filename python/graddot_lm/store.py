@@ -3,17 +3,20 @@
     config.json                              settings, versions, commit, parameters covered
     scores/part-<first>-<last step>.parquet  one row a training sample a step
     metrics/part-<first>-<last step>.parquet one row a step
+    scores/part-<first>-<last step>-rank<r>of<w>.parquet  of several processes, each its own rows
     checkpoints/step-<k>/                    the state after step k
 
 Whatever a reader sees is whole. Rows are saved before the checkpoint that follows them, and a
 resumed run first drops the rows beyond its checkpoint: so a process may be killed at any instant,
-and the rows of the resumed run have neither gap nor duplicate.
+and the rows of the resumed run have neither gap nor duplicate. Of several processes the first
+alone changes anything but its own parts; readers pass over a part until its fellows are there.
 """
 
 import fcntl
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,10 +71,12 @@ def scores_schema(targets: Sequence[str] = ()) -> pa.Schema:
 
 
 class Part(NamedTuple):
-    """A file of rows; its name says which steps."""
+    """A file of rows; its name says which steps, and which of how many processes wrote it."""
 
     first: int
     last: int
+    rank: int
+    world: int
     path: Path
 
 
@@ -79,13 +84,23 @@ def _parts(folder: Path) -> list[Part]:
     """The parts in a folder, in the order of their steps."""
     found = []
     for path in folder.glob("part-*-*.parquet"):
-        if match := re.fullmatch(r"part-(\d+)-(\d+)\.parquet", path.name):
-            found.append(Part(int(match[1]), int(match[2]), path))
+        form = r"part-(\d+)-(\d+)(?:-rank(\d+)of(\d+))?\.parquet"
+        if match := re.fullmatch(form, path.name):
+            rank, world = int(match[3] or 0), int(match[4] or 1)
+            found.append(Part(int(match[1]), int(match[2]), rank, world, path))
     return sorted(found)
 
 
-def _part_path(folder: Path, first: int, last: int) -> Path:
-    return folder / f"part-{first:08d}-{last:08d}.parquet"
+def _readable(folder: Path) -> list[Part]:
+    """The parts that all processes have written, in the order of their steps."""
+    parts = _parts(folder)
+    written = Counter((part.first, part.world) for part in parts)
+    return [part for part in parts if written[part.first, part.world] == part.world]
+
+
+def _part_path(folder: Path, first: int, last: int, rank: int, world: int) -> Path:
+    who = f"-rank{rank}of{world}" if world > 1 else ""
+    return folder / f"part-{first:08d}-{last:08d}{who}.parquet"
 
 
 def _encode(table: pa.Table) -> pa.Buffer:
@@ -105,8 +120,9 @@ def _array(field: pa.Field, values: Any) -> pa.Array:
 class PartWriter:
     """Rows of one kind: gathered in memory, saved as one more part by each `flush`."""
 
-    def __init__(self, folder: Path, schema: pa.Schema) -> None:
+    def __init__(self, folder: Path, schema: pa.Schema, rank: int = 0, world: int = 1) -> None:
         self.folder, self.schema = folder, schema
+        self._rank, self._world = rank, world
         self._batches: list[pa.RecordBatch] = []
         self._first = 0
         self._last = self._saved = self._last_saved()
@@ -148,7 +164,8 @@ class PartWriter:
         if not self._batches:
             return
         table = pa.Table.from_batches(self._batches, self.schema)
-        write_atomic(_part_path(self.folder, self._first, self._last), _encode(table))
+        path = _part_path(self.folder, self._first, self._last, self._rank, self._world)
+        write_atomic(path, _encode(table))
         self._batches.clear()
         self._saved = self._last
 
@@ -171,7 +188,8 @@ class PartWriter:
         # First the content, then the name: at no instant are the rows there twice.
         write_atomic(part.path, _encode(table))
         last = pc.max(table["step"]).as_py()
-        os.replace(part.path, _part_path(self.folder, part.first, last))
+        path = _part_path(self.folder, part.first, last, part.rank, part.world)
+        os.replace(part.path, path)
 
 
 def _open(parts: Sequence[Part], schema: pa.Schema) -> ds.Dataset:
@@ -197,7 +215,7 @@ def open_rows(run: str | Path, kind: str = "scores") -> ds.Dataset:
     """
     read_config(run)
     folder = Path(run) / kind
-    parts = _parts(folder)
+    parts = _readable(folder)
     if not parts:
         raise GraddotError(f"{folder}: nothing was saved yet")
     with reading(parts[0].path):
@@ -209,12 +227,19 @@ def open_rows(run: str | Path, kind: str = "scores") -> ds.Dataset:
 def read_scores(run: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """All saved score rows of a run in the order of steps, all columns or those named.
 
+    Within a step they are in the order of the joint batch, however many processes wrote them.
+
     Raises GraddotError if there is no run or no row, for an unknown column, and if a file cannot
     be read.
     """
     dataset = open_rows(run)
+    names = dataset.schema.names if columns is None else list(columns)
     with reading(run):
-        table = dataset.to_table(columns=None if columns is None else list(columns))
+        table = dataset.to_table(columns=[*names, *({"step"} - set(names))])
+    steps = table["step"].to_numpy()
+    if (np.diff(steps) < 0).any():  # parts of several processes
+        table = table.take(np.argsort(steps, kind="stable"))
+    table = table.select(names)
     if "domain" in table.column_names:
         index = table.column_names.index("domain")
         domains = table["domain"].dictionary_encode()
@@ -275,7 +300,8 @@ def check_resume(
 
 @final
 class RunDirectory:
-    """A run that this process writes; one process at a time. Made by `create` or `resume`.
+    """A run that this process writes. Made by `create` or `resume`, and in the further processes
+    of a run that has several, once the first has made it, by `join`; no other writes it then.
 
     `scores` and `metrics` take the rows; `save` saves them and then a checkpoint. Leaving a `with`
     block without an exception saves the rows that are left.
@@ -285,27 +311,33 @@ class RunDirectory:
     # absence from one that was killed before its first, and only the latter may drop all its rows.
     _NONE_YET = Path("checkpoints/none-yet")
 
-    def __init__(self, path: Path, targets: Sequence[str]) -> None:
+    def __init__(self, path: Path, targets: Sequence[str], rank: int = 0, world: int = 1) -> None:
         self.path = path
         with writing(path):
-            for name in (*KINDS, "checkpoints"):
-                (path / name).mkdir(parents=True, exist_ok=True)
+            folders = [path / name for name in (*KINDS, "checkpoints")]
+            if rank == 0:
+                for folder in folders:
+                    folder.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
             try:  # a record lock, which a forked loader that outlives a killed run does not hold
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # Each process holds the byte of its number, the first one all until the run is
+                # made: so it is not made while any process of an earlier start is still there.
+                length = 1 if rank else 0  # 0 is all
+                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, length, rank)
             except (BlockingIOError, PermissionError) as error:
                 os.close(self._lock)
                 raise GraddotError(f"{path}: another process is writing this run") from error
-            for folder in (path, *(path / name for name in (*KINDS, "checkpoints"))):
-                remove_temporary(folder)
-        self.scores = PartWriter(path / "scores", scores_schema(targets))
+            if rank == 0:
+                for folder in (path, *folders):
+                    remove_temporary(folder)
+        self.scores = PartWriter(path / "scores", scores_schema(targets), rank, world)
         self.metrics = PartWriter(path / "metrics", METRICS)
 
     @classmethod
     def create(
-        cls, path: str | Path, config: Mapping, targets: Sequence[str] = ()
+        cls, path: str | Path, config: Mapping, targets: Sequence[str] = (), world: int = 1
     ) -> "RunDirectory":
-        """Begin a run in a new or empty folder; `config` must be of JSON types.
+        """Begin a run of `world` processes in a new or empty folder; `config` of JSON types.
 
         Raises GraddotError if a run or anything else is there, or it cannot be written.
         """
@@ -317,11 +349,27 @@ class RunDirectory:
         with writing(path):
             if any(_foreign(file) for file in path.rglob("*")):
                 raise GraddotError(f"{path}: holds other files; choose a new or empty folder")
-        run = cls(path, targets)
+        run = cls(path, targets, 0, world)
         with writing(path):
             (path / cls._NONE_YET).touch()
         _write_config(path, config)  # last: it is what makes the folder a run
+        run._let_others_join()
         return run
+
+    @classmethod
+    def join(
+        cls, path: str | Path, rank: int, world: int, targets: Sequence[str] = ()
+    ) -> "RunDirectory":
+        """Write the rows of process `rank`, at least 1, to a run that process 0 has made.
+
+        Only `scores`, `flush` and `close` are for this process. Raises GraddotError if there is no
+        run, as where process 0 is on a machine with other files, or `rank` is taken.
+        """
+        read_config(path)
+        return cls(Path(path), targets, rank, world)
+
+    def _let_others_join(self) -> None:
+        fcntl.lockf(self._lock, fcntl.LOCK_UN, 0, 1)
 
     @classmethod
     def resume(
@@ -330,15 +378,16 @@ class RunDirectory:
         config: Mapping,
         may_differ: Sequence[str] = ("max_steps",),
         targets: Sequence[str] = (),
+        world: int = 1,
     ) -> tuple["RunDirectory", Checkpoint | None]:
         """Go on with a run from its latest checkpoint; None if it was killed before its first.
 
-        Drops the rows of later steps. Raises GraddotError, and drops nothing, if settings differ
+        Drops the rows of later steps; `world` need not be that of before. Raises GraddotError, and drops nothing, if settings differ
         (see `check_resume`), the checkpoints are lost or damaged, or another process has the run.
         """
         path = Path(path)
         check_resume(path, config, may_differ)
-        run = cls(path, targets)
+        run = cls(path, targets, 0, world)
         latest = latest_checkpoint(path)
         if latest is None and not (path / cls._NONE_YET).exists():
             raise GraddotError(
@@ -350,6 +399,7 @@ class RunDirectory:
             rows.truncate_after(-1 if checkpoint is None else checkpoint.step)
         measured = read_config(path).get("measured")
         _write_config(path, {**config, "measured": measured} if measured else config)
+        run._let_others_join()
         return run, checkpoint
 
     def flush(self) -> None:

@@ -1,4 +1,8 @@
-"""`graddot train`: GPT-2 on tokenized domains, with a score for every sample at every step."""
+"""`graddot train`: GPT-2 on tokenized domains, with a score for every sample at every step.
+
+Under torchrun each process trains on its part of the joint batch and writes its rows' scores;
+process 0 alone writes everything else. What ends or stops one process is agreed on by all.
+"""
 
 import argparse
 import math
@@ -13,13 +17,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import latest_checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
+from .distributed import gathered, load_model, load_optimizer, shard
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .models import DTYPES, build_gpt2
+from .processes import Processes, seed_step
 from .store import RunDirectory
 from .train_options import (
     add_arguments,  # noqa: F401 (the command line looks here)
@@ -49,11 +56,23 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
 
 
 class Trainer:
-    """One run: model, data, optimizer, engine and the run's directory."""
+    """One run: model, data, optimizer, engine and the run's directory.
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
-        self.device = torch.device(args.device)
+    `distribute` completes it, once all processes have made theirs.
+    """
+
+    wrapped: nn.Module  # what to call in training; `model`, or around it
+    optimizer: torch.optim.Optimizer
+    engine: GradDotProdEngine | None = None
+
+    def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
+        self.args, self.processes = args, processes
+        self.device = processes.device
+        if args.batch_size % processes.world:
+            raise GraddotError(
+                f"--batch_size is {args.batch_size}; {processes.world} processes share it, so it"
+                f" must be a multiple of {processes.world}"
+            )
         torch.manual_seed(args.seed)
         self.data = TokenData(args.pile_data_dir, "train", args.train_set, args.block_size)
         self.val_data = TokenData(args.pile_data_dir, "val", args.val_set, args.block_size)
@@ -62,17 +81,27 @@ class Trainer:
         vocab_size = self.data.vocab_size
         model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
         self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
-        self.optimizer = _optimizer(self.model, args)
         weights = parse_weights(args.domain_weights) if args.domain_weights else None
         self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
-        self.engine: GradDotProdEngine | None = None
+        self.val_batch = None
         if args.method == "GradDotProd":
             val_ids = fixed_batch(self.val_data, args.val_batch_size, args.seed)
-            val_batch = self._to_device(self.val_data.get(val_ids))
-            self.engine = GradDotProdEngine(self.model, val_batch, label_shift=0)
+            self.val_batch = self._to_device(self.val_data.get(val_ids))
         self.run_dir: RunDirectory | None = None
         self.step = 0  # the next to run
-        self.stop_signal: int | None = None
+        self.stop_signal = 0  # that all processes know of
+        self._signal = 0  # that this process got
+
+    def distribute(self) -> None:
+        """Copy or shard the model over the processes; then make the optimizer and the engine."""
+        self.wrapped = self.model
+        if self.processes.world > 1 and self.args.parallel == "fsdp":
+            shard(self.model, self.model.get_submodule("transformer.h").children())
+        elif self.processes.world > 1:
+            self.wrapped = DistributedDataParallel(self.model)
+        self.optimizer = _optimizer(self.model, self.args)
+        if self.val_batch is not None:
+            self.engine = GradDotProdEngine(self.model, self.val_batch, label_shift=0)
 
     # Pieces of a step
 
@@ -88,7 +117,8 @@ class Trainer:
     def _losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """The mean loss over all rows, and that of each row, (rows,)."""
         with self._autocast():
-            out = self.model(x, labels=y)
+            model = self.wrapped if self.model.training else self.model
+            out = model(x, labels=y)
         return out.loss, out.token_losses.mean(1)
 
     def _backward(self, x: Tensor, y: Tensor, tag: Any) -> Tensor:
@@ -107,14 +137,15 @@ class Trainer:
 
     def _one_step(self) -> float:
         """Train on the next batch, log its scores; the mean training loss."""
-        ids = self.sampler.next_batch()
+        ids = self.processes.share(self.sampler.next_batch())
+        seed_step(self.args.seed, self.step, self.processes.rank)
         lr = learning_rate(self.step, self.args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         losses = self._backward(*self._to_device(self.data.get(ids)), ids)
-        loss = losses.mean().item()
+        loss = self._agreed(losses)
         if not math.isfinite(loss) and self.args.on_nan == "stop":
-            raise GraddotError(self._nan_message(loss))
+            self.processes.fail(self._nan_message(loss))
         if self.args.grad_clip > 0:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
         self.optimizer.step()
@@ -126,6 +157,15 @@ class Trainer:
                 "loss": losses.float().cpu(),
             }
             self.engine.aggregate_and_log(columns)
+        return loss
+
+    def _agreed(self, losses: Tensor) -> float:
+        """The mean loss over all processes, which at the same time learn of each other's signals."""
+        rank, world = self.processes.rank, self.processes.world
+        report = torch.zeros(1 + world, dtype=torch.float64, device=self.device)
+        report[0], report[1 + rank] = losses.mean() / world, self._signal
+        loss, *signals = self.processes.summed(report).tolist()
+        self.stop_signal = int(max(signals))
         return loss
 
     def _nan_message(self, loss: float) -> str:
@@ -143,61 +183,91 @@ class Trainer:
             raise GraddotError(f"{self._path()}: no checkpoint to evaluate")
         if latest is not None:
             checkpoint = load_checkpoint(latest)
-            self.model.load_state_dict(checkpoint.state["model"])
+            load_model(self.model, checkpoint.state["model"])
             self.step = checkpoint.step + 1
-        print(f"val loss {self.evaluate():.4f} after {self.step} steps")
+        loss = self.evaluate()
+        if self.processes.rank == 0:
+            print(f"val loss {loss:.4f} after {self.step} steps")
 
     @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over eval_iter batches of eval_bs blocks of the val set, always the same."""
+        """Mean loss over eval_iter batches of eval_bs blocks of the val set, always the same.
+
+        The processes take turns at the batches, all as often, for shards are gathered in step.
+        """
         self.model.eval()
         sampler = MixtureSampler(self.val_data, self.args.eval_bs, self.args.seed)
-        losses = []
-        for _ in range(self.args.eval_iter):
-            x, y = self._to_device(self.val_data.get(sampler.next_batch()))
-            losses.append(self._losses(x, y)[0])
+        batches = [sampler.next_batch() for _ in range(self.args.eval_iter)]
+        losses = torch.zeros(len(batches), dtype=torch.float64, device=self.device)
+        for turn in range(0, len(batches), self.processes.world):
+            i = turn + self.processes.rank
+            x, y = self._to_device(self.val_data.get(batches[min(i, len(batches) - 1)]))
+            loss, _ = self._losses(x, y)
+            if i < len(batches):
+                losses[i] = loss
         self.model.train()
-        return torch.stack(losses).mean().item()
+        return self.processes.summed(losses).mean().item()
 
     # State
 
     def _state(self) -> dict[str, Any]:
-        cuda = torch.cuda.get_rng_state_all() if self.device.type == "cuda" else []
+        """What a checkpoint holds, which says nothing of processes; whole in the first of them."""
+        first = self.processes.rank == 0
         return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            # Parameters themselves, so that tied ones can be told.
+            "model": gathered(self.model.state_dict(keep_vars=True), first),
+            "optimizer": gathered(self.optimizer.state_dict(), first),
             "sampler": self.sampler.state_dict(),
-            "rng": {"cpu": torch.get_rng_state(), "cuda": cuda},
         }
 
     def _load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_model(self.model, state["model"])
+        load_optimizer(self.optimizer, state["optimizer"])
         self.sampler.load_state_dict(state["sampler"])
-        torch.set_rng_state(state["rng"]["cpu"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state_all(state["rng"]["cuda"])
 
     def _path(self) -> Path:
         return Path(self.args.results_dir) / self.args.run_name
 
     def _open_run(self) -> None:
-        config = describe(self.args, self.data, self.model, self.engine)
-        path = self._path()
-        if self.args.resume and (path / "config.json").exists():
-            self.run_dir, checkpoint = RunDirectory.resume(path, config, self._may_differ())
-            if checkpoint is not None:
-                self._load_state(checkpoint.state)
-                self.step = checkpoint.step + 1
-        else:
-            self.run_dir = RunDirectory.create(path, config)
+        """Process 0 makes the run or truncates it to its last checkpoint; then the others join."""
+        first = self.processes.rank == 0
+        made = self.processes.together(self._make_run if first else lambda: None)
+        checkpoint = self.processes.together((lambda: made) if first else self._join_run)
+        if checkpoint is not None:
+            self._load_state(checkpoint.state)
+            self.step = checkpoint.step + 1
+        assert self.run_dir is not None
         if self.engine is not None:
             self.engine.store = self.run_dir.scores
             self.engine.attach(self.optimizer)
 
+    def _make_run(self) -> Checkpoint | None:
+        config = describe(self.args, self.data, self.model, self.engine, self.processes.world)
+        path, world = self._path(), self.processes.world
+        if self.args.resume and (path / "config.json").exists():
+            may_differ = self._may_differ()
+            self.run_dir, checkpoint = RunDirectory.resume(path, config, may_differ, world=world)
+            return checkpoint
+        self.run_dir = RunDirectory.create(path, config, world=world)
+        return None
+
+    def _join_run(self) -> Checkpoint | None:
+        path = self._path()
+        self.run_dir = RunDirectory.join(path, self.processes.rank, self.processes.world)
+        latest = latest_checkpoint(path)
+        return None if latest is None else load_checkpoint(latest)
+
+    def _save(self, step: int) -> None:
+        """Rows of all processes first, then the checkpoint that counts on them."""
+        assert self.run_dir is not None
+        run_dir, state = self.run_dir, self._state()
+        self.processes.together(run_dir.flush)
+        if self.processes.rank == 0:
+            run_dir.save(step, state)
+
     def _may_differ(self) -> list[str]:
         """Settings that a resumed run may change: none that its weights or scores depend on."""
-        names = "resume eval_only results_dir measure_overhead versions commit"
+        names = "resume eval_only results_dir measure_overhead versions commit processes parallel"
         names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
         return names.split() + (["max_steps"] if self.args.lr_schedule == "constant" else [])
 
@@ -213,26 +283,28 @@ class Trainer:
             total=self.args.max_steps,
             initial=self.step,
             unit="step",
-            disable=not sys.stderr.isatty(),
+            disable=self.processes.rank > 0 or not sys.stderr.isatty(),
         )
         try:
-            while self.step < self.args.max_steps and self.stop_signal is None:
+            while self.step < self.args.max_steps and not self.stop_signal:
                 self._step_and_save(bar)
-        except GraddotError:
+        except (GraddotError, SystemExit):
             self.run_dir.flush()  # rows of finished steps; the last checkpoint stays as it is
             raise
         finally:
             bar.close()
         if self.step > 0:
-            self.run_dir.save(self.step - 1, self._state())
-        if self.stop_signal is not None:
+            self._save(self.step - 1)
+        if self.stop_signal:
             name = signal.Signals(self.stop_signal).name
-            raise GraddotError(f"stopped by {name} after step {self.step - 1}; go on with --resume")
+            self.processes.fail(
+                f"stopped by {name} after step {self.step - 1}; go on with --resume"
+            )
         if self.args.measure_overhead:
             self._measure_overhead()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        self.stop_signal = number
+        self._signal = number
 
     def _step_and_save(self, bar: tqdm) -> None:
         assert self.run_dir is not None
@@ -243,18 +315,20 @@ class Trainer:
         val_loss = None
         if done % self.args.eval_interval == 0 or done == self.args.max_steps:
             val_loss = self.evaluate()
-            bar.write(f"step {self.step}: val loss {val_loss:.4f}", file=sys.stderr)
+            if self.processes.rank == 0:
+                bar.write(f"step {self.step}: val loss {val_loss:.4f}", file=sys.stderr)
         row = {
             "train_loss": [loss],
             "val_loss": [val_loss],
             "lr": [self.optimizer.param_groups[0]["lr"]],
             "tokens_per_s": [tokens_per_s],
         }
-        self.run_dir.metrics.append(row, self.step)
+        if self.processes.rank == 0:
+            self.run_dir.metrics.append(row, self.step)
         if done % self.args.checkpoint_interval == 0:
-            self.run_dir.save(self.step, self._state())
+            self._save(self.step)
         elif done % self.args.dot_prod_save_interval == 0:
-            self.run_dir.flush()
+            self.processes.together(self.run_dir.flush)
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}", refresh=False)
         bar.update()
         self.step = done
@@ -264,7 +338,8 @@ class Trainer:
         assert self.run_dir is not None and self.engine is not None
         engine, self.engine = self.engine, None
         engine.store = None
-        batch = self._to_device(self.data.get(self.sampler.next_batch()))
+        ids = self.processes.share(self.sampler.next_batch())
+        batch = self._to_device(self.data.get(ids))
         val = self._to_device(
             self.val_data.get(fixed_batch(self.val_data, self.args.val_batch_size, self.args.seed))
         )
@@ -289,6 +364,8 @@ class Trainer:
                 seconds[name].append(time.perf_counter() - start)
                 self.optimizer.zero_grad(set_to_none=True)
         self.engine = engine
+        if self.processes.rank:
+            return
         median = {name: statistics.median(times) for name, times in seconds.items()}
         self.run_dir.record(
             overhead=median["graddot"] / median["regular_nv"] - 1,
@@ -299,13 +376,19 @@ class Trainer:
 def run(args: argparse.Namespace) -> int:
     """`graddot train` with parsed arguments."""
     check(args)
-    trainer = Trainer(args)
-    if args.eval_only:
-        trainer.evaluate_only()
-        return 0
-    trainer.train()
-    assert trainer.run_dir is not None
-    print(f"{trainer.step} steps are in {trainer.run_dir.path}")
-    if trainer.engine is not None:
-        print(f"see which data helped: graddot scores {trainer.run_dir.path}")
+    processes = Processes.start(args.device)
+    try:
+        trainer = processes.together(lambda: Trainer(args, processes))
+        trainer.distribute()
+        trainer.evaluate_only() if args.eval_only else trainer.train()
+    except (GraddotError, RuntimeError) as error:
+        explained = processes.explained(error)
+        if explained is None:
+            raise
+        raise explained from error
+    processes.end()
+    if processes.rank == 0 and trainer.run_dir is not None:
+        print(f"{trainer.step} steps are in {trainer.run_dir.path}")
+        if trainer.engine is not None:
+            print(f"see which data helped: graddot scores {trainer.run_dir.path}")
     return 0

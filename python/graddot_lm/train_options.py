@@ -57,6 +57,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     _add_data_arguments(parser.add_argument_group("data"))
     _add_step_arguments(parser.add_argument_group("steps"))
+    several = parser.add_argument_group(
+        "several processes",
+        "Started by torchrun, processes share the batch, on one GPU each or on CPUs, and write one"
+        " run in a folder that all of them see; any number of them can --resume it.",
+    )
+    several.add_argument(
+        "--parallel",
+        choices=["ddp", "fsdp"],
+        default="ddp",
+        help="every process holds the whole model, or a part of it (default: ddp)",
+    )
     _add_run_arguments(parser.add_argument_group("run"))
     add(
         "--seed", type=int, default=42, help="seed of weights, data order and dropout (default: 42)"
@@ -93,7 +104,7 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
 
 def _add_step_arguments(steps: argparse._ArgumentGroup) -> None:
     for name, default, text in (
-        ("batch_size", 16, "training samples a step"),
+        ("batch_size", 16, "training samples a step, shared by all processes"),
         ("val_batch_size", 1, "validation samples that ride along; the same in every step"),
         ("max_steps", 10000, "steps of the whole run"),
         ("warmup_step", 100, "steps of linear learning-rate warm-up"),
@@ -194,7 +205,11 @@ def _commit() -> str | None:
 
 
 def describe(
-    args: argparse.Namespace, data: TokenData, model: nn.Module, engine: GradDotProdEngine | None
+    args: argparse.Namespace,
+    data: TokenData,
+    model: nn.Module,
+    engine: GradDotProdEngine | None,
+    processes: int,
 ) -> dict[str, Any]:
     """What config.json records: every setting, versions, commit, and what the scores cover."""
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
@@ -204,6 +219,7 @@ def describe(
         "data_fingerprint": data.fingerprint,
         "tokenizer": str((Path(args.pile_data_dir) / "tokenizer.json").resolve()),
         "vocab_size": data.vocab_size,
+        "processes": processes,
         "parameters": sum(p.numel() for p in model.parameters()),
         "versions": {
             "graddot": graddot_kernels.__version__,

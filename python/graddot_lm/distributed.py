@@ -1,0 +1,151 @@
+"""Models whose gradients are averaged over several processes: DDP and FSDP2 (`fully_shard`)."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .errors import GraddotError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DistributedDataParallel, or the model itself.
+
+    Raises GraddotError for DataParallel and FullyShardedDataParallel, under which a layer does not
+    see the whole batch or its own parameters.
+    """
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    for name, module in model.named_modules():
+        if isinstance(module, (DataParallel, DistributedDataParallel, FullyShardedDataParallel)):
+            raise GraddotError(
+                f"{name or 'the model'} is a {type(module).__name__}, in which layers cannot be"
+                " scored; wrap the whole model in DistributedDataParallel, or use"
+                " torch.distributed.fsdp.fully_shard"
+            )
+    return model
+
+
+def layer_type(module: nn.Module) -> type:
+    """A module's class, as it was before `fully_shard` made it a subclass."""
+    return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
+
+
+def averaging_group(
+    parameters: list[nn.Parameter], given: dist.ProcessGroup | None
+) -> dist.ProcessGroup | None:
+    """The processes over which the gradients of the forward under way will be averaged.
+
+    `given` if there is one, else that of the DistributedDataParallel that runs, or that over which
+    the parameters are sharded; None where gradients stay in one process.
+    """
+    if given is not None:
+        return given
+    if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
+        return wrapper.process_group
+    mesh = next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
+    if mesh is None:
+        return None
+    if mesh.size() == dist.get_world_size():
+        return dist.group.WORLD
+    if mesh.ndim == 1:
+        return mesh.get_group()
+    raise GraddotError(
+        f"the parameters are sharded over a mesh of {mesh.size()} of {dist.get_world_size()}"
+        " processes in several dimensions; pass process_group, the group of all of them"
+    )
+
+
+def world_size(group: dist.ProcessGroup | None) -> int:
+    return 1 if group is None else dist.get_world_size(group)
+
+
+def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """The sum over the processes of a group."""
+    if group is None:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value, group=group)
+    return value
+
+
+def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> None:
+    """Raise unless a layer sees, in its forward, the whole of the parameter `known` by this name.
+
+    `fully_shard` puts the whole parameter in the place of the shard for the forward.
+    """
+    if isinstance(parameter, DTensor):
+        raise GraddotError(
+            f"{name} is a DTensor inside the forward, as under tensor parallelism, which cannot be"
+            " scored; of DTensors only those of fully_shard can"
+        )
+    if parameter is not known and not isinstance(known, DTensor):
+        raise GraddotError(
+            f"{name} was replaced since the engine was made; make the engine last, after"
+            " fully_shard and whatever else replaces parameters"
+        )
+
+
+def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that are there whole at this moment, by name."""
+    return {n: p for n, p in model.named_parameters() if not isinstance(p, DTensor)}
+
+
+# States of sharded models, as one process would have them
+
+
+def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
+    """Shard a model that is the same in all processes: block by block, then what is left."""
+    for block in blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def gathered(state: Any, keep: bool) -> Any:
+    """A state dict with whole tensors on the CPU in the place of shards, or None unless `keep`.
+
+    To be called by all processes. What is one tensor under two names stays one.
+    """
+    whole: dict[int, Tensor | None] = {}
+
+    def gather(value: Any) -> Any:
+        if isinstance(value, DTensor):
+            if id(value) not in whole:
+                tensor: Any = value.detach()
+                tensor = tensor.full_tensor()
+                whole[id(value)] = tensor.cpu() if keep else None
+            return whole[id(value)]
+        if isinstance(value, Mapping):
+            return {key: gather(item) for key, item in value.items()}
+        return [gather(item) for item in value] if isinstance(value, list) else value
+
+    return gather(state)
+
+
+def _like(tensor: Any, parameter: Tensor) -> Any:
+    """This process's shard of a tensor of a sharded parameter's shape; anything else as it is."""
+    if not isinstance(parameter, DTensor) or getattr(tensor, "shape", None) != parameter.shape:
+        return tensor
+    mesh, placements = parameter.device_mesh, parameter.placements
+    return distribute_tensor(tensor.to(parameter.device), mesh, placements, src_data_rank=None)
+
+
+def load_model(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Load whole tensors, sharded or not as the model is."""
+    own = model.state_dict(keep_vars=True)
+    model.load_state_dict({name: _like(t, own[name]) for name, t in state.items()})
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Load whole tensors, sharded or not as the parameters are."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    shards = {
+        index: {key: _like(value, parameters[index]) for key, value in values.items()}
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict({**state, "state": shards})

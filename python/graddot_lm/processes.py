@@ -1,0 +1,111 @@
+"""The processes of one run, as torchrun starts them, and what they agree on.
+
+A run in one process goes through the same calls, which then do nothing.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NoReturn, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import GraddotError
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's number among `world`, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, device: str) -> "Processes":
+        """Join the processes that torchrun's environment names: gloo on CPUs, nccl on GPUs.
+
+        Raises GraddotError if there are fewer GPUs than processes or they cannot be reached.
+        """
+        world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+        if world == 1:
+            return cls(0, 1, torch.device(device))
+        rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
+        kind = torch.device(device)
+        if kind.type == "cuda":
+            if kind.index is not None:
+                raise GraddotError(f"--device is {device}; several processes need plain cuda")
+            if local_rank >= torch.cuda.device_count():
+                raise GraddotError(
+                    f"{torch.cuda.device_count()} GPUs for {local_rank + 1} processes or more on"
+                    " this machine; start one process a GPU"
+                )
+            kind = torch.device("cuda", local_rank)
+            torch.cuda.set_device(kind)
+        try:
+            dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
+        except (RuntimeError, ValueError) as error:
+            raise GraddotError(f"the run's processes cannot reach each other: {error}") from error
+        return cls(rank, world, kind)
+
+    def end(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def share(self, sample_ids: np.ndarray) -> np.ndarray:
+        """This process's part of a joint batch, whose length is a multiple of `world`."""
+        count = len(sample_ids) // self.world
+        return sample_ids[self.rank * count : (self.rank + 1) * count]
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The elementwise sum over all processes."""
+        if self.world > 1:
+            values = values.to(self.device)
+            dist.all_reduce(values)
+        return values
+
+    def together(self, function: Callable[[], Result]) -> Result:
+        """Call `function` on every process and go on once all have; see `fail` if one cannot."""
+        problem, result = None, None
+        try:
+            result = function()
+        except GraddotError as error:
+            problem = str(error)
+        problems: list[str | None] = [problem]
+        if self.world > 1:
+            problems = [None] * self.world
+            dist.all_gather_object(problems, problem)
+        for rank, text in enumerate(problems):
+            if text is not None:
+                self.fail(text if rank == 0 else f"process {rank}: {text}")
+        return result  # type: ignore[return-value]
+
+    def fail(self, message: str) -> NoReturn:
+        """End all processes, each of which must call this: the first with a GraddotError."""
+        if self.rank == 0:
+            raise GraddotError(message)
+        raise SystemExit(2)
+
+    def explained(self, error: Exception) -> GraddotError | None:
+        """What to tell people of an error that ends this process alone; None to let it be."""
+        if isinstance(error, GraddotError):
+            where = f"process {self.rank} of {self.world}: " if self.rank else ""
+            return GraddotError(f"{where}{error}")
+        if self.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            return GraddotError(
+                f"process {self.rank} of {self.world}: another process of the run has ended or"
+                f" cannot be reached, so this one ends too. The cause is above or below, if that"
+                f" process could tell it ({str(error).splitlines()[0]})"
+            )
+        return None
+
+
+def seed_step(seed: int, step: int, rank: int) -> None:
+    """Dropout's generators for one step: so a resumed run needs no state of theirs."""
+    entropy = np.random.SeedSequence([abs(seed), step, rank]).generate_state(2)
+    torch.manual_seed(int(entropy[0]) << 32 | int(entropy[1]))

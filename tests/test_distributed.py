@@ -1,0 +1,204 @@
+"""DDP and FSDP2 against one float64 process that has all the rows."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import GraddotError, GradDotProdEngine
+from process_group import on_processes
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+ROWS, STEPS, LR, MOMENTUM = 8, 10, 0.1, 0.9
+# fp32 against float64, over ten steps; the rule for dots is that of test_engine.py.
+TOLERANCE = 1e-5
+
+
+def batch(step, ragged):
+    return token_batch(ROWS, 17, seed=step, ragged=ragged)
+
+
+def val_batch():
+    return token_batch(2, 17, seed=99, ragged=True)
+
+
+def own(rows, rank, world):
+    """The part of a joint batch that a process has."""
+    return rows[rank * ROWS // world : (rank + 1) * ROWS // world]
+
+
+class Rows:
+    """A store that keeps the values."""
+
+    def __init__(self):
+        self.values = []
+
+    def append(self, rows, step):
+        self.values.append(torch.as_tensor(rows["value"]))
+
+
+def fully_sharded(model):
+    """As is usual: block by block, layers that are large on their own, then what is left."""
+    for block in model.transformer.h:
+        fully_shard(block)
+    if not model.config.tie_word_embeddings:
+        fully_shard(model.lm_head)
+    return fully_shard(model)
+
+
+def whole(tensor):
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def ten_steps(rank, world, kind, tied, ragged, global_mean):
+    """Scores (STEPS, rows), values and weights of a run in which this process has its own rows."""
+    inner = model = tiny_gpt2(tied=tied)
+    if kind in ("ddp", "ddp-wrapper"):
+        model = DistributedDataParallel(inner)
+    if kind == "fsdp":
+        fully_sharded(inner)
+    store = Rows()
+    engine = GradDotProdEngine(
+        model if kind == "ddp-wrapper" else inner, val_batch(), store=store, global_mean=global_mean
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    engine.attach(optimizer)
+    scores = []
+    for step in range(STEPS):
+        x, y = (own(rows, rank, world) for rows in batch(step, ragged))
+        engine.attach_train_batch(x, y, step, torch.arange(len(x)))
+        xx, yy = engine.prepare_forward_input(x, y)
+        model(xx, labels=yy).loss.backward()
+        engine.prepare_gradients()
+        optimizer.step()
+        optimizer.zero_grad()
+        scores.append(engine.aggregate_and_log())
+    weights = {name: whole(p.detach()) for name, p in inner.named_parameters()}
+    return torch.stack(scores), torch.stack(store.values), weights
+
+
+@functools.cache
+def reference(tied, ragged, groups):
+    """The same in float64 with all rows, `groups` of which weigh alike by their mean losses."""
+    model = tiny_gpt2(tied=tied).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR, momentum=MOMENTUM)
+    scores, scales, values = [], [], []
+    for step in range(STEPS):
+        x, y = batch(step, ragged)
+        dots, scale = (total(d) for d in sample_dots(model, (x, y), val_batch()))
+        parts = [(own(x, g, groups), own(y, g, groups)) for g in range(groups)]
+        grads = [gradient(model, *part) for part in parts]
+        counts = [(part[1][:, 1:] != -100).sum(1) for part in parts]
+        share = torch.cat([c / c.sum().double() / groups for c in counts])
+        scores.append(dots)
+        scales.append(scale)
+        values.append(LR * share * dots)
+        for name, p in model.named_parameters():
+            p.grad = sum(g[name] for g in grads) / groups
+        optimizer.step()
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+    return torch.stack(scores), torch.stack(scales), torch.stack(values), weights
+
+
+def errors(got, want):
+    """Largest relative errors of scores, values and weights."""
+    scores, values = (torch.cat([result[i] for result in got], 1) for i in (0, 1))
+    want_scores, scales, want_values, want_weights = want
+    allowed = torch.maximum(want_scores.abs(), 0.1 * scales)
+    yield ((scores - want_scores).abs() / allowed).max().item()
+    yield ((values - want_values).abs() / (allowed * (want_values / want_scores))).max().item()
+    for _, _, weights in got:
+        yield max(
+            ((weights[name] - w).norm() / w.norm()).item() for name, w in want_weights.items()
+        )
+
+
+CASES = [
+    # kind, processes, tied, ragged, global_mean
+    ("ddp", 2, True, False, False),
+    ("ddp", 2, True, True, False),
+    ("ddp", 2, False, True, True),
+    ("ddp-wrapper", 4, True, True, True),
+    ("ddp-wrapper", 4, False, False, False),
+    ("fsdp", 2, True, True, False),
+    ("fsdp", 2, False, True, True),
+    ("fsdp", 4, True, True, True),
+    ("fsdp", 4, False, False, False),
+]
+
+
+@pytest.mark.parametrize(
+    "kind, world, tied, ragged, global_mean",
+    CASES,
+    ids=[
+        f"{kind}-{world}-{'tied' if tied else 'untied'}-{'ragged' if ragged else 'full'}"
+        + ("-global" if global_mean else "")
+        for kind, world, tied, ragged, global_mean in CASES
+    ],
+)
+def test_several_processes_equal_one(
+    tmp_path, record_property, kind, world, tied, ragged, global_mean
+):
+    got = on_processes(world, tmp_path, ten_steps, kind, tied, ragged, global_mean)
+    want = reference(tied, ragged, world if ragged and not global_mean else 1)
+    found = list(errors(got, want))
+    record_property("relative_error", max(found))
+    assert max(found) <= TOLERANCE, found
+
+
+class Borrowed(nn.Module):
+    """Reads the weight of one layer behind its back, in another that runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return F.linear(self.second(x), self.first.weight)
+
+
+def one_step(model, x, y):
+    engine = GradDotProdEngine(model, (x, y), label_shift=0)
+    engine.attach()
+    engine.attach_train_batch(x, y, 0, None)
+    F.cross_entropy(model(engine.prepare_forward_input(x, y)[0]), torch.cat([y, y])).backward()
+
+
+def refused(rank, world):
+    """Messages for what cannot be scored under several processes."""
+    x, y = torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
+    mesh = torch.distributed.init_device_mesh("cpu", (world,))
+    parallel, late = nn.Linear(4, 4), nn.Linear(4, 4)
+    parallel.weight = nn.Parameter(distribute_tensor(parallel.weight.detach(), mesh, [Shard(0)]))
+    engine = GradDotProdEngine(late, (x, y))
+    engine.attach()
+    fully_shard(late)
+    engine.attach_train_batch(x, y, 0, None)
+    attempts = {
+        "borrowed": lambda: one_step(fully_shard(Borrowed()), x, y),
+        "tensor-parallel": lambda: one_step(parallel, x, y),
+        "late": lambda: late(torch.cat([x, x])),
+        "parallel": lambda: one_step(nn.DataParallel(nn.Linear(4, 4)), x, y),
+        "inside": lambda: one_step(nn.Sequential(DistributedDataParallel(nn.Linear(4, 4))), x, y),
+    }
+    messages = {}
+    for name, attempt in attempts.items():
+        try:
+            attempt()
+            messages[name] = "not refused"
+        except GraddotError as error:
+            messages[name] = str(error)
+    return messages
+
+
+def test_refusals(tmp_path):
+    for messages in on_processes(2, tmp_path, refused):
+        assert "first.weight (by " in messages["borrowed"], messages
+        assert "weight is a DTensor inside the forward" in messages["tensor-parallel"], messages
+        assert "was replaced since the engine was made" in messages["late"], messages
+        assert "the model is a DataParallel" in messages["parallel"], messages
+        assert "0 is a DistributedDataParallel" in messages["inside"], messages
