@@ -179,7 +179,9 @@ class GradDotProdEngine:
         names = {id(p): name for name, p in self._parameters.items()}
         self._owned = {  # by module; a tied parameter has one name in all of them
             module_name: {
-                key: names[id(p)] for key, p in module._parameters.items() if id(p) in names
+                key: names[id(p)]
+                for key, p in module.named_parameters(remove_duplicate=False)
+                if id(p) in names
             }
             for module_name, module in model.named_modules()
         }
@@ -405,8 +407,12 @@ class GradDotProdEngine:
 
     def _resolve(self, micro: _MicroBatch, module: nn.Module, name: str) -> None:
         """Give a layer's parameters, as they are in this forward, the sinks of their names."""
-        for key, owned in self._owned[name].items():
-            parameter = module._parameters[key]
+        for key, parameter in module.named_parameters(remove_duplicate=False):
+            owned = self._owned[name].get(key)
+            if owned is None:
+                if parameter.requires_grad:
+                    raise GraddotError(f"{name}.{key} was frozen when the engine was made")
+                continue
             distributed.check_plain(owned, parameter, self._parameters[owned])
             if owned not in self._coverage.excluded:
                 leaf = micro.leaves[owned if self._per_parameter else "total"]
