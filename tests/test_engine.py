@@ -394,6 +394,22 @@ def test_a_shared_gradient_that_cannot_be_completed_is_refused():
         run_step(DetachedEmbedding(), train, val)
 
 
+@pytest.mark.parametrize("change", ["unfrozen", "replaced"])
+def test_a_parameter_that_the_engine_does_not_know_is_refused(change):
+    model, train, val = tiny_gpt2(), token_batch(2, 9, seed=1), token_batch(1, 9, seed=2)
+    weight = model.transformer.h[0].mlp.c_fc.weight.requires_grad_(change == "replaced")
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    if change == "unfrozen":
+        weight.requires_grad_()
+    else:
+        model.transformer.h[0].mlp.c_fc.weight = nn.Parameter(weight.detach().clone())
+    engine.attach_train_batch(*train, 0, None)
+    words = {"unfrozen": "was frozen when", "replaced": "was replaced since"}[change]
+    with pytest.raises(GraddotError, match=f"mlp.c_fc.weight {words} the engine was made"):
+        model(engine.prepare_forward_input(*train)[0])
+
+
 def test_wrong_label_shift_is_refused():
     train, val = token_batch(3, 9, seed=1, ragged=True), token_batch(1, 9, seed=2)
     with pytest.raises(GraddotError, match="label_shift=1"):

@@ -539,11 +539,16 @@ def test_scores_are_not_dropped_because_checkpoints_were_lost(tmp_path):
     expect_steps(path, 6)
 
 
-def test_a_straddling_part_is_cut_when_an_older_checkpoint_is_resumed(tmp_path):
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_straddling_part_is_cut_when_an_older_checkpoint_is_resumed(tmp_path, world):
     path = tmp_path / "run"
-    with RunDirectory.create(path, CONFIG) as run:
+    with RunDirectory.create(path, CONFIG, world=world) as run:
+        for rank in range(1, world):
+            with RunDirectory.join(path, rank, world) as other:
+                for step in range(9):
+                    other.scores.append(part_of(rows(step), rank, world), step)
         for step in range(9):
-            run.scores.append(rows(step), step)
+            run.scores.append(part_of(rows(step), 0, world), step)
             if step == 4:
                 save_checkpoint(path / "checkpoints", step, state_at(step))
         run.save(8, state_at(8))
@@ -553,7 +558,24 @@ def test_a_straddling_part_is_cut_when_an_older_checkpoint_is_resumed(tmp_path):
     run.close()
     assert checkpoint is not None and checkpoint.step == 4
     expect_steps(path, 5)
-    assert names(path / "scores") == ["part-00000000-00000004.parquet"]
+    who = [""] if world == 1 else ["-rank0of2", "-rank1of2"]
+    assert names(path / "scores") == [f"part-00000000-00000004{rank}.parquet" for rank in who]
+
+
+def test_a_part_is_passed_over_until_its_fellows_are_there(tmp_path):
+    path = tmp_path / "run"
+    with (
+        RunDirectory.create(path, CONFIG, world=2) as run,
+        RunDirectory.join(path, 1, 2) as other,
+    ):
+        for step in range(6):
+            for rank, each in enumerate((run, other)):
+                each.scores.append(part_of(rows(step), rank, 2), step)
+            if step % 3 == 2:
+                other.flush()
+                expect_steps(path, step - 2)
+                run.flush()
+                expect_steps(path, step + 1)
 
 
 def hold(path: Path, ready, done) -> None:

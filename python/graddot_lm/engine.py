@@ -160,7 +160,9 @@ class GradDotProdEngine:
         names = {id(p): name for name, p in self._parameters.items()}
         self._owned = {  # by module; a tied parameter has one name in all of them
             module_name: {
-                key: names[id(p)] for key, p in module._parameters.items() if id(p) in names
+                key: names[id(p)]
+                for key, p in module.named_parameters(remove_duplicate=False)
+                if id(p) in names
             }
             for module_name, module in model.named_modules()
         }
@@ -526,8 +528,13 @@ class GradDotProdEngine:
 
     def _resolve(self, micro: MicroBatch, module: nn.Module, name: str) -> None:
         """Give a layer's parameters, as they are in this forward, what goes by their names."""
-        for key, owned in self._owned[name].items():
-            parameter, known = module._parameters[key], self._parameters[owned]
+        for key, parameter in module.named_parameters(remove_duplicate=False):
+            owned = self._owned[name].get(key)
+            if owned is None:
+                if parameter.requires_grad:
+                    raise GraddotError(f"{name}.{key} was frozen when the engine was made")
+                continue
+            known = self._parameters[owned]
             distributed.check_plain(owned, parameter, known)
             if owned in micro.leaf_of:
                 micro.step.sinks[id(parameter)] = micro.leaves[micro.leaf_of[owned]]

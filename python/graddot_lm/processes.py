@@ -99,8 +99,8 @@ class Processes:
         if self.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return GraddotError(
                 f"process {self.rank} of {self.world}: another process of the run has ended or"
-                f" cannot be reached, so this one ends too. The cause is above or below, if that"
-                f" process could tell it ({str(error).splitlines()[0]})"
+                " cannot be reached, so this one ends too; if that one could say why, it did"
+                f" ({str(error).splitlines()[0][:160]})"
             )
         return None
 

@@ -94,8 +94,8 @@ def _parts(folder: Path) -> list[Part]:
 def _readable(folder: Path) -> list[Part]:
     """The parts that all processes have written, in the order of their steps."""
     parts = _parts(folder)
-    written = Counter((part.first, part.world) for part in parts)
-    return [part for part in parts if written[part.first, part.world] == part.world]
+    written = Counter((part.first, part.last, part.world) for part in parts)
+    return [part for part in parts if written[part.first, part.last, part.world] == part.world]
 
 
 def _part_path(folder: Path, first: int, last: int, rank: int, world: int) -> Path:
