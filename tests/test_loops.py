@@ -272,6 +272,21 @@ def test_directions_leave_excluded_parameters_alone(close):
     same_gradients(model, gradient(model, *train), 1e-10)
 
 
+@pytest.mark.parametrize("loss_scale", [1.0, 2.0**13, 2.0**40], ids=["1", "2^13", "2^40"])
+def test_loss_scale_of_an_fp16_validation_gradient(record_property, loss_scale):
+    """A loss so small that its fp16 gradients would be zero; a scale that overflows."""
+    model, val = tiny_gpt2(), token_batch(2, 15, seed=2)
+    want = gradient(model, *val)
+    engine = attached(model)
+    tiny = lambda model, x, y: loss_of_logits(model, x, y) * 2.0**-20
+    with torch.autocast("cpu", torch.float16):
+        got = engine.compute_directions([val], tiny, loss_scale=loss_scale)
+    whole = lambda grads: torch.cat([grads[n].double().flatten() for n in want])
+    error = ((whole(got) * 2.0**20 - whole(want)).norm() / whole(want).norm()).item()
+    record_property("relative_error", error)
+    assert error > 0.1 if loss_scale == 1 else error <= 1e-2
+
+
 def test_directions_that_do_not_fit_are_refused():
     model, train = tiny_gpt2(), token_batch(2, 9, seed=1)
     engine = attached(model)

@@ -69,22 +69,21 @@ def mean_gradient(
     covered: Sequence[str],
     batches: Iterable[Any],
     loss_of: Callable[[Any], tuple[Tensor, float, float]],
+    loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss over all labelled tokens of the batches, for the covered names.
 
-    loss_of(batch) gives the batch's loss, the weight of its gradient and its labelled tokens.
-    `.grad` of all parameters stays as it is. fp32 (fp64 for fp64). Raises GraddotError if there is
-    no labelled token, or if a gradient is not finite.
+    loss_of(batch) gives the batch's loss, the weight of its gradient and its labelled tokens. The
+    loss is multiplied by loss_scale before its backward, or by less where that overflows. `.grad`
+    of all parameters stays as it is. fp32 (fp64 for fp64). Raises GraddotError if there is no
+    labelled token, or if a gradient is not finite.
     """
     kept = {name: p.grad for name, p in parameters.items()}
     total = {n: torch.zeros_like(parameters[n], dtype=_accumulator(parameters[n])) for n in covered}
     tokens = 0.0
     try:
         for batch in batches:
-            for p in parameters.values():
-                p.grad = None
-            loss, weight, count = loss_of(batch)
-            loss.backward()  # not autograd.grad, which reentrant checkpoints refuse
+            weight, count, loss_scale = _backward(batch, parameters, loss_of, loss_scale)
             for name in covered:
                 grad = parameters[name].grad
                 if grad is not None:
@@ -99,6 +98,24 @@ def mean_gradient(
         if not torch.isfinite(gradient.div_(tokens)).all():
             raise GraddotError(f"the validation gradient of {name} is not finite")
     return total
+
+
+def _backward(
+    batch: Any,
+    parameters: Mapping[str, nn.Parameter],
+    loss_of: Callable[[Any], tuple[Tensor, float, float]],
+    scale: float,
+) -> tuple[float, float, float]:
+    """Leave the scaled gradient on the parameters; its weight, the tokens, and the scale used."""
+    while True:
+        for p in parameters.values():
+            p.grad = None
+        loss, weight, count = loss_of(batch)
+        (loss * scale).backward()  # not autograd.grad, which reentrant checkpoints refuse
+        grads = [p.grad for p in parameters.values() if p.grad is not None]
+        if scale <= 1 or all(torch.isfinite(grad).all() for grad in grads):
+            return weight / scale, count, scale
+        scale = max(1.0, scale / 16)
 
 
 def adamw_direction(

@@ -12,6 +12,11 @@
 
 The score of sample i is ⟨∇L_val, ∇L_i⟩, each L the mean loss over its own labelled tokens, so it
 does not depend on what else is in the batch. The README says how to read it.
+
+Instead of riding along, validation rows may be run by themselves, every so many steps:
+
+    engine = GradDotProdEngine(model)
+    engine.set_directions(engine.compute_directions(val_batches))
 """
 
 import functools
@@ -229,6 +234,8 @@ class GradDotProdEngine:
         self,
         batches: Iterable[Batch] | Mapping[str, Iterable[Batch]],
         loss_fn: LossFunction | None = None,
+        *,
+        loss_scale: float = 1.0,
     ) -> dict[str, Any]:
         """The validation gradient of any number of batches, for `set_directions`.
 
@@ -236,16 +243,22 @@ class GradDotProdEngine:
         that for a mapping {target name: batches}. loss_fn(model, inputs, labels) gives a batch's
         loss, reduced as `loss_reduction` says; by default model(**inputs, labels=labels).loss. It
         runs the model as it is: call `model.eval()` first for a gradient without dropout, and
-        inside autocast if training is. `.grad` and scores are left alone. Raises GraddotError
-        without labelled tokens and if the gradient is not finite.
+        inside autocast if training is. loss_scale keeps an fp16 backward from rounding to zero, as
+        a GradScaler's scale does; where it overflows, a smaller one is taken, and the result is not
+        scaled. `.grad` and scores are left alone. Raises GraddotError without labelled tokens and
+        if the gradient is not finite.
         """
         if isinstance(batches, Mapping):
-            return {name: self.compute_directions(b, loss_fn) for name, b in batches.items()}
+            return {
+                name: self.compute_directions(own, loss_fn, loss_scale=loss_scale)
+                for name, own in batches.items()
+            }
         loss_of = lambda batch: self._validation_loss(batch, loss_fn)
         kept = self._active, self._logged_unapplied
         self._active = None
         try:
-            return mean_gradient(self._parameters, self._coverage.covered, batches, loss_of)
+            covered = self._coverage.covered
+            return mean_gradient(self._parameters, covered, batches, loss_of, loss_scale)
         finally:
             self._active, self._logged_unapplied = kept
 

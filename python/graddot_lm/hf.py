@@ -244,13 +244,15 @@ class GradDotProdTrainer(Trainer):
         return True
 
     def _validation_gradients(self) -> dict[str, dict[str, Tensor]]:
-        model = self.engine.model
+        model, scaler = self.engine.model, getattr(self.accelerator, "scaler", None)
+        loss_scale = 1.0 if scaler is None else scaler.get_scale()
         was_training = model.training
         model.eval()
         try:
             return {
                 target: self.engine.compute_directions(
-                    self._prepare_inputs(batch) for batch in self._validation_batches(target)
+                    map(self._prepare_inputs, self._validation_batches(target)),
+                    loss_scale=loss_scale,
                 )
                 for target in self._val_sets
             }
