@@ -14,7 +14,6 @@ The score of sample i is ⟨∇L_val, ∇L_i⟩, each L the mean loss over its o
 does not depend on what else is in the batch. The README says how to read it.
 """
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -23,7 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraddotError
-from .layers import FORWARDS, Step, refusal
+from .layers import Step
+from .rows import find_layouts
+from .rules import refusal, rule_for
+from .scored import ScoredForward
 from .verify import LabelCheck, check_parameter_uses
 
 Batch = tuple[Tensor, Tensor]
@@ -91,32 +93,13 @@ def _cover(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.Param
     return trainable, Coverage(covered, sorted(exclude), share)
 
 
-class _ScoredForward:
-    """A layer's forward while an engine is attached: scored in a step, the layer's own otherwise."""
-
-    def __init__(self, engine: "GradDotProdEngine", module: nn.Module, name: str) -> None:
-        self._engine, self._module, self._name = engine, module, name
-        self._original = module.forward
-        functools.update_wrapper(self, self._original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        micro = self._engine._active
-        if micro is None:
-            return self._original(*args, **kwargs)
-        return FORWARDS[type(self._module)](self._module, self._name, micro.step, *args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model is a plain one: its layers must not run this model's weights."""
-        copied = memo[id(self._module)]
-        return type(copied).forward.__get__(copied)
-
-
 class GradDotProdEngine:
     """Gradient dot products of every training sample with one or several validation batches.
 
     Args:
-        model: layers of type Linear, HF Conv1D, Embedding and LayerNorm may hold trainable
-            parameters; any other layer with some is refused by name. Parameters may be tied.
+        model: linear layers, embeddings, layer and RMS norms and convolutions have their rules;
+            `register_layer` adds others, and the rest gets a general rule, proven on the first
+            batch, or is refused by name with the reason. Parameters may be tied.
         val_data: (X_val, Y_val), validation rows in the first dimension, V ≥ 1, or a dict
             {target name: (X_val, Y_val)} for K targets at once; scores are then (K, N).
         loss_reduction: how the caller's loss reduces over labelled tokens, "mean" or "sum".
@@ -163,6 +146,7 @@ class GradDotProdEngine:
         self._active: _MicroBatch | None = None
         self._pending: list[_MicroBatch] = []
         self._label_check: LabelCheck | None = None
+        self._layouts: dict[str, str] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
@@ -191,13 +175,15 @@ class GradDotProdEngine:
         if self._attached:
             raise GraddotError("the engine is attached already; detach() it first")
         forwards = (module.__dict__.get("forward") for module in self.model.modules())
-        if any(isinstance(forward, _ScoredForward) for forward in forwards):
+        if any(isinstance(forward, ScoredForward) for forward in forwards):
             raise GraddotError("another engine is attached to the model; detach() it first")
         self._optimizer = optimizer
         for name, module in self.model.named_modules():
-            if type(module) in FORWARDS and refusal(module) is None:
+            rule = rule_for(module)
+            if rule is not None:
                 self._attached.append((module, module.__dict__.get("forward")))
-                module.forward = _ScoredForward(self, module, name)  # type: ignore[method-assign]
+                scored = ScoredForward(module, name, rule, self._current_step)
+                module.forward = scored  # type: ignore[method-assign]
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward),
@@ -254,7 +240,8 @@ class GradDotProdEngine:
             for name in covered
         }
         scale = torch.ones((), dtype=first.dtype if first.dtype == torch.float64 else None)
-        step = Step(n + sum(val_rows), val_rows, scale.to(first.device), sinks)
+        layouts, is_first = self._layouts or {}, self._label_check is None
+        step = Step(n + sum(val_rows), val_rows, scale.to(first.device), sinks, layouts, is_first)
         labels = torch.cat([Y, *(y.to(Y.device) for _, y in self._val.values())])
         loss_scale = torch.zeros((), **kwargs)
         self._active = _MicroBatch(step, iteration, batch_idx, labels, leaves, loss_scale)
@@ -344,6 +331,9 @@ class GradDotProdEngine:
 
     # Inside
 
+    def _current_step(self) -> Step | None:
+        return None if self._active is None else self._active.step
+
     def _require_pending(self) -> None:
         if not self._pending:
             raise GraddotError("no scores: run a step from attach_train_batch to its backward")
@@ -374,9 +364,22 @@ class GradDotProdEngine:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
         if kwargs.get("num_items_in_batch") is not None:
             raise GraddotError("num_items_in_batch changes the loss's mean; leave it out")
+        if self._layouts is None:
+            self._find_layouts(micro, args, kwargs)
         if self.label_shift == "auto" and kwargs.get("labels") is not None:
             loss = getattr(module, "loss_function", None)
             self._set_counts(micro, int(getattr(loss, "__name__", "") == "ForCausalLMLoss"))
+
+    def _find_layouts(self, micro: _MicroBatch, args: Any, kwargs: Any) -> None:
+        """Learn how each layer's input holds the rows, from runs of the model as it was."""
+        names = {id(module): name for name, module in self.model.named_modules()}
+        layers = {names[id(module)]: module for module, _ in self._attached}
+        self._active = None
+        try:
+            self._layouts = find_layouts(self.model, layers, args, kwargs, micro.step.rows)
+        finally:
+            self._active = micro
+        micro.step.layouts.update(self._layouts)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         micro = self._active

@@ -10,13 +10,11 @@ in every activation: N training rows, then val_rows[k] rows of target k.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from graddot_kernels import norm_sample_grads
 
@@ -32,13 +30,16 @@ class Step:
 
     scale is M / n_train (0-dim): it turns the training rows' part of the joint loss's gradient
     into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
-    dots; a parameter without one is trained but not scored.
+    dots; a parameter without one is trained but not scored. layouts says by layer name how its
+    input holds the rows, as `rows.find_layouts` saw it; first is True in the step that saw it.
     """
 
     rows: int
     val_rows: list[int]
     scale: Tensor
     sinks: dict[int, Tensor]
+    layouts: dict[str, str] = field(default_factory=dict)
+    first: bool = False
     shared: dict[int, SharedUses] = field(default_factory=dict)
 
     def uses(self, name: str, parameter: Tensor) -> SharedUses:
@@ -50,13 +51,40 @@ class Step:
     def sink(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else self.sinks.get(id(parameter))
 
-    def check_rows(self, name: str, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[0] != self.rows:
-            raise GraddotError(
-                f"layer {name} got an input of shape {tuple(x.shape)}; expected {self.rows} rows"
-                " (training rows, then validation rows) as the first dimension. Layers that mix"
-                " or flatten samples cannot be scored."
-            )
+    def as_rows(self, name: str, x: Tensor) -> Tensor:
+        """A layer's input with the rows as its first dimension: (rows, ..., D).
+
+        Takes (rows, ..., D); (rows·T, D) where the rows were seen to lie one after the other; and
+        (1, ..., D) or (T, D), the same for every row, which is expanded.
+        """
+        layout = self.layouts.get(name, "rows")
+        if layout == "rows" and x.dim() >= 2 and x.shape[0] == self.rows:
+            return x
+        if layout == "flat" and x.dim() == 2 and x.shape[0] % self.rows == 0:
+            return x.view(self.rows, -1, x.shape[1])
+        if layout == "same" and x.dim() >= 2 and (x.shape[0] == 1 or x.dim() == 2):
+            return x.expand(self.rows, *(x.shape[1:] if x.shape[0] == 1 else x.shape))
+        raise GraddotError(
+            f"layer {name} got an input of shape {tuple(x.shape)}; expected {self.rows} rows"
+            " (training rows, then validation rows) as the first dimension. Layers that mix"
+            " or flatten samples cannot be scored."
+        )
+
+    def id_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Ids of (rows, ...), or of (1, T) or (T,), the same for every row, as (rows, ...)."""
+        layout = self.layouts.get(name, "same" if ids.dim() == 2 and len(ids) == 1 else "rows")
+        if layout == "rows" and ids.dim() >= 1 and ids.shape[0] == self.rows:
+            return ids
+        if layout == "flat" and ids.dim() == 1 and ids.shape[0] % self.rows == 0:
+            return ids.view(self.rows, -1)
+        if layout == "same" and (ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)):
+            return ids.expand(self.rows, ids.shape[-1])
+        raise GraddotError(
+            f"embedding {name} got ids of shape {tuple(ids.shape)}"
+            + (" that are the same for every row" if layout == "same" else "")
+            + f"; expected {self.rows} rows (training rows, then validation rows), or (1, T) or"
+            " (T,) to be broadcast over them"
+        )
 
 
 def _as_tokens(x: Tensor) -> Tensor:
@@ -68,7 +96,7 @@ def _add(dots: Tensor, cross_terms: Tensor | None) -> Tensor:
     return dots if cross_terms is None else dots + cross_terms
 
 
-def _vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor]:
+def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor]:
     """The training gradient (d,) and dots (K, N) of a bias or norm weight from its row gradients."""
     n = step.rows - sum(step.val_rows)
     direction = torch.stack([rows.sum(0) for rows in torch.split(row_grads[n:], step.val_rows)])
@@ -76,7 +104,7 @@ def _vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tenso
     return row_grads[:n].sum(0).mul_(step.scale), dots
 
 
-def _without_autocast(backward):  # type: ignore[no-untyped-def]
+def without_autocast(backward):  # type: ignore[no-untyped-def]
     """Backward under an autocast region that the caller left open: dots must not be rounded."""
 
     @functools.wraps(backward)
@@ -87,7 +115,30 @@ def _without_autocast(backward):  # type: ignore[no-untyped-def]
     return wrapped
 
 
-class LinearDot(torch.autograd.Function):
+class ScoredFunction(torch.autograd.Function):
+    """Base of the functions that score the parameters they take."""
+
+
+class PerSampleDot(ScoredFunction):
+    """A parameter as (rows, *shape), a copy for every row: scores whatever is computed with it."""
+
+    @staticmethod
+    def forward(ctx, parameter, sink, step, name):  # type: ignore[no-untyped-def]
+        ctx.step, ctx.shape, ctx.dtype = step, parameter.shape, parameter.dtype
+        ctx.uses = step.uses(name, parameter)
+        ctx.uses.vector_calls += 1
+        return parameter.expand(step.rows, *parameter.shape)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        row_grads = grad_out.flatten(1).to(_accumulator(grad_out.dtype))
+        grad, dots = vector_grad(ctx.step, ctx.uses, row_grads)
+        dots = dots if ctx.needs_input_grad[1] else None
+        return grad.view(ctx.shape).to(ctx.dtype), dots, None, None
+
+
+class LinearDot(ScoredFunction):
     """A linear layer; `transposed` when the weight is stored (Din, Dout), as HF Conv1D does."""
 
     @staticmethod
@@ -111,7 +162,7 @@ class LinearDot(torch.autograd.Function):
         return out.view(*x.shape[:-1], w.shape[1])
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         step, result = ctx.step, [None] * 8
@@ -121,7 +172,7 @@ class LinearDot(torch.autograd.Function):
         grad = _as_tokens(grad_out)
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=_accumulator(grad.dtype))
-            bias_grad, result[4] = _vector_grad(step, ctx.bias_uses, row_grads)
+            bias_grad, result[4] = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
         if ctx.uses is not None:
             act = _as_tokens(x)
@@ -138,15 +189,15 @@ class LinearDot(torch.autograd.Function):
         return tuple(result)
 
 
-class EmbeddingDot(torch.autograd.Function):
-    """An embedding; ids of shape (1, T) are broadcast over the rows, as position ids are."""
+class EmbeddingDot(ScoredFunction):
+    """An embedding; `same` when the ids were the same for every row, as position ids are."""
 
     @staticmethod
-    def forward(ctx, ids, weight, sink, step, name, padding_idx):  # type: ignore[no-untyped-def]
-        out = F.embedding(ids, weight, padding_idx)
-        if ids.shape[0] != step.rows:
-            out = out.expand(step.rows, *out.shape[1:])
-            ids = ids.expand(step.rows, *ids.shape[1:])
+    def forward(ctx, ids, weight, sink, step, name, padding_idx, same):  # type: ignore[no-untyped-def]
+        if same:
+            out = F.embedding(ids[0], weight, padding_idx).expand(step.rows, -1, -1)
+        else:
+            out = F.embedding(ids, weight, padding_idx)
         ids = ids.reshape(step.rows, -1)
         ctx.save_for_backward(ids)
         ctx.step, ctx.padding_idx = step, padding_idx
@@ -158,7 +209,7 @@ class EmbeddingDot(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         grad = _as_tokens(grad_out)
@@ -171,10 +222,10 @@ class EmbeddingDot(torch.autograd.Function):
             )
         dots = _add(dots, ctx.uses.embedding_terms(ctx.index, ids, grad))
         dots = dots if ctx.needs_input_grad[2] else None
-        return None, weight_grad.to(ctx.dtype), dots, None, None, None
+        return None, weight_grad.to(ctx.dtype), dots, None, None, None, None
 
 
-class LayerNormDot(torch.autograd.Function):
+class LayerNormDot(ScoredFunction):
     """A layer norm with weight and optional bias."""
 
     @staticmethod
@@ -192,7 +243,7 @@ class LayerNormDot(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, mean, rstd, weight, bias = ctx.saved_tensors
         result = [None] * 9
@@ -208,7 +259,7 @@ class LayerNormDot(torch.autograd.Function):
             (ctx.bias_uses, bias_rows, bias, 2),
         ):
             if uses is not None:
-                grad, dots = _vector_grad(ctx.step, uses, rows)
+                grad, dots = vector_grad(ctx.step, uses, rows)
                 result[at] = grad.view(parameter.shape).to(parameter.dtype)
                 result[at + 2] = dots if ctx.needs_input_grad[at + 2] else None
         return tuple(result)
@@ -216,77 +267,3 @@ class LayerNormDot(torch.autograd.Function):
 
 def _accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x in autocast's dtype, as the native linear layer would see it."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
-
-
-def _linear_forward(module: nn.Module, name: str, step: Step, x: Tensor) -> Tensor:
-    assert isinstance(module, (nn.Linear, Conv1D))
-    step.check_rows(name, x)
-    weight, bias = module.weight, module.bias
-    sinks = step.sink(weight), step.sink(bias)
-    names = (f"{name}.weight", f"{name}.bias")
-    x = _autocast(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return LinearDot.apply(x, weight, bias, *sinks, step, names, isinstance(module, Conv1D))
-
-
-def _embedding_forward(module: nn.Module, name: str, step: Step, ids: Tensor) -> Tensor:
-    assert isinstance(module, nn.Embedding)
-    if not (
-        ids.dim() >= 1 and (ids.shape[0] == step.rows or (ids.dim() == 2 and ids.shape[0] == 1))
-    ):
-        raise GraddotError(
-            f"embedding {name} got ids of shape {tuple(ids.shape)}; expected {step.rows} rows"
-            " (training rows, then validation rows), or (1, T) to be broadcast over them"
-        )
-    if not module.weight.requires_grad:
-        return F.embedding(ids, module.weight, module.padding_idx)
-    sink = step.sink(module.weight)
-    return EmbeddingDot.apply(ids, module.weight, sink, step, f"{name}.weight", module.padding_idx)
-
-
-def _layer_norm_forward(module: nn.Module, name: str, step: Step, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.LayerNorm)
-    step.check_rows(name, x)
-    weight, bias = module.weight, module.bias
-    if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
-        x = x.to(weight.dtype)
-    sinks = step.sink(weight), step.sink(bias)
-    names = (f"{name}.weight", f"{name}.bias")
-    return LayerNormDot.apply(
-        x, weight, bias, *sinks, step, names, list(module.normalized_shape), module.eps
-    )
-
-
-def _embedding_refusal(module: nn.Module) -> str | None:
-    assert isinstance(module, nn.Embedding)
-    if module.max_norm is not None:
-        return "max_norm changes the weights in the forward"
-    if module.scale_grad_by_freq:
-        return "scale_grad_by_freq mixes samples"
-    return "sparse gradients are not supported" if module.sparse else None
-
-
-Forward = Callable[[nn.Module, str, Step, Tensor], Tensor]
-
-# Exact types only: a subclass may compute something else with the same parameters.
-FORWARDS: dict[type[nn.Module], Forward] = {
-    nn.Linear: _linear_forward,
-    Conv1D: _linear_forward,
-    nn.Embedding: _embedding_forward,
-    nn.LayerNorm: _layer_norm_forward,
-}
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why the parameters directly owned by this module cannot be scored; None if they can."""
-    if type(module) not in FORWARDS:
-        return f"no rule for layers of type {type(module).__name__}"
-    return _embedding_refusal(module) if isinstance(module, nn.Embedding) else None

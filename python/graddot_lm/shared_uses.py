@@ -60,6 +60,11 @@ class SharedUses:
 
     @property
     def _uses(self) -> int:
+        if self.vector_calls and (self.linear_calls or self.embedding_ids):
+            raise GraddotError(
+                f"{self.name} is shared by a linear layer or embedding and by a layer of another"
+                " kind; the cross terms of such uses are not known"
+            )
         return self.linear_calls + len(self.embedding_ids)
 
     def _targets(self, x: Tensor) -> list[Tensor]:
@@ -125,7 +130,7 @@ class SharedUses:
 
     def vector_terms(self, row_grads: Tensor) -> Tensor | None:
         """Cross terms of a bias or norm use, given its per-row gradients (N + ΣV, d); (K, N)."""
-        if self.vector_calls == 1:
+        if self._uses == 0 and self.vector_calls == 1:
             return None
         terms = None
         if self._vectors:

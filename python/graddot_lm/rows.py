@@ -1,0 +1,171 @@
+"""How the samples lie in every layer's input, seen by leaving half of them out.
+
+Before the first step the model runs twice without gradients, on all rows and on the later half. A
+layer whose input is that of its rows alone is safe; one whose input changed when other samples were
+left out gets mixed samples and is refused. The same two runs tell whether a layer's input has the
+rows as its first dimension, one after the other in it (rows·T, D), or not at all (position ids).
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .errors import GraddotError
+
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.alpha_dropout, torch.feature_dropout,
+}  # fmt: skip
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout does nothing, whatever the mode of the module that calls it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.pop("dropout_p", None)
+        return func(*args, **kwargs)
+
+
+def take_rows(x: Tensor, index: list[int], rows: int, *, flat: bool = False) -> Tensor:
+    """Some of the samples of a tensor; the tensor itself if it has none.
+
+    flat: samples may also lie one after the other, (rows·T, ...).
+    """
+    if x.dim() > 0 and x.shape[0] == rows:
+        return x[index]
+    if flat and x.dim() > 0 and x.shape[0] > rows and x.shape[0] % rows == 0:
+        return x.unflatten(0, (rows, -1))[index].flatten(0, 1)
+    return x
+
+
+@dataclass
+class _Digest:
+    """An input's shape, and one random projection of every vector in it."""
+
+    shape: torch.Size
+    values: Tensor
+
+
+def find_layouts(
+    model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any, rows: int
+) -> dict[str, str]:
+    """By layer name, how its input holds the samples: "rows", "flat" or "same" (for every sample).
+
+    Raises GraddotError for a layer whose input depends on other samples of the batch, or holds
+    them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
+    """
+    later = list(range(rows // 2, rows))
+    half = lambda x: take_rows(x, later, rows)
+    few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
+    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        whole = _digests(model, layers, args, kwargs)
+        try:
+            part = _digests(model, layers, few_args, few_kwargs)
+        except Exception as error:  # the model's own code may raise anything
+            raise GraddotError(
+                f"the model runs on the joint batch of {rows} rows, but not on {len(later)} of them"
+                f" ({type(error).__name__}: {error}), so that it cannot be shown to keep samples"
+                " apart"
+            ) from error
+        found = {name: _layout(whole[name], part.get(name, []), rows) for name in whole}
+        if not all(found.values()):  # noise of the model's own, or mixed samples?
+            torch.manual_seed(torch.seed() % 2**31)
+            again = _digests(model, layers, args, kwargs)
+    layouts = {}
+    for name, layout in found.items():
+        if layout is None and all(map(_equal, whole[name], again[name])):
+            shapes = [tuple(digest.shape) for digest in whole[name]]
+            what = f"layer {name} gets an input" if name else "the model has an output"
+            raise GraddotError(
+                f"{what} (of shape {shapes[0]}) that depends on other samples of the batch of"
+                f" {rows} rows, or that does not hold them one after the other: when the first"
+                f" {later[0]} rows were left out, the others' part changed"
+            )
+        if name and layout is not None:
+            layouts[name] = layout
+    return layouts
+
+
+def _digests(
+    model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any
+) -> dict[str, list[_Digest]]:
+    """Digests of every call's first tensor by layer name, and of the outputs under ""."""
+    found: dict[str, list[_Digest]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
+            if x is not None:
+                found.setdefault(name, []).append(_digest(x))
+
+        return see
+
+    hooks = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    try:
+        out = model(*args, **kwargs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    found[""] = [_digest(x) for x in _tensors(out) if x.dim() > 0]
+    return found
+
+
+def _tensors(out: Any) -> Iterator[Tensor]:
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, (Mapping, tuple, list)):
+        for value in out.values() if isinstance(out, Mapping) else out:
+            yield from _tensors(value)
+
+
+def _digest(x: Tensor) -> _Digest:
+    if x.dim() == 0 or not x.is_floating_point():
+        return _Digest(x.shape, x.detach().clone())
+    generator = torch.Generator().manual_seed(x.shape[-1])
+    direction = torch.randn(x.shape[-1], generator=generator).to(x.device, x.dtype)
+    wide = x.double() if x.dtype == torch.float64 else x.float()
+    return _Digest(x.shape, wide @ direction.to(wide.dtype) if x.dim() > 1 else wide.clone())
+
+
+def _layout(whole: list[_Digest], part: list[_Digest], rows: int) -> str | None:
+    """The layout of all of a layer's calls; None if there is none that they share."""
+    if len(whole) != len(part):
+        return None
+    layouts = {_layout_of_call(*pair, rows) for pair in zip(whole, part, strict=True)}
+    return layouts.pop() if len(layouts) == 1 else None if layouts else "rows"
+
+
+def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> str | None:
+    later = rows - rows // 2
+    if whole.shape == part.shape:
+        return "same" if _close(whole.values, part.values) else None
+    if whole.shape[1:] != part.shape[1:]:
+        return None
+    if (whole.shape[0], part.shape[0]) == (rows, later):
+        return "rows" if _close(whole.values[-later:], part.values) else None
+    tokens = whole.shape[0] // rows
+    if (whole.shape[0], part.shape[0]) == (rows * tokens, later * tokens):
+        return "flat" if _close(whole.values[-later * tokens :], part.values) else None
+    return None
+
+
+def _equal(a: _Digest, b: _Digest) -> bool:
+    return a.shape == b.shape and _close(a.values, b.values)
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    if not a.is_floating_point():
+        return torch.equal(a, b)
+    tolerance = 1e-8 if a.dtype == torch.float64 else 1e-3
+    return bool((a - b).norm() <= tolerance * a.norm())

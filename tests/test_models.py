@@ -1,0 +1,169 @@
+"""Models as they come: random weights, two layers, dots and gradients against brute force.
+
+Each case is compared with one float64 backward a sample, in fp32 and in float64. The bound is one
+for both: most of these models compute norms, rotary angles and softmax in fp32 whatever they hold.
+"""
+
+import copy
+
+import pytest
+import torch
+import transformers
+from brute_force import gradient, lm_loss, sample_dots, token_batch, total
+from test_engine import run_step
+from torch import nn
+
+VOCAB = 61
+TOLERANCE = 1e-5  # as in test_engine.py, with the denominator explained there
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Away from biases of 0 and norm weights of 1, where mistakes can cancel."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model.train()
+
+
+def causal(kind: str, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    names = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**{**names, **settings})
+    return shaken(getattr(transformers, f"{kind}ForCausalLM")(config))
+
+
+class WithMask(nn.Module):
+    """Passes the padding mask of its ids on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, attention_mask=(ids != 0).long())
+
+
+class Shifted(nn.Module):
+    """An encoder-decoder whose decoder reads the same ids."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, decoder_input_ids=ids)
+
+
+def opt():
+    return causal("OPT", ffn_dim=24, word_embed_proj_dim=12, dropout=0.0)
+
+
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return WithMask(shaken(transformers.BertForMaskedLM(config)))
+
+
+def t5(**settings):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0,
+        relative_attention_num_buckets=8, decoder_start_token_id=0, **settings,
+    )  # fmt: skip
+    return Shifted(shaken(transformers.T5ForConditionalGeneration(config)))
+
+
+def lora():
+    import peft
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    return shaken(peft.get_peft_model(causal("Llama"), config))
+
+
+def gpt_neo():
+    return causal(
+        "GPTNeo", num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        window_size=4, attention_dropout=0, embed_dropout=0, resid_dropout=0,
+    )  # fmt: skip
+
+
+LANGUAGE_MODELS = {
+    "llama": lambda: causal("Llama"),
+    "llama-tied": lambda: causal("Llama", tie_word_embeddings=True),
+    "llama-mask": lambda: WithMask(causal("Llama")),
+    "qwen2": lambda: causal("Qwen2"),
+    "qwen3": lambda: causal("Qwen3"),
+    "mistral": lambda: causal("Mistral", sliding_window=8),
+    "gemma": lambda: causal("Gemma"),
+    "gemma2": lambda: causal("Gemma2"),
+    "gemma3": lambda: causal("Gemma3Text") if 0 else gemma3(),
+    "gpt-neox": lambda: causal("GPTNeoX"),
+    "gpt-neo": gpt_neo,
+    "opt": opt,
+    "phi": lambda: causal("Phi"),
+    "phi3": lambda: causal("Phi3"),
+    "bert": bert,
+    "t5": t5,
+    "lora": lora,
+    "mixtral": lambda: causal("Mixtral", num_local_experts=4),
+    "qwen2-moe": lambda: causal(
+        "Qwen2Moe", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12
+    ),
+    "qwen3-moe": lambda: causal("Qwen3Moe", num_experts=4, moe_intermediate_size=12),
+}
+
+
+def gemma3():
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    return shaken(transformers.Gemma3ForCausalLM(config))
+
+
+def check(model, train, val, dtype, record, *, loss=lm_loss, label_shift=1):
+    want, scales = sample_dots(model, train, val, loss=loss)
+    want_grad = gradient(model, *train, loss=loss)
+    model = copy.deepcopy(model).to(dtype)
+    if train[0].is_floating_point():
+        train, val = (train[0].to(dtype), train[1]), (val[0].to(dtype), val[1])
+    scores, dots = run_step(model, train, val, loss=loss, label_shift=label_shift)
+
+    def error(got, exact, scale):
+        return ((got - exact).abs() / torch.maximum(exact.abs(), 0.1 * scale)).max().item()
+
+    worst = error(scores, total(want), total(scales))
+    record("relative_error", worst)
+    assert worst <= TOLERANCE
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert set(dots) == trained, "every trainable parameter is scored"
+    # A gradient that is zero but for rounding (softmax ignores key biases) has no direction.
+    noise = 1e-3 * max(scale.max() for scale in scales.values())
+    largest = max(g.norm() for g in want_grad.values())
+    for name in trained:
+        if name in want:
+            assert error(dots[name], want[name], scales[name] + noise) <= TOLERANCE, name
+            got = dict(model.named_parameters())[name].grad.double()
+            norm = want_grad[name].norm() + 1e-2 * largest
+            assert (got - want_grad[name]).norm() <= TOLERANCE * norm, name
+        else:
+            assert not dots[name].any(), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", LANGUAGE_MODELS)
+def test_language_model(name, dtype, record_property):
+    train, val = token_batch(4, 11, VOCAB, seed=1, ragged=True), token_batch(2, 11, VOCAB, seed=2)
+    if name == "llama-mask":
+        train[0][1, :3] = 0  # padded on the left
+        train[1][1, :4] = -100
+    check(LANGUAGE_MODELS[name](), train, val, dtype, record_property)
