@@ -95,6 +95,20 @@ def gpt_neo():
     )  # fmt: skip
 
 
+def gemma3():
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    return shaken(transformers.Gemma3ForCausalLM(config))
+
+
+def moe(kind, **settings):
+    settings = {"num_experts_per_tok": 2, "experts_implementation": "eager", **settings}
+    return causal(kind, **settings)
+
+
 LANGUAGE_MODELS = {
     "llama": lambda: causal("Llama"),
     "llama-tied": lambda: causal("Llama", tie_word_embeddings=True),
@@ -104,7 +118,7 @@ LANGUAGE_MODELS = {
     "mistral": lambda: causal("Mistral", sliding_window=8),
     "gemma": lambda: causal("Gemma"),
     "gemma2": lambda: causal("Gemma2"),
-    "gemma3": lambda: causal("Gemma3Text") if 0 else gemma3(),
+    "gemma3": gemma3,
     "gpt-neox": lambda: causal("GPTNeoX"),
     "gpt-neo": gpt_neo,
     "opt": opt,
@@ -113,21 +127,13 @@ LANGUAGE_MODELS = {
     "bert": bert,
     "t5": t5,
     "lora": lora,
-    "mixtral": lambda: causal("Mixtral", num_local_experts=4),
-    "qwen2-moe": lambda: causal(
+    "t5-untied": lambda: t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "mixtral": lambda: moe("Mixtral", num_local_experts=4),
+    "qwen2-moe": lambda: moe(
         "Qwen2Moe", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12
     ),
-    "qwen3-moe": lambda: causal("Qwen3Moe", num_experts=4, moe_intermediate_size=12),
+    "qwen3-moe": lambda: moe("Qwen3Moe", num_experts=4, moe_intermediate_size=12),
 }
-
-
-def gemma3():
-    torch.manual_seed(0)
-    config = transformers.Gemma3TextConfig(
-        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
-    )  # fmt: skip
-    return shaken(transformers.Gemma3ForCausalLM(config))
 
 
 def check(model, train, val, dtype, record, *, loss=lm_loss, label_shift=1):

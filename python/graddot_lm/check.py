@@ -57,7 +57,7 @@ class _Proof:
         layouts: Mapping[str, str],
         rule: Rule | None,
     ) -> None:
-        self._scored, self._plain = copy.deepcopy(module).double(), copy.deepcopy(module).double()
+        self._scored, self._plain = _exact_copy(module), _exact_copy(module)
         self._name, self._rows = name, rows
         self._flat = layouts.get(name) == "flat"
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
@@ -169,6 +169,15 @@ class _Proof:
     def _title(self) -> str:
         kind = type(self._plain).__name__
         return f"layer {self._name} ({kind})" if self._name else kind
+
+
+def _exact_copy(module: nn.Module) -> nn.Module:
+    """In float64, experts by the implementation of transformers that has it."""
+    copied = copy.deepcopy(module).double()
+    for part in copied.modules():
+        if hasattr(getattr(part, "config", None), "_experts_implementation"):
+            part.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    return copied
 
 
 def _gradients(module: nn.Module) -> dict[str, Tensor]:

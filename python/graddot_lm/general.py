@@ -26,19 +26,22 @@ Rule = Callable[..., Any]
 LARGEST = 2**22  # elements of a layer whose gradient may be held for every sample
 
 
-class GeneralRule:
-    """The proven way for one layer, found again when its mode or its arguments' kind changes."""
+class ProvenRule:
+    """The first way of several that is proven for one layer.
 
-    def __init__(self, *, any_size: bool = False) -> None:
-        self._any_size = any_size
+    Proven again when the layer's mode or its arguments' kind changes.
+    """
+
+    def __init__(self, ways: dict[str, Rule], *, any_size: bool = True) -> None:
+        self._ways, self._any_size = ways, any_size
         self._proven: dict[Any, Rule] = {}
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
-        shapes = [
-            x.shape[:1] == (scored.rows,) if isinstance(x, Tensor) else None
+        kinds = [
+            scored.has_rows(x) if isinstance(x, Tensor) else None
             for x in tree_flatten((args, kwargs))[0]
         ]
-        key = (module.training, scored.rows, *shapes)
+        key = (module.training, *kinds)
         if key not in self._proven:
             self._proven[key] = self._prove(module, scored, args, kwargs)
         return self._proven[key](module, scored, *args, **kwargs)
@@ -46,10 +49,9 @@ class GeneralRule:
     def _prove(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Rule:
         from .check import prove  # check.py attaches rules, this one among them
 
-        ways = {"in place": in_place, "row by row": row_by_row}
         size = sum(p.numel() for p in own_parameters(module).values())
         reasons = []
-        for name, way in ways.items():
+        for name, way in self._ways.items():
             if way is row_by_row and size > LARGEST and not self._any_size:
                 reasons.append(
                     f"{name}: its {size:,} elements are too many to hold a gradient of every"
@@ -62,10 +64,15 @@ class GeneralRule:
             except GraddotError as error:
                 reasons.append(f"{name}: {error}")
         raise GraddotError(
-            f"layer {scored.name} has no rule for its type {type(module).__name__}, and the general"
-            " one does not hold:\n  " + "\n  ".join(reasons) + "\n"
-            "Freeze its parameters, or write a rule (graddot_lm.register_layer)"
+            f"layer {scored.name} of type {type(module).__name__} has no rule that holds:\n  "
+            + "\n  ".join(reasons)
+            + "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
         )
+
+
+def general_rule(*, any_size: bool = False) -> ProvenRule:
+    """For a layer of which nothing is known; any_size lets `row_by_row` hold large gradients."""
+    return ProvenRule({"in place": in_place, "row by row": row_by_row}, any_size=any_size)
 
 
 def in_place(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:

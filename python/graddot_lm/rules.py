@@ -14,9 +14,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .convolutions import conv_rule
 from .errors import GraddotError
-from .general import GeneralRule, Rule
+from .general import ProvenRule, Rule, general_rule
 from .norms import rms_norm_form, rms_norm_rule
 from .scored import Scored, has_own_forward, own_parameters
+from .transformers_layers import experts, is_experts, is_relative_bias, relative_bias
 
 
 def _linear(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
@@ -108,16 +109,20 @@ def _batch_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
 
 
 def rule_for(module: nn.Module) -> Rule | None:
-    """The rule for a module with trainable parameters of its own; None for one without."""
-    if not own_parameters(module):
-        return _batch_norm if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+    """The rule for a module; None for one without trainable parameters of its own to score."""
     if _registered.get(type(module)) is not None:
         return _registered[type(module)]
+    if is_relative_bias(module):
+        return relative_bias
+    if not own_parameters(module):
+        return _batch_norm if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
     for base, rule in _TABLE.items():
         if isinstance(module, base) and type(module).forward is base.forward:
             grouped = rule is conv_rule and getattr(module, "groups", 1) > 1
-            return GeneralRule(any_size=True) if grouped else rule
+            return general_rule(any_size=True) if grouped else rule
+    if is_experts(module):
+        return ProvenRule({"experts": experts})
     form = rms_norm_form(module)
     if form is None:
-        return GeneralRule(any_size=type(module) in _registered)
+        return general_rule(any_size=type(module) in _registered)
     return functools.partial(rms_norm_rule, form)

@@ -51,6 +51,7 @@ class SharedUses:
     linear_calls: int = 0
     held: Tensor | None = None
     vector_calls: int = 0
+    expert_calls: int = 0
     embedding_ids: list[Tensor] = field(default_factory=list)
     _linears: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _linears_done: int = 0
