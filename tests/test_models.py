@@ -8,8 +8,10 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
+from graddot_lm import GradDotProdEngine
 from test_engine import run_step
 from torch import nn
 
@@ -173,3 +175,144 @@ def test_language_model(name, dtype, record_property):
         train[0][1, :3] = 0  # padded on the left
         train[1][1, :4] = -100
     check(LANGUAGE_MODELS[name](), train, val, dtype, record_property)
+
+
+def test_experts_in_their_default_implementation(record_property):
+    """transformers groups the experts' products (fp32 and bf16 only); the scores are the same."""
+    train, val = token_batch(4, 11, VOCAB, seed=1), token_batch(2, 11, VOCAB, seed=2)
+    eager, grouped = (
+        moe("Mixtral", num_local_experts=4, experts_implementation=name)
+        for name in ("eager", "grouped_mm")
+    )
+    dots, scales = sample_dots(eager, train, val)
+    scores, _ = run_step(grouped, train, val)
+    error = ((scores - total(dots)).abs() / torch.maximum(scores.abs(), 0.1 * total(scales))).max()
+    record_property("relative_error", error.item())
+    assert error <= TOLERANCE
+
+
+class Convolutions2d(nn.Module):
+    """Strides, dilation, "same", circular and grouped convolutions, norms in between."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.PReLU(8),
+            nn.Conv2d(8, 8, (3, 2), stride=(2, 1), dilation=(1, 2), bias=False), nn.GELU(),
+            nn.Conv2d(8, 6, 4, padding="same"), nn.Tanh(),
+            nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular", groups=3),
+            nn.BatchNorm2d(6).eval(), nn.ConvTranspose2d(6, 4, 2),
+        )  # fmt: skip
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.head(self.net(x).mean((2, 3)))
+
+
+class Convolutions1d(nn.Module):
+    """A causal convolution called twice, and RMS norms of torch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice = nn.Conv1d(6, 8, 5, padding=2), nn.Conv1d(8, 8, 3, dilation=2)
+        self.norm, self.head = nn.RMSNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(torch.tanh(self.first(x)).transpose(1, 2)).transpose(1, 2)
+        for _ in range(2):
+            x = x + torch.tanh(self.twice(F.pad(x, (4, 0))))
+        return self.head(self.norm(x.mean(2)))
+
+
+class Scale(nn.Module):
+    """No rule and no child: a factor that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(10))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class Tokens(nn.Module):
+    """A class token and positions as bare parameters, a layer shared, nanoGPT's positions (T,)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cls, self.table = nn.Parameter(torch.randn(1, 1, 10)), nn.Embedding(9, 10)
+        self.bias = nn.Parameter(torch.randn(1, 9, 10))
+        self.mix, self.scale, self.head = nn.Linear(10, 10), Scale(), nn.Linear(10, 5)
+        self.frozen, self.flat = nn.Linear(10, 10).requires_grad_(False), nn.Linear(10, 10)
+
+    def forward(self, x):
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.bias
+        x = x + self.table(torch.arange(9))
+        x = self.scale(self.mix(torch.tanh(self.scale(self.mix(x)))))
+        flat = self.flat(x.reshape(-1, 10))  # samples one after the other
+        return self.head(self.frozen(flat.view(x.shape)).mean(1))
+
+
+def vit():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4, num_labels=5, hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+    )  # fmt: skip
+    return transformers.ViTForImageClassification(config)
+
+
+OTHER_MODELS = {
+    "vit": (vit, (3, 8, 8)),
+    "conv2d": (Convolutions2d, (3, 9, 9)),
+    "conv1d": (Convolutions1d, (6, 12)),
+    "bare-parameters": (Tokens, (8, 10)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_other_model(name, dtype, record_property):
+    build, shape = OTHER_MODELS[name]
+    g = torch.Generator().manual_seed(5)
+    x, y = torch.randn(6, *shape, generator=g), torch.randint(0, 5, (6,), generator=g)
+    model = build()
+    modes = [m.training for m in model.modules()]
+    model = shaken(model)
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode
+    train, val = (x[:4], y[:4]), (x[4:], y[4:])
+    loss = F.cross_entropy
+    check(model, train, val, dtype, record_property, loss=loss, label_shift=0)
+
+
+def test_rows_and_tokens_of_one_number():
+    """As many rows as tokens: shapes alone do not tell positions (T,) from rows."""
+    x, y = torch.randn(9, 8, 10), torch.arange(9) % 5
+    check(
+        Tokens(), (x[:7], y[:7]), (x[7:], y[7:]), torch.float64, lambda *_: None,
+        loss=F.cross_entropy, label_shift=0,
+    )  # fmt: skip
+
+
+def test_attention_mask_beside_the_joint_batch():
+    """Further inputs go along the joint batch: training rows, then validation rows."""
+    model = causal("Llama")
+    train, val = token_batch(4, 11, VOCAB, seed=1), token_batch(2, 11, VOCAB, seed=2)
+    for rows in (train, val):
+        rows[0][0, :3] = 0
+        rows[1][0, :4] = -100
+    want = total(sample_dots(WithMask(model), train, val)[0])
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    engine.attach_train_batch(*train, 0, None)
+    x, y = engine.prepare_forward_input(*train)
+    model(
+        x, attention_mask=torch.cat([train[0] != 0, val[0] != 0]).long(), labels=y
+    ).loss.backward()
+    engine.prepare_gradients()
+    assert ((engine.aggregate_and_log() - want).abs() <= TOLERANCE * want.abs()).all()

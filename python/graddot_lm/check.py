@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 from .errors import GraddotError
 from .general import Rule
 from .layers import Step
-from .rows import NoDropout, take_rows
+from .rows import Layout, NoDropout, take_rows
 from .rules import rule_for
 from .scored import Scored, ScoredForward
 
@@ -40,8 +40,8 @@ def prove(module: nn.Module, scored: Scored, rule: Rule, args: Any, kwargs: Any)
     """check_layer of one rule on a few rows of what a layer got in a step."""
     rows = scored.rows
     index = sorted({0, min(1, rows - 1), rows - 1})
-    layout = scored.step.layouts.get(scored.name)
-    few = lambda x: take_rows(x, index, rows, flat=layout == "flat")
+    tokens = scored.step.tokens(scored.name)
+    few = lambda x: take_rows(x, index, rows, tokens)
     args, kwargs = tree_map_only(Tensor, few, (args, kwargs))
     _Proof(module, scored.name, len(index), scored.step.layouts, rule).run(args, kwargs)
 
@@ -54,12 +54,11 @@ class _Proof:
         module: nn.Module,
         name: str,
         rows: int,
-        layouts: Mapping[str, str],
+        layouts: Mapping[str, Layout],
         rule: Rule | None,
     ) -> None:
         self._scored, self._plain = _exact_copy(module), _exact_copy(module)
         self._name, self._rows = name, rows
-        self._flat = layouts.get(name) == "flat"
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
         device = next(self._scored.parameters()).device
         zeros = torch.zeros(1, rows - 1, dtype=torch.float64, device=device)
@@ -67,6 +66,7 @@ class _Proof:
         sinks = {id(p): self._leaves[n] for n, p in parameters.items()}
         scale = torch.ones((), dtype=torch.float64, device=device)
         step = Step(rows, [1], scale, sinks, dict(layouts))
+        self._tokens = step.tokens(name)
         for key, part in self._scored.named_modules():
             part_rule = rule if part is self._scored else rule_for(part)
             if part_rule is not None:
@@ -86,7 +86,7 @@ class _Proof:
             self._backward(scored_out, weights)
             samples = []
             for i in range(self._rows):
-                one = lambda x, i=i: take_rows(x, [i], self._rows, flat=self._flat)
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
                 inputs, out = self._call(self._plain, tree_map_only(Tensor, one, (args, kwargs)))
                 for k, x in enumerate(out):
                     self._close(f"output {k} of sample {i} alone and", x, one(joint_out[k]))
@@ -134,7 +134,7 @@ class _Proof:
                 f"{self._title()}: outputs of shapes {got}; its forward's are {want}"
             )
         for shape in want:
-            if shape[0] != self._rows and not (self._flat and shape[0] % self._rows == 0):
+            if shape[0] not in (self._rows, self._rows * self._tokens):
                 raise GraddotError(f"{self._title()}: an output of shape {shape} has no rows")
 
     def _compare_gradients(self, samples: list[dict[str, Tensor]]) -> None:

@@ -20,10 +20,11 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .errors import GraddotError
 from .layers import Step
-from .rows import find_layouts
+from .rows import Layout, find_layouts
 from .rules import refusal, rule_for
 from .scored import ScoredForward
 from .verify import LabelCheck, check_parameter_uses
@@ -140,13 +141,15 @@ class GradDotProdEngine:
         self._val = dict(val_data) if isinstance(val_data, Mapping) else {"val": val_data}
         self._check_val_data()
         self._parameters, self._coverage = _cover(model, exclude)
+        rules = {name: rule_for(module) for name, module in model.named_modules()}
+        self._rules = {name: rule for name, rule in rules.items() if rule is not None}
         self._optimizer: torch.optim.Optimizer | None = None
         self._attached: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
         self._active: _MicroBatch | None = None
         self._pending: list[_MicroBatch] = []
         self._label_check: LabelCheck | None = None
-        self._layouts: dict[str, str] | None = None
+        self._layouts: dict[Any, dict[str, Layout]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
@@ -179,7 +182,7 @@ class GradDotProdEngine:
             raise GraddotError("another engine is attached to the model; detach() it first")
         self._optimizer = optimizer
         for name, module in self.model.named_modules():
-            rule = rule_for(module)
+            rule = self._rules.get(name)
             if rule is not None:
                 self._attached.append((module, module.__dict__.get("forward")))
                 scored = ScoredForward(module, name, rule, self._current_step)
@@ -240,8 +243,8 @@ class GradDotProdEngine:
             for name in covered
         }
         scale = torch.ones((), dtype=first.dtype if first.dtype == torch.float64 else None)
-        layouts, is_first = self._layouts or {}, self._label_check is None
-        step = Step(n + sum(val_rows), val_rows, scale.to(first.device), sinks, layouts, is_first)
+        rows, is_first = n + sum(val_rows), self._label_check is None
+        step = Step(rows, val_rows, scale.to(first.device), sinks, first=is_first)
         labels = torch.cat([Y, *(y.to(Y.device) for _, y in self._val.values())])
         loss_scale = torch.zeros((), **kwargs)
         self._active = _MicroBatch(step, iteration, batch_idx, labels, leaves, loss_scale)
@@ -364,22 +367,30 @@ class GradDotProdEngine:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
         if kwargs.get("num_items_in_batch") is not None:
             raise GraddotError("num_items_in_batch changes the loss's mean; leave it out")
-        if self._layouts is None:
-            self._find_layouts(micro, args, kwargs)
+        self._find_layouts(micro, args, kwargs)
         if self.label_shift == "auto" and kwargs.get("labels") is not None:
             loss = getattr(module, "loss_function", None)
             self._set_counts(micro, int(getattr(loss, "__name__", "") == "ForCausalLMLoss"))
 
     def _find_layouts(self, micro: _MicroBatch, args: Any, kwargs: Any) -> None:
-        """Learn how each layer's input holds the rows, from runs of the model as it was."""
-        names = {id(module): name for name, module in self.model.named_modules()}
-        layers = {names[id(module)]: module for module, _ in self._attached}
-        self._active = None
-        try:
-            self._layouts = find_layouts(self.model, layers, args, kwargs, micro.step.rows)
-        finally:
-            self._active = micro
-        micro.step.layouts.update(self._layouts)
+        """Learn how each layer's input holds the rows, from runs of the model as it was.
+
+        Once in each mode; for every new shape where layers see tokens without their rows.
+        """
+        mode = (self.model.training,)
+        shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        layouts = self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+        if layouts is None:
+            names = {id(module): name for name, module in self.model.named_modules()}
+            layers = {names[id(module)]: module for module, _ in self._attached}
+            self._active = None
+            try:
+                layouts = find_layouts(self.model, layers, args, kwargs, micro.step.rows)
+            finally:
+                self._active = micro
+            flat = any(isinstance(layout, int) for layout in layouts.values())
+            self._layouts[(*mode, *shapes) if flat else mode] = layouts
+        micro.step.layouts.update(layouts)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         micro = self._active

@@ -38,7 +38,7 @@ class Step:
     val_rows: list[int]
     scale: Tensor
     sinks: dict[int, Tensor]
-    layouts: dict[str, str] = field(default_factory=dict)
+    layouts: dict[str, str | int] = field(default_factory=dict)
     first: bool = False
     shared: dict[int, SharedUses] = field(default_factory=dict)
 
@@ -51,6 +51,11 @@ class Step:
     def sink(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else self.sinks.get(id(parameter))
 
+    def tokens(self, name: str) -> int:
+        """T of a layer whose input has the tokens of each row one after the other, else 0."""
+        layout = self.layouts.get(name)
+        return layout if isinstance(layout, int) else 0
+
     def as_rows(self, name: str, x: Tensor) -> Tensor:
         """A layer's input with the rows as its first dimension: (rows, ..., D).
 
@@ -60,7 +65,7 @@ class Step:
         layout = self.layouts.get(name, "rows")
         if layout == "rows" and x.dim() >= 2 and x.shape[0] == self.rows:
             return x
-        if layout == "flat" and x.dim() == 2 and x.shape[0] % self.rows == 0:
+        if x.dim() == 2 and x.shape[0] == self.rows * self.tokens(name):
             return x.view(self.rows, -1, x.shape[1])
         if layout == "same" and x.dim() >= 2 and (x.shape[0] == 1 or x.dim() == 2):
             return x.expand(self.rows, *(x.shape[1:] if x.shape[0] == 1 else x.shape))
@@ -75,7 +80,7 @@ class Step:
         layout = self.layouts.get(name, "same" if ids.dim() == 2 and len(ids) == 1 else "rows")
         if layout == "rows" and ids.dim() >= 1 and ids.shape[0] == self.rows:
             return ids
-        if layout == "flat" and ids.dim() == 1 and ids.shape[0] % self.rows == 0:
+        if ids.dim() == 1 and ids.shape[0] == self.rows * self.tokens(name):
             return ids.view(self.rows, -1)
         if layout == "same" and (ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)):
             return ids.expand(self.rows, ids.shape[-1])

@@ -39,30 +39,29 @@ def rms_norm_form(module: nn.Module) -> RMSNormForm | None:
     ((name, weight),) = weights.items()
     if "." in name or weight.dim() != 1 or weight.is_meta:
         return None
-    probe = copy.deepcopy(module).to("cpu", torch.float64)
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     x, w = random(3, 2, weight.numel()), random(weight.numel())
-    attributes = [v for v in vars(probe).values() if isinstance(v, float) and 0 <= v < 0.1]
+    probe = copy.copy(module)
+    probe.__dict__["_parameters"] = {name: nn.Parameter(w)}
+    attributes = [v for v in vars(module).values() if isinstance(v, float) and 0 <= v < 0.1]
     if isinstance(module, nn.RMSNorm) and module.eps is None:
         attributes = [None]  # type: ignore[list-item]
-    try:
-        with torch.no_grad():
-            dict(probe.named_parameters())[name].copy_(w)
-            for eps in attributes:
-                for offset in (0.0, 1.0):
-                    form = RMSNormForm(eps, offset)
-                    size = max(form.eps_for(torch.float64), 1e-12) ** 0.5
-                    if all(_computes(probe, form, w, x * scale) for scale in (1.0, size)):
-                        return form
-    except Exception:  # noqa: BLE001 - not a layer of one tensor: whatever it raises, it is no RMS norm
-        return None
+    for form in (RMSNormForm(eps, offset) for eps in attributes for offset in (0.0, 1.0)):
+        size = max(form.eps_for(torch.float64), 1e-12) ** 0.5
+        if all(_computes(probe, form, w, x * scale) for scale in (1.0, size)):
+            return form
     return None
 
 
 def _computes(probe: nn.Module, form: RMSNormForm, w: Tensor, x: Tensor) -> bool:
+    try:
+        with torch.no_grad(), torch.random.fork_rng():
+            got = type(probe).forward(probe, x)
+    except Exception:  # noqa: BLE001 - whatever a layer of another kind raises, it is no RMS norm
+        return False
     rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + form.eps_for(x.dtype))
-    want, got = x * rstd * (form.offset + w), probe.forward(x)
+    want = x * rstd * (form.offset + w)
     same_shape = isinstance(got, Tensor) and got.shape == want.shape
     return same_shape and bool((got - want).abs().max() <= 1e-5 * want.abs().max())
 
@@ -107,4 +106,4 @@ def rms_norm_rule(form: RMSNormForm, module: nn.Module, scored: Scored, x: Tenso
     act, name = step.as_rows(scored.name, x), scored.name_of(weight)
     sink = step.sink(weight)
     out = RMSNormDot.apply(act, weight, sink, step, name, form, scored.own_forward)
-    return scored.shaped(out, x)
+    return scored.shaped(out)

@@ -37,15 +37,16 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def take_rows(x: Tensor, index: list[int], rows: int, *, flat: bool = False) -> Tensor:
-    """Some of the samples of a tensor; the tensor itself if it has none.
+# "rows" (rows, ..., D); "same" for every row; T where a row's T tokens lie together, (rows·T, D).
+Layout = str | int
 
-    flat: samples may also lie one after the other, (rows·T, ...).
-    """
+
+def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor:
+    """Some of the samples of (rows, ...) or (rows·tokens, ...); a tensor without samples itself."""
     if x.dim() > 0 and x.shape[0] == rows:
         return x[index]
-    if flat and x.dim() > 0 and x.shape[0] > rows and x.shape[0] % rows == 0:
-        return x.unflatten(0, (rows, -1))[index].flatten(0, 1)
+    if tokens and x.dim() > 0 and x.shape[0] == rows * tokens:
+        return x.unflatten(0, (rows, tokens))[index].flatten(0, 1)
     return x
 
 
@@ -59,8 +60,10 @@ class _Digest:
 
 def find_layouts(
     model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any, rows: int
-) -> dict[str, str]:
-    """By layer name, how its input holds the samples: "rows", "flat" or "same" (for every sample).
+) -> dict[str, Layout]:
+    """By layer name, how its input holds the samples.
+
+    A layer that is random by itself, dropout aside, cannot be judged and is left out.
 
     Raises GraddotError for a layer whose input depends on other samples of the batch, or holds
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
@@ -78,13 +81,13 @@ def find_layouts(
                 f" ({type(error).__name__}: {error}), so that it cannot be shown to keep samples"
                 " apart"
             ) from error
-        found = {name: _layout(whole[name], part.get(name, []), rows) for name in whole}
-        if not all(found.values()):  # noise of the model's own, or mixed samples?
-            torch.manual_seed(torch.seed() % 2**31)
+        found = {name: _layout(name, whole[name], part.get(name, []), rows) for name in whole}
+        if None in found.values():  # noise of the model's own, or mixed samples?
+            torch.seed()
             again = _digests(model, layers, args, kwargs)
     layouts = {}
     for name, layout in found.items():
-        if layout is None and all(map(_equal, whole[name], again[name])):
+        if layout is None and _equal(whole[name], again.get(name, [])):
             shapes = [tuple(digest.shape) for digest in whole[name]]
             what = f"layer {name} gets an input" if name else "the model has an output"
             raise GraddotError(
@@ -138,30 +141,36 @@ def _digest(x: Tensor) -> _Digest:
     return _Digest(x.shape, wide @ direction.to(wide.dtype) if x.dim() > 1 else wide.clone())
 
 
-def _layout(whole: list[_Digest], part: list[_Digest], rows: int) -> str | None:
-    """The layout of all of a layer's calls; None if there is none that they share."""
+def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> Layout | None:
+    """The layout that a layer's calls share; None if a call has none."""
     if len(whole) != len(part):
         return None
     layouts = {_layout_of_call(*pair, rows) for pair in zip(whole, part, strict=True)}
-    return layouts.pop() if len(layouts) == 1 else None if layouts else "rows"
+    if name and None not in layouts and len(layouts) > 1:
+        shapes = ", ".join(str(tuple(digest.shape)) for digest in whole)
+        raise GraddotError(
+            f"layer {name} is called several times, and its inputs (of shapes {shapes}) hold the"
+            f" {rows} rows of the batch in different ways; use one layer a way"
+        )
+    return None if None in layouts or not layouts else layouts.pop()
 
 
-def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> str | None:
-    later = rows - rows // 2
+def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
     if whole.shape == part.shape:
         return "same" if _close(whole.values, part.values) else None
-    if whole.shape[1:] != part.shape[1:]:
-        return None
-    if (whole.shape[0], part.shape[0]) == (rows, later):
-        return "rows" if _close(whole.values[-later:], part.values) else None
     tokens = whole.shape[0] // rows
-    if (whole.shape[0], part.shape[0]) == (rows * tokens, later * tokens):
-        return "flat" if _close(whole.values[-later * tokens :], part.values) else None
-    return None
+    kept = whole.shape[0] - rows // 2 * tokens
+    if whole.shape[1:] != part.shape[1:] or whole.shape[0] % rows or part.shape[0] != kept:
+        return None
+    if not _close(whole.values[-kept:], part.values):
+        return None
+    return "rows" if tokens == 1 else tokens
 
 
-def _equal(a: _Digest, b: _Digest) -> bool:
-    return a.shape == b.shape and _close(a.values, b.values)
+def _equal(a: list[_Digest], b: list[_Digest]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and _close(x.values, y.values) for x, y in zip(a, b, strict=True)
+    )
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -35,9 +35,8 @@ class Scored:
 
     def has_rows(self, x: Tensor) -> bool:
         """Whether a tensor's first dimension holds the samples."""
-        flat = self.step.layouts.get(self.name) == "flat"
-        size = x.shape[0] if x.dim() else 0
-        return size == self.rows or (flat and size > self.rows and size % self.rows == 0)
+        tokens = self.step.tokens(self.name)
+        return x.dim() > 0 and x.shape[0] in (self.rows, self.rows * tokens)
 
     def name_of(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), self.name)
@@ -61,7 +60,7 @@ class Scored:
         sinks = self.step.sink(weight), self.step.sink(bias)
         with torch.autocast(act.device.type, enabled=False):
             out = LinearDot.apply(act, weight, bias, *sinks, self.step, names, transposed)
-        return self.shaped(out, x)
+        return self.shaped(out)
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
         """weight[ids] for ids (rows, ...), or the same for every row and (1, T) or (T,)."""
@@ -86,14 +85,13 @@ class Scored:
         names = self.name_of(weight), "" if bias is None else self.name_of(bias)
         sinks = self.step.sink(weight), self.step.sink(bias)
         out = LayerNormDot.apply(act, weight, bias, *sinks, self.step, names, shape, eps)
-        return self.shaped(out, x)
+        return self.shaped(out)
 
-    def shaped(self, out: Tensor, x: Tensor) -> Tensor:
+    def shaped(self, out: Tensor) -> Tensor:
         """Rows that came one after the other leave so."""
-        layout = self.step.layouts.get(self.name)
-        if layout == "same":
+        if self.step.layouts.get(self.name) == "same":
             return self._broadcast(out)
-        return out.reshape(x.shape[0], out.shape[-1]) if layout == "flat" else out
+        return out.flatten(0, 1) if self.step.tokens(self.name) else out
 
     def _broadcast(self, out: Tensor) -> Tensor:
         """An output whose rows are the same, checked in the first step to be used row by row."""
