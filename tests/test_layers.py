@@ -66,7 +66,7 @@ class FirstRowOnly(Scale):
 
 
 class Cell(nn.Module):
-    """A child layer, and a parameter that no general way can follow."""
+    """A child layer, and a parameter that in place cannot be followed."""
 
     def __init__(self):
         super().__init__()
@@ -131,6 +131,9 @@ def test_rms_norm_gives_the_values_of_its_own_forward(norm, dtype):
         (Squared(6, 3), (5, 6)),
         (Scale(1, 5, 6), (5, 6)),
         (FirstRowOnly(1, 6), (5, 6)),
+        (Cell(), (5, 6)),
+        (nn.MultiheadAttention(6, 2, batch_first=True), None),
+        (nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), (5, 6)),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -140,7 +143,8 @@ def test_check_layer_proves(layer, shape):
         for p in layer.parameters():
             p.normal_()
     before = {n: v.clone() for n, v in layer.state_dict().items()}
-    inputs = [torch.randn(4, *shape)] if shape else [torch.randn(4, 6), torch.randn(4, 6)]
+    three = isinstance(layer, nn.MultiheadAttention)
+    inputs = [torch.randn(4, *(shape or (5, 6))) for _ in range(1 if shape else 3 if three else 2)]
     check_layer(layer, *inputs)
     assert all(torch.equal(v, before[n]) for n, v in layer.state_dict().items())
     assert "forward" not in layer.__dict__ and all(p.grad is None for p in layer.parameters())
@@ -155,7 +159,6 @@ def test_a_subclass_that_keeps_the_forward_has_its_base_rule():
     [
         (MixesSamples(6), "in the batch differ"),
         (nn.BatchNorm1d(5), "in the batch differ|more than 1 value"),
-        (Cell(), "child layers with parameters"),
         (nn.GRU(6, 6, batch_first=True), "holds"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
@@ -239,7 +242,14 @@ def test_models_that_mix_samples_are_refused():
     _refused(nn.Sequential(nn.Linear(6, 6), MixesSamples(6)), "has an output")
     mixed = nn.Sequential(nn.Linear(6, 6), MixesSamples(6), nn.Linear(6, 2))
     _refused(mixed, "layer 2 gets an input")
-    _refused(nn.Sequential(nn.Linear(6, 6), Cell()), "layer 1 of type Cell")
+
+
+def test_a_layer_too_large_for_its_samples_gradients_is_refused(monkeypatch):
+    monkeypatch.setattr("graddot_lm.general.LARGEST", 40)
+    model = nn.Sequential(nn.Linear(6, 6), Cell())
+    _refused(model, r"layer 1 of type Cell.*\n.*\n  row by row: its 48 elements are too many")
+    register_layer(Cell, None)
+    check_layer(model, X)
 
 
 class FirstOfPositions(nn.Module):

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .errors import GraddotError
 from .general import Rule
@@ -76,7 +76,7 @@ class _Proof:
     def run(self, args: Any, kwargs: Any) -> None:
         with _exactly():
             scored_in, scored_out = self._call(self._scored, (args, kwargs))
-            _, joint_out = self._call(self._plain, (args, kwargs))
+            joint_out = [self._with_rows(x) for x in self._call(self._plain, (args, kwargs))[1]]
             generator = torch.Generator().manual_seed(0)
             weights = [
                 torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
@@ -100,6 +100,10 @@ class _Proof:
                         self._close(f"gradient of input {k}, sample {i},", got, x.grad)
             self._compare_gradients(samples)
 
+    def _with_rows(self, x: Tensor) -> Tensor:
+        """An output (1, ...) that is broadcast over the rows, as a scored layer gives it."""
+        return x.expand(self._rows, *x.shape[1:]) if x.shape[0] == 1 else x
+
     def _call(self, module: nn.Module, arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
         """Floating-point inputs as leaves, and the outputs that depend on anything."""
 
@@ -107,8 +111,10 @@ class _Proof:
             x = x.detach()
             return x.double().clone().requires_grad_() if x.is_floating_point() else x
 
-        args, kwargs = tree_map_only(Tensor, leaf, arguments)
         try:
+            args, kwargs = tree_map(
+                lambda x: leaf(x) if isinstance(x, Tensor) else _own(x), arguments
+            )
             out = module(*args, **kwargs)
         except GraddotError:
             raise
@@ -169,6 +175,11 @@ class _Proof:
     def _title(self) -> str:
         kind = type(self._plain).__name__
         return f"layer {self._name} ({kind})" if self._name else kind
+
+
+def _own(x: Any) -> Any:
+    """A copy of an argument that a call may write to; in training, an empty cache is none."""
+    return None if hasattr(x, "get_seq_length") else copy.deepcopy(x)
 
 
 def _exact_copy(module: nn.Module) -> nn.Module:

@@ -4,8 +4,8 @@ Two ways, tried in this order. *In place*: the layer's forward runs as it is; wh
 F.linear, F.embedding or F.layer_norm with a parameter of its own, the scored operation runs
 instead, and a parameter of shape (1, ...) that is added or concatenated to every sample (a class
 token, a table of positions) becomes one copy a row. *Row by row*: the forward is mapped over the
-samples, each with its own copy of the parameters; the backward then holds a gradient of every
-sample, so parameters must be small. Whichever is proven against autograd on the layer's first
+samples, each with its own copy of the parameters, those of the layers inside included; the backward
+then holds a gradient of every sample, so they must be small. Whichever is proven against autograd on the layer's first
 input is used; a layer for which neither is, is refused with the reasons.
 """
 
@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import GraddotError
-from .scored import Scored, own_parameters
+from .scored import Scored, ScoredForward, own_parameters
 
 Rule = Callable[..., Any]
 LARGEST = 2**22  # elements of a layer whose gradient may be held for every sample
@@ -49,7 +49,7 @@ class ProvenRule:
     def _prove(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Rule:
         from .check import prove  # check.py attaches rules, this one among them
 
-        size = sum(p.numel() for p in own_parameters(module).values())
+        size = sum(p.numel() for p in module.parameters() if p.requires_grad)
         reasons = []
         for name, way in self._ways.items():
             if way is row_by_row and size > LARGEST and not self._any_size:
@@ -85,35 +85,61 @@ def in_place(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> An
 
 
 def row_by_row(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
-    """The layer's forward mapped over the samples, each with its own copy of the parameters."""
-    if any(p.requires_grad for child in module.children() for p in child.parameters()):
-        raise GraddotError("it has child layers with parameters")
-    own = {n: scored.per_sample(p) for n, p in own_parameters(module).items()}
+    """The forward mapped over the samples, each with its own copy of all parameters inside."""
+    own = {n: scored.per_sample(p) for n, p in module.named_parameters() if p.requires_grad}
     leaves, spec = tree_flatten((args, kwargs))
     at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and scored.has_rows(x)]
+    returned: list[Any] = []  # what the forward returns, tensors to be filled in, and its nesting
 
-    def one(parameters: dict[str, Tensor], inputs: list[Tensor]) -> Any:
+    def one(parameters: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
         filled = list(leaves)
         for i, x in zip(at, inputs, strict=True):
             filled[i] = x
         inner_args, inner_kwargs = tree_unflatten(filled, spec)
-        with _replaced(module, parameters):
-            return scored.own_forward(*inner_args, **inner_kwargs)
+        with _replaced(module, parameters), _plain_children(module):
+            returned[:] = tree_flatten(scored.own_forward(*inner_args, **inner_kwargs))
+        return [x for x in returned[0] if isinstance(x, Tensor)]
 
     samples = [leaves[i].unflatten(0, (scored.rows, -1)) for i in at]
-    out = torch.vmap(one, randomness="different")(own, samples)
-    return tree_map_only(Tensor, lambda x: x.flatten(0, 1), out)
+    outputs = iter(torch.vmap(one, randomness="different")(own, samples))
+    filled = [next(outputs).flatten(0, 1) if isinstance(x, Tensor) else x for x in returned[0]]
+    return tree_unflatten(filled, returned[1])
 
 
 @contextlib.contextmanager
 def _replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
-    """Other tensors in the place of some of the module's own parameters."""
-    saved = {name: module._parameters[name] for name in values}
-    module._parameters.update(values)  # type: ignore[arg-type]
+    """Other tensors in the place of some of the parameters in a module, tied ones everywhere."""
+    by_id = {id(module.get_parameter(name)): value for name, value in values.items()}
+    places = [
+        (part._parameters, name, p)
+        for part in module.modules()
+        for name, p in part._parameters.items()
+        if id(p) in by_id
+    ]
+    for parameters, name, p in places:
+        parameters[name] = by_id[id(p)]  # type: ignore[assignment]
     try:
         yield
     finally:
-        module._parameters.update(saved)
+        for parameters, name, p in places:
+            parameters[name] = p
+
+
+@contextlib.contextmanager
+def _plain_children(module: nn.Module) -> Iterator[None]:
+    """The layers inside of a module with their own forwards, as if no engine were attached."""
+    scored = {
+        child: child.__dict__["forward"]
+        for child in module.modules()
+        if child is not module and isinstance(child.__dict__.get("forward"), ScoredForward)
+    }
+    for child, forward in scored.items():
+        child.forward = forward.own_forward
+    try:
+        yield
+    finally:
+        for child, forward in scored.items():
+            child.forward = forward
 
 
 class _OwnCalls(TorchFunctionMode):

@@ -77,13 +77,15 @@ class Step:
 
     def id_rows(self, name: str, ids: Tensor) -> Tensor:
         """Ids of (rows, ...), or of (1, T) or (T,), the same for every row, as (rows, ...)."""
-        layout = self.layouts.get(name, "same" if ids.dim() == 2 and len(ids) == 1 else "rows")
+        if ids.dim() == 2 and ids.shape[0] == 1:  # there are two rows at least
+            return ids.expand(self.rows, ids.shape[1])
+        layout = self.layouts.get(name, "rows")
         if layout == "rows" and ids.dim() >= 1 and ids.shape[0] == self.rows:
             return ids
         if ids.dim() == 1 and ids.shape[0] == self.rows * self.tokens(name):
             return ids.view(self.rows, -1)
-        if layout == "same" and (ids.dim() == 1 or (ids.dim() == 2 and ids.shape[0] == 1)):
-            return ids.expand(self.rows, ids.shape[-1])
+        if layout == "same" and ids.dim() == 1:
+            return ids.expand(self.rows, ids.shape[0])
         raise GraddotError(
             f"embedding {name} got ids of shape {tuple(ids.shape)}"
             + (" that are the same for every row" if layout == "same" else "")

@@ -34,6 +34,8 @@ class NoDropout(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
+        if func is F.multi_head_attention_forward:
+            args = (*args[:10], 0.0, *args[11:])
         return func(*args, **kwargs)
 
 

@@ -86,7 +86,7 @@ def refusal(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and mixes_samples(module):
         return "BatchNorm in training mode mixes samples; use GroupNorm, or eval() it"
     kind = type(module).__name__
-    if isinstance(module, (nn.RNNBase, nn.MultiheadAttention)):
+    if isinstance(module, nn.RNNBase):
         return f"no rule for layers of type {kind}, which computes with its weights in one kernel"
     if nn.utils.parametrize.is_parametrized(module) or kind == "ParametrizationList":
         return "a parametrized weight is not a parameter; remove the parametrization"

@@ -119,14 +119,14 @@ class ScoredForward:
         current_step: Callable[[], Step | None],
     ) -> None:
         self._module, self._name, self._rule = module, name, rule
-        self._current_step, self._own_forward = current_step, module.forward
+        self._current_step, self.own_forward = current_step, module.forward
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         step = self._current_step()
         if step is None:
-            return self._own_forward(*args, **kwargs)
-        scored = Scored(self._module, self._name, step, self._own_forward)
+            return self.own_forward(*args, **kwargs)
+        scored = Scored(self._module, self._name, step, self.own_forward)
         return self._rule(self._module, scored, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
