@@ -157,9 +157,9 @@ def test_a_subclass_that_keeps_the_forward_has_its_base_rule():
 @pytest.mark.parametrize(
     "layer, match",
     [
-        (MixesSamples(6), "in the batch differ"),
-        (nn.BatchNorm1d(5), "in the batch differ|more than 1 value"),
-        (nn.GRU(6, 6, batch_first=True), "holds"),
+        (MixesSamples(6), "has an output .* that depends on other samples"),
+        (nn.BatchNorm1d(5), "has an output .* that depends on other samples"),
+        (nn.GRU(6, 6, batch_first=True), "no rule that holds"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )
@@ -248,7 +248,7 @@ def test_a_layer_too_large_for_its_samples_gradients_is_refused(monkeypatch):
     monkeypatch.setattr("graddot_lm.general.LARGEST", 40)
     model = nn.Sequential(nn.Linear(6, 6), Cell())
     _refused(model, r"layer 1 of type Cell.*\n.*\n  row by row: its 48 elements are too many")
-    register_layer(Cell, None)
+    register_layer(Cell)
     check_layer(model, X)
 
 
@@ -278,6 +278,20 @@ class SparseExperts(nn.Module):
         return out
 
 
+class SkippedExpert(nn.Module):
+    """Its second expert first runs in the second step, with as many tokens as there are rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.tokens = nn.Linear(6, 6), nn.Linear(6, 6), 0
+
+    def forward(self, x):
+        out = self.first(x)
+        if self.tokens:
+            out[0, : self.tokens] = self.second(x[0, : self.tokens])
+        return out
+
+
 class OneLayerTwoWays(nn.Module):
     def __init__(self):
         super().__init__()
@@ -290,13 +304,43 @@ class OneLayerTwoWays(nn.Module):
 def test_inputs_without_rows_are_refused_by_name():
     _refused(FirstOfPositions(), "layer positions got an input without rows")
     _refused(SparseExperts(), "layer experts.0 gets an input")
+    unused = SparseExperts()
+    torch.nn.init.constant_(unused.gate.bias[:1], 100.0)
+    _refused(unused, r"layer experts.1 gets an input \(of shape \(0, 6\)\)")
     _refused(OneLayerTwoWays(), "layer linear is called several times")
+
+
+def test_a_layer_that_first_runs_later_is_not_guessed():
+    model, y = SkippedExpert(), torch.zeros(4, dtype=torch.long)
+    engine = GradDotProdEngine(model, (X[3:], y[3:]), label_shift=0)
+    engine.attach()
+    for model.tokens in (0, 4):
+        engine.attach_train_batch(X[:3], y[:3], 0, None)
+        if model.tokens:
+            with pytest.raises(GraddotError, match=r"layer second got an input of shape \(4, 6\)"):
+                model(X)
+        else:
+            _first_token(model(X), y).backward()
+            engine.prepare_gradients()
 
 
 def test_a_forward_replaced_on_the_instance_is_refused():
     model = nn.Sequential(nn.Linear(6, 2))
     model[0].forward = lambda x: x[..., :2]
     _refused(model, "0.weight: its forward was replaced on the instance")
+
+
+def test_rows_in_the_second_dimension_are_refused():
+    class TokensFirst(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2)
+
+        def forward(self, x):
+            x = x.transpose(0, 1)
+            return self.attention(x, x, x)[0].transpose(0, 1)
+
+    _refused(TokensFirst(), "layer attention gets an input")
 
 
 class SharedWithNorm(nn.Module):

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
-from graddot_lm import GradDotProdEngine
+from graddot_lm import GradDotProdEngine, check_layer
 from test_engine import run_step
 from torch import nn
 
@@ -121,6 +121,8 @@ LANGUAGE_MODELS = {
     "gemma": lambda: causal("Gemma"),
     "gemma2": lambda: causal("Gemma2"),
     "gemma3": gemma3,
+    "mamba": lambda: causal("Mamba", state_size=4),
+    "bloom": lambda: causal("Bloom", n_head=2, n_layer=2, hidden_dropout=0, attention_dropout=0),
     "gpt-neox": lambda: causal("GPTNeoX"),
     "gpt-neo": gpt_neo,
     "opt": opt,
@@ -175,6 +177,36 @@ def test_language_model(name, dtype, record_property):
         train[0][1, :3] = 0  # padded on the left
         train[1][1, :4] = -100
     check(LANGUAGE_MODELS[name](), train, val, dtype, record_property)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma", "mixtral", "t5", "opt"])
+def test_activation_checkpointing(name, record_property):
+    model = LANGUAGE_MODELS[name]()
+    inner = model.model if name == "t5" else model
+    inner.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    train, val = token_batch(4, 11, VOCAB, seed=1, ragged=True), token_batch(2, 11, VOCAB, seed=2)
+    check(model, train, val, torch.float64, record_property)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "mixtral", "t5", "opt", "bert"])
+def test_bf16(name, record_property):
+    """bf16 parameters and autocast: scores within 2e-2 of their Cauchy-Schwarz scale."""
+    model = LANGUAGE_MODELS[name]()
+    train, val = token_batch(5, 31, VOCAB, seed=1, ragged=True), token_batch(2, 31, VOCAB, seed=2)
+    dots, scales = sample_dots(model, train, val)
+    want, scale = total(dots), total(scales)
+    errors = []
+    for dtype, autocast in ((torch.bfloat16, False), (torch.float32, True)):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            scores, _ = run_step(copy.deepcopy(model).to(dtype), train, val)
+        errors.append(((scores - want).abs() / scale).max().item())
+    record_property("relative_error", max(errors))
+    assert max(errors) <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "mixtral", "bert", "lora"])
+def test_check_layer_proves_whole_models(name):
+    check_layer(LANGUAGE_MODELS[name](), token_batch(3, 7, VOCAB, seed=1)[0])
 
 
 def test_experts_in_their_default_implementation(record_property):

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from .errors import GraddotError
 from .general import Rule
 from .layers import Step
-from .rows import Layout, NoDropout, take_rows
+from .rows import Layout, NoDropout, find_layouts, take_rows
 from .rules import rule_for
 from .scored import Scored, ScoredForward
 
@@ -33,7 +33,11 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     first = next((x for x in tree_flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
     if first is None or first.dim() == 0 or first.shape[0] < 2:
         raise GraddotError("check_layer needs an input tensor with at least two samples")
-    _Proof(module, "", first.shape[0], {}, rule_for(module)).run(inputs, kwargs)
+    plain = copy.deepcopy(module)
+    inner = {name: m for name, m in plain.named_modules() if name and rule_for(m) is not None}
+    layouts = find_layouts(plain, inner, inputs, kwargs, first.shape[0])
+    layouts[""] = "rows"
+    _Proof(module, "", first.shape[0], layouts, rule_for(module)).run(inputs, kwargs)
 
 
 def prove(module: nn.Module, scored: Scored, rule: Rule, args: Any, kwargs: Any) -> None:
@@ -41,7 +45,7 @@ def prove(module: nn.Module, scored: Scored, rule: Rule, args: Any, kwargs: Any)
     rows = scored.rows
     index = sorted({0, min(1, rows - 1), rows - 1})
     tokens = scored.step.tokens(scored.name)
-    few = lambda x: take_rows(x, index, rows, tokens)
+    few = lambda x: take_rows(x.detach(), index, rows, tokens)
     args, kwargs = tree_map_only(Tensor, few, (args, kwargs))
     _Proof(module, scored.name, len(index), scored.step.layouts, rule).run(args, kwargs)
 
@@ -146,7 +150,8 @@ class _Proof:
     def _compare_gradients(self, samples: list[dict[str, Tensor]]) -> None:
         train, val = samples[:-1], samples[-1]
         total = {n: torch.stack([s[n] for s in train]).sum(0) for n in val}
-        floor = 1e-2 * max((g.norm().item() for g in total.values()), default=0.0)
+        largest = lambda grads: max((g.norm().item() for g in grads.values()), default=0.0)
+        floor = 1e-2 * largest(total)  # some gradients are zero but for rounding
         for n, p in self._scored.named_parameters():
             if n not in val:
                 continue
@@ -156,6 +161,7 @@ class _Proof:
             dots = self._leaves[n].detach() if sink is None else sink
             for i, sample in enumerate(train):
                 size = (val[n].norm() * sample[n].norm()).item()
+                size = max(size, 1e-4 * largest(val) * largest(sample))
                 want = (val[n] * sample[n]).sum()
                 self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
 
@@ -203,8 +209,13 @@ def _plain(out: Any) -> Any:
 
 @contextlib.contextmanager
 def _exactly() -> Iterator[None]:
-    """Gradients on, autocast and dropout off, and the random state left as it was."""
+    """Gradients on, autocast and dropout off, and the random state left as it was.
+
+    Tensors are saved as they are: activation checkpointing around must neither see nor rerun this.
+    """
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with contextlib.ExitStack() as stack:
+        stack.enter_context(as_it_is)
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):

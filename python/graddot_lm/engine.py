@@ -389,7 +389,8 @@ class GradDotProdEngine:
             finally:
                 self._active = micro
             flat = any(isinstance(layout, int) for layout in layouts.values())
-            self._layouts[(*mode, *shapes) if flat else mode] = layouts
+            if layouts:
+                self._layouts[(*mode, *shapes) if flat else mode] = layouts
         micro.step.layouts.update(layouts)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:

@@ -55,7 +55,7 @@ class ProvenRule:
             if way is row_by_row and size > LARGEST and not self._any_size:
                 reasons.append(
                     f"{name}: its {size:,} elements are too many to hold a gradient of every"
-                    f" sample; register_layer({type(module).__name__}, None) allows it"
+                    f" sample; register_layer({type(module).__name__}) allows it"
                 )
                 continue
             try:

@@ -56,18 +56,26 @@ class Step:
         layout = self.layouts.get(name)
         return layout if isinstance(layout, int) else 0
 
+    def _has_rows_first(self, name: str, x: Tensor, dims: int) -> bool:
+        """A layer that was not judged is believed when its input has a dimension to spare."""
+        layout = self.layouts.get(name, "unseen" if self.layouts else "rows")
+        enough = dims if layout == "rows" else dims + 1
+        known = layout in ("rows", "unseen")
+        return known and x.dim() >= enough and x.shape[0] == self.rows
+
     def as_rows(self, name: str, x: Tensor) -> Tensor:
         """A layer's input with the rows as its first dimension: (rows, ..., D).
 
         Takes (rows, ..., D); (rows·T, D) where the rows were seen to lie one after the other; and
         (1, ..., D) or (T, D), the same for every row, which is expanded.
         """
-        layout = self.layouts.get(name, "rows")
-        if layout == "rows" and x.dim() >= 2 and x.shape[0] == self.rows:
+        if self._has_rows_first(name, x, 2):
             return x
-        if x.dim() == 2 and x.shape[0] == self.rows * self.tokens(name):
+        tokens = self.tokens(name)
+        if tokens and x.dim() == 2 and x.shape[0] == self.rows * tokens:
             return x.view(self.rows, -1, x.shape[1])
-        if layout == "same" and x.dim() >= 2 and (x.shape[0] == 1 or x.dim() == 2):
+        same = self.layouts.get(name) == "same"
+        if same and x.dim() >= 2 and (x.shape[0] == 1 or x.dim() == 2):
             return x.expand(self.rows, *(x.shape[1:] if x.shape[0] == 1 else x.shape))
         raise GraddotError(
             f"layer {name} got an input of shape {tuple(x.shape)}; expected {self.rows} rows"
@@ -79,16 +87,17 @@ class Step:
         """Ids of (rows, ...), or of (1, T) or (T,), the same for every row, as (rows, ...)."""
         if ids.dim() == 2 and ids.shape[0] == 1:  # there are two rows at least
             return ids.expand(self.rows, ids.shape[1])
-        layout = self.layouts.get(name, "rows")
-        if layout == "rows" and ids.dim() >= 1 and ids.shape[0] == self.rows:
+        if self._has_rows_first(name, ids, 1):
             return ids
-        if ids.dim() == 1 and ids.shape[0] == self.rows * self.tokens(name):
+        tokens = self.tokens(name)
+        if tokens and ids.dim() == 1 and ids.shape[0] == self.rows * tokens:
             return ids.view(self.rows, -1)
-        if layout == "same" and ids.dim() == 1:
+        same = self.layouts.get(name) == "same"
+        if same and ids.dim() == 1:
             return ids.expand(self.rows, ids.shape[0])
         raise GraddotError(
             f"embedding {name} got ids of shape {tuple(ids.shape)}"
-            + (" that are the same for every row" if layout == "same" else "")
+            + (" that are the same for every row" if same else "")
             + f"; expected {self.rows} rows (training rows, then validation rows), or (1, T) or"
             " (T,) to be broadcast over them"
         )

@@ -41,6 +41,7 @@ class NoDropout(TorchFunctionMode):
 
 # "rows" (rows, ..., D); "same" for every row; T where a row's T tokens lie together, (rows·T, D).
 Layout = str | int
+_OUTPUTS = " outputs"  # beside the layers' names
 
 
 def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor:
@@ -58,6 +59,7 @@ class _Digest:
 
     shape: torch.Size
     values: Tensor
+    tolerance: float = 0.0  # for what rounding makes of the same rows in a smaller batch
 
 
 def find_layouts(
@@ -65,11 +67,14 @@ def find_layouts(
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples.
 
-    A layer that is random by itself, dropout aside, cannot be judged and is left out.
+    A layer that is random by itself, dropout aside, cannot be judged and is left out; nothing can
+    be told from one row.
 
     Raises GraddotError for a layer whose input depends on other samples of the batch, or holds
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
     """
+    if rows < 2:
+        return {}
     later = list(range(rows // 2, rows))
     half = lambda x: take_rows(x, later, rows)
     few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
@@ -83,29 +88,42 @@ def find_layouts(
                 f" ({type(error).__name__}: {error}), so that it cannot be shown to keep samples"
                 " apart"
             ) from error
+        with_rows = _with_rows(whole[_OUTPUTS], part[_OUTPUTS], rows, len(later))
+        for digests in (whole, part):
+            digests[_OUTPUTS] = [digests[_OUTPUTS][i] for i in with_rows]
         found = {name: _layout(name, whole[name], part.get(name, []), rows) for name in whole}
         if None in found.values():  # noise of the model's own, or mixed samples?
             torch.seed()
             again = _digests(model, layers, args, kwargs)
-    layouts = {}
-    for name, layout in found.items():
-        if layout is None and _equal(whole[name], again.get(name, [])):
-            shapes = [tuple(digest.shape) for digest in whole[name]]
-            what = f"layer {name} gets an input" if name else "the model has an output"
-            raise GraddotError(
-                f"{what} (of shape {shapes[0]}) that depends on other samples of the batch of"
-                f" {rows} rows, or that does not hold them one after the other: when the first"
-                f" {later[0]} rows were left out, the others' part changed"
-            )
-        if name and layout is not None:
-            layouts[name] = layout
-    return layouts
+            again[_OUTPUTS] = [again[_OUTPUTS][i] for i in with_rows]
+            for name, layout in found.items():
+                if layout is None and _equal(whole[name], again.get(name, [])):
+                    raise GraddotError(_mixed(name, whole[name][0].shape, rows, later[0]))
+    return {n: layout for n, layout in found.items() if layout is not None and n != _OUTPUTS}
+
+
+def _mixed(name: str, shape: torch.Size, rows: int, left_out: int) -> str:
+    what = "the model has an output" if name == _OUTPUTS else f"layer {name} gets an input"
+    return (
+        f"{what} (of shape {tuple(shape)}) that depends on other samples of the batch of {rows}"
+        " rows, or that does not hold them one after the other: when the first"
+        f" {left_out} rows were left out, the others' part changed"
+    )
+
+
+def _with_rows(whole: list[_Digest], part: list[_Digest], rows: int, later: int) -> list[int]:
+    """Which outputs have rows as their first dimension; a state or a mask may do otherwise."""
+    return [
+        i
+        for i, (x, y) in enumerate(zip(whole, part, strict=False))
+        if (x.shape[0], y.shape[0]) == (rows, later) and x.shape[1:] == y.shape[1:]
+    ]
 
 
 def _digests(
     model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any
 ) -> dict[str, list[_Digest]]:
-    """Digests of every call's first tensor by layer name, and of the outputs under ""."""
+    """Digests of every call's first tensor by layer name, and of the outputs."""
     found: dict[str, list[_Digest]] = {}
 
     def hook(name: str) -> Callable[..., None]:
@@ -122,7 +140,7 @@ def _digests(
     finally:
         for handle in hooks:
             handle.remove()
-    found[""] = [_digest(x) for x in _tensors(out) if x.dim() > 0]
+    found[_OUTPUTS] = [_digest(x) for x in _tensors(out) if x.dim() > 0]
     return found
 
 
@@ -137,10 +155,14 @@ def _tensors(out: Any) -> Iterator[Tensor]:
 def _digest(x: Tensor) -> _Digest:
     if x.dim() == 0 or not x.is_floating_point():
         return _Digest(x.shape, x.detach().clone())
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-2}.get(x.dtype, 0.1)
+    if torch.is_autocast_enabled(x.device.type):
+        tolerance = 0.1
     generator = torch.Generator().manual_seed(x.shape[-1])
-    direction = torch.randn(x.shape[-1], generator=generator).to(x.device, x.dtype)
-    wide = x.double() if x.dtype == torch.float64 else x.float()
-    return _Digest(x.shape, wide @ direction.to(wide.dtype) if x.dim() > 1 else wide.clone())
+    direction = torch.randn(x.shape[-1], generator=generator).to(x.device)
+    wide = x if x.dtype == torch.float64 else x.float()
+    values = (wide * direction).sum(-1) if x.dim() > 1 else wide.clone()
+    return _Digest(x.shape, values, tolerance)
 
 
 def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> Layout | None:
@@ -148,35 +170,38 @@ def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> 
     if len(whole) != len(part):
         return None
     layouts = {_layout_of_call(*pair, rows) for pair in zip(whole, part, strict=True)}
-    if name and None not in layouts and len(layouts) > 1:
+    if name != _OUTPUTS and None not in layouts and len(layouts) > 1:
         shapes = ", ".join(str(tuple(digest.shape)) for digest in whole)
         raise GraddotError(
             f"layer {name} is called several times, and its inputs (of shapes {shapes}) hold the"
             f" {rows} rows of the batch in different ways; use one layer a way"
         )
-    return None if None in layouts or not layouts else layouts.pop()
+    return None if None in layouts else layouts.pop() if layouts else "rows"
 
 
 def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
+    if not whole.shape.numel() or not part.shape.numel():  # tokens picked from the batch: none
+        return None
     if whole.shape == part.shape:
-        return "same" if _close(whole.values, part.values) else None
+        return "same" if _close(whole, part.values, 0) else None
     tokens = whole.shape[0] // rows
     kept = whole.shape[0] - rows // 2 * tokens
     if whole.shape[1:] != part.shape[1:] or whole.shape[0] % rows or part.shape[0] != kept:
         return None
-    if not _close(whole.values[-kept:], part.values):
+    if not _close(whole, part.values, whole.shape[0] - kept):
         return None
     return "rows" if tokens == 1 else tokens
 
 
 def _equal(a: list[_Digest], b: list[_Digest]) -> bool:
     return len(a) == len(b) and all(
-        x.shape == y.shape and _close(x.values, y.values) for x, y in zip(a, b, strict=True)
+        x.shape == y.shape and _close(x, y.values, 0) for x, y in zip(a, b, strict=True)
     )
 
 
-def _close(a: Tensor, b: Tensor) -> bool:
-    if not a.is_floating_point():
-        return torch.equal(a, b)
-    tolerance = 1e-8 if a.dtype == torch.float64 else 1e-3
-    return bool((a - b).norm() <= tolerance * a.norm())
+def _close(whole: _Digest, part: Tensor, start: int) -> bool:
+    """Whether the part is what the whole has from its start-th entry on."""
+    values = whole.values[start:]
+    if not values.is_floating_point():
+        return torch.equal(values, part)
+    return bool((values - part).norm() <= whole.tolerance * values.norm())

@@ -55,15 +55,15 @@ def register_layer(layer: type[nn.Module], rule: Rule | None = None) -> Any:
             return x * scored.per_sample(module.weight)[:, None]
 
     The rule gets the module, a `Scored` and the arguments of the layer's forward, and returns what
-    that returns. `register_layer(Scale, None)` is not a rule but a leave: the general rule may
-    then hold a gradient of every sample for this layer, whatever its size. The rule is for this
-    exact type. `check_layer` proves a rule against autograd.
+    that returns; it is for this exact type. `check_layer` proves it against autograd. A mere
+    `register_layer(Scale)` lets the general rule hold a gradient of every sample for layers of
+    this type, whatever their size.
     """
     if rule is not None:
         _registered[layer] = rule
         return rule
 
-    def decorate(function: Rule | None) -> Rule | None:
+    def decorate(function: Rule) -> Rule:
         _registered[layer] = function
         return function
 

@@ -25,7 +25,8 @@ class ExpertLinearDot(ScoredFunction):
     @staticmethod
     def forward(ctx, x, weight, sink, step, name, counts, samples):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight, samples)
-        ctx.step, ctx.counts, ctx.name = step, counts, name
+        ctx.step, ctx.counts = step, counts
+        ctx.uses = step.uses(name, weight)
         parts = zip(x.split(counts), weight.to(x.dtype), strict=True)
         return torch.cat([tokens @ w.t() for tokens, w in parts])
 
@@ -40,9 +41,9 @@ class ExpertLinearDot(ScoredFunction):
             result[0] = torch.cat([grad @ w for grad, w in parts])
         if not ctx.needs_input_grad[1]:
             return tuple(result)
-        uses = step.uses(ctx.name, weight)
+        uses = ctx.uses
         if uses.linear_calls or uses.vector_calls or uses.embedding_ids or uses.expert_calls:
-            raise GraddotError(f"{ctx.name}: experts that are used more than once are not scored")
+            raise GraddotError(f"{uses.name}: experts that are used more than once are not scored")
         uses.expert_calls += 1
         high = _accumulator(x.dtype)
         dots = torch.zeros(len(step.val_rows), step.rows, dtype=high, device=x.device)
