@@ -44,7 +44,7 @@ def prove(module: nn.Module, scored: Scored, rule: Rule, args: Any, kwargs: Any)
     """check_layer of one rule on a few rows of what a layer got in a step."""
     rows = scored.rows
     index = sorted({0, min(1, rows - 1), rows - 1})
-    tokens = scored.step.tokens(scored.name)
+    tokens = scored.step.row_tokens(scored.name)
     few = lambda x: take_rows(x.detach(), index, rows, tokens)
     args, kwargs = tree_map_only(Tensor, few, (args, kwargs))
     _Proof(module, scored.name, len(index), scored.step.layouts, rule).run(args, kwargs)
@@ -70,7 +70,7 @@ class _Proof:
         sinks = {id(p): self._leaves[n] for n, p in parameters.items()}
         scale = torch.ones((), dtype=torch.float64, device=device)
         step = Step(rows, [1], scale, sinks, dict(layouts))
-        self._tokens = step.tokens(name)
+        self._tokens = step.row_tokens(name)
         for key, part in self._scored.named_modules():
             part_rule = rule if part is self._scored else rule_for(part)
             if part_rule is not None:

@@ -7,10 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GraddotError
-from .layers import ScoredFunction, _accumulator, _add, vector_grad, without_autocast
-from .scored import Scored, autocast
-
-_ops = torch.ops.graddot
+from .layers import ScoredFunction, accumulator, linear_grad, vector_grad, without_autocast
+from .scored import Scored, autocast_input
 
 
 class ConvDot(ScoredFunction):
@@ -26,11 +24,11 @@ class ConvDot(ScoredFunction):
         ctx.uses = ctx.bias_uses = None
         if ctx.needs_input_grad[1]:
             ctx.uses = step.uses(names[0], weight)
-            ctx.uses.linear_calls += 1
+            ctx.uses.count_linear()
         if bias is not None and ctx.needs_input_grad[2]:
             ctx.bias_dtype = bias.dtype
             ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.vector_calls += 1
+            ctx.bias_uses.count_vector()
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         return (F.conv1d if x.dim() == 3 else F.conv2d)(x, w, b, **options)
@@ -48,14 +46,13 @@ class ConvDot(ScoredFunction):
             )[0]  # fmt: skip
         grad = grad_out.flatten(2).transpose(1, 2)
         if ctx.bias_uses is not None:
-            row_grads = grad.sum(1, dtype=_accumulator(grad.dtype))
+            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
             bias_grad, dots = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
             result[4] = dots if ctx.needs_input_grad[4] else None
         if ctx.uses is not None:
             act = _patches(x, weight.shape[2:], options)
-            weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
-            dots = _add(dots, ctx.uses.linear_terms(act, grad))
+            weight_grad, dots = linear_grad(step, ctx.uses, act, grad)
             result[1] = weight_grad.view(weight.shape).to(weight.dtype)
             result[3] = dots if ctx.needs_input_grad[3] else None
         return tuple(result)
@@ -83,7 +80,7 @@ def conv_rule(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
         mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
         x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
         padding = (0,) * len(module.kernel_size)
-    act = autocast(x)
+    act = autocast_input(x)
     options = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
     weight, bias = module.weight, module.bias
     sinks = scored.step.sink(weight), scored.step.sink(bias)

@@ -51,7 +51,7 @@ class Step:
     def sink(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else self.sinks.get(id(parameter))
 
-    def tokens(self, name: str) -> int:
+    def row_tokens(self, name: str) -> int:
         """T of a layer whose input has the tokens of each row one after the other, else 0."""
         layout = self.layouts.get(name)
         return layout if isinstance(layout, int) else 0
@@ -71,7 +71,7 @@ class Step:
         """
         if self._has_rows_first(name, x, 2):
             return x
-        tokens = self.tokens(name)
+        tokens = self.row_tokens(name)
         if tokens and x.dim() == 2 and x.shape[0] == self.rows * tokens:
             return x.view(self.rows, -1, x.shape[1])
         same = self.layouts.get(name) == "same"
@@ -89,7 +89,7 @@ class Step:
             return ids.expand(self.rows, ids.shape[1])
         if self._has_rows_first(name, ids, 1):
             return ids
-        tokens = self.tokens(name)
+        tokens = self.row_tokens(name)
         if tokens and ids.dim() == 1 and ids.shape[0] == self.rows * tokens:
             return ids.view(self.rows, -1)
         same = self.layouts.get(name) == "same"
@@ -120,6 +120,13 @@ def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor
     return row_grads[:n].sum(0).mul_(step.scale), dots
 
 
+def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The training gradient (Dout, Din) and dots (K, N) of a weight from (rows, T, Din) and
+    (rows, T, Dout)."""
+    weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
+    return weight_grad, _add(dots, uses.linear_terms(act, grad))
+
+
 def without_autocast(backward):  # type: ignore[no-untyped-def]
     """Backward under an autocast region that the caller left open: dots must not be rounded."""
 
@@ -142,13 +149,13 @@ class PerSampleDot(ScoredFunction):
     def forward(ctx, parameter, sink, step, name):  # type: ignore[no-untyped-def]
         ctx.step, ctx.shape, ctx.dtype = step, parameter.shape, parameter.dtype
         ctx.uses = step.uses(name, parameter)
-        ctx.uses.vector_calls += 1
+        ctx.uses.count_vector()
         return parameter.expand(step.rows, *parameter.shape)
 
     @staticmethod
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        row_grads = grad_out.flatten(1).to(_accumulator(grad_out.dtype))
+        row_grads = grad_out.flatten(1).to(accumulator(grad_out.dtype))
         grad, dots = vector_grad(ctx.step, ctx.uses, row_grads)
         dots = dots if ctx.needs_input_grad[1] else None
         return grad.view(ctx.shape).to(ctx.dtype), dots, None, None
@@ -165,11 +172,11 @@ class LinearDot(ScoredFunction):
         ctx.uses = ctx.bias_uses = None
         if ctx.needs_input_grad[1]:
             ctx.uses = step.uses(names[0], weight)
-            ctx.uses.linear_calls += 1
+            ctx.uses.count_linear()
         if bias is not None and ctx.needs_input_grad[2]:
             ctx.bias_dtype = bias.dtype
             ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.vector_calls += 1
+            ctx.bias_uses.count_vector()
         b = None if bias is None else bias.to(x.dtype)
         if not transposed:
             return F.linear(x, w, b)
@@ -187,15 +194,14 @@ class LinearDot(ScoredFunction):
             result[0] = grad_out @ (w.t() if ctx.transposed else w)
         grad = _as_tokens(grad_out)
         if ctx.bias_uses is not None:
-            row_grads = grad.sum(1, dtype=_accumulator(grad.dtype))
+            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
             bias_grad, result[4] = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
         if ctx.uses is not None:
             act = _as_tokens(x)
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
-            weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
-            result[3] = _add(dots, ctx.uses.linear_terms(act, grad))
+            weight_grad, result[3] = linear_grad(step, ctx.uses, act, grad)
             if not ctx.uses.hold(weight_grad):
                 result[1] = weight_grad.to(weight.dtype)
         if not ctx.needs_input_grad[3]:
@@ -252,10 +258,10 @@ class LayerNormDot(ScoredFunction):
         ctx.uses = ctx.bias_uses = None
         if ctx.needs_input_grad[1]:
             ctx.uses = step.uses(names[0], weight)
-            ctx.uses.vector_calls += 1
+            ctx.uses.count_vector()
         if bias is not None and ctx.needs_input_grad[2]:
             ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.vector_calls += 1
+            ctx.bias_uses.count_vector()
         return out
 
     @staticmethod
@@ -281,5 +287,5 @@ class LayerNormDot(ScoredFunction):
         return tuple(result)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32

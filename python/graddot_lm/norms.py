@@ -74,7 +74,7 @@ class RMSNormDot(ScoredFunction):
         ctx.save_for_backward(x, weight)
         ctx.step, ctx.form = step, form
         ctx.uses = step.uses(name, weight)
-        ctx.uses.vector_calls += 1
+        ctx.uses.count_vector()
         return original(x)
 
     @staticmethod

@@ -6,7 +6,7 @@ left out gets mixed samples and is refused. The same two runs tell whether a lay
 rows as its first dimension, one after the other in it (rows·T, D), or not at all (position ids).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .errors import GraddotError
+from .verify import tensors_in
 
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
@@ -140,16 +141,8 @@ def _digests(
     finally:
         for handle in hooks:
             handle.remove()
-    found[_OUTPUTS] = [_digest(x) for x in _tensors(out) if x.dim() > 0]
+    found[_OUTPUTS] = [_digest(x) for x in tensors_in(out) if x.dim() > 0]
     return found
-
-
-def _tensors(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, (Mapping, tuple, list)):
-        for value in out.values() if isinstance(out, Mapping) else out:
-            yield from _tensors(value)
 
 
 def _digest(x: Tensor) -> _Digest:

@@ -29,13 +29,9 @@ class Scored:
             id(p): f"{name}.{key}" if name else key for key, p in module.named_parameters()
         }
 
-    def owns(self, parameter: Any) -> bool:
-        """Whether it is a trainable parameter of the layer."""
-        return id(parameter) in self._names and parameter.requires_grad
-
     def has_rows(self, x: Tensor) -> bool:
         """Whether a tensor's first dimension holds the samples."""
-        tokens = self.step.tokens(self.name)
+        tokens = self.step.row_tokens(self.name)
         return x.dim() > 0 and x.shape[0] in (self.rows, self.rows * tokens)
 
     def name_of(self, parameter: Tensor) -> str:
@@ -55,7 +51,7 @@ class Scored:
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
     ) -> Tensor:
         """x @ weight.T + bias for x (rows, ..., Din), weight (Dout, Din), or (Din, Dout) transposed."""
-        act = autocast(self.step.as_rows(self.name, x))
+        act = autocast_input(self.step.as_rows(self.name, x))
         names = self.name_of(weight), "" if bias is None else self.name_of(bias)
         sinks = self.step.sink(weight), self.step.sink(bias)
         with torch.autocast(act.device.type, enabled=False):
@@ -91,7 +87,7 @@ class Scored:
         """Rows that came one after the other leave so."""
         if self.step.layouts.get(self.name) == "same":
             return self._broadcast(out)
-        return out.flatten(0, 1) if self.step.tokens(self.name) else out
+        return out.flatten(0, 1) if self.step.row_tokens(self.name) else out
 
     def _broadcast(self, out: Tensor) -> Tensor:
         """An output whose rows are the same, checked in the first step to be used row by row."""
@@ -142,7 +138,7 @@ def has_own_forward(module: nn.Module) -> bool:
     return own or getattr(forward, "__func__", None) is type(module).forward
 
 
-def autocast(x: Tensor) -> Tensor:
+def autocast_input(x: Tensor) -> Tensor:
     """x in autocast's dtype, as the native linear layer would see it."""
     kind = x.device.type
     if torch.is_autocast_enabled(kind) and x.is_floating_point():

@@ -59,6 +59,12 @@ class SharedUses:
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
     _vectors: list[Tensor] = field(default_factory=list)
 
+    def count_linear(self) -> None:
+        self.linear_calls += 1
+
+    def count_vector(self) -> None:
+        self.vector_calls += 1
+
     @property
     def _uses(self) -> int:
         if self.vector_calls and (self.linear_calls or self.embedding_ids):

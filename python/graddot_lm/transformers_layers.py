@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import GraddotError
-from .layers import ScoredFunction, Step, _accumulator, without_autocast
-from .scored import Scored, autocast, own_parameters
+from .layers import ScoredFunction, Step, accumulator, without_autocast
+from .scored import Scored, autocast_input, own_parameters
 
 
 class ExpertLinearDot(ScoredFunction):
@@ -45,7 +45,7 @@ class ExpertLinearDot(ScoredFunction):
         if uses.linear_calls or uses.vector_calls or uses.embedding_ids or uses.expert_calls:
             raise GraddotError(f"{uses.name}: experts that are used more than once are not scored")
         uses.expert_calls += 1
-        high = _accumulator(x.dtype)
+        high = accumulator(x.dtype)
         dots = torch.zeros(len(step.val_rows), step.rows, dtype=high, device=x.device)
         weight_grad = torch.zeros_like(weight)
         for e, (act, grad, rows) in enumerate(
@@ -88,7 +88,7 @@ def experts(
     if module._is_expert_parallel or module.has_post_expert_norm:
         raise GraddotError(f"layer {scored.name}: expert parallelism and post norms have no rule")
     rows = scored.step.as_rows(scored.name, hidden)
-    flat = autocast(rows.flatten(0, -2))
+    flat = autocast_input(rows.flatten(0, -2))
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
     token = order // top_k_index.shape[-1]
@@ -96,7 +96,7 @@ def experts(
     samples = token // (flat.shape[0] // scored.rows)
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
-        x, step = autocast(x), scored.step
+        x, step = autocast_input(x), scored.step
         name = scored.name_of(weight)
         with torch.autocast(x.device.type, enabled=False):
             return ExpertLinearDot.apply(x, weight, step.sink(weight), step, name, counts, samples)
