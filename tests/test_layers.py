@@ -49,6 +49,16 @@ class Squared(nn.Linear):
         return F.linear(x, self.weight.square(), self.bias)
 
 
+class Moved(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids + 1)
+
+
+class Tilted(nn.LayerNorm):
+    def forward(self, x):
+        return super().forward(x + 1)
+
+
 class Renamed(nn.Linear):
     pass
 
@@ -129,6 +139,7 @@ def test_rms_norm_gives_the_values_of_its_own_forward(norm, dtype):
         (Renamed(6, 3), (5, 6)),
         (Doubled(6, 3), (5, 6)),
         (Squared(6, 3), (5, 6)),
+        (Tilted(6), (5, 6)),
         (Scale(1, 5, 6), (5, 6)),
         (FirstRowOnly(1, 6), (5, 6)),
         (Cell(), (5, 6)),
@@ -148,6 +159,12 @@ def test_check_layer_proves(layer, shape):
     check_layer(layer, *inputs)
     assert all(torch.equal(v, before[n]) for n, v in layer.state_dict().items())
     assert "forward" not in layer.__dict__ and all(p.grad is None for p in layer.parameters())
+
+
+def test_an_embedding_that_overrides_its_forward():
+    ids = torch.randint(0, 8, (4, 5), generator=torch.Generator().manual_seed(0))
+    check_layer(Moved(9, 4), ids)
+    check_layer(Moved(9, 4, padding_idx=3), ids)
 
 
 def test_a_subclass_that_keeps_the_forward_has_its_base_rule():

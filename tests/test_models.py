@@ -84,7 +84,7 @@ def t5(**settings):
 
 
 def lora():
-    import peft
+    peft = pytest.importorskip("peft")
 
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
     return shaken(peft.get_peft_model(causal("Llama"), config))

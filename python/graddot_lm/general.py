@@ -64,7 +64,8 @@ class ProvenRule:
             except GraddotError as error:
                 reasons.append(f"{name}: {error}")
         raise GraddotError(
-            f"layer {scored.name} of type {type(module).__name__} has no rule that holds:\n  "
+            f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
+            " holds:\n  "
             + "\n  ".join(reasons)
             + "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
         )
