@@ -40,10 +40,10 @@ def _nodes(outputs: Iterable[Tensor], seen: set[Any]) -> Iterator[Any]:
 class ReentrantCheck:
     """Compares, in one step, what parameters get with what the scored layers send them.
 
-    scored are the autograd functions of the layers; `watch` takes what a forward returned.
+    scored is the base of the layers' autograd functions; `watch` takes what a forward returned.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], scored: tuple[type, ...]) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], scored: type) -> None:
         self._scored = scored
         self._keys = {id(p) for p in parameters.values()}
         self._watched: set[Any] = set()
@@ -58,7 +58,7 @@ class ReentrantCheck:
     def watch(self, outputs: Iterable[Tensor]) -> None:
         """Note what the scored layers in the graph of these tensors will send."""
         for node in _nodes(outputs, self._watched):
-            if getattr(node, "_forward_cls", None) in self._scored:
+            if issubclass(getattr(node, "_forward_cls", object), self._scored):
                 self._handles.append(node.register_hook(partial(self._on_layer, node)))
 
     def _on_layer(self, node: Any, sent: tuple[Tensor | None, ...], _: Any) -> None:

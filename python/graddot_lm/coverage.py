@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import GraddotError
-from .layers import refusal
+from .rules import refusal
 
 
 @dataclass(frozen=True)

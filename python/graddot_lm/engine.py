@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from . import distributed
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
@@ -34,56 +35,18 @@ from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .coverage import Coverage, cover
 from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
 from .errors import GraddotError
-from .layers import FORWARDS, Step, refusal
+from .layers import ScoredFunction, Step
+from .rows import Layout, find_layouts
+from .rules import rule_for
+from .scored import ScoredForward
 from .scores import MicroBatch, leaf_names, learning_rates, score_rows
-from .verify import _SCORED, LabelCheck, check_parameter_uses, tensors_in
+from .verify import LabelCheck, check_parameter_uses, tensors_in
 
 
 class ScoreWriter(Protocol):
     """Where scores go: `graddot_lm.store.PartWriter`, or anything with this method."""
 
     def append(self, rows: Mapping[str, Any], step: int) -> None: ...
-
-
-class _ScoredForward:
-    """A layer's forward while an engine is attached: scored in a step, the layer's own otherwise."""
-
-    def __init__(self, engine: "GradDotProdEngine", module: nn.Module, name: str) -> None:
-        self._engine, self._module, self._name = engine, module, name
-        self._original = module.forward
-        functools.update_wrapper(self, self._original)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        micro = self._engine._active
-        # Without a graph only the first run of a reentrant checkpoint belongs to the step.
-        if micro is None or not (micro.running or torch.is_grad_enabled()):
-            return self._original(*args, **kwargs)
-        self._engine._resolve(micro, self._module, self._name)
-        forward = FORWARDS[distributed.layer_type(self._module)]
-        out = forward(self._module, self._name, micro.step, *args, **kwargs)
-        if self._engine._reentrant is not None:
-            self._engine._reentrant.watch(tensors_in(out))
-        return out
-
-    def graddot_head(self, hidden: Tensor, counts: Tensor) -> Any:
-        """For the fused head, which runs instead of this layer and sees the labels itself:
-        (step, sinks, parameter names), or nothing outside of a step."""
-        micro = self._engine._active
-        if micro is None:
-            return None, (None, None), ("", "")
-        micro.step.check_rows(self._name, hidden)
-        if micro.step.tokens is not None:
-            raise GraddotError("per_token needs the model's own head; unfuse_head(model) first")
-        self._engine._resolve(micro, self._module, self._name)
-        self._engine._count_by_loss(micro, counts)
-        weight, bias = self._module.weight, self._module.bias
-        sinks = micro.step.sink(weight), micro.step.sink(bias)  # type: ignore[arg-type]
-        return micro.step, sinks, (f"{self._name}.weight", f"{self._name}.bias")
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copied model is a plain one: its layers must not run this model's weights."""
-        copied = memo[id(self._module)]
-        return type(copied).forward.__get__(copied)
 
 
 class GradDotProdEngine:
@@ -93,9 +56,10 @@ class GradDotProdEngine:
     with "labels" inside, as Hugging Face's collators make them; rows come first in every tensor.
 
     Args:
-        model: layers of type Linear, HF Conv1D, Embedding and LayerNorm may hold trainable
-            parameters; any other layer with some is refused by name. Parameters may be tied. It
-            may be wrapped in DistributedDataParallel, before or after, or sharded by `fully_shard`
+        model: linear layers, embeddings, layer and RMS norms and convolutions have their rules;
+            `register_layer` adds others, and the rest gets a general rule, proven on the first
+            batch, or is refused by name with the reason. Parameters may be tied. The model may be
+            wrapped in DistributedDataParallel, before or after, or sharded by `fully_shard`
             before: each process then has training rows of its own and the same validation rows.
         val_data: a batch of V ≥ 1 validation rows that ride along with the training rows, or a
             dict {target name: batch} for K targets at once; scores are then (K, N). None if
@@ -173,6 +137,8 @@ class GradDotProdEngine:
         }
         self._whole: dict[str, nn.Parameter] = {}
         self._directions: dict[int, Tensor] | None = None
+        rules = {name: rule_for(module) for name, module in model.named_modules()}
+        self._rules = {name: rule for name, rule in rules.items() if rule is not None}
         self._optimizer: torch.optim.Optimizer | None = None
         self._attached: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
@@ -183,6 +149,7 @@ class GradDotProdEngine:
         self._label_check: LabelCheck | None = None
         self._reentrant: ReentrantCheck | None = None
         self._check_reentrant = True
+        self._layouts: dict[Any, dict[str, Layout]] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
@@ -279,7 +246,7 @@ class GradDotProdEngine:
         if self._attached:
             raise GraddotError("the engine is attached already; detach() it first")
         forwards = (module.__dict__.get("forward") for module in self.model.modules())
-        if any(isinstance(forward, _ScoredForward) for forward in forwards):
+        if any(isinstance(forward, ScoredForward) for forward in forwards):
             raise GraddotError("another engine is attached to the model; detach() it first")
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # type: ignore[union-attr]  # accelerate's wrapper
@@ -291,9 +258,12 @@ class GradDotProdEngine:
         for name, module in self.model.named_modules():
             if name not in self._owned:
                 raise GraddotError(f"module {name} is new since the engine was made; make it last")
-            if distributed.layer_type(module) in FORWARDS and refusal(module) is None:
+            rule = self._rules.get(name)
+            if rule is not None:
                 self._attached.append((module, module.__dict__.get("forward")))
-                module.forward = _ScoredForward(self, module, name)  # type: ignore[method-assign]
+                scored = ScoredForward(module, name, rule, self._begin_layer, self._end_layer)
+                scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
+                module.forward = scored  # type: ignore[method-assign]
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
@@ -362,7 +332,14 @@ class GradDotProdEngine:
             for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
         }
         scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
-        step = Step(len(labels), val_rows, scale.to(first.device), {}, {}, tokens)
+        step = Step(
+            rows=len(labels),
+            val_rows=val_rows,
+            scale=scale.to(first.device),
+            sinks={},
+            tokens=tokens,
+            first=self._label_check is None,
+        )
         self._active = MicroBatch(
             step=step,
             iteration=iteration,
@@ -482,6 +459,29 @@ class GradDotProdEngine:
 
     # Inside
 
+    def _begin_layer(self, module: nn.Module, name: str) -> Step | None:
+        """The step that a layer's forward belongs to, with the layer's parameters in it."""
+        micro = self._active
+        # Without a graph only the first run of a reentrant checkpoint belongs to the step.
+        if micro is None or not (micro.running or torch.is_grad_enabled()):
+            return None
+        self._resolve(micro, module, name)
+        return micro.step
+
+    def _end_layer(self, out: Any) -> None:
+        if self._reentrant is not None:
+            self._reentrant.watch(tensors_in(out))
+
+    def _begin_head(self, module: nn.Module, name: str, counts: Tensor) -> Step | None:
+        """The same for the fused head, which runs in this layer's place and sees the labels."""
+        step = self._begin_layer(module, name)
+        if step is not None:
+            assert self._active is not None
+            if step.tokens is not None:
+                raise GraddotError("per_token needs the model's own head; unfuse_head(model) first")
+            self._count_by_loss(self._active, counts)
+        return step
+
     def _require_pending(self) -> None:
         if not self._pending:
             raise GraddotError("no scores: run a step from attach_train_batch to its backward")
@@ -575,6 +575,7 @@ class GradDotProdEngine:
             )
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
+        self._find_layouts(micro, args, kwargs)
         items = kwargs.get("num_items_in_batch")
         if items is not None:
             self._divide_by(micro, float(items))
@@ -592,6 +593,27 @@ class GradDotProdEngine:
                 " divide by it; leave it out"
             )
         micro.loss_reduction, micro.items = "sum", items
+
+    def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
+        """Learn how each layer's input holds the rows, from runs of the model as it was.
+
+        Once in each mode; for every new shape where layers see tokens without their rows.
+        """
+        mode = (self.model.training,)
+        shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        layouts = self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+        if layouts is None:
+            names = {id(module): name for name, module in self.model.named_modules()}
+            layers = {names[id(module)]: module for module, _ in self._attached}
+            self._active = None
+            try:
+                layouts = find_layouts(self.model, layers, args, kwargs, micro.step.rows)
+            finally:
+                self._active = micro
+            flat = any(isinstance(layout, int) for layout in layouts.values())
+            if layouts:
+                self._layouts[(*mode, *shapes) if flat else mode] = layouts
+        micro.step.layouts.update(layouts)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if self._suspended is not None:
@@ -611,7 +633,7 @@ class GradDotProdEngine:
             self._whole = {}
             self._label_check = LabelCheck(output, micro.labels, micro.counts)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
-            self._reentrant = ReentrantCheck(self._parameters, _SCORED)
+            self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):

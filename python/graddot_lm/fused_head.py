@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .errors import GraddotError
-from .layers import autocast_input, vector_grad
+from .layers import ScoredFunction, vector_grad
+from .scored import autocast_input
 
 
 @dataclass
@@ -30,7 +31,7 @@ class FusedHeadOutput(ModelOutput):
     token_losses: Tensor | None = None
 
 
-class LinearCrossEntropyDot(torch.autograd.Function):
+class LinearCrossEntropyDot(ScoredFunction):
     """coefficient · Σ losses, and the losses. The gradients are made in the forward."""
 
     @staticmethod
@@ -140,9 +141,13 @@ def linear_cross_entropy(
     form = (ignore_index, float(label_smoothing), float(z_loss))
     counts = (labels != ignore_index).sum(1)
     scored = getattr(head.__dict__.get("forward"), "graddot_head", None)
-    step, sinks, names = None, (None, None), ("", "")
-    if scored is not None and torch.is_grad_enabled():
-        step, sinks, names = scored(hidden, counts)
+    step = scored(counts) if scored is not None and torch.is_grad_enabled() else None
+    sinks, names = (None, None), ("", "")
+    if step is not None:
+        name = head.__dict__["forward"].name
+        hidden = step.as_rows(name, hidden)
+        sinks = step.sink(head.weight), step.sink(head.bias)
+        names = f"{name}.weight", f"{name}.bias"
     coefficient = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == "mean":
         total = counts.sum().clamp(min=1) if num_labels is None else num_labels

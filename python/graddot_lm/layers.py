@@ -10,17 +10,14 @@ in every activation: N training rows, then val_rows[k] rows of target k.
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch import Tensor
 
 from graddot_kernels import norm_sample_grads
 
-from .distributed import layer_type
 from .errors import GraddotError
 from .shared_uses import SharedUses
 
@@ -35,7 +32,8 @@ class Step:
     into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
     dots; a parameter without one is trained but not scored. With given directions, (K, *shape) by
     id(parameter), there are no val_rows; with `tokens`, T, every token of a row is then scored as
-    a sample of its own, and a sink is (K, N·T).
+    a sample of its own, and a sink is (K, N·T). layouts says by layer name how its input holds the
+    rows, as `rows.find_layouts` saw it; first is True in the step that saw it.
     """
 
     rows: int
@@ -44,6 +42,8 @@ class Step:
     sinks: dict[int, Tensor]
     directions: dict[int, Tensor] = field(default_factory=dict)
     tokens: int | None = None
+    layouts: dict[str, str | int] = field(default_factory=dict)
+    first: bool = False
     shared: dict[int, SharedUses] = field(default_factory=dict)
 
     def as_samples(self, x: Tensor) -> Tensor:
@@ -71,13 +71,56 @@ class Step:
     def sink(self, parameter: Tensor | None) -> Tensor | None:
         return None if parameter is None else self.sinks.get(id(parameter))
 
-    def check_rows(self, name: str, x: Tensor) -> None:
-        if x.dim() < 2 or x.shape[0] != self.rows:
-            raise GraddotError(
-                f"layer {name} got an input of shape {tuple(x.shape)}; expected {self.rows} rows"
-                " (training rows, then validation rows) as the first dimension. Layers that mix"
-                " or flatten samples cannot be scored."
-            )
+    def row_tokens(self, name: str) -> int:
+        """T of a layer whose input has the tokens of each row one after the other, else 0."""
+        layout = self.layouts.get(name)
+        return layout if isinstance(layout, int) else 0
+
+    def _has_rows_first(self, name: str, x: Tensor, dims: int) -> bool:
+        """A layer that was not judged is believed when its input has a dimension to spare."""
+        layout = self.layouts.get(name, "unseen" if self.layouts else "rows")
+        enough = dims if layout == "rows" else dims + 1
+        known = layout in ("rows", "unseen")
+        return known and x.dim() >= enough and x.shape[0] == self.rows
+
+    def as_rows(self, name: str, x: Tensor) -> Tensor:
+        """A layer's input with the rows as its first dimension: (rows, ..., D).
+
+        Takes (rows, ..., D); (rows·T, D) where the rows were seen to lie one after the other; and
+        (1, ..., D) or (T, D), the same for every row, which is expanded.
+        """
+        if self._has_rows_first(name, x, 2):
+            return x
+        tokens = self.row_tokens(name)
+        if tokens and x.dim() == 2 and x.shape[0] == self.rows * tokens:
+            return x.view(self.rows, -1, x.shape[1])
+        same = self.layouts.get(name) == "same"
+        if same and x.dim() >= 2 and (x.shape[0] == 1 or x.dim() == 2):
+            return x.expand(self.rows, *(x.shape[1:] if x.shape[0] == 1 else x.shape))
+        raise GraddotError(
+            f"layer {name} got an input of shape {tuple(x.shape)}; expected {self.rows} rows"
+            " (training rows, then validation rows) as the first dimension. Layers that mix"
+            " or flatten samples cannot be scored."
+        )
+
+    def id_rows(self, name: str, ids: Tensor) -> Tensor:
+        """Ids of (rows, ...), or of (1, T) or (T,), the same for every row, as (rows, ...)."""
+        if ids.dim() == 2 and ids.shape[0] == 1:  # there are two rows at least
+            return ids.expand(self.rows, ids.shape[1])
+        if self._has_rows_first(name, ids, 1):
+            return ids
+        tokens = self.row_tokens(name)
+        if tokens and ids.dim() == 1 and ids.shape[0] == self.rows * tokens:
+            return ids.view(self.rows, -1)
+        same = self.layouts.get(name) == "same"
+        if same and ids.dim() == 1:
+            return ids.expand(self.rows, ids.shape[0])
+        raise GraddotError(
+            f"embedding {name} got ids of shape {tuple(ids.shape)}"
+            + (" that are the same for every row" if same else "")
+            + f"; expected {self.rows} rows (training rows, then validation rows), or (1, T) or"
+            " (T,) to be broadcast over them"
+        )
 
 
 def _add(dots: Tensor, cross_terms: Tensor | None) -> Tensor:
@@ -100,7 +143,7 @@ def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor
     return row_grads[: n if step.val_rows else None].sum(0).mul_(step.scale), dots
 
 
-def _linear_grad(
+def linear_grad(
     step: Step, uses: SharedUses, act: Tensor, grad: Tensor
 ) -> tuple[Tensor, Tensor | None]:
     """The training gradient (Dout, Din) and dots (K, N) of a weight from (rows, T, Din) and
@@ -111,7 +154,8 @@ def _linear_grad(
         return weight_grad, _add(dots, cross_terms)
     if uses.direction is not None:
         step.check_samples(uses.name, act.shape[0])
-        return _ops.linear_wgrad_dot(uses.direction, act, grad, step.scale)
+        direction = uses.direction.flatten(2)  # a convolution's has its kernel's dimensions
+        return _ops.linear_wgrad_dot(direction, act, grad, step.scale)
     return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale), None
 
 
@@ -141,7 +185,7 @@ def _embedding_grad(
     return weight_grad, None if dots is None else _add(dots, cross_terms)
 
 
-def _without_autocast(backward):  # type: ignore[no-untyped-def]
+def without_autocast(backward):  # type: ignore[no-untyped-def]
     """Backward under an autocast region that the caller left open: dots must not be rounded."""
 
     @functools.wraps(backward)
@@ -152,7 +196,30 @@ def _without_autocast(backward):  # type: ignore[no-untyped-def]
     return wrapped
 
 
-class LinearDot(torch.autograd.Function):
+class ScoredFunction(torch.autograd.Function):
+    """Base of the functions that score the parameters they take."""
+
+
+class PerSampleDot(ScoredFunction):
+    """A parameter as (rows, *shape), a copy for every row: scores whatever is computed with it."""
+
+    @staticmethod
+    def forward(ctx, parameter, sink, step, name):  # type: ignore[no-untyped-def]
+        ctx.step, ctx.shape, ctx.dtype = step, parameter.shape, parameter.dtype
+        ctx.uses = step.uses(name, parameter)
+        ctx.uses.count_vector()
+        return parameter.expand(step.rows, *parameter.shape)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        row_grads = grad_out.flatten(1).to(accumulator(grad_out.dtype))
+        grad, dots = vector_grad(ctx.step, ctx.uses, row_grads)
+        dots = dots if ctx.needs_input_grad[1] else None
+        return grad.view(ctx.shape).to(ctx.dtype), dots, None, None
+
+
+class LinearDot(ScoredFunction):
     """A linear layer; `transposed` when the weight is stored (Din, Dout), as HF Conv1D does."""
 
     @staticmethod
@@ -176,7 +243,7 @@ class LinearDot(torch.autograd.Function):
         return out.view(*x.shape[:-1], w.shape[1])
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         step, result = ctx.step, [None] * 8
@@ -185,14 +252,14 @@ class LinearDot(torch.autograd.Function):
             result[0] = grad_out @ (w.t() if ctx.transposed else w)
         grad = step.as_samples(grad_out)
         if ctx.bias_uses is not None:
-            row_grads = grad.sum(1, dtype=_accumulator(grad.dtype))
+            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
             bias_grad, result[4] = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
         if ctx.uses is not None:
             act = step.as_samples(x)
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
-            weight_grad, result[3] = _linear_grad(step, ctx.uses, act, grad)
+            weight_grad, result[3] = linear_grad(step, ctx.uses, act, grad)
             if not ctx.uses.hold(weight_grad):
                 result[1] = weight_grad.to(weight.dtype)
         if not ctx.needs_input_grad[3]:
@@ -202,15 +269,15 @@ class LinearDot(torch.autograd.Function):
         return tuple(result)
 
 
-class EmbeddingDot(torch.autograd.Function):
-    """An embedding; ids of shape (1, T) are broadcast over the rows, as position ids are."""
+class EmbeddingDot(ScoredFunction):
+    """An embedding; `same` when the ids were the same for every row, as position ids are."""
 
     @staticmethod
-    def forward(ctx, ids, weight, sink, step, name, padding_idx):  # type: ignore[no-untyped-def]
-        out = F.embedding(ids, weight, padding_idx)
-        if ids.shape[0] != step.rows:
-            out = out.expand(step.rows, *out.shape[1:])
-            ids = ids.expand(step.rows, *ids.shape[1:])
+    def forward(ctx, ids, weight, sink, step, name, padding_idx, same):  # type: ignore[no-untyped-def]
+        if same:
+            out = F.embedding(ids[0], weight, padding_idx).expand(step.rows, -1, -1)
+        else:
+            out = F.embedding(ids, weight, padding_idx)
         ids = ids.reshape(step.rows, -1)
         ctx.save_for_backward(ids)
         ctx.step, ctx.dtype = step, weight.dtype
@@ -220,17 +287,17 @@ class EmbeddingDot(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         grad = ctx.step.as_samples(grad_out)
         ids = ids.reshape(grad.shape[:2])
         weight_grad, dots = _embedding_grad(ctx.step, ctx.uses, ids, grad)
         dots = dots if ctx.needs_input_grad[2] else None
-        return None, weight_grad.to(ctx.dtype), dots, None, None, None
+        return None, weight_grad.to(ctx.dtype), dots, None, None, None, None
 
 
-class LayerNormDot(torch.autograd.Function):
+class LayerNormDot(ScoredFunction):
     """A layer norm with weight and optional bias."""
 
     @staticmethod
@@ -248,7 +315,7 @@ class LayerNormDot(torch.autograd.Function):
         return out
 
     @staticmethod
-    @_without_autocast
+    @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, mean, rstd, weight, bias = ctx.saved_tensors
         result = [None] * 9
@@ -272,79 +339,5 @@ class LayerNormDot(torch.autograd.Function):
         return tuple(result)
 
 
-def _accumulator(dtype: torch.dtype) -> torch.dtype:
+def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """x in autocast's dtype, as the native linear layer would see it."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
-
-
-def _linear_forward(module: nn.Module, name: str, step: Step, x: Tensor) -> Tensor:
-    assert isinstance(module, (nn.Linear, Conv1D))
-    step.check_rows(name, x)
-    weight, bias = module.weight, module.bias
-    sinks = step.sink(weight), step.sink(bias)
-    names = (f"{name}.weight", f"{name}.bias")
-    x = autocast_input(x)
-    with torch.autocast(x.device.type, enabled=False):
-        return LinearDot.apply(x, weight, bias, *sinks, step, names, isinstance(module, Conv1D))
-
-
-def _embedding_forward(module: nn.Module, name: str, step: Step, ids: Tensor) -> Tensor:
-    assert isinstance(module, nn.Embedding)
-    if not (
-        ids.dim() >= 1 and (ids.shape[0] == step.rows or (ids.dim() == 2 and ids.shape[0] == 1))
-    ):
-        raise GraddotError(
-            f"embedding {name} got ids of shape {tuple(ids.shape)}; expected {step.rows} rows"
-            " (training rows, then validation rows), or (1, T) to be broadcast over them"
-        )
-    if not module.weight.requires_grad:
-        return F.embedding(ids, module.weight, module.padding_idx)
-    sink = step.sink(module.weight)
-    return EmbeddingDot.apply(ids, module.weight, sink, step, f"{name}.weight", module.padding_idx)
-
-
-def _layer_norm_forward(module: nn.Module, name: str, step: Step, x: Tensor) -> Tensor:
-    assert isinstance(module, nn.LayerNorm)
-    step.check_rows(name, x)
-    weight, bias = module.weight, module.bias
-    if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
-        x = x.to(weight.dtype)
-    sinks = step.sink(weight), step.sink(bias)
-    names = (f"{name}.weight", f"{name}.bias")
-    return LayerNormDot.apply(
-        x, weight, bias, *sinks, step, names, list(module.normalized_shape), module.eps
-    )
-
-
-def _embedding_refusal(module: nn.Module) -> str | None:
-    assert isinstance(module, nn.Embedding)
-    if module.max_norm is not None:
-        return "max_norm changes the weights in the forward"
-    if module.scale_grad_by_freq:
-        return "scale_grad_by_freq mixes samples"
-    return "sparse gradients are not supported" if module.sparse else None
-
-
-Forward = Callable[[nn.Module, str, Step, Tensor], Tensor]
-
-# Exact types only: a subclass may compute something else with the same parameters.
-FORWARDS: dict[type[nn.Module], Forward] = {
-    nn.Linear: _linear_forward,
-    Conv1D: _linear_forward,
-    nn.Embedding: _embedding_forward,
-    nn.LayerNorm: _layer_norm_forward,
-}
-
-
-def refusal(module: nn.Module) -> str | None:
-    """Why the parameters directly owned by this module cannot be scored; None if they can."""
-    if layer_type(module) not in FORWARDS:
-        return f"no rule for layers of type {type(module).__name__}"
-    return _embedding_refusal(module) if isinstance(module, nn.Embedding) else None

@@ -57,6 +57,7 @@ class SharedUses:
     linear_calls: int = 0
     held: Tensor | None = None
     vector_calls: int = 0
+    expert_calls: int = 0
     embedding_ids: list[Tensor] = field(default_factory=list)
     _linears: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _linears_done: int = 0
@@ -86,7 +87,13 @@ class SharedUses:
     @property
     def _paired(self) -> bool:
         """Whether there are cross terms between uses of the weight."""
-        return bool(self.val_rows) and self.linear_calls + len(self.embedding_ids) > 1
+        uses = self.linear_calls + len(self.embedding_ids)
+        if self.val_rows and self.vector_calls and uses:
+            raise GraddotError(
+                f"{self.name} is shared by a linear layer or embedding and by a layer of another"
+                " kind; the cross terms of such uses are not known"
+            )
+        return bool(self.val_rows) and uses > 1
 
     def _targets(self, x: Tensor) -> list[Tensor]:
         n = x.shape[0] - sum(self.val_rows)
@@ -204,7 +211,7 @@ class SharedUses:
         """Cross terms of a bias or norm use, given its per-row gradients (N + ΣV, d); (K, N)."""
         self._vectors_done += 1
         self._check_count(self._vectors_done, self.vector_calls)
-        if self.vector_calls == 1 or not self.val_rows:
+        if not self.val_rows or (not self._paired and self.vector_calls == 1):
             return None
         terms = None
         if self._vectors:

@@ -9,10 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import GraddotError
-from .fused_head import LinearCrossEntropyDot
-from .layers import EmbeddingDot, LayerNormDot, LinearDot
-
-_SCORED = (EmbeddingDot, LayerNormDot, LinearDot, LinearCrossEntropyDot)
+from .layers import ScoredFunction
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -39,7 +36,7 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
     foreign: dict[str, str] = {}
     while stack:
         node = stack.pop()
-        scored = getattr(node, "_forward_cls", None) in _SCORED
+        scored = issubclass(getattr(node, "_forward_cls", object), ScoredFunction)
         for following, _ in node.next_functions:
             if following is None:
                 continue

@@ -1,0 +1,224 @@
+"""Proof of a layer's rule: scored in one batch against autograd, one sample at a time, float64."""
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from .errors import GraddotError
+from .general import Rule
+from .layers import Step
+from .rows import Layout, NoDropout, find_layouts, take_rows
+from .rules import rule_for
+from .scored import Scored, ScoredForward
+
+TOLERANCE = 1e-5  # of the norm: many layers compute in fp32 whatever their input is
+
+
+def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
+    """Prove that a layer, or a whole model, is scored exactly on the given input.
+
+    Every tensor among the inputs has the samples, at least two, as its first dimension, or is the
+    same for all of them; the last sample is taken for the validation row. In float64, with dropout
+    off, these are compared with autograd on the layer's own forward, one sample at a time: the
+    output, the gradient of every floating-point input, every parameter's training gradient, and
+    the dot product of every parameter's gradient with every sample's. The module is not changed.
+
+    Raises GraddotError naming the first thing that differs by more than 1e-5 of its norm.
+    """
+    first = next((x for x in tree_flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
+    if first is None or first.dim() == 0 or first.shape[0] < 2:
+        raise GraddotError("check_layer needs an input tensor with at least two samples")
+    plain = copy.deepcopy(module)
+    inner = {name: m for name, m in plain.named_modules() if name and rule_for(m) is not None}
+    layouts = find_layouts(plain, inner, inputs, kwargs, first.shape[0])
+    layouts[""] = "rows"
+    _Proof(module, "", first.shape[0], layouts, rule_for(module)).run(inputs, kwargs)
+
+
+def prove(module: nn.Module, scored: Scored, rule: Rule, args: Any, kwargs: Any) -> None:
+    """check_layer of one rule on a few rows of what a layer got in a step."""
+    rows = scored.rows
+    index = sorted({0, min(1, rows - 1), rows - 1})
+    tokens = scored.step.row_tokens(scored.name)
+    few = lambda x: take_rows(x.detach(), index, rows, tokens)
+    args, kwargs = tree_map_only(Tensor, few, (args, kwargs))
+    _Proof(module, scored.name, len(index), scored.step.layouts, rule).run(args, kwargs)
+
+
+class _Proof:
+    """One module's run with its rule and its runs without, in float64 copies."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        rows: int,
+        layouts: Mapping[str, Layout],
+        rule: Rule | None,
+    ) -> None:
+        self._scored, self._plain = _exact_copy(module), _exact_copy(module)
+        self._name, self._rows = name, rows
+        parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
+        device = next(self._scored.parameters()).device
+        zeros = torch.zeros(1, rows - 1, dtype=torch.float64, device=device)
+        self._leaves = {n: zeros.clone().requires_grad_() for n in parameters}
+        sinks = {id(p): self._leaves[n] for n, p in parameters.items()}
+        scale = torch.ones((), dtype=torch.float64, device=device)
+        step = Step(rows, [1], scale, sinks, layouts=dict(layouts))
+        self._tokens = step.row_tokens(name)
+        for key, part in self._scored.named_modules():
+            part_rule = rule if part is self._scored else rule_for(part)
+            if part_rule is not None:
+                full = ".".join(filter(None, (name, key)))
+                part.forward = ScoredForward(part, full, part_rule, lambda *_: step)
+
+    def run(self, args: Any, kwargs: Any) -> None:
+        with _exactly():
+            scored_in, scored_out = self._call(self._scored, (args, kwargs))
+            joint_out = [self._with_rows(x) for x in self._call(self._plain, (args, kwargs))[1]]
+            generator = torch.Generator().manual_seed(0)
+            weights = [
+                torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+                for x in joint_out
+            ]
+            self._compare_shapes(scored_out, joint_out)
+            self._backward(scored_out, weights)
+            samples = []
+            for i in range(self._rows):
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
+                inputs, out = self._call(self._plain, tree_map_only(Tensor, one, (args, kwargs)))
+                for k, x in enumerate(out):
+                    self._close(f"output {k} of sample {i} alone and", x, one(joint_out[k]))
+                    self._close(f"output {k} of sample {i}", one(scored_out[k]), x)
+                self._plain.zero_grad(set_to_none=True)
+                self._backward(out, [one(w) for w in weights])
+                samples.append(_gradients(self._plain))
+                for k, (x, whole) in enumerate(zip(inputs, scored_in, strict=True)):
+                    if x.grad is not None and whole.shape != x.shape:
+                        got = torch.zeros_like(x) if whole.grad is None else one(whole.grad)
+                        self._close(f"gradient of input {k}, sample {i},", got, x.grad)
+            self._compare_gradients(samples)
+
+    def _with_rows(self, x: Tensor) -> Tensor:
+        """An output (1, ...) that is broadcast over the rows, as a scored layer gives it."""
+        return x.expand(self._rows, *x.shape[1:]) if x.shape[0] == 1 else x
+
+    def _call(self, module: nn.Module, arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
+        """Floating-point inputs as leaves, and the outputs that depend on anything."""
+
+        def leaf(x: Tensor) -> Tensor:
+            x = x.detach()
+            return x.double().clone().requires_grad_() if x.is_floating_point() else x
+
+        try:
+            args, kwargs = tree_map(
+                lambda x: leaf(x) if isinstance(x, Tensor) else _own(x), arguments
+            )
+            out = module(*args, **kwargs)
+        except GraddotError:
+            raise
+        except Exception as error:  # whatever the layer's own code raises is the reason
+            message = str(error).strip().splitlines() or [""]
+            raise GraddotError(f"{type(error).__name__}: {message[0]}") from error
+        leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+        outputs = [x for x in tree_flatten(_plain(out))[0] if isinstance(x, Tensor)]
+        return (
+            [x for x in leaves if x.requires_grad],
+            [x for x in outputs if x.is_floating_point() and x.dim() > 0],
+        )
+
+    def _backward(self, outputs: list[Tensor], weights: list[Tensor]) -> None:
+        used = [(x * w).sum() for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
+        if used:
+            torch.stack(used).sum().backward()
+
+    def _compare_shapes(self, scored: list[Tensor], joint: list[Tensor]) -> None:
+        got, want = [tuple(x.shape) for x in scored], [tuple(x.shape) for x in joint]
+        if got != want:
+            raise GraddotError(
+                f"{self._title()}: outputs of shapes {got}; its forward's are {want}"
+            )
+        for shape in want:
+            if shape[0] not in (self._rows, self._rows * self._tokens):
+                raise GraddotError(f"{self._title()}: an output of shape {shape} has no rows")
+
+    def _compare_gradients(self, samples: list[dict[str, Tensor]]) -> None:
+        train, val = samples[:-1], samples[-1]
+        total = {n: torch.stack([s[n] for s in train]).sum(0) for n in val}
+        largest = lambda grads: max((g.norm().item() for g in grads.values()), default=0.0)
+        floor = 1e-2 * largest(total)  # some gradients are zero but for rounding
+        for n, p in self._scored.named_parameters():
+            if n not in val:
+                continue
+            got = torch.zeros_like(p) if p.grad is None else p.grad
+            self._close(f"training gradient of {n}", got, total[n], floor)
+            sink = self._leaves[n].grad
+            dots = self._leaves[n].detach() if sink is None else sink
+            for i, sample in enumerate(train):
+                size = (val[n].norm() * sample[n].norm()).item()
+                size = max(size, 1e-4 * largest(val) * largest(sample))
+                want = (val[n] * sample[n]).sum()
+                self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
+
+    def _close(self, what: str, got: Tensor, want: Tensor, floor: float = 0.0) -> None:
+        got, want = got.detach().double(), want.detach().double()
+        if got.shape != want.shape:
+            raise GraddotError(
+                f"{self._title()}: the {what} has shape {tuple(got.shape)}; autograd's has"
+                f" {tuple(want.shape)}"
+            )
+        scale = max(want.norm().item(), floor, 1e-30)
+        error = (got - want).norm().item() / scale
+        if not error <= TOLERANCE:
+            other = "in the batch differ" if what.endswith("and") else "differs from autograd's"
+            raise GraddotError(f"{self._title()}: the {what} {other} by {error:.1e} of its norm")
+
+    def _title(self) -> str:
+        kind = type(self._plain).__name__
+        return f"layer {self._name} ({kind})" if self._name else kind
+
+
+def _own(x: Any) -> Any:
+    """A copy of an argument that a call may write to; in training, an empty cache is none."""
+    return None if hasattr(x, "get_seq_length") else copy.deepcopy(x)
+
+
+def _exact_copy(module: nn.Module) -> nn.Module:
+    """In float64, experts by the implementation of transformers that has it."""
+    copied = copy.deepcopy(module).double()
+    for part in copied.modules():
+        if hasattr(getattr(part, "config", None), "_experts_implementation"):
+            part.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    return copied
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Of every trainable parameter; zeros where none came, as for an expert without tokens."""
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable.items()}
+
+
+def _plain(out: Any) -> Any:
+    return dict(out) if isinstance(out, Mapping) else out
+
+
+@contextlib.contextmanager
+def _exactly() -> Iterator[None]:
+    """Gradients on, autocast and dropout off, and the random state left as it was.
+
+    Tensors are saved as they are: activation checkpointing around must neither see nor rerun this.
+    """
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_it_is)
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(NoDropout())
+        yield

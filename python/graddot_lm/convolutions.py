@@ -1,0 +1,89 @@
+"""Convolutions: linear layers on the patches of their input."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import GraddotError
+from .layers import ScoredFunction, accumulator, linear_grad, vector_grad, without_autocast
+from .scored import Scored, autocast_input
+
+
+class ConvDot(ScoredFunction):
+    """A convolution of groups=1 in one or two dimensions, x (rows, Din, *size), zero padding.
+
+    The patches exist in the backward only, for one layer at a time.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, options):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.step, ctx.options = step, options
+        ctx.uses = ctx.bias_uses = None
+        if ctx.needs_input_grad[1]:
+            ctx.uses = step.uses(names[0], weight)
+            ctx.uses.count_linear()
+        if bias is not None and ctx.needs_input_grad[2]:
+            ctx.bias_dtype = bias.dtype
+            ctx.bias_uses = step.uses(names[1], bias)
+            ctx.bias_uses.count_vector()
+        w = weight.to(x.dtype)
+        b = None if bias is None else bias.to(x.dtype)
+        return (F.conv1d if x.dim() == 3 else F.conv2d)(x, w, b, **options)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        step, options, result = ctx.step, ctx.options, [None] * 8
+        if ctx.needs_input_grad[0]:
+            result[0] = torch.ops.aten.convolution_backward(
+                grad_out, x, weight.to(grad_out.dtype), None,
+                options["stride"], options["padding"], options["dilation"],
+                False, [0] * (x.dim() - 2), 1, [True, False, False],
+            )[0]  # fmt: skip
+        grad = grad_out.flatten(2).transpose(1, 2)
+        if ctx.bias_uses is not None:
+            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
+            bias_grad, dots = vector_grad(step, ctx.bias_uses, row_grads)
+            result[2] = bias_grad.to(ctx.bias_dtype)
+            result[4] = dots if ctx.needs_input_grad[4] else None
+        if ctx.uses is not None:
+            act = _patches(x, weight.shape[2:], options)
+            weight_grad, dots = linear_grad(step, ctx.uses, act, grad)
+            result[1] = weight_grad.view(weight.shape).to(weight.dtype)
+            result[3] = dots if ctx.needs_input_grad[3] else None
+        return tuple(result)
+
+
+def _patches(x: Tensor, kernel: torch.Size, options: dict[str, Any]) -> Tensor:
+    """The inputs of every output position, (rows, positions, Din·kernel)."""
+    if x.dim() == 3:  # a line is an image of height one
+        pair = {"stride": 1, "padding": 0, "dilation": 1}
+        x, kernel = x.unsqueeze(2), torch.Size((1, *kernel))
+        options = {name: (pair[name], *options[name]) for name in pair}
+    return F.unfold(x, kernel, **options).transpose(1, 2)
+
+
+def conv_rule(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+    """The rule of nn.Conv1d and nn.Conv2d with groups=1."""
+    assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    if x.dim() != len(module.kernel_size) + 2 or x.shape[0] != scored.rows:
+        raise GraddotError(
+            f"layer {scored.name} got an input of shape {tuple(x.shape)}; expected {scored.rows}"
+            " rows (training rows, then validation rows) of (channels, *size)"
+        )
+    padding = module.padding
+    if module.padding_mode != "zeros" or isinstance(padding, str):
+        mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+        x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        padding = (0,) * len(module.kernel_size)
+    act = autocast_input(x)
+    options = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
+    weight, bias = module.weight, module.bias
+    sinks = scored.step.sink(weight), scored.step.sink(bias)
+    names = scored.name_of(weight), "" if bias is None else scored.name_of(bias)
+    with torch.autocast(act.device.type, enabled=False):
+        return ConvDot.apply(act, weight, bias, *sinks, scored.step, names, options)

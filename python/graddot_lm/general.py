@@ -1,0 +1,177 @@
+"""The rule for layers that have none: their own forward, with their parameters scored in it.
+
+Two ways, tried in this order. *In place*: the layer's forward runs as it is; where it calls
+F.linear, F.embedding or F.layer_norm with a parameter of its own, the scored operation runs
+instead, and a parameter of shape (1, ...) that is added or concatenated to every sample (a class
+token, a table of positions) becomes one copy a row. *Row by row*: the forward is mapped over the
+samples, each with its own copy of the parameters, those of the layers inside included; the backward
+then holds a gradient of every sample, so they must be small. Whichever is proven against autograd on the layer's first
+input is used; a layer for which neither is, is refused with the reasons.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from .errors import GraddotError
+from .scored import Scored, ScoredForward, own_parameters
+
+Rule = Callable[..., Any]
+LARGEST = 2**22  # elements of a layer whose gradient may be held for every sample
+
+
+class ProvenRule:
+    """The first way of several that is proven for one layer.
+
+    Proven again when the layer's mode or its arguments' kind changes.
+    """
+
+    def __init__(self, ways: dict[str, Rule], *, any_size: bool = True) -> None:
+        self._ways, self._any_size = ways, any_size
+        self._proven: dict[Any, Rule] = {}
+
+    def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+        kinds = [
+            scored.has_rows(x) if isinstance(x, Tensor) else None
+            for x in tree_flatten((args, kwargs))[0]
+        ]
+        key = (module.training, *kinds)
+        if key not in self._proven:
+            self._proven[key] = self._prove(module, scored, args, kwargs)
+        return self._proven[key](module, scored, *args, **kwargs)
+
+    def _prove(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Rule:
+        from .check import prove  # check.py attaches rules, this one among them
+
+        size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        reasons = []
+        for name, way in self._ways.items():
+            if way is row_by_row and size > LARGEST and not self._any_size:
+                reasons.append(
+                    f"{name}: its {size:,} elements are too many to hold a gradient of every"
+                    f" sample; register_layer({type(module).__name__}) allows it"
+                )
+                continue
+            try:
+                prove(module, scored, way, args, kwargs)
+                return way
+            except GraddotError as error:
+                reasons.append(f"{name}: {error}")
+        raise GraddotError(
+            f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
+            " holds:\n  "
+            + "\n  ".join(reasons)
+            + "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
+        )
+
+
+def general_rule(*, any_size: bool = False) -> ProvenRule:
+    """For a layer of which nothing is known; any_size lets `row_by_row` hold large gradients."""
+    return ProvenRule({"in place": in_place, "row by row": row_by_row}, any_size=any_size)
+
+
+def in_place(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+    """The layer's forward with its own F.linear, F.embedding and F.layer_norm calls scored."""
+    own = own_parameters(module)
+    tables = {n: p for n, p in own.items() if p.dim() >= 2 and p.shape[0] == 1}
+    rows = {n: scored.per_sample(p).squeeze(1) for n, p in tables.items()}
+    with _replaced(module, rows), _OwnCalls(scored, {id(p) for p in own.values()}):
+        return scored.own_forward(*args, **kwargs)
+
+
+def row_by_row(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+    """The forward mapped over the samples, each with its own copy of all parameters inside."""
+    own = {n: scored.per_sample(p) for n, p in module.named_parameters() if p.requires_grad}
+    leaves, spec = tree_flatten((args, kwargs))
+    at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and scored.has_rows(x)]
+    returned: list[Any] = []  # what the forward returns, tensors to be filled in, and its nesting
+
+    def one(parameters: dict[str, Tensor], inputs: list[Tensor]) -> list[Tensor]:
+        filled = list(leaves)
+        for i, x in zip(at, inputs, strict=True):
+            filled[i] = x
+        inner_args, inner_kwargs = tree_unflatten(filled, spec)
+        with _replaced(module, parameters), _plain_children(module):
+            returned[:] = tree_flatten(scored.own_forward(*inner_args, **inner_kwargs))
+        return [x for x in returned[0] if isinstance(x, Tensor)]
+
+    samples = [leaves[i].unflatten(0, (scored.rows, -1)) for i in at]
+    outputs = iter(torch.vmap(one, randomness="different")(own, samples))
+    filled = [next(outputs).flatten(0, 1) if isinstance(x, Tensor) else x for x in returned[0]]
+    return tree_unflatten(filled, returned[1])
+
+
+@contextlib.contextmanager
+def _replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
+    """Other tensors in the place of some of the parameters in a module, tied ones everywhere."""
+    by_id = {id(module.get_parameter(name)): value for name, value in values.items()}
+    places = [
+        (part._parameters, name, p)
+        for part in module.modules()
+        for name, p in part._parameters.items()
+        if id(p) in by_id
+    ]
+    for parameters, name, p in places:
+        parameters[name] = by_id[id(p)]  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for parameters, name, p in places:
+            parameters[name] = p
+
+
+@contextlib.contextmanager
+def _plain_children(module: nn.Module) -> Iterator[None]:
+    """The layers inside of a module with their own forwards, as if no engine were attached."""
+    scored = {
+        child: child.__dict__["forward"]
+        for child in module.modules()
+        if child is not module and isinstance(child.__dict__.get("forward"), ScoredForward)
+    }
+    for child, forward in scored.items():
+        child.forward = forward.own_forward
+    try:
+        yield
+    finally:
+        for child, forward in scored.items():
+            child.forward = forward
+
+
+class _OwnCalls(TorchFunctionMode):
+    """Runs the scored operation where a layer's parameter is the weight of a functional call."""
+
+    def __init__(self, scored: Scored, own: set[int]) -> None:
+        super().__init__()
+        self._scored, self._own = scored, own
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        weight_at = {F.linear: 1, F.embedding: 1, F.layer_norm: 2}.get(func)
+        if weight_at is not None:
+            weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight")
+            if id(weight) in self._own:
+                call = {F.linear: self._linear, F.embedding: self._embedding}
+                return call.get(func, self._layer_norm)(*args, **kwargs)
+        return func(*args, **kwargs)
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        return self._scored.linear(input, weight, bias)
+
+    def _embedding(  # type: ignore[no-untyped-def]
+        self, input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
+        scale_grad_by_freq=False, sparse=False,
+    ):  # fmt: skip
+        if max_norm is not None or scale_grad_by_freq or sparse:
+            raise GraddotError("max_norm, scale_grad_by_freq and sparse are not supported")
+        return self._scored.embedding(input, weight, padding_idx)
+
+    def _layer_norm(  # type: ignore[no-untyped-def]
+        self, input, normalized_shape, weight=None, bias=None, eps=1e-5
+    ):
+        return self._scored.layer_norm(input, list(normalized_shape), weight, bias, eps)

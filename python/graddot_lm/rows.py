@@ -1,0 +1,200 @@
+"""How the samples lie in every layer's input, seen by leaving half of them out.
+
+Before the first step the model runs twice without gradients, on all rows and on the later half. A
+layer whose input is that of its rows alone is safe; one whose input changed when other samples were
+left out gets mixed samples and is refused. The same two runs tell whether a layer's input has the
+rows as its first dimension, one after the other in it (rows·T, D), or not at all (position ids).
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map_only
+
+from .errors import GraddotError
+from .verify import tensors_in
+
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.alpha_dropout, torch.feature_dropout,
+}  # fmt: skip
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout does nothing, whatever the mode of the module that calls it."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.pop("dropout_p", None)
+        if func is F.multi_head_attention_forward:
+            args = (*args[:10], 0.0, *args[11:])
+        return func(*args, **kwargs)
+
+
+# "rows" (rows, ..., D); "same" for every row; T where a row's T tokens lie together, (rows·T, D).
+Layout = str | int
+_OUTPUTS = " outputs"  # beside the layers' names
+
+
+def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor:
+    """Some of the samples of (rows, ...) or (rows·tokens, ...); a tensor without samples itself."""
+    if x.dim() > 0 and x.shape[0] == rows:
+        return x[index]
+    if tokens and x.dim() > 0 and x.shape[0] == rows * tokens:
+        return x.unflatten(0, (rows, tokens))[index].flatten(0, 1)
+    return x
+
+
+@dataclass
+class _Digest:
+    """An input's shape, and one random projection of every vector in it."""
+
+    shape: torch.Size
+    values: Tensor
+    tolerance: float = 0.0  # for what rounding makes of the same rows in a smaller batch
+
+
+def find_layouts(
+    model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any, rows: int
+) -> dict[str, Layout]:
+    """By layer name, how its input holds the samples.
+
+    A layer that is random by itself, dropout aside, cannot be judged and is left out; nothing can
+    be told from one row.
+
+    Raises GraddotError for a layer whose input depends on other samples of the batch, or holds
+    them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
+    """
+    if rows < 2:
+        return {}
+    later = list(range(rows // 2, rows))
+    half = lambda x: take_rows(x, later, rows)
+    few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
+    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        whole = _digests(model, layers, args, kwargs)
+        try:
+            part = _digests(model, layers, few_args, few_kwargs)
+        except Exception as error:  # the model's own code may raise anything
+            raise GraddotError(
+                f"the model runs on the joint batch of {rows} rows, but not on {len(later)} of them"
+                f" ({type(error).__name__}: {error}), so that it cannot be shown to keep samples"
+                " apart"
+            ) from error
+        with_rows = _with_rows(whole[_OUTPUTS], part[_OUTPUTS], rows, len(later))
+        for digests in (whole, part):
+            digests[_OUTPUTS] = [digests[_OUTPUTS][i] for i in with_rows]
+        found = {name: _layout(name, whole[name], part.get(name, []), rows) for name in whole}
+        if None in found.values():  # noise of the model's own, or mixed samples?
+            torch.seed()
+            again = _digests(model, layers, args, kwargs)
+            again[_OUTPUTS] = [again[_OUTPUTS][i] for i in with_rows]
+            for name, layout in found.items():
+                if layout is None and _equal(whole[name], again.get(name, [])):
+                    raise GraddotError(_mixed(name, whole[name][0].shape, rows, later[0]))
+    return {n: layout for n, layout in found.items() if layout is not None and n != _OUTPUTS}
+
+
+def _mixed(name: str, shape: torch.Size, rows: int, left_out: int) -> str:
+    what = "the model has an output" if name == _OUTPUTS else f"layer {name} gets an input"
+    return (
+        f"{what} (of shape {tuple(shape)}) that depends on other samples of the batch of {rows}"
+        " rows, or that does not hold them one after the other: when the first"
+        f" {left_out} rows were left out, the others' part changed"
+    )
+
+
+def _with_rows(whole: list[_Digest], part: list[_Digest], rows: int, later: int) -> list[int]:
+    """Which outputs have rows as their first dimension; a state or a mask may do otherwise."""
+    return [
+        i
+        for i, (x, y) in enumerate(zip(whole, part, strict=False))
+        if (x.shape[0], y.shape[0]) == (rows, later) and x.shape[1:] == y.shape[1:]
+    ]
+
+
+def _digests(
+    model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any
+) -> dict[str, list[_Digest]]:
+    """Digests of every call's first tensor by layer name, and of the outputs."""
+    found: dict[str, list[_Digest]] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            x = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
+            if x is not None:
+                found.setdefault(name, []).append(_digest(x))
+
+        return see
+
+    hooks = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    try:
+        out = model(*args, **kwargs)
+    finally:
+        for handle in hooks:
+            handle.remove()
+    found[_OUTPUTS] = [_digest(x) for x in tensors_in(out) if x.dim() > 0]
+    return found
+
+
+def _digest(x: Tensor) -> _Digest:
+    if x.dim() == 0 or not x.is_floating_point():
+        return _Digest(x.shape, x.detach().clone())
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-2}.get(x.dtype, 0.1)
+    if torch.is_autocast_enabled(x.device.type):
+        tolerance = 0.1
+    generator = torch.Generator().manual_seed(x.shape[-1])
+    direction = torch.randn(x.shape[-1], generator=generator).to(x.device)
+    wide = x if x.dtype == torch.float64 else x.float()
+    values = (wide * direction).sum(-1) if x.dim() > 1 else wide.clone()
+    return _Digest(x.shape, values, tolerance)
+
+
+def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> Layout | None:
+    """The layout that a layer's calls share; None if a call has none."""
+    if len(whole) != len(part):
+        return None
+    layouts = {_layout_of_call(*pair, rows) for pair in zip(whole, part, strict=True)}
+    if name != _OUTPUTS and None not in layouts and len(layouts) > 1:
+        shapes = ", ".join(str(tuple(digest.shape)) for digest in whole)
+        raise GraddotError(
+            f"layer {name} is called several times, and its inputs (of shapes {shapes}) hold the"
+            f" {rows} rows of the batch in different ways; use one layer a way"
+        )
+    return None if None in layouts else layouts.pop() if layouts else "rows"
+
+
+def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
+    if not whole.shape.numel() or not part.shape.numel():  # tokens picked from the batch: none
+        return None
+    if whole.shape == part.shape:
+        return "same" if _close(whole, part.values, 0) else None
+    tokens = whole.shape[0] // rows
+    kept = whole.shape[0] - rows // 2 * tokens
+    if whole.shape[1:] != part.shape[1:] or whole.shape[0] % rows or part.shape[0] != kept:
+        return None
+    if not _close(whole, part.values, whole.shape[0] - kept):
+        return None
+    return "rows" if tokens == 1 else tokens
+
+
+def _equal(a: list[_Digest], b: list[_Digest]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and _close(x, y.values, 0) for x, y in zip(a, b, strict=True)
+    )
+
+
+def _close(whole: _Digest, part: Tensor, start: int) -> bool:
+    """Whether the part is what the whole has from its start-th entry on."""
+    values = whole.values[start:]
+    if not values.is_floating_point():
+        return torch.equal(values, part)
+    return bool((values - part).norm() <= whole.tolerance * values.norm())

@@ -1,0 +1,130 @@
+"""Which rule scores a layer: the table of layers, `register_layer`, and what is refused.
+
+A rule computes a layer's output in a step through `Scored`, whose operations score parameters. The
+table is by exact type, and by base type for subclasses that keep its forward. RMS norms are known
+by what they compute. Any other layer with parameters of its own gets a general rule (general.py),
+which is proven against autograd on the layer's first input, or refused there with the reason.
+"""
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .convolutions import conv_rule
+from .distributed import layer_type
+from .errors import GraddotError
+from .general import ProvenRule, Rule, general_rule
+from .norms import rms_norm_form, rms_norm_rule
+from .scored import Scored, has_own_forward, own_parameters
+from .transformers_layers import experts, is_experts, is_relative_bias, relative_bias
+
+
+def _linear(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+    assert isinstance(module, (nn.Linear, Conv1D))
+    return scored.linear(x, module.weight, module.bias, transposed=isinstance(module, Conv1D))
+
+
+def _embedding(module: nn.Module, scored: Scored, ids: Tensor) -> Tensor:
+    assert isinstance(module, nn.Embedding)
+    return scored.embedding(ids, module.weight, module.padding_idx)
+
+
+def _layer_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+    assert isinstance(module, nn.LayerNorm)
+    shape = list(module.normalized_shape)
+    return scored.layer_norm(x, shape, module.weight, module.bias, module.eps)
+
+
+_TABLE: dict[type[nn.Module], Rule] = {
+    nn.Linear: _linear,
+    Conv1D: _linear,
+    nn.Embedding: _embedding,
+    nn.LayerNorm: _layer_norm,
+    nn.Conv1d: conv_rule,
+    nn.Conv2d: conv_rule,
+}
+_registered: dict[type[nn.Module], Rule | None] = {}
+
+
+def register_layer(layer: type[nn.Module], rule: Rule | None = None) -> Any:
+    """Teach the engine a layer; a decorator of the rule, or a call.
+
+        @register_layer(Scale)
+        def scale(module, scored, x):                       # x (rows, T, d)
+            return x * scored.per_sample(module.weight)[:, None]
+
+    The rule gets the module, a `Scored` and the arguments of the layer's forward, and returns what
+    that returns; it is for this exact type. `check_layer` proves it against autograd. A mere
+    `register_layer(Scale)` lets the general rule hold a gradient of every sample for layers of
+    this type, whatever their size.
+    """
+    if rule is not None:
+        _registered[layer] = rule
+        return rule
+
+    def decorate(function: Rule) -> Rule:
+        _registered[layer] = function
+        return function
+
+    _registered.setdefault(layer, None)
+    return decorate
+
+
+def refusal(module: nn.Module) -> str | None:
+    """Why the parameters directly owned by this module cannot be scored; None if they can."""
+    if layer_type(module) in _registered:
+        return None
+    if not has_own_forward(module):
+        return "its forward was replaced on the instance; a rule is for a class's forward"
+    if isinstance(module, nn.Embedding):
+        if module.max_norm is not None:
+            return "max_norm changes the weights in the forward"
+        if module.scale_grad_by_freq:
+            return "scale_grad_by_freq mixes samples"
+        return "sparse gradients are not supported" if module.sparse else None
+    if isinstance(module, nn.modules.batchnorm._BatchNorm) and mixes_samples(module):
+        return "BatchNorm in training mode mixes samples; use GroupNorm, or eval() it"
+    kind = type(module).__name__
+    if isinstance(module, nn.RNNBase):
+        return f"no rule for layers of type {kind}, which computes with its weights in one kernel"
+    if nn.utils.parametrize.is_parametrized(module) or kind == "ParametrizationList":
+        return "a parametrized weight is not a parameter; remove the parametrization"
+    return None
+
+
+def mixes_samples(module: nn.Module) -> bool:
+    """A BatchNorm that normalises over the batch."""
+    batch_norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return batch_norm and (module.training or module.running_mean is None)
+
+
+def _batch_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+    """A frozen BatchNorm: nothing to score, but it must not mix samples."""
+    if mixes_samples(module):
+        raise GraddotError(
+            f"layer {scored.name}: BatchNorm in training mode mixes samples; eval() it"
+        )
+    return scored.own_forward(x)
+
+
+def rule_for(module: nn.Module) -> Rule | None:
+    """The rule for a module; None for one without trainable parameters of its own to score."""
+    registered = _registered.get(layer_type(module))
+    if registered is not None:
+        return registered
+    if is_relative_bias(module):
+        return relative_bias
+    if not own_parameters(module):
+        return _batch_norm if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
+    for base, rule in _TABLE.items():
+        if isinstance(module, base) and type(module).forward is base.forward:
+            grouped = rule is conv_rule and getattr(module, "groups", 1) > 1
+            return general_rule(any_size=True) if grouped else rule
+    if is_experts(module):
+        return ProvenRule({"experts": experts})
+    form = rms_norm_form(module)
+    if form is None:
+        return general_rule(any_size=layer_type(module) in _registered)
+    return functools.partial(rms_norm_rule, form)

@@ -1,0 +1,155 @@
+"""What a layer's rule may do with the layer's parameters while a step is active."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import GraddotError
+from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step
+
+
+class Scored:
+    """One layer in one step: the operations that score its parameters.
+
+    A rule computes the layer's output with these instead of with the parameters themselves.
+    `rows` is how many samples the joint batch has, training rows first; `own_forward` is the
+    layer's own forward.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, step: Step, own_forward: Callable[..., Any]
+    ) -> None:
+        self.name, self.step, self.own_forward = name, step, own_forward
+        self.rows = step.rows
+        self._names = {
+            id(p): f"{name}.{key}" if name else key for key, p in module.named_parameters()
+        }
+
+    def has_rows(self, x: Tensor) -> bool:
+        """Whether a tensor's first dimension holds the samples."""
+        tokens = self.step.row_tokens(self.name)
+        return x.dim() > 0 and x.shape[0] in (self.rows, self.rows * tokens)
+
+    def name_of(self, parameter: Tensor) -> str:
+        return self._names.get(id(parameter), self.name)
+
+    def per_sample(self, parameter: Tensor) -> Tensor:
+        """The parameter as (rows, *shape), row i to be used for sample i alone.
+
+        The backward holds a gradient of this shape: for parameters that are small.
+        """
+        if not parameter.requires_grad:
+            return parameter.expand(self.rows, *parameter.shape)
+        step, name = self.step, self.name_of(parameter)
+        return PerSampleDot.apply(parameter, step.sink(parameter), step, name)
+
+    def linear(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> Tensor:
+        """x @ weight.T + bias for x (rows, ..., Din), weight (Dout, Din), or (Din, Dout) transposed."""
+        act = autocast_input(self.step.as_rows(self.name, x))
+        names = self.name_of(weight), "" if bias is None else self.name_of(bias)
+        sinks = self.step.sink(weight), self.step.sink(bias)
+        with torch.autocast(act.device.type, enabled=False):
+            out = LinearDot.apply(act, weight, bias, *sinks, self.step, names, transposed)
+        return self.shaped(out)
+
+    def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+        """weight[ids] for ids (rows, ...), or the same for every row and (1, T) or (T,)."""
+        rows = self.step.id_rows(self.name, ids)
+        if not weight.requires_grad:
+            return F.embedding(ids, weight, padding_idx)
+        same = rows.shape != ids.shape and rows.numel() != ids.numel()
+        out = EmbeddingDot.apply(
+            rows, weight, self.step.sink(weight), self.step, self.name_of(weight), padding_idx, same
+        )
+        if same:
+            return self._broadcast(out)
+        return out.view(*ids.shape, -1)
+
+    def layer_norm(
+        self, x: Tensor, shape: list[int], weight: Tensor, bias: Tensor | None, eps: float
+    ) -> Tensor:
+        """Layer norm over the last dimensions, x (rows, ..., *shape)."""
+        act = self.step.as_rows(self.name, x)
+        if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
+            act = act.to(weight.dtype)
+        names = self.name_of(weight), "" if bias is None else self.name_of(bias)
+        sinks = self.step.sink(weight), self.step.sink(bias)
+        out = LayerNormDot.apply(act, weight, bias, *sinks, self.step, names, shape, eps)
+        return self.shaped(out)
+
+    def shaped(self, out: Tensor) -> Tensor:
+        """Rows that came one after the other leave so."""
+        if self.step.layouts.get(self.name) == "same":
+            return self._broadcast(out)
+        return out.flatten(0, 1) if self.step.row_tokens(self.name) else out
+
+    def _broadcast(self, out: Tensor) -> Tensor:
+        """An output whose rows are the same, checked in the first step to be used row by row."""
+
+        def check(grad: Tensor) -> None:
+            if grad[0].any() and not grad[1:].any():
+                raise GraddotError(
+                    f"layer {self.name} got an input without rows, and the model used the first of"
+                    " its expanded output's rows for all samples; use it by broadcasting"
+                )
+
+        if self.step.first and out.requires_grad:
+            out.register_hook(check)
+        return out
+
+
+class ScoredForward:
+    """Stands in the place of a layer's forward: by its rule in a step, the layer's own otherwise."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        rule: Callable[..., Any],
+        begin: Callable[[nn.Module, str], Step | None],
+        watch: Callable[[Any], None] = lambda out: None,
+    ) -> None:
+        """begin(module, name) gives the step that is under way, if any; watch sees the output."""
+        self._module, self.name, self._rule = module, name, rule
+        self._begin, self._watch, self.own_forward = begin, watch, module.forward
+        functools.update_wrapper(self, module.forward)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        step = self._begin(self._module, self.name)
+        if step is None:
+            return self.own_forward(*args, **kwargs)
+        scored = Scored(self._module, self.name, step, self.own_forward)
+        out = self._rule(self._module, scored, *args, **kwargs)
+        self._watch(out)
+        return out
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied model is a plain one: its layers must not run this model's weights."""
+        copied = memo[id(self._module)]
+        return type(copied).forward.__get__(copied)
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether the module's forward is its class's, unless an engine replaced it."""
+    forward = module.__dict__.get("forward")
+    own = forward is None or isinstance(forward, ScoredForward)
+    return own or getattr(forward, "__func__", None) is type(module).forward
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in autocast's dtype, as the native linear layer would see it."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind) and x.is_floating_point():
+        return x.to(torch.get_autocast_dtype(kind))
+    return x
+
+
+def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The module's own trainable parameters, those of its children left out."""
+    return {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}

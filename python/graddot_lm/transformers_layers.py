@@ -1,0 +1,164 @@
+"""Rules for two shapes of layer in transformers: experts in one module, relative position biases.
+
+Both are known by what they hold, so that every model family's class is served. Experts are 3-d
+weights in a module that gets all tokens and their routing; each expert sees a token subset, and
+which sample a token is of is followed through the sorting. A relative position bias is an
+embedding of (Tq, Tk) bucket numbers, the same for every sample, so each sample gets its own table.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import GraddotError
+from .layers import ScoredFunction, Step, accumulator, without_autocast
+from .scored import Scored, autocast_input, own_parameters
+
+
+class ExpertLinearDot(ScoredFunction):
+    """One linear layer an expert: tokens (S, Din) sorted by expert, weight (E, Dout, Din).
+
+    counts: tokens of each expert, adding up to S. samples (S,): the row each token is of.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, sink, step, name, counts, samples):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight, samples)
+        ctx.step, ctx.counts = step, counts
+        ctx.uses = step.uses(name, weight)
+        parts = zip(x.split(counts), weight.to(x.dtype), strict=True)
+        return torch.cat([tokens @ w.t() for tokens, w in parts])
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, weight, samples = ctx.saved_tensors
+        step, result = ctx.step, [None] * 7
+        split = lambda t: t.split(ctx.counts)
+        if ctx.needs_input_grad[0]:
+            parts = zip(split(grad_out), weight.to(grad_out.dtype), strict=True)
+            result[0] = torch.cat([grad @ w for grad, w in parts])
+        if not ctx.needs_input_grad[1]:
+            return tuple(result)
+        uses = ctx.uses
+        if uses.linear_calls or uses.vector_calls or uses.embedding_ids or uses.expert_calls:
+            raise GraddotError(f"{uses.name}: experts that are used more than once are not scored")
+        uses.expert_calls += 1
+        step.check_samples(uses.name, step.rows)
+        high = accumulator(x.dtype)
+        n, given = step.rows - sum(step.val_rows), uses.direction
+        targets = len(step.val_rows) if given is None else len(given)
+        dots = torch.zeros(targets, step.rows, dtype=high, device=x.device)
+        weight_grad = torch.zeros_like(weight)
+        for e, (act, grad, rows) in enumerate(
+            zip(*map(split, (x, grad_out, samples)), strict=True)
+        ):
+            if rows.numel():
+                act, grad = act.to(high), grad.to(high)
+                directions = _directions(step, act, grad, rows) if given is None else given[:, e]
+                train = rows < n
+                act, grad, rows = act[train], grad[train], rows[train]
+                for k, direction in enumerate(directions):
+                    per_token = ((act @ direction.to(high).t()) * grad).sum(1)
+                    dots[k].index_add_(0, rows, per_token)
+                weight_grad[e] = (grad.t() @ act) * step.scale
+        result[1] = weight_grad
+        result[2] = dots[:, :n] if ctx.needs_input_grad[2] else None
+        return tuple(result)
+
+
+def _directions(step: Step, act: Tensor, grad: Tensor, rows: Tensor) -> list[Tensor]:
+    """One expert's gradient (Dout, Din) of every target's val rows."""
+    start, directions = step.rows - sum(step.val_rows), []
+    for count in step.val_rows:
+        val = (rows >= start) & (rows < start + count)
+        directions.append(grad[val].t() @ act[val])
+        start += count
+    return directions
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Experts as `use_experts_implementation` of transformers defines them, without biases."""
+    parameters = {n: p for n, p in module.named_parameters() if p.dim() == 3}
+    gated = getattr(module, "has_gate", None) and getattr(module, "_apply_gate", None)
+    plain = not getattr(module, "has_bias", True) and not getattr(module, "is_transposed", True)
+    known = len(parameters) == len(list(module.parameters())) == 2
+    return bool(gated and plain and known and {"gate_up_proj", "down_proj"} == set(parameters))
+
+
+def experts(
+    module: Any, scored: Scored, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+) -> Tensor:
+    """hidden (rows·T, H) or (rows, T, H), the others (rows·T, k)."""
+    if module._is_expert_parallel or module.has_post_expert_norm:
+        raise GraddotError(f"layer {scored.name}: expert parallelism and post norms have no rule")
+    rows = scored.step.as_rows(scored.name, hidden)
+    flat = autocast_input(rows.flatten(0, -2))
+    chosen = top_k_index.flatten()
+    order = chosen.argsort(stable=True)
+    token = order // top_k_index.shape[-1]
+    counts = torch.bincount(chosen, minlength=module.gate_up_proj.shape[0]).tolist()
+    samples = token // (flat.shape[0] // scored.rows)
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        x, step = autocast_input(x), scored.step
+        name = scored.name_of(weight)
+        with torch.autocast(x.device.type, enabled=False):
+            return ExpertLinearDot.apply(x, weight, step.sink(weight), step, name, counts, samples)
+
+    out = linear(module._apply_gate(linear(flat[token], module.gate_up_proj)), module.down_proj)
+    out = out * top_k_weights.flatten()[order, None]
+    return (
+        torch.zeros_like(hidden)
+        .view_as(flat)
+        .index_add(0, token, out.to(hidden.dtype))
+        .view(hidden.shape)
+    )
+
+
+def is_relative_bias(module: nn.Module) -> bool:
+    """An attention that computes its bias from a trainable table of relative positions."""
+    table = getattr(module, "relative_attention_bias", None)
+    return (
+        isinstance(table, nn.Embedding)
+        and bool(own_parameters(table))
+        and callable(getattr(module, "compute_bias", None))
+    )
+
+
+class _Table(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return torch.nn.functional.embedding(ids, self.weight)
+
+
+def relative_bias(module: Any, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+    """The attention's own forward, its bias (1, heads, Tq, Tk) as (rows, heads, Tq, Tk)."""
+    table = module.relative_attention_bias
+    compute_bias = module.compute_bias
+
+    def of_rows(*args: Any, **kwargs: Any) -> Tensor:
+        def of_one(weight: Tensor) -> Tensor:
+            module._modules["relative_attention_bias"] = _Table(weight)
+            try:
+                return compute_bias(*args, **kwargs)
+            finally:
+                module._modules["relative_attention_bias"] = table
+
+        biases = torch.vmap(of_one)(scored.per_sample(table.weight))
+        if biases.dim() != 5 or biases.shape[1] != 1:
+            raise GraddotError(
+                f"layer {scored.name}: compute_bias returned {tuple(biases.shape[1:])}; expected"
+                " (1, heads, Tq, Tk)"
+            )
+        return biases.squeeze(1)
+
+    module.compute_bias = of_rows
+    try:
+        return scored.own_forward(*args, **kwargs)
+    finally:
+        del module.compute_bias
