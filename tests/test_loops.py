@@ -622,7 +622,7 @@ class Checkpointed(SharedEverything):
         again = lambda *args: checkpoint(*args, use_reentrant=self.reentrant)
         # A reentrant checkpoint passes gradients on only if one of its inputs needs them.
         handle = torch.zeros((), requires_grad=True)
-        look = lambda ids, handle: self.source(ids) + 0.5 * self.target(ids.roll(1, 1)) + handle
+        look = lambda ids, handle: self.source(ids) + 0.5 * self.target((7 * ids + 1) % 30) + handle
         x = again(look, ids, handle) + again(look, ids, handle)
         mix = lambda x: torch.tanh(self.mix(self.norm(x)))
         x = again(lambda x: again(mix, x), again(mix, x))
