@@ -4,8 +4,22 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def close(record_property):
+    """Largest error of dots, relative to them or to a tenth of their Cauchy-Schwarz scale."""
+
+    def check(got, want, tolerance, scale=None):
+        bound = want.abs() if scale is None else torch.maximum(want.abs(), 0.1 * scale)
+        error = ((got.double() - want).abs() / bound.clamp(min=1e-30)).max().item()
+        record_property("relative_error", error)
+        assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
+
+    return check

@@ -145,7 +145,7 @@ class SharedEverything(nn.Module):
         self.head.weight = self.source.weight
 
     def forward(self, ids):
-        x = self.source(ids) + 0.5 * self.target(ids.roll(1, 1))
+        x = self.source(ids) + 0.5 * self.target((7 * ids + 1) % 30)
         x = torch.tanh(self.mix(self.norm(x)))
         return self.head(torch.tanh(self.mix(self.norm(x))))
 

@@ -11,7 +11,7 @@ from brute_force import tiny_gpt2
 from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
-from test_loops import close, mapping_gradient, tiny_bert  # noqa: F401 (close is a fixture)
+from loop_steps import mapping_gradient, tiny_bert
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -127,7 +127,7 @@ def clipping(own, weights):
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
-def test_every_row_and_the_weights(tmp_path, close, checkpointing):  # noqa: F811
+def test_every_row_and_the_weights(tmp_path, close, checkpointing):
     model, regular = tiny_gpt2(), tiny_gpt2()
     options = {"gradient_checkpointing": checkpointing}
     models, rows = train(tmp_path / "scored", model, **options)
@@ -158,7 +158,7 @@ def test_every_row_and_the_weights(tmp_path, close, checkpointing):  # noqa: F81
         close(column("value"), lr * clip * weights * dots, 1e-4, lr * clip * weights * scales)
 
 
-def test_classifier_with_a_mean_of_its_own(tmp_path, close):  # noqa: F811
+def test_classifier_with_a_mean_of_its_own(tmp_path, close):
     data, val = samples(20, seed=1, classes=3), samples(5, seed=2, classes=3)
     model = tiny_bert().float()
     models, rows = train(tmp_path, model, data, val, max_steps=2, remove_unused_columns=False)
@@ -171,7 +171,7 @@ def test_classifier_with_a_mean_of_its_own(tmp_path, close):  # noqa: F811
         close(column("value"), factor * dots, 1e-4, factor * scales)
 
 
-def test_targets_and_interval(tmp_path, close):  # noqa: F811
+def test_targets_and_interval(tmp_path, close):
     vals = {"a": VAL[:1], "b": VAL}
     data = Dataset.from_list([{**sample, "text": "not for the model"} for sample in TRAIN])
     models, rows = train(tmp_path, tiny_gpt2(), data, vals, val_interval=2)
@@ -185,7 +185,7 @@ def test_targets_and_interval(tmp_path, close):  # noqa: F811
             close(got, dots, 1e-5, scales)
 
 
-def test_scores_for_adamw(tmp_path, close):  # noqa: F811
+def test_scores_for_adamw(tmp_path, close):
     """The derivative of the next step around a gradient of zero, entry by entry."""
     options = {"optim": "adamw_torch", "adamw": True, "val_interval": 2}
     models, states, rows = train(tmp_path, tiny_gpt2(), **options)

@@ -48,11 +48,9 @@ class Step:
 
     def as_samples(self, x: Tensor) -> Tensor:
         """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
-        return (
-            x.reshape(self.rows, -1, x.shape[-1])
-            if self.tokens is None
-            else (x.reshape(-1, 1, x.shape[-1]))
-        )
+        if self.tokens is not None:
+            return x.reshape(-1, 1, x.shape[-1])
+        return x.reshape(self.rows, -1, x.shape[-1])
 
     def check_samples(self, name: str, samples: int) -> None:
         if self.tokens is not None and samples != self.rows * self.tokens:

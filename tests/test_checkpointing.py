@@ -1,0 +1,158 @@
+"""Activation checkpointing, reentrant and not: exact, refused where it hides something, still saving.
+
+All against the float64 brute force, one backward a sample.
+"""
+
+import contextlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import GraddotError
+from loop_steps import (
+    attached,
+    loss_of_logits,
+    run,
+    same_gradients,
+)
+from test_engine import SharedEverything
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+KINDS = pytest.mark.parametrize("reentrant", [False, True], ids=["plain", "reentrant"])
+
+
+@KINDS
+@pytest.mark.parametrize("given", [False, True], ids=["riding", "given"])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gradient_checkpointing_of_gpt2(close, reentrant, given, tied):
+    model = tiny_gpt2(tied=tied).double()
+    train, val = token_batch(4, 15, seed=1, ragged=True), token_batch(2, 15, seed=2)
+    dots, scales = sample_dots(model, train, val)
+    want_grad = gradient(model, *train)
+    kwargs = {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    engine = attached(model, None if given else val)
+    if given:
+        engine.set_directions(engine.compute_directions([val], loss_of_logits))
+    for _ in range(2):
+        model.zero_grad()
+        run(engine, train)
+        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+        same_gradients(model, want_grad, 1e-10)
+
+
+class Checkpointed(SharedEverything):
+    """Embeddings, shared layers and head inside checkpoints, one nested; equal ids twice."""
+
+    reentrant = False
+
+    def forward(self, ids):
+        again = lambda *args: checkpoint(*args, use_reentrant=self.reentrant)
+        # A reentrant checkpoint passes gradients on only if one of its inputs needs them.
+        handle = torch.zeros((), requires_grad=True)
+        look = lambda ids, handle: self.source(ids) + 0.5 * self.target((7 * ids + 1) % 30) + handle
+        x = again(look, ids, handle) + again(look, ids, handle)
+        mix = lambda x: torch.tanh(self.mix(self.norm(x)))
+        x = again(lambda x: again(mix, x), again(mix, x))
+        return again(self.head, x)
+
+
+@KINDS
+def test_checkpoints_around_parameters_with_several_uses(close, reentrant):
+    model = Checkpointed()
+    train, val = token_batch(5, 11, 30, seed=6), token_batch(2, 11, 30, seed=7)
+    dots, scales = sample_dots(model, train, val)
+    want_grad = gradient(model, *train)
+    model = model.double()
+    model.reentrant = reentrant
+    engine = attached(model, val, per_parameter=True)
+    run(engine, train)
+    for name, got in engine.parameter_dots().items():
+        close(got, dots[name], 1e-10, scales[name])
+    same_gradients(model, want_grad, 1e-10)
+
+
+class Borrowed(nn.Module):
+    """Reads a layer's weight behind its back, inside a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.linear = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        inside = lambda x: torch.tanh(self.linear(x)) @ self.linear.weight
+        return checkpoint(inside, self.first(x), use_reentrant=True)
+
+
+def test_a_weight_used_behind_the_layers_back_in_a_checkpoint_is_refused():
+    y = torch.arange(3) % 4
+    engine = attached(Borrowed(), (torch.randn(2, 4), y[:2]), label_shift=0)
+    with pytest.raises(GraddotError, match="linear.weight, inside a reentrant checkpoint"):
+        run(engine, (torch.randn(3, 4), y), loss=F.cross_entropy)
+
+
+def test_the_whole_model_in_a_checkpoint(close):
+    model = tiny_gpt2().double()
+    train, val = token_batch(3, 15, seed=1), token_batch(2, 15, seed=2)
+    dots, scales = sample_dots(model, train, val)
+    for reentrant in (False, True):
+        engine = attached(model, val)
+        engine.attach_train_batch(*train, 0, None)
+        x, y = engine.prepare_forward_input(*train)
+        handle = torch.zeros((), requires_grad=True)
+        logits = checkpoint(
+            lambda x, handle: model(x).logits + handle, x, handle, use_reentrant=reentrant
+        )
+        refused = pytest.raises(GraddotError, match="the whole model runs inside a reentrant")
+        with refused if reentrant else contextlib.nullcontext():
+            lm_loss(logits, y).backward()
+        if not reentrant:
+            engine.prepare_gradients()
+            close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+        engine.detach()
+
+
+def saved_bytes(model, run):
+    """Bytes that the forward leaves for the backward, each memory counted once."""
+    seen = {}
+
+    def pack(x):
+        if x.untyped_storage().data_ptr() not in held:
+            seen[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    held = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        output = run()  # kept alive, so that no memory is counted for two tensors
+    del output
+    return sum(seen.values())
+
+
+@KINDS
+def test_checkpointing_saves_as_much_memory_as_without_scores(record_property, reentrant):
+    model = tiny_gpt2(layers=6)
+    train, val = token_batch(6, 31, seed=1), token_batch(2, 31, seed=2)
+    joint = torch.cat([train[0], val[0]])
+    whole = saved_bytes(model, lambda: model(joint).logits)
+    kwargs = {"use_reentrant": reentrant}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+    regular = saved_bytes(model, lambda: model(joint).logits)
+    engine = attached(model, val)
+    engine.attach_train_batch(*train, 0, None)
+    x, _ = engine.prepare_forward_input(*train)
+    scored = saved_bytes(model, lambda: model(x).logits)
+    record_property("saved_bytes", (whole, regular, scored))
+    assert regular < 0.5 * whole and scored <= 1.02 * regular
+
+
+def test_a_second_backward_is_refused():
+    model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
+    engine = attached(model, val)
+    engine.attach_train_batch(*token_batch(2, 9, seed=1), 0, None)
+    x, y = engine.prepare_forward_input(*token_batch(2, 9, seed=1))
+    loss = lm_loss(model(x).logits, y)
+    loss.backward(retain_graph=True)
+    with pytest.raises(GraddotError, match="2 backward passes"):
+        loss.backward()
