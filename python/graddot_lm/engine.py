@@ -607,7 +607,10 @@ class GradDotProdEngine:
             layers = {names[id(module)]: module for module, _ in self._attached}
             self._active = None
             try:
-                layouts = find_layouts(self.model, layers, args, kwargs, micro.step.rows)
+                layouts = find_layouts(
+                    self.model, layers, args, kwargs, micro.step.rows,
+                    on_layer=functools.partial(self._resolve, micro),
+                )  # fmt: skip
             finally:
                 self._active = micro
             flat = any(isinstance(layout, int) for layout in layouts.values())

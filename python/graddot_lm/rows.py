@@ -64,9 +64,14 @@ class _Digest:
 
 
 def find_layouts(
-    model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any, rows: int
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    args: Any,
+    kwargs: Any,
+    rows: int,
+    on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
 ) -> dict[str, Layout]:
-    """By layer name, how its input holds the samples.
+    """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
 
     A layer that is random by itself, dropout aside, cannot be judged and is left out; nothing can
     be told from one row.
@@ -80,7 +85,7 @@ def find_layouts(
     half = lambda x: take_rows(x, later, rows)
     few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-        whole = _digests(model, layers, args, kwargs)
+        whole = _digests(model, layers, args, kwargs, on_layer)
         try:
             part = _digests(model, layers, few_args, few_kwargs)
         except Exception as error:  # the model's own code may raise anything
@@ -122,13 +127,18 @@ def _with_rows(whole: list[_Digest], part: list[_Digest], rows: int, later: int)
 
 
 def _digests(
-    model: nn.Module, layers: Mapping[str, nn.Module], args: Any, kwargs: Any
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    args: Any,
+    kwargs: Any,
+    on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
 ) -> dict[str, list[_Digest]]:
     """Digests of every call's first tensor by layer name, and of the outputs."""
     found: dict[str, list[_Digest]] = {}
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+            on_layer(module, name)
             x = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
             if x is not None:
                 found.setdefault(name, []).append(_digest(x))
