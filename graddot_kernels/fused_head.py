@@ -6,6 +6,7 @@ the direction that every training chunk is dotted with. One form for all devices
 other ops.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,9 +15,11 @@ from torch import Tensor
 
 from . import cpu_kernels
 
-# Logits that exist at a time. On a CPU 64 MB, on a GPU enough to fill it. Every training chunk reads
-# all directions: many of them allow as many logits as a quarter of their own size.
-_CHUNK_ELEMENTS = {"cpu": 2**24, "cuda": 2**27}
+# Logits that exist at a time. On a CPU 128 MB: with half of that its matrix products, which repack
+# the weight for every chunk, lost about 5 %; with twice that the step's peak memory grew by a quarter. On a
+# GPU enough to fill it. Every training chunk reads all directions: many of them allow as many logits
+# as a quarter of their own size.
+_CHUNK_ELEMENTS = {"cpu": 2**25, "cuda": 2**27}
 
 
 class _Chunk(NamedTuple):
@@ -48,7 +51,8 @@ def _chunks(begin: int, end: int, tokens: int, limit: int) -> Iterator[_Chunk]:
 
 
 def _add_product(total: Tensor, grad: Tensor, act: Tensor, *, first: bool, scale: float) -> None:
-    """total (+)= scale · gradᵀ act, accumulated in total's dtype."""
+    """total (+)= scale · Σ gradᵀ act over rows and tokens, accumulated in total's dtype."""
+    grad, act = grad.flatten(0, 1), act.flatten(0, 1)
     if grad.dtype == total.dtype:
         torch.addmm(total, grad.t(), act, beta=0 if first else 1, alpha=scale, out=total)
         return
@@ -107,32 +111,43 @@ class _Head:
         shape = (chunk.r1 - chunk.r0, chunk.t1 - chunk.t0, -1)
         chunk.of(self.losses).copy_(losses.view(shape[:2]))
         chunk.of(self.act_grad).copy_(torch.mm(grad, self.weight).view(shape))
-        return grad.view(shape)
+        grad = grad.view(shape)
+        if self.bias is not None:
+            self.bias_rows[chunk.r0 : chunk.r1] += grad.sum(1, dtype=self.losses.dtype)
+        return grad
 
-    def run(self, begin: int, end: int, total: Tensor, *, train: bool) -> None:
-        """Rows [begin, end), whose weight gradient goes into `total` if that is not empty."""
-        alpha = 1.0
-        if train and self.scale is not None and not self.scale.is_cuda:
-            alpha = float(self.scale)
-        first = True
-        for chunk in _chunks(begin, end, self.labels.shape[1], self.limit):
+    def run_val(self, val_rows: list[int]) -> None:
+        """The val rows, those of all targets in the same chunks; fills `direction` if wanted."""
+        begins = list(itertools.accumulate(val_rows, initial=self.n))
+        for chunk in _chunks(self.n, begins[-1], self.labels.shape[1], self.limit):
             grad, act = self.gradient_of_logits(chunk), chunk.of(self.act)
-            if self.bias is not None:
-                self.bias_rows[chunk.r0 : chunk.r1] += grad.sum(1, dtype=self.losses.dtype)
-            if train and self.val_ids.numel():
+            for k in range(len(self.dots)):
+                lo, hi = max(chunk.r0, begins[k]), min(chunk.r1, begins[k + 1])
+                if lo < hi:
+                    own = slice(lo - chunk.r0, hi - chunk.r0)
+                    first = lo == begins[k] and chunk.t0 == 0
+                    _add_product(self.direction[k], grad[own], act[own], first=first, scale=1.0)
+
+    def run_train(self) -> None:
+        """The training rows, whose weight gradient goes into `weight_grad` if wanted."""
+        on_host = self.scale is not None and not self.scale.is_cuda
+        alpha = float(self.scale) if on_host else 1.0  # type: ignore[arg-type]
+        first = True
+        for chunk in _chunks(0, self.n, self.labels.shape[1], self.limit):
+            grad, act = self.gradient_of_logits(chunk), chunk.of(self.act)
+            if self.val_ids.numel():
                 chunk.of(self.columns).copy_(grad[..., self.val_ids])
-            if train and self.dots.numel():
+            if self.dots.numel():
                 self.dots[:, chunk.r0 : chunk.r1] += torch.ops.graddot.linear_wgrad_dot_into(
-                    total, None, self.direction, act, grad, self.scale, not first
+                    self.weight_grad, None, self.direction, act, grad, self.scale, not first
                 )
-            elif total.numel():
-                flat = grad.flatten(0, 1), act.flatten(0, 1)
-                _add_product(total, *flat, first=first, scale=alpha)
+            elif self.weight_grad.numel():
+                _add_product(self.weight_grad, grad, act, first=first, scale=alpha)
             first = False
         if first:
-            total.zero_()
-        elif train and self.scale is not None and self.scale.is_cuda and not self.dots.numel():
-            total.mul_(self.scale)  # its value is not known on the host
+            self.weight_grad.zero_()
+        elif self.scale is not None and not on_host and not self.dots.numel():
+            self.weight_grad.mul_(self.scale)  # its value is not known on the host
 
 
 def linear_cross_entropy(
@@ -165,12 +180,8 @@ def linear_cross_entropy(
         act, weight, bias, labels, val_rows, direction, val_ids,
         (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed,
     )  # fmt: skip
-    begin = head.n
-    for k, count in enumerate(val_rows):
-        total = head.direction[k] if weight_needed else head.direction
-        head.run(begin, begin + count, total, train=False)
-        begin += count
-    head.run(0, head.n, head.weight_grad, train=True)
+    head.run_val(val_rows)
+    head.run_train()
     rows = head.direction.new_empty(len(val_rows), 0, head.width)
     if weight_needed and train_ids.numel():
         rows = head.direction[:, train_ids]
