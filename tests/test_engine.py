@@ -463,3 +463,16 @@ def test_order_of_calls_is_checked():
     with pytest.raises(GraddotError, match="under way"):
         engine.detach_for_evaluation()
     assert engine.aggregate_and_log().shape == (2,)
+
+
+def test_a_loss_tracked_twice_is_refused():
+    """A model's .loss is tracked already; its scale would count twice, and scores be quartered."""
+    model = tiny_gpt2()
+    train, val = token_batch(3, 9, seed=1), token_batch(2, 9, seed=2)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    engine.attach_train_batch(*train, 0, None)
+    x, y = engine.prepare_forward_input(*train)
+    engine.track_loss(model(x, labels=y).loss).backward()
+    with pytest.raises(GraddotError, match="tracked twice"):
+        engine.prepare_gradients()

@@ -347,7 +347,7 @@ class GradDotProdEngine:
             labels=labels,
             leaf_of=leaf_of,
             leaves=leaves,
-            loss_scale=torch.zeros((), **kwargs),
+            loss_scales=[],
             loss_reduction=self.loss_reduction,
             counts=labels.new_zeros(len(labels)),
         )
@@ -369,7 +369,11 @@ class GradDotProdEngine:
 
         Needed only for a loss that the caller computes; `.loss` of a model's output is tracked.
         """
-        return loss if self._active is None else loss + self._active.loss_scale.to(loss.dtype)
+        if self._active is None:
+            return loss
+        leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
+        self._active.loss_scales.append(leaf)
+        return loss + leaf.to(loss.dtype)
 
     def prepare_gradients(self) -> None:
         """Close a micro-batch after its backward. `.grad` is right already; this checks that.
@@ -382,6 +386,11 @@ class GradDotProdEngine:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
         if all(leaf.grad is None for leaf in micro.leaves.values()):
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
+        if sum(leaf.grad is not None for leaf in micro.loss_scales) > 1:
+            raise GraddotError(
+                "the loss was tracked twice, so that its scale cannot be told; track_loss is for a"
+                " loss of your own, not for a model's .loss"
+            )
         held = [uses.name for uses in micro.step.shared.values() if uses.held is not None]
         if held:
             raise GraddotError(

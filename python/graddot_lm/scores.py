@@ -20,7 +20,9 @@ class MicroBatch:
     labels: Tensor  # (rows, ...) of the joint batch
     leaf_of: dict[str, str]  # by parameter name
     leaves: dict[str, Tensor]  # (K, N) each, or (K, N·T); their gradients are the raw dots
-    loss_scale: Tensor  # 0-dim leaf; its gradient is the factor that the loss was multiplied by
+    # 0-dim leaves, one for each loss tracked; the gradient of the one that was used is the factor
+    # that the loss was multiplied by.
+    loss_scales: list[Tensor]
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
@@ -38,8 +40,8 @@ class MicroBatch:
 
     def loss_factor(self) -> Tensor:
         """What the tracked loss was multiplied by before its backward, 0-dim fp64."""
-        factor = self.loss_scale.grad
-        return torch.ones_like(self.loss_scale) if factor is None else factor
+        factors = [leaf.grad for leaf in self.loss_scales if leaf.grad is not None]
+        return factors[0] if factors else self.step.scale.new_ones((), dtype=torch.float64)
 
     def set_counts(self, counts: Tensor, world: int = 1, n_train: Tensor | None = None) -> None:
         """Labelled tokens of each row, (rows,); with them the scale of the training gradient.
