@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 
-.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding gpu-check clean
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods exactness gpu-check clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
@@ -35,13 +35,19 @@ csrc-check: $(VENV)/installed ## C++ unit test under sanitizers, .cu compile, sy
 aot: $(VENV)/installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942
 	$(BIN)/python bench/aot.py
 
-bench: bench-step bench-embedding
+bench: bench-step bench-embedding bench-methods
 
 bench-step: $(VENV)/installed
 	$(BIN)/python bench/bench_step.py
 
 bench-embedding: $(VENV)/installed
 	$(BIN)/python bench/bench_embedding.py
+
+bench-methods: $(VENV)/installed ## every way to the scores, as N, V, T and K grow
+	$(BIN)/python bench/bench_methods.py
+
+exactness: $(VENV)/installed ## docs/exactness.md: the errors that the tests measured
+	$(BIN)/python bench/exactness.py
 
 gpu-check: ## on a machine with a GPU, its own torch and nvcc: build, test, sanitize, bench
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
@@ -50,6 +56,7 @@ gpu-check: ## on a machine with a GPU, its own torch and nvcc: build, test, sani
 	    -k "not repeatable and not memory and not 32_bit"
 	$(PYTHON) bench/gpu_kernels.py
 	$(PYTHON) bench/bench_embedding.py
+	$(PYTHON) bench/bench_methods.py --architectures GPT2-Small --sweeps N V
 
 clean:
 	rm -rf $(VENV) build *.egg-info graddot_kernels/*.so
