@@ -1,7 +1,7 @@
 """`make bench-step`: what a training step costs with scores, beside the same step without.
 
 Interleaved in one run, medians: stock (Hugging Face's own head and loss) on the N training rows and
-on all N+V rows, Regular (the fused head) on the same, GradDotProd (fused head, N+V rows, scores for
+on all N+V rows, Regular (fused head and GELU) on the same, GradDotProd (fused head, N+V rows, scores for
 N), and the naive way (stock, one backward a sample, dots by hand). Peak memory is the process's
 high-water mark above what it held before the step, each method in a process of its own.
 Correctness is checked first, against the naive way's dots.
@@ -26,6 +26,7 @@ from _report import append_row, interleave
 from graddot_lm import GradDotProdEngine, fuse_head, unfuse_head
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.activations import ACT2FN
 
 LM_SHAPES = {"n8-v1-t256": (8, 1, 256), "n4-v1-t1024": (4, 1, 1024)}
 MLP_SHAPE = (256, 1)  # N, V; T = 1
@@ -85,6 +86,7 @@ class LanguageModelCase(Case):
         model = GPT2LMHeadModel(config)
         ids = torch.randint(0, config.vocab_size, (n + v, t))
         super().__init__(model, lambda x, y: model(x, labels=y).loss, ids, ids, n)
+        self.gelu = ACT2FN["gelu_pytorch_tanh"]
         self.methods = {
             "stock_n": lambda: self._regular(n),
             "stock_nv": lambda: self._regular(n + v),
@@ -104,9 +106,15 @@ class LanguageModelCase(Case):
         }
 
     def _fused(self, step: Callable[[], Tensor | None]) -> Tensor | None:
+        """The step as `graddot train` builds the model: fused head, GELU in one kernel."""
+        own = [block.mlp.act for block in self.model.transformer.h]
         self.model.forward = self.forward
+        for block in self.model.transformer.h:
+            block.mlp.act = self.gelu
         result = step()
         del self.model.forward
+        for block, act in zip(self.model.transformer.h, own, strict=True):
+            block.mlp.act = act
         return result
 
     @functools.cached_property

@@ -38,6 +38,7 @@ def build_gpt2(architecture: str, vocab_size: int, block_size: int, dropout: flo
         resid_pdrop=dropout,
         embd_pdrop=dropout,
         attn_pdrop=dropout,
+        activation_function="gelu_pytorch_tanh",  # gelu_new's formula in one kernel
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
