@@ -7,8 +7,8 @@ import re
 import subprocess
 import sys
 import tempfile
-import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from xml.etree import ElementTree
 
 from _report import ROOT
 
@@ -62,7 +62,9 @@ def loops_table(errors: dict[tuple[str, str], float]) -> list[str]:
     tests: dict[str, list[float]] = {}
     for (file, test), error in errors.items():
         if file != MODELS:
-            tests.setdefault(f"{file}: {test.split('[')[0][5:].replace('_', ' ')}", []).append(error)
+            tests.setdefault(f"{file}: {test.split('[')[0][5:].replace('_', ' ')}", []).append(
+                error
+            )
     return lines + [f"| {name} | {len(e)} | {max(e):.1e} |" for name, e in sorted(tests.items())]
 
 
