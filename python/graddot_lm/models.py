@@ -42,6 +42,7 @@ def build_gpt2(architecture: str, vocab_size: int, block_size: int, dropout: flo
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
+        loss_type="ForCausalLM",
         **sizes,
     )
     return fuse_head(GPT2LMHeadModel(config), label_shift=0)
