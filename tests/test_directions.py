@@ -96,8 +96,11 @@ def test_loss_scale_of_an_fp16_validation_gradient(record_property, loss_scale):
         got = engine.compute_directions([val], tiny, loss_scale=loss_scale)
     whole = lambda grads: torch.cat([grads[n].double().flatten() for n in want])
     error = ((whole(got) * 2.0**20 - whole(want)).norm() / whole(want).norm()).item()
-    record_property("relative_error", error)
-    assert error > 0.1 if loss_scale == 1 else error <= 1e-2
+    if loss_scale == 1:
+        assert error > 0.1  # what the scale is for
+    else:
+        record_property("relative_error", error)
+        assert error <= 1e-2
 
 
 def test_directions_that_do_not_fit_are_refused():
