@@ -118,6 +118,8 @@ class _Head:
 
     def run_val(self, val_rows: list[int]) -> None:
         """The val rows, those of all targets in the same chunks; fills `direction` if wanted."""
+        if self.labels.numel() == 0:
+            self.direction.zero_()
         begins = list(itertools.accumulate(val_rows, initial=self.n))
         for chunk in _chunks(self.n, begins[-1], self.labels.shape[1], self.limit):
             grad, act = self.gradient_of_logits(chunk), chunk.of(self.act)

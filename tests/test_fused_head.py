@@ -16,6 +16,7 @@ from graddot_lm import (
 from test_engine import TOLERANCE, close
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
+from transformers.utils import ModelOutput
 
 from graddot_kernels import fused_head, reference
 
@@ -102,6 +103,20 @@ def test_bf16():
     assert head.weight.grad.dtype == torch.float32
     want, _ = plain_loss(head, hidden, labels)
     assert relative(head.weight.grad, torch.autograd.grad(want, head.weight)[0]) <= 2e-2
+
+
+def test_fp16_keeps_small_probabilities():
+    """Under autocast in fp16, the gradient of logits of 50,000 tokens, 2e-5 each and less."""
+    head, hidden, labels = problem(vocab=50_000)
+    inputs = hidden, head.weight
+    want_grads = torch.autograd.grad(plain_loss(head, hidden, labels)[0], inputs)
+    with torch.autocast("cpu", torch.float16):
+        loss, _ = linear_cross_entropy(hidden, head, labels)
+    for got, grad in zip(torch.autograd.grad(2.0**12 * loss, inputs), want_grads, strict=True):
+        assert relative(got / 2.0**12, grad.double()) <= 2e-3
+    rows = torch.arange(50_000)[~torch.isin(torch.arange(50_000), labels)]
+    (weight_grad,) = torch.autograd.grad(plain_loss(head, hidden, labels)[0], head.weight)
+    assert relative(got[rows] / 2.0**12, weight_grad[rows].double()) <= 2e-3
 
 
 @pytest.mark.parametrize("compiled", [True, False])
@@ -226,6 +241,57 @@ def test_wrong_label_shift_is_refused():
     train, val = token_batch(3, 9, seed=1, ragged=True), token_batch(2, 9, seed=2)
     with pytest.raises(GraddotError, match="label_shift=0, but the loss used"):
         fused_step(model, train, val, label_shift=0)
+
+
+class TiedModel(nn.Module):
+    """A head called by hand; the embedding of the same weight, before it or after it."""
+
+    def __init__(self, *, after=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.mix = nn.Embedding(19, 12), nn.Linear(12, 12)
+        self.head = nn.Linear(12, 19, bias=False)
+        self.head.weight = self.embedding.weight
+        self.after, self.reduction = after, "mean"
+
+    def forward(self, ids, labels=None):
+        hidden = self.embedding(ids)
+        if self.after:  # the head sees a constant, and the embedding comes behind it
+            hidden = torch.ones(*ids.shape, 12)
+        if labels is None:
+            return F.linear(self.mix(hidden), self.head.weight)
+        mixed = self.mix(hidden)
+        loss, _ = linear_cross_entropy(mixed, self.head, labels, reduction=self.reduction)
+        return ModelOutput(loss=loss + self.embedding(ids).square().mean() if self.after else loss)
+
+
+def own_batch(rows, seed):
+    ids, _ = token_batch(rows, 9, 19, seed=seed)
+    return ids, token_batch(rows, 9, 19, seed=seed + 10)[0]
+
+
+def test_a_head_of_ones_own():
+    model = TiedModel().double()
+    train, val = own_batch(4, 1), own_batch(2, 2)
+
+    def loss(logits, labels):
+        return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+    want, _ = sample_dots(model, train, val, loss=loss)
+    scores, _ = fused_step(model, train, val)
+    close(scores, total(want), 1e-10)
+
+
+def test_what_the_fused_head_cannot_score_is_refused():
+    train, val = own_batch(4, 1), own_batch(2, 2)
+    with pytest.raises(GraddotError, match="one embedding before it"):
+        fused_step(TiedModel(after=True), train, val)
+    model = TiedModel()
+    model.reduction = "sum"
+    with pytest.raises(GraddotError, match="head's loss is a sum over labelled tokens"):
+        fused_step(model, train, val)
+    with pytest.raises(GraddotError, match="head's loss is a mean over labelled tokens"):
+        fused_step(TiedModel(), train, val, loss_reduction="sum")
 
 
 # In a model

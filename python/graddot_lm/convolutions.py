@@ -7,7 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GraddotError
-from .layers import ScoredFunction, accumulator, linear_grad, vector_grad, without_autocast
+from .layers import (
+    ScoredFunction,
+    accumulator,
+    linear_grad,
+    note_uses,
+    vector_grad,
+    without_autocast,
+)
 from .scored import Scored, autocast_input
 
 
@@ -20,15 +27,8 @@ class ConvDot(ScoredFunction):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, options):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
-        ctx.step, ctx.options = step, options
-        ctx.uses = ctx.bias_uses = None
-        if ctx.needs_input_grad[1]:
-            ctx.uses = step.uses(names[0], weight)
-            ctx.uses.count_linear()
-        if bias is not None and ctx.needs_input_grad[2]:
-            ctx.bias_dtype = bias.dtype
-            ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.count_vector()
+        ctx.options = options
+        note_uses(ctx, step, names, weight, bias, vector=False)
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         return (F.conv1d if x.dim() == 3 else F.conv2d)(x, w, b, **options)

@@ -481,13 +481,20 @@ class GradDotProdEngine:
         if self._reentrant is not None:
             self._reentrant.watch(tensors_in(out))
 
-    def _begin_head(self, module: nn.Module, name: str, counts: Tensor) -> Step | None:
-        """The same for the fused head, which runs in this layer's place and sees the labels."""
+    def _begin_head(self, module: nn.Module, name: str, counts: Tensor, mean: bool) -> Step | None:
+        """The same for the fused head, which runs in this layer's place and sees the labels, and
+        whether its loss is their mean."""
         step = self._begin_layer(module, name)
         if step is not None:
             assert self._active is not None
             if step.tokens is not None:
                 raise GraddotError("per_token needs the model's own head; unfuse_head(model) first")
+            expected = self._active.loss_reduction
+            if mean != (expected == "mean"):
+                raise GraddotError(
+                    f"the fused head's loss is a {'mean' if mean else 'sum'} over labelled tokens,"
+                    f" but the engine expects a {expected}; pass loss_reduction="
+                )
             self._count_by_loss(self._active, counts)
         return step
 

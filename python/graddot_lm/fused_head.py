@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from .errors import GraddotError
-from .layers import ScoredFunction, vector_grad
+from .layers import ScoredFunction, note_uses, vector_grad
 from .scored import autocast_input
 
 
@@ -39,24 +39,20 @@ class LinearCrossEntropyDot(ScoredFunction):
         ctx, act, weight, bias, weight_sink, bias_sink, labels, coefficient, form, step, names
     ):  # type: ignore[no-untyped-def]
         weight_needed = ctx.needs_input_grad[1]
-        bias_needed = bias is not None and ctx.needs_input_grad[2]
         val_rows: list[int] = [] if step is None else step.val_rows
-        ctx.uses = ctx.bias_uses = direction = None
+        ctx.step = ctx.uses = ctx.bias_uses = direction = None
         ids = train_ids = labels.new_empty(0)
-        if step is not None and weight_needed:
-            ctx.uses = step.uses(names[0], weight)
-            ctx.uses.count_linear()
+        if step is not None:
+            note_uses(ctx, step, names, weight, bias, vector=False)
+        if ctx.uses is not None:
             direction = ctx.uses.direction
             ids, train_ids = ctx.uses.head_ids(labels.device)
-        if step is not None and bias_needed:
-            ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.count_vector()
         scale = coefficient if step is None else coefficient * step.scale
         losses, *results = torch.ops.graddot.linear_cross_entropy(
             act.detach(), weight.detach(), None if bias is None else bias.detach(), labels,
             val_rows, direction, ids, train_ids, *form, scale, weight_needed,
         )  # fmt: skip
-        ctx.results, ctx.coefficient, ctx.step = results, coefficient, step
+        ctx.results, ctx.coefficient = results, coefficient
         ctx.train_act, ctx.ids = None, (ids, train_ids)
         if ids.numel():
             ctx.train_act = act.detach()[: act.shape[0] - sum(val_rows)]
@@ -97,10 +93,11 @@ class LinearCrossEntropyDot(ScoredFunction):
 
 
 def _check_labels(hidden: Tensor, head: nn.Linear, labels: Tensor, ignore_index: int) -> None:
-    if hidden.dim() != 3 or labels.shape != hidden.shape[:2]:
+    width = head.weight.shape[1]
+    if hidden.dim() != 3 or labels.shape != hidden.shape[:2] or hidden.shape[2] != width:
         raise GraddotError(
             f"hidden has shape {tuple(hidden.shape)} and labels {tuple(labels.shape)}; expected"
-            " (rows, T, d) and (rows, T)"
+            f" (rows, T, {width}), the head's width, and (rows, T)"
         )
     if labels.is_cuda:  # the kernel makes the loss NaN instead: a check would wait for the device
         return
@@ -140,8 +137,11 @@ def linear_cross_entropy(
     _check_labels(hidden, head, labels, ignore_index)
     form = (ignore_index, float(label_smoothing), float(z_loss))
     counts = (labels != ignore_index).sum(1)
+    if reduction not in ("mean", "sum"):
+        raise GraddotError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
+    mean = reduction == "mean" and num_labels is None
     scored = getattr(head.__dict__.get("forward"), "graddot_head", None)
-    step = scored(counts) if scored is not None and torch.is_grad_enabled() else None
+    step = scored(counts, mean) if scored is not None and torch.is_grad_enabled() else None
     sinks, names = (None, None), ("", "")
     if step is not None:
         name = head.__dict__["forward"].name
@@ -152,9 +152,9 @@ def linear_cross_entropy(
     if reduction == "mean":
         total = counts.sum().clamp(min=1) if num_labels is None else num_labels
         coefficient = coefficient / total
-    elif reduction != "sum":
-        raise GraddotError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
     act = autocast_input(hidden)
+    if act.dtype == torch.float16:  # p - 1[label] of a large vocabulary is below fp16's range
+        act = act.float()
     if not torch.is_grad_enabled():
         losses = _losses(act, head, labels, form)
         return losses.sum() * coefficient.to(losses.dtype), losses

@@ -198,6 +198,22 @@ class ScoredFunction(torch.autograd.Function):
     """Base of the functions that score the parameters they take."""
 
 
+def note_uses(ctx, step, names, weight, bias, *, vector):  # type: ignore[no-untyped-def]
+    """ctx.uses and ctx.bias_uses of a layer's weight, needs_input_grad[1], a vector or a matrix,
+    and bias, [2]; None where no gradient is needed. In the forward, so that uses are counted."""
+    ctx.step, ctx.uses, ctx.bias_uses = step, None, None
+    if ctx.needs_input_grad[1]:
+        ctx.uses = step.uses(names[0], weight)
+        if vector:
+            ctx.uses.count_vector()
+        else:
+            ctx.uses.count_linear()
+    if bias is not None and ctx.needs_input_grad[2]:
+        ctx.bias_dtype = bias.dtype
+        ctx.bias_uses = step.uses(names[1], bias)
+        ctx.bias_uses.count_vector()
+
+
 class PerSampleDot(ScoredFunction):
     """A parameter as (rows, *shape), a copy for every row: scores whatever is computed with it."""
 
@@ -224,15 +240,8 @@ class LinearDot(ScoredFunction):
     def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, transposed):  # type: ignore[no-untyped-def]
         w = weight.to(x.dtype)
         ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
-        ctx.step, ctx.transposed = step, transposed
-        ctx.uses = ctx.bias_uses = None
-        if ctx.needs_input_grad[1]:
-            ctx.uses = step.uses(names[0], weight)
-            ctx.uses.count_linear()
-        if bias is not None and ctx.needs_input_grad[2]:
-            ctx.bias_dtype = bias.dtype
-            ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.count_vector()
+        ctx.transposed = transposed
+        note_uses(ctx, step, names, weight, bias, vector=False)
         b = None if bias is None else bias.to(x.dtype)
         if not transposed:
             return F.linear(x, w, b)
@@ -302,14 +311,8 @@ class LayerNormDot(ScoredFunction):
     def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, shape, eps):  # type: ignore[no-untyped-def]
         out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.step, ctx.shape = step, shape
-        ctx.uses = ctx.bias_uses = None
-        if ctx.needs_input_grad[1]:
-            ctx.uses = step.uses(names[0], weight)
-            ctx.uses.count_vector()
-        if bias is not None and ctx.needs_input_grad[2]:
-            ctx.bias_uses = step.uses(names[1], bias)
-            ctx.bias_uses.count_vector()
+        ctx.shape = shape
+        note_uses(ctx, step, names, weight, bias, vector=True)
         return out
 
     @staticmethod

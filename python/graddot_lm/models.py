@@ -42,7 +42,8 @@ def build_gpt2(architecture: str, vocab_size: int, block_size: int, dropout: flo
         bos_token_id=None,
         eos_token_id=None,
         use_cache=False,
-        loss_type="ForCausalLM",
         **sizes,
     )
-    return fuse_head(GPT2LMHeadModel(config), label_shift=0)
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # what GPT-2 gets anyway, but with a warning
+    return fuse_head(model, label_shift=0)

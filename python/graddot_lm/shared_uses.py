@@ -62,6 +62,7 @@ class SharedUses:
     _linears: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     _linears_done: int = 0
     _embeddings_done: int = 0
+    _embeddings_before_head: int = 0
     _vectors_done: int = 0
     _embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
@@ -154,6 +155,7 @@ class SharedUses:
     def head_ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What the fused head has to keep for an embedding of the same weight: the val rows' and
         the training rows' unique ids."""
+        self._embeddings_before_head = len(self.embedding_ids)
         if len(self.embedding_ids) > 1 and self.val_rows:
             raise GraddotError(
                 f"{self.name} is shared by a fused head and several embeddings; unfuse the head"
@@ -173,10 +175,11 @@ class SharedUses:
         self._check_count(self._linears_done, self.linear_calls)
         if not self._paired:
             return
-        if self.linear_calls > 1 or self._embeddings:
+        after = len(self.embedding_ids) - self._embeddings_before_head
+        if self.linear_calls > 1 or self._embeddings or after:
             raise GraddotError(
-                f"{self.name} is used by layers besides the fused head and one embedding; unfuse"
-                " the head"
+                f"{self.name} is used by layers besides the fused head and one embedding before it;"
+                " unfuse the head"
             )
         part = _LinearPart(act, val_ids, columns, train_ids, head_rows)
         self._parts.setdefault(0, []).append(part)
