@@ -64,6 +64,7 @@ class Case:
 
 def _wgrad(name: str, direction: str = "", **constants: Any) -> Case:
     base = {"RESIDENT": True, "BIAS": False, "SCALE": False, "ACCUMULATE": False, "TMA": False}
+    base["NORMS"] = False
     tma = bool(constants.get("TMA"))
     plain = not constants
     unit = ("grad_sd", "act_sd", "dir_si", "out_si")
@@ -84,7 +85,9 @@ def cases() -> list[Case]:
         _wgrad(" K", RESIDENT=False),
         _wgrad(" bias scale add", BIAS=True, SCALE=True, ACCUMULATE=True),
         _wgrad(" K bias", RESIDENT=False, BIAS=True),
+        replace(_wgrad(" norms", "fp32", RESIDENT=False, NORMS=True), hot=False),
         _wgrad(" tma", TMA=True),
+        _wgrad(" tma norms", "fp32", TMA=True, NORMS=True),
         _wgrad(" tma fp32 D", "fp32", TMA=True),
         Case("gram", gram, "gram", {"TMA": False}, unit=acts),
         Case("gram short", gram, "gram", {"TMA": False, "short": True}, unit=acts, hot=False),

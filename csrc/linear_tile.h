@@ -1,6 +1,6 @@
 // One tile of a linear weight gradient: panels of both sides are packed, and a block of
 // kBlockOut x kBlockIn sums stays in registers over all tokens of a sample. What leaves the
-// registers is the sum over samples and the products with the directions, never G_i itself.
+// registers is the sum over samples and the products with the directions and with itself, never G_i.
 // The scheme is the usual one of packed matrix products (Goto and van de Geijn, "Anatomy of
 // High-Performance Matrix Multiplication", 2008) with this other end.
 #pragma once
@@ -33,6 +33,7 @@ struct Target {
   int64_t direction_stride, next_direction;
   int64_t num_directions, dots_stride;
   double* dots;
+  bool norms;  // one more dot, with itself
 };
 
 // Columns [0, cols) of every token's row, as panels of `panel` columns, zeros beyond the last.
@@ -82,6 +83,16 @@ inline double lane_sum(const Vector& x) {
   return sum;
 }
 
+inline double square(const Block& sums) {
+  Vector left{}, right{};
+#pragma GCC unroll 12
+  for (int i = 0; i < kBlockOut; ++i) {
+    left += sums[i][0] * sums[i][0];
+    right += sums[i][1] * sums[i][1];
+  }
+  return lane_sum(left + right);
+}
+
 inline void write_whole(const Block& sums, const Target& to) {
   for (int64_t k = 0; k < to.num_directions; ++k) {
     const float* direction = to.direction + k * to.next_direction;
@@ -93,6 +104,7 @@ inline void write_whole(const Block& sums, const Target& to) {
     }
     to.dots[k * to.dots_stride] += lane_sum(left + right);
   }
+  if (to.norms) to.dots[to.num_directions * to.dots_stride] += square(sums);
   const Vector scale = all(to.scale);
   float* row = to.sum;
 #pragma GCC unroll 12
@@ -115,6 +127,8 @@ void write_part(const Block& sums, int64_t out, int64_t in, const Target& to) {
     }
     to.dots[k * to.dots_stride] += dot;
   }
+  // Beyond the matrix the panels, and so the sums, are zero.
+  if (to.norms) to.dots[to.num_directions * to.dots_stride] += square(sums);
   for (int64_t i = 0; i < out; ++i) {
     for (int64_t j = 0; j < in; ++j) {
       float& sum = to.sum[i * to.stride + j];
@@ -173,11 +187,23 @@ LinearScratch scratch(const LinearProblem& p, const LinearTile& size) {
 void make_direction(const LinearProblem& p, int64_t first, int64_t count, const LinearTile& tile,
                     float* act_panels, float* grad_panels, float* direction) {
   const int64_t in = tile.in_end - tile.in_begin;
-  const Target to{direction, in, 1.0F, true, nullptr, 0, 0, 0, 0, nullptr};
+  const Target to{direction, in, 1.0F, true, nullptr, 0, 0, 0, 0, nullptr, false};
   for (int64_t i = 0; i < (tile.out_end - tile.out_begin) * in; ++i) direction[i] = 0;
   for (int64_t v = first; v < first + count; ++v) {
     add_row(p, v, tile, to, act_panels, grad_panels);
   }
+}
+
+// ‖D‖² of a tile (out, in): by rows in float, then in double, as the dots are.
+double square(const float* direction, int64_t out, int64_t in) {
+  double total = 0;
+  for (int64_t i = 0; i < out; ++i, direction += in) {
+    float row = 0;
+#pragma omp simd reduction(+ : row)
+    for (int64_t j = 0; j < in; ++j) row += direction[j] * direction[j];
+    total += row;
+  }
+  return total;
 }
 
 void run(const LinearProblem& p, const LinearTile& tile, float* memory, double* dots) {
@@ -193,16 +219,18 @@ void run(const LinearProblem& p, const LinearTile& tile, float* memory, double* 
             p.d_in,
             p.d_out * p.d_in,
             p.num_directions,
-            p.rows,
-            dots};
+            p.dot_columns(),
+            dots,
+            p.norms};
   if (p.direction != nullptr) {
     to.direction += tile.out_begin * p.d_in + tile.in_begin;
   } else if (p.num_directions > 0) {
     float* direction = grad_panels + need.grad;
     int64_t first = p.rows;
     for (int64_t k = 0; k < p.num_directions; first += p.val_rows[k++]) {
-      make_direction(p, first, p.val_rows[k], tile, act_panels, grad_panels,
-                     direction + k * size.out_end * size.in_end);
+      float* made = direction + k * size.out_end * size.in_end;
+      make_direction(p, first, p.val_rows[k], tile, act_panels, grad_panels, made);
+      if (p.norms) dots[k * p.dot_columns() + p.rows] += square(made, size.out_end, size.in_end);
     }
     to.direction = direction;
     to.direction_stride = size.in_end;

@@ -47,12 +47,12 @@ LinearTile largest(const std::vector<LinearTile>& tiles) {
 }  // namespace
 
 void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& p, int64_t threads) {
-  const int64_t dots = p.num_directions * p.rows;
+  const int64_t dots = p.dot_rows() * p.dot_columns();
   std::fill(p.dots, p.dots + dots, 0.0F);
   if (p.rows == 0 && !p.accumulate) {
     std::fill(p.weight_grad, p.weight_grad + p.d_out * p.d_in, 0.0F);
   }
-  if (p.rows == 0 || p.d_out == 0 || p.d_in == 0) {
+  if (p.dot_columns() == 0 || p.d_out == 0 || p.d_in == 0) {
     return;
   }
   const auto tiles = make_tiles(p, kernel.row_multiple, std::max<int64_t>(threads, 1));

@@ -30,7 +30,12 @@ struct LinearProblem {
   float* weight_grad;
   float scale;
   bool accumulate;
+  // With `norms` one more row, ‖G_i‖²; and where the directions are made, one more column, ‖D_k‖².
+  bool norms;
   float* dots;  // (K, N)
+
+  int64_t dot_rows() const { return num_directions + norms; }
+  int64_t dot_columns() const { return rows + (norms && direction == nullptr); }
 };
 
 // A tile [out_begin, out_end) x [in_begin, in_end) of the weight gradient: one thread's work.
@@ -43,7 +48,7 @@ struct LinearScratch {
   int64_t act, grad, direction;
 };
 
-// The tile's part of the weight gradient, and its part of the dots added to `dots`, (K, N).
+// The tile's part of the weight gradient, and its part of the dots added to `dots`, of their shape.
 // One function for each instruction set; `scratch` says how much memory they need.
 struct LinearKernel {
   void (*run)(const LinearProblem& problem, const LinearTile& tile, float* memory, double* dots);

@@ -36,6 +36,7 @@ class _LinearProblem(ctypes.Structure):  # csrc/linear_wgrad.h
         ("weight_grad", ctypes.c_void_p),
         ("scale", ctypes.c_float),
         ("accumulate", ctypes.c_bool),
+        ("norms", ctypes.c_bool),
         ("dots", ctypes.c_void_p),
     )
 
@@ -80,17 +81,18 @@ def linear_wgrad_dot(
     grad: Tensor,
     scale: Tensor | None,
     accumulate: bool,
+    norms: bool = False,
 ) -> Tensor:
     """Dots (K, N) of every sample with `direction`, (K, Dout, Din), or else with the gradients of
     the val rows behind the training rows; the training gradient goes into weight_grad, (Dout, Din),
-    contiguous, or is added to it."""
+    contiguous, or is added to it. `norms` as in `functional`."""
     act, grad = _unit_stride(act), _unit_stride(grad)
     n, k = act.shape[0], len(val_rows)
     if direction is None:
         n -= sum(val_rows)
     else:
         direction, k = direction.contiguous(), direction.shape[0]
-    dots = act.new_empty(k, n)
+    dots = act.new_empty(k + norms, n + (norms and direction is None))
     counts = (ctypes.c_int64 * len(val_rows))(*val_rows)
     problem = _LinearProblem(
         n,
@@ -105,6 +107,7 @@ def linear_wgrad_dot(
         weight_grad.data_ptr(),
         1.0 if scale is None else float(scale),
         accumulate,
+        norms,
         dots.data_ptr(),
     )
     threads = ctypes.c_int64(torch.get_num_threads())

@@ -5,6 +5,10 @@ gradient at its output, `ids` (N, T) and `grad` (N, T, d) an embedding's; two-di
 activations mean T = 1. Floating inputs are fp32, bf16, fp16 or fp64, any strides, one device, one
 dtype; results are fp32 (fp64 for fp64). Formulas: Wang et al., "Data Shapley in One Training Run",
 ICLR 2025, section 4.2 and appendix D, with the notation of the README.
+
+With `norms` the dots have one more row, every sample's squared norm ‖G_i‖², (K + 1, N), and where
+the directions are rows of the batch one more column, their squared norms ‖D_k‖², (K + 1, N + 1),
+with 0 in the corner.
 """
 
 from typing import Literal
@@ -164,12 +168,18 @@ def linear_direction_dot(
 
 
 def linear_wgrad_dot(
-    direction: Tensor, act: Tensor, grad: Tensor, *, scale: Tensor | None = None
+    direction: Tensor,
+    act: Tensor,
+    grad: Tensor,
+    *,
+    scale: Tensor | None = None,
+    norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The weight gradient of a batch together with every sample's dot with given directions.
 
     direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout), scale a 0-dim
-    tensor. Returns scale · Σ_i G_i, (Dout, Din), and ⟨D, G_i⟩, (N,) or (K, N), not scaled.
+    tensor. Returns scale · Σ_i G_i, (Dout, Din), and ⟨D, G_i⟩, (N,) or (K, N), not scaled; with
+    `norms` also ‖G_i‖², as the last of K + 1 rows, (2, N) for a single direction.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
@@ -177,18 +187,24 @@ def linear_wgrad_dot(
     act, grad = _pair("act", act, "grad", grad)
     direction, single = _directions(direction, grad.shape[2], act.shape[2])
     _check_scale(scale)
-    weight_grad, dots = torch.ops.graddot.linear_wgrad_dot(direction, act, grad, scale)
-    return weight_grad, dots[0] if single else dots
+    weight_grad, dots = torch.ops.graddot.linear_wgrad_dot(direction, act, grad, scale, norms)
+    return weight_grad, dots[0] if single and not norms else dots
 
 
 def linear_joint_wgrad_dot(
-    act: Tensor, grad: Tensor, val_rows: list[int], *, scale: Tensor | None = None
+    act: Tensor,
+    grad: Tensor,
+    val_rows: list[int],
+    *,
+    scale: Tensor | None = None,
+    norms: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`linear_wgrad_dot` where the directions are the gradients of rows in the same batch.
 
     act (N + ΣV_k, T, Din) and grad (N + ΣV_k, T, Dout) hold N training rows first, then
     val_rows[k] = V_k rows of target k, in order. Returns scale · Σ_{i<N} G_i, (Dout, Din), and
-    ⟨Σ_{v of k} G_v, G_i⟩, (K, N). On a CPU no direction is held whole.
+    ⟨Σ_{v of k} G_v, G_i⟩, (K, N), or with `norms` (K + 1, N + 1). On a CPU no direction is held
+    whole.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
@@ -196,7 +212,7 @@ def linear_joint_wgrad_dot(
     act, grad = _pair("act", act, "grad", grad)
     _check_val_rows(val_rows, act.shape[0])
     _check_scale(scale)
-    return torch.ops.graddot.linear_joint_wgrad_dot(act, grad, val_rows, scale)
+    return torch.ops.graddot.linear_joint_wgrad_dot(act, grad, val_rows, scale, norms)
 
 
 def _check_val_rows(val_rows: list[int], rows: int) -> None:

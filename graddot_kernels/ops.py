@@ -63,11 +63,11 @@ def _fake_linear_direction_dot(
 
 
 def _fake_linear_wgrad_dot(
-    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None
+    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     dtype = _result_dtype(act)
     weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=dtype)
-    return weight_grad, act.new_empty((direction.shape[0], act.shape[0]), dtype=dtype)
+    return weight_grad, act.new_empty((direction.shape[0] + norms, act.shape[0]), dtype=dtype)
 
 
 def _fake_linear_wgrad_dot_into(
@@ -78,16 +78,18 @@ def _fake_linear_wgrad_dot_into(
     grad: Tensor,
     scale: Tensor | None,
     accumulate: bool,
+    norms: bool = False,
 ) -> Tensor:
-    return act.new_empty((direction.shape[0], act.shape[0]), dtype=_result_dtype(act))
+    return act.new_empty((direction.shape[0] + norms, act.shape[0]), dtype=_result_dtype(act))
 
 
 def _fake_linear_joint_wgrad_dot(
-    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None
+    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     dtype = _result_dtype(act)
     weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=dtype)
-    return weight_grad, act.new_empty((len(val_rows), act.shape[0] - sum(val_rows)), dtype=dtype)
+    shape = len(val_rows) + norms, act.shape[0] - sum(val_rows) + norms
+    return weight_grad, act.new_empty(shape, dtype=dtype)
 
 
 def _fake_embedding_ghost_dot(
@@ -186,7 +188,7 @@ _define(
     ),
 )
 _define(
-    "linear_wgrad_dot(Tensor direction, Tensor act, Tensor grad, Tensor? scale)"
+    "linear_wgrad_dot(Tensor direction, Tensor act, Tensor grad, Tensor? scale, bool norms=False)"
     " -> (Tensor, Tensor)",
     fake=_fake_linear_wgrad_dot,
     cpu=torch_impl.linear_wgrad_dot,
@@ -194,7 +196,7 @@ _define(
 )
 _define(
     "linear_wgrad_dot_into(Tensor(a!) weight_grad, Tensor(b!)? bias_grads, Tensor direction,"
-    " Tensor act, Tensor grad, Tensor? scale, bool accumulate) -> Tensor",
+    " Tensor act, Tensor grad, Tensor? scale, bool accumulate, bool norms=False) -> Tensor",
     fake=_fake_linear_wgrad_dot_into,
     cpu=torch_impl.linear_wgrad_dot_into,
     cuda=gpu_implementation(
@@ -202,8 +204,8 @@ _define(
     ),
 )
 _define(
-    "linear_joint_wgrad_dot(Tensor act, Tensor grad, int[] val_rows, Tensor? scale)"
-    " -> (Tensor, Tensor)",
+    "linear_joint_wgrad_dot(Tensor act, Tensor grad, int[] val_rows, Tensor? scale,"
+    " bool norms=False) -> (Tensor, Tensor)",
     fake=_fake_linear_joint_wgrad_dot,
     cpu=torch_impl.linear_joint_wgrad_dot,
     cuda=gpu_implementation(

@@ -31,26 +31,36 @@ def linear_direction_dot(direction: Tensor, act: Tensor, grad: Tensor, per_token
 
 
 def linear_wgrad_dot(
-    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None
+    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """scale · Σ_i G_i, (Dout, Din), and ⟨D_k, G_i⟩, (K, N). The dots are not scaled."""
+    """scale · Σ_i G_i, (Dout, Din), and ⟨D_k, G_i⟩, (K, N). The dots are not scaled.
+
+    With `norms` they have one more row, ‖G_i‖².
+    """
     grads = linear_sample_grads(act, grad)
     total = grads.sum(0)
     dots = torch.einsum("koi,noi->kn", direction, grads)
+    if norms:
+        dots = torch.cat([dots, grads.square().sum((1, 2))[None]])
     return (total if scale is None else total * scale), dots
 
 
 def linear_joint_wgrad_dot(
-    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None
+    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """`linear_wgrad_dot` of the training rows; D_k is the gradient of the k-th group of val rows.
 
     act and grad hold N training rows, then val_rows[0] rows of target 0, val_rows[1] of target 1...
+    With `norms` the dots also have one more column, ‖D_k‖², and 0 in the corner.
     """
     groups = torch.split(linear_sample_grads(act, grad), [act.shape[0] - sum(val_rows), *val_rows])
     direction = torch.stack([g.sum(0) for g in groups[1:]])
     n = groups[0].shape[0]
-    return linear_wgrad_dot(direction, act[:n], grad[:n], scale)
+    total, dots = linear_wgrad_dot(direction, act[:n], grad[:n], scale, norms)
+    if norms:
+        column = torch.cat([direction.square().sum((1, 2)), dots.new_zeros(1)])
+        dots = torch.cat([dots, column[:, None]], 1)
+    return total, dots
 
 
 def embedding_sample_grads(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels
+from .sample_dots import bordered, linear_sample_dot, squares
 
 # Elements of one tile of a weight gradient. A sample's tile, the direction's and the running sum
 # are read right after they are written; 2M elements of each stay in a server's last-level cache,
@@ -94,22 +95,28 @@ def _fused_wgrad_dot(
     k: int,
     scale: Tensor | None,
     direction_tile: Callable[[int, int], Tensor],
+    norms: bool,
+    column: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The weight gradient's own product, sample by sample, and the dots while a tile is in cache.
 
     direction_tile(lo, hi) gives rows lo:hi of the K directions, (K, hi - lo, Din). Every sample
     has its own accumulator: with one running sum and differences of ⟨sum, D⟩, a sample's dot
-    would carry the rounding error of the largest sample before it.
+    would carry the rounding error of the largest sample before it. `norms` adds the row ‖G_i‖² to
+    the dots, `column` the column ‖D_k‖².
     """
     n, _, d_in = act.shape
     d_out = grad.shape[2]
     weight_grad = act.new_empty(d_out, d_in) if n else act.new_zeros(d_out, d_in)
-    dots = act.new_zeros(k, n)
+    dots = act.new_zeros(k + norms, n + column)
     rows = min(d_out, max(1, _TILE_ELEMENTS // max(1, k * d_in)))
     buffer = act.new_empty(rows, d_in)
     for lo in range(0, d_out, rows):
         hi = min(lo + rows, d_out)
-        direction = direction_tile(lo, hi).reshape(k, -1)
+        directions = direction_tile(lo, hi)
+        direction = directions.reshape(k, -1)
+        if column:
+            dots[:k, n] += squares(directions)
         tile = weight_grad[lo:hi]
         for i in range(n):
             # The first sample's gradient is where the sum begins: no zeros to write and add to.
@@ -117,7 +124,9 @@ def _fused_wgrad_dot(
             torch.mm(grad[i, :, lo:hi].t(), act[i], out=sample)
             # dot uses every thread, mv with a single row only one.
             flat = sample.view(-1)
-            dots[:, i] += torch.dot(direction[0], flat) if k == 1 else torch.mv(direction, flat)
+            dots[:k, i] += torch.dot(direction[0], flat) if k == 1 else torch.mv(direction, flat)
+            if norms:
+                dots[k, i] += squares(sample[None])[0]
             if i:
                 tile.add_(sample)
         _scaled_(tile, scale)
@@ -129,19 +138,23 @@ def _empty_weight_grad(act: Tensor, grad: Tensor) -> Tensor:
 
 
 def linear_wgrad_dot(
-    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None
+    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient and dots, by whichever of fused and direction costs less."""
     direction, act, grad = _accumulated(direction), _accumulated(act), _accumulated(grad)
     k, t = direction.shape[0], act.shape[1]
     if k * t < _macs_per_fused_element(act):
         dots = linear_direction_dot(direction, act, grad, per_token=False)
+        if norms:
+            dots = bordered(dots, linear_sample_dot(act, grad, act, grad))
         return _weight_grad(act, grad, scale), dots
     if cpu_kernels.available(act):
         weight_grad = _empty_weight_grad(act, grad)
-        dots = cpu_kernels.linear_wgrad_dot(weight_grad, direction, [], act, grad, scale, False)
+        dots = cpu_kernels.linear_wgrad_dot(
+            weight_grad, direction, [], act, grad, scale, False, norms
+        )
         return weight_grad, dots
-    return _fused_wgrad_dot(act, grad, k, scale, lambda lo, hi: direction[:, lo:hi])
+    return _fused_wgrad_dot(act, grad, k, scale, lambda lo, hi: direction[:, lo:hi], norms)
 
 
 def linear_wgrad_dot_into(
@@ -152,6 +165,7 @@ def linear_wgrad_dot_into(
     grad: Tensor,
     scale: Tensor | None,
     accumulate: bool,
+    norms: bool = False,
 ) -> Tensor:
     """`linear_wgrad_dot` into (or added to) weight_grad, (Dout, Din), in its own dtype, and every
     sample's unscaled bias gradient Σ_t b into bias_grads, (N, Dout). Returns the dots."""
@@ -160,10 +174,10 @@ def linear_wgrad_dot_into(
     in_place = weight_grad.dtype == acts.dtype and weight_grad.is_contiguous()
     if long and in_place and cpu_kernels.available(acts):
         dots = cpu_kernels.linear_wgrad_dot(
-            weight_grad, _accumulated(direction), [], acts, grads, scale, accumulate
+            weight_grad, _accumulated(direction), [], acts, grads, scale, accumulate, norms
         )
     else:
-        total, dots = linear_wgrad_dot(direction, acts, grads, scale)
+        total, dots = linear_wgrad_dot(direction, acts, grads, scale, norms)
         if accumulate:
             weight_grad.add_(total)
         else:
@@ -173,8 +187,19 @@ def linear_wgrad_dot_into(
     return dots
 
 
+def _joint_gram_dots(act: Tensor, grad: Tensor, val_rows: list[int], norms: bool) -> Tensor:
+    n = act.shape[0] - sum(val_rows)
+    act, val_act, grad, val_grad = act[:n], act[n:], grad[:n], grad[n:]
+    dots = _sum_by_group(linear_gram_dot(val_act, val_grad, act, grad, pairwise=True), val_rows)
+    if not norms:
+        return dots
+    groups = zip(torch.split(val_act, val_rows), torch.split(val_grad, val_rows), strict=True)
+    column = [linear_gram_dot(a, b, a, b, pairwise=False).sum() for a, b in groups]
+    return bordered(dots, linear_sample_dot(act, grad, act, grad), torch.stack(column))
+
+
 def linear_joint_wgrad_dot(
-    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None
+    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The same with directions from the val rows at the end, by fused or gram.
 
@@ -185,11 +210,13 @@ def linear_joint_wgrad_dot(
     d_in, d_out = act.shape[2], grad.shape[2]
     gram_macs = sum(val_rows) * t * t * (d_in + d_out)
     if gram_macs < _macs_per_fused_element(act) * d_in * d_out:
-        pairs = linear_gram_dot(act[n:], grad[n:], act[:n], grad[:n], pairwise=True)
-        return _weight_grad(act[:n], grad[:n], scale), _sum_by_group(pairs, val_rows)
+        dots = _joint_gram_dots(act, grad, val_rows, norms)
+        return _weight_grad(act[:n], grad[:n], scale), dots
     if cpu_kernels.available(act):
         weight_grad = _empty_weight_grad(act, grad)
-        dots = cpu_kernels.linear_wgrad_dot(weight_grad, None, val_rows, act, grad, scale, False)
+        dots = cpu_kernels.linear_wgrad_dot(
+            weight_grad, None, val_rows, act, grad, scale, False, norms
+        )
         return weight_grad, dots
     val_acts = [_tokens(x) for x in torch.split(act[n:], val_rows)]
     val_grads = [_tokens(x) for x in torch.split(grad[n:], val_rows)]
@@ -197,7 +224,7 @@ def linear_joint_wgrad_dot(
     def direction_tile(lo: int, hi: int) -> Tensor:
         return torch.stack([b[:, lo:hi].t() @ a for a, b in zip(val_acts, val_grads, strict=True)])
 
-    return _fused_wgrad_dot(act[:n], grad[:n], len(val_rows), scale, direction_tile)
+    return _fused_wgrad_dot(act[:n], grad[:n], len(val_rows), scale, direction_tile, norms, norms)
 
 
 def cross_entropy_grad(

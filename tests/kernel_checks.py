@@ -64,6 +64,12 @@ def check_direction(
     assert_within(got, want, tokens if per_token else tokens.sum(2), tolerance)
 
 
+def check_squares(got: Tensor, act: Tensor, grad: Tensor, tolerance: float = FP32_ERROR) -> None:
+    """‖G_i‖², (N,)."""
+    want = reference.linear_sample_grads(act.double(), grad.double()).square().sum((1, 2))
+    assert_within(got, want, token_norms(act, grad).sum(1).square(), tolerance)
+
+
 def check_wgrad(
     weight_grad: Tensor, dots: Tensor, direction: Tensor, act: Tensor, grad: Tensor,
     scale: Tensor | None = None, before: Tensor | None = None, tolerance: float = FP32_ERROR,

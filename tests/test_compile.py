@@ -36,6 +36,8 @@ LINEAR: dict[str, Callable[..., object]] = {
     "wgrad": lambda a, b, d: gk.linear_wgrad_dot(d, a, b, scale=a.sum()),
     "wgrad into": lambda a, b, d: _into(d, a, b),
     "joint": lambda a, b, d: gk.linear_joint_wgrad_dot(a, b, [1, 1]),
+    "wgrad norms": lambda a, b, d: gk.linear_wgrad_dot(d, a, b, norms=True),
+    "joint norms": lambda a, b, d: gk.linear_joint_wgrad_dot(a, b, [1, 1], norms=True),
     "norm": lambda a, b, d: gk.norm_sample_grads(a, a * 2),
     "norm ghost": lambda a, b, d: gk.norm_ghost_dot(a[3:], a[3:], a[:3], a[:3]),
     "norm wgrad": lambda a, b, d: gk.norm_wgrad_dot(d[:, 0], a, a, bias_direction=d[:, 1]),
@@ -93,6 +95,8 @@ def test_opcheck(device: str) -> None:
         (ops.linear_wgrad_dot, (direction, act, grad, scale)),
         (ops.linear_wgrad_dot_into, (weight_grad, bias_grads, direction, act, grad, scale, True)),
         (ops.linear_joint_wgrad_dot, (act, grad, [1, 2], scale)),
+        (ops.linear_wgrad_dot, (direction, act, grad, scale, True)),
+        (ops.linear_joint_wgrad_dot, (act, grad, [1, 2], scale, True)),
         (ops.norm_sample_grads, (act, act)),
         (ops.cross_entropy_grad, (act[0].clone(), labels[0], -100, 0.1, 1e-3)),
         (

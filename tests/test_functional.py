@@ -15,6 +15,7 @@ from kernel_checks import (
     assert_within,
     check_direction,
     check_gram,
+    check_squares,
     check_wgrad,
     token_norms,
 )
@@ -84,6 +85,26 @@ def check_joint(p: Problem, val_rows: list[int]) -> None:
     assert_within(dots, want_dots, bound, p.tolerance)
 
 
+def check_norms(p: Problem, val_rows: list[int]) -> None:
+    """The row ‖G_i‖² and the column ‖D_k‖²; all else is bitwise what it is without them."""
+    act, grad, tolerance, scale = rows(p.act), rows(p.grad), p.tolerance, torch.tensor(0.3)
+    plain, plain_dots = gk.linear_wgrad_dot(p.direction, p.act, p.grad, scale=scale)
+    got, dots = gk.linear_wgrad_dot(p.direction, p.act, p.grad, scale=scale, norms=True)
+    assert torch.equal(got, plain) and torch.equal(dots[:-1], plain_dots)
+    check_squares(dots[-1], act, grad, tolerance)
+    plain, plain_dots = gk.linear_joint_wgrad_dot(*joint(p), val_rows, scale=scale)
+    got, dots = gk.linear_joint_wgrad_dot(*joint(p), val_rows, scale=scale, norms=True)
+    assert torch.equal(got, plain) and torch.equal(dots[:-1, :-1], plain_dots)
+    check_squares(dots[-1, :-1], act, grad, tolerance)
+    val = rows(p.val_act), rows(p.val_grad)
+    grads = reference.linear_sample_grads(*(x.double() for x in val)).split(val_rows)
+    column = torch.stack([g.sum(0).square().sum() for g in grads])
+    norms = token_norms(*val).sum(1).split(val_rows)
+    bound = torch.stack([x.sum().square() for x in norms])
+    assert_within(dots[:-1, -1], column, bound, tolerance)
+    assert dots[-1, -1] == 0
+
+
 @every_case
 def test_ghost_dot_by_both_methods(case: dict) -> None:
     check_ghost(make(**case))
@@ -103,6 +124,12 @@ def test_wgrad_dot(case: dict) -> None:
 def test_joint_wgrad_dot_of_one_and_several_targets(case: dict) -> None:
     for val_rows in VAL_ROWS:
         check_joint(make(**(case | {"v": sum(val_rows), "s": None})), val_rows)
+
+
+@every_case
+def test_squared_norms(case: dict) -> None:
+    for val_rows in VAL_ROWS:
+        check_norms(make(**(case | {"v": sum(val_rows), "s": None})), val_rows)
 
 
 @every_case
@@ -198,7 +225,9 @@ def test_without_compiled_kernels(case: dict, plain) -> None:
     p = make(**case)
     check_wgrad_dot(p)
     if p.val_act.shape[1:] == p.act.shape[1:]:
-        check_joint(p, [1] if p.val_act.shape[0] == 1 else [1, 2])
+        val_rows = [1] if p.val_act.shape[0] == 1 else [1, 2]
+        check_joint(p, val_rows)
+        check_norms(p, val_rows)
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
@@ -214,6 +243,7 @@ def test_compiled_tiles(shape: tuple[int, ...], threads: int) -> None:
         p = make(n=n, t=t, d_in=d_in, d_out=d_out)
         check_wgrad_dot(p)
         check_joint(p, [1, 2])
+        check_norms(p, [1, 2])
     finally:
         torch.set_num_threads(before)
 
@@ -228,6 +258,7 @@ def test_fused_route_by_tiles(tile_rows: int, calls: list[str], plain, monkeypat
     assert calls == ["_fused_wgrad_dot", *tiles] * 2
     check_wgrad_dot(p)
     check_joint(p, [1, 2])
+    check_norms(p, [1, 2])
 
 
 @pytest.mark.parametrize("elements", [1, 5 * 5 * 2, 5 * 5 * 3 * 2, 10**6])
@@ -307,6 +338,8 @@ def test_opcheck_of_both_routes_and_every_dtype() -> None:
             (ops.linear_direction_dot, (p.direction, p.act, p.grad, False)),
             (ops.linear_wgrad_dot, (p.direction, p.act, p.grad, None)),
             (ops.linear_joint_wgrad_dot, (*joint(p), [1, 2], None)),
+            (ops.linear_wgrad_dot, (p.direction, p.act, p.grad, None, True)),
+            (ops.linear_joint_wgrad_dot, (*joint(p), [1, 2], None, True)),
             (ops.norm_sample_grads, (p.act, p.act)),
         ):  # compiled with dynamic shapes in test_compile, where fp32 stands for all
             torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))

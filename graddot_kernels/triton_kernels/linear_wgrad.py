@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..sample_dots import bordered, linear_sample_dot, squares
 from . import config
 from .config import Tile, cdiv
 from .launch import (
@@ -61,18 +62,19 @@ def wgrad_kernel(
     out_sg, out_so, out_si,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, BAND: tl.constexpr,
     SLICES: tl.constexpr, RESIDENT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
+    ACCUMULATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, NORMS: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of the weight gradient, group of `samples` samples).
 
-    p_out (groups, Dout, Din); p_dots (tiles, K, N); p_bias (N, Dout). RESIDENT: the only
+    p_out (groups, Dout, Din); p_dots (tiles, K, N), with NORMS one more row for ‖G_i‖²;
+    p_bias (N, Dout). RESIDENT: the only
     direction's tile stays in registers.
     """
     i_tile, i_group = tl.program_id(0), tl.program_id(1)
     i_o, i_i = tile_of(i_tile, tl.cdiv(d_out, BO), tl.cdiv(d_in, BI), BAND)
     i_o, i_i = i_o * BO, i_i * BI
     o_o, o_i = i_o + tl.arange(0, BO), i_i + tl.arange(0, BI)
-    p_dots += i_tile.to(tl.int64) * k * n
+    p_dots += i_tile.to(tl.int64) * (k + NORMS) * n
     tiles_t = tl.cdiv(t, BT)
     steps = tl.minimum(samples, n - i_group * samples) * tiles_t
     b_total = tl.zeros((BO, BI), tl.float32)
@@ -94,6 +96,8 @@ def wgrad_kernel(
         if i_t + BT >= t:
             if RESIDENT:
                 tl.store(p_dots + i_n, tl.sum(b_sample * b_d.to(tl.float32)))
+                if NORMS:
+                    tl.store(p_dots + n + i_n, tl.sum(b_sample * b_sample))
             else:
                 p_d, p_dot = p_direction, p_dots + i_n
                 for _ in range(k):
@@ -101,6 +105,8 @@ def wgrad_kernel(
                     tl.store(p_dot, dot)
                     p_d += dir_sk
                     p_dot += n
+                if NORMS:
+                    tl.store(p_dot, tl.sum(b_sample * b_sample))
             b_total += b_sample
             b_sample = tl.zeros((BO, BI), tl.float32)
             if BIAS:
@@ -152,15 +158,17 @@ def fused_wgrad_dot(
     accumulate: bool,
     tile: Tile,
     samples: int | None = None,
+    norms: bool = False,
 ) -> Tensor:
-    """The fused route into given buffers; returns the dots, (K, N). `samples` a program walks."""
+    """The fused route into given buffers; returns the dots, (K, N), or (K + 1, N) with `norms`.
+    `samples` a program walks."""
     n, t, d_in = act.shape
     k, d_out, _ = direction.shape
     tiles = cdiv(d_out, tile.rows) * cdiv(d_in, tile.cols)
     samples = samples or config.wgrad_samples(tiles, n, t, tile, machine(act.device)[1])
     groups = cdiv(n, samples)
     split = groups > 1
-    dots = act.new_empty((tiles, k, n), dtype=torch.float32)
+    dots = act.new_empty((tiles, k + norms, n), dtype=torch.float32)
     out = weight_grad
     if split:
         out = act.new_empty((groups, d_out, d_in), dtype=torch.float32)
@@ -177,7 +185,7 @@ def fused_wgrad_dot(
             RESIDENT=k == 1 and direction.itemsize <= resident,
             BIAS=bias_grads is not None, SCALE=scale is not None and not split,
             ACCUMULATE=accumulate and not split, TMA=tma, PRECISION=precision(act),
-            **options(tile),
+            NORMS=norms, **options(tile),
         )  # fmt: skip
         if split:
             combine_kernel[(cdiv(d_out, 32) * cdiv(d_in, 128),)](
@@ -196,6 +204,7 @@ def _separate_wgrad_dot(
     grad: Tensor,
     scale: Tensor | None,
     accumulate: bool,
+    norms: bool,
 ) -> Tensor:
     """The same by a plain weight gradient and the direction route, for short or no samples."""
     total = mm_fp32(grad.flatten(0, 1).t(), act.flatten(0, 1))
@@ -207,7 +216,8 @@ def _separate_wgrad_dot(
         weight_grad.copy_(total)
     if bias_grads is not None:
         torch.sum(grad, 1, dtype=torch.float32, out=bias_grads)
-    return linear_direction_dot(direction, act, grad, False)
+    dots = linear_direction_dot(direction, act, grad, False)
+    return bordered(dots, linear_sample_dot(act, grad, act, grad)) if norms else dots
 
 
 def linear_wgrad_dot_into(
@@ -218,6 +228,7 @@ def linear_wgrad_dot_into(
     grad: Tensor,
     scale: Tensor | None,
     accumulate: bool,
+    norms: bool = False,
 ) -> Tensor:
     """scale · Σ_i G_i into (or added to) weight_grad, (Dout, Din), in its dtype and strides; every
     sample's unscaled bias gradient into bias_grads, (N, Dout) fp32; returns the dots, (K, N)."""
@@ -227,32 +238,40 @@ def linear_wgrad_dot_into(
     args = (weight_grad, bias_grads, direction, act, grad, scale, accumulate)
     empty = 0 in act.shape or 0 in grad.shape
     if empty or not config.fused_wgrad_is_cheaper(direction.shape[0], act.shape[1], tile):
-        return _separate_wgrad_dot(*args)
-    return fused_wgrad_dot(*args, tile)
+        return _separate_wgrad_dot(*args, norms)
+    return fused_wgrad_dot(*args, tile, norms=norms)
 
 
 def linear_wgrad_dot(
-    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None
+    direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """scale · Σ_i G_i, (Dout, Din), and the unscaled dots, (K, N), in fp32."""
     weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=torch.float32)
-    return weight_grad, linear_wgrad_dot_into(weight_grad, None, direction, act, grad, scale, False)
+    args = (weight_grad, None, direction, act, grad, scale, False, norms)
+    return weight_grad, linear_wgrad_dot_into(*args)
 
 
 def linear_joint_wgrad_dot(
-    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None
+    act: Tensor, grad: Tensor, val_rows: list[int], scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """The same with directions from the val rows at the end: a library product a target, then
     the fused route; or token products where forming the directions costs more."""
     n, t = act.shape[0] - sum(val_rows), act.shape[1]
     d_in, d_out = act.shape[2], grad.shape[2]
     train = act[:n], grad[:n]
+    split = torch.split(act[n:], val_rows), torch.split(grad[n:], val_rows)
+    vals: list[tuple[Tensor, Tensor]] = list(zip(*split, strict=True))
     if config.joint_gram_is_cheaper(n, t, d_in, d_out):
         pairs = linear_gram_dot(act[n:], grad[n:], *train, True)
         dots = torch.stack([group.sum(0) for group in torch.split(pairs, val_rows)])
+        if norms:
+            column = [linear_gram_dot(a, b, a, b, False).sum() for a, b in vals]
+            dots = bordered(dots, linear_sample_dot(*train, *train), torch.stack(column))
         weight_grad = mm_fp32(train[1].flatten(0, 1).t(), train[0].flatten(0, 1))
         return weight_grad if scale is None else weight_grad.mul_(scale), dots
-    groups = zip(torch.split(act[n:], val_rows), torch.split(grad[n:], val_rows), strict=True)
-    directions = [mm_fp32(b.flatten(0, 1).t(), a.flatten(0, 1)) for a, b in groups]
+    directions = [mm_fp32(b.flatten(0, 1).t(), a.flatten(0, 1)) for a, b in vals]
     direction = directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
-    return linear_wgrad_dot(direction, *train, scale)
+    weight_grad, dots = linear_wgrad_dot(direction, *train, scale, norms)
+    if norms:
+        dots = bordered(dots[:-1], dots[-1], squares(direction))
+    return weight_grad, dots

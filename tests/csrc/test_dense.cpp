@@ -67,15 +67,16 @@ Case random_case() {
 
 void test_linear(const LinearKernel& kernel, Case c) {
   const auto k = static_cast<int64_t>(c.val_rows.size());
-  const bool accumulate = random_int(2) != 0;
+  const bool accumulate = random_int(2) != 0, norms = random_int(2) != 0;
+  const int64_t columns = c.n + (norms && c.direction.empty());
   c.weight_grad.assign(static_cast<size_t>(c.d_out * c.d_in), accumulate ? 1.0F : std::nanf(""));
-  c.dots.assign(static_cast<size_t>(k * c.n), std::nanf(""));
+  c.dots.assign(static_cast<size_t>((k + norms) * columns), std::nanf(""));
   num_threads = 1 + random_int(4);
   linear_wgrad_dot(kernel,
                    {c.n, c.t, c.d_in, c.d_out,
                     {c.act.data(), c.t * c.d_in, c.d_in}, {c.grad.data(), c.t * c.d_out, c.d_out},
                     k, c.direction.empty() ? nullptr : c.direction.data(), c.val_rows.data(),
-                    c.weight_grad.data(), 0.5F, accumulate, c.dots.data()},
+                    c.weight_grad.data(), 0.5F, accumulate, norms, c.dots.data()},
                    num_threads);
   std::vector<double> dots(c.dots.size()), sizes(c.dots.size());
   for (int64_t o = 0; o < c.d_out; ++o) {
@@ -85,10 +86,19 @@ void test_linear(const LinearKernel& kernel, Case c) {
         const double g = c.gradient(row, o, i);
         sum += 0.5 * g;
         for (size_t j = 0; j < c.val_rows.size(); ++j) {
-          const size_t at = j * static_cast<size_t>(c.n) + static_cast<size_t>(row);
+          const auto at = j * static_cast<size_t>(columns) + static_cast<size_t>(row);
           dots[at] += g * c.direction_at(j, o, i);
           sizes[at] += std::abs(g * c.direction_at(j, o, i));
         }
+        if (norms) {
+          dots[static_cast<size_t>(k * columns + row)] += g * g;
+          sizes[static_cast<size_t>(k * columns + row)] += g * g;
+        }
+      }
+      for (size_t j = 0; columns > c.n && j < c.val_rows.size(); ++j) {
+        const double d = c.direction_at(j, o, i);
+        dots[j * static_cast<size_t>(columns) + static_cast<size_t>(c.n)] += d * d;
+        sizes[j * static_cast<size_t>(columns) + static_cast<size_t>(c.n)] += d * d;
       }
       expect_close(c.weight_grad[static_cast<size_t>(o * c.d_in + i)], sum, 20, "weight_grad");
     }

@@ -10,7 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import check_direction, check_gram, check_wgrad, inputs, random
+from kernel_checks import (
+    check_direction,
+    check_gram,
+    check_squares,
+    check_wgrad,
+    inputs,
+    random,
+)
 from torch import Tensor
 
 from graddot_kernels.triton_kernels import linear_wgrad
@@ -40,13 +47,13 @@ SHAPE = pytest.mark.parametrize(
 def fused(
     direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None = None, *,
     out: Tensor | None = None, bias_grads: Tensor | None = None, samples: int | None = None,
-    tma: bool = False,
+    tma: bool = False, norms: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The fused route whatever the launcher would choose; adds to `out` if given."""
     tile = replace(choose_tile("wgrad", act), tma=tma)
     buffer = act.new_empty((grad.shape[2], act.shape[2]), dtype=torch.float32)
     buffer = buffer if out is None else out
-    args = (buffer, bias_grads, direction, act, grad, scale, out is not None, tile, samples)
+    args = (buffer, bias_grads, direction, act, grad, scale, out is not None, tile, samples, norms)
     return buffer, linear_wgrad.fused_wgrad_dot(*args)
 
 
@@ -85,6 +92,16 @@ def test_fused_wgrad(shape: tuple[int, ...], dtype: torch.dtype, k: int) -> None
     act, grad = inputs(*shape, dtype=dtype)
     direction = random(k, shape[3], shape[2], dtype=dtype)
     check_wgrad(*fused(direction, act, grad), direction, act, grad)
+
+
+@SHAPE
+@pytest.mark.parametrize("k", [1, 3])
+def test_fused_wgrad_norms(shape: tuple[int, ...], k: int) -> None:
+    act, grad = inputs(*shape, dtype=torch.float16)
+    direction = random(k, shape[3], shape[2], dtype=torch.float32)
+    weight_grad, dots = fused(direction, act, grad, norms=True, samples=2)
+    check_wgrad(weight_grad, dots[:-1], direction, act, grad)
+    check_squares(dots[-1], act, grad)
 
 
 @pytest.mark.parametrize("samples", [1, 2, 5], ids=["split=5", "split=3", "whole"])
@@ -208,6 +225,8 @@ def test_empty(zero: int) -> None:
     scale = torch.tensor(0.5)
     weight_grad, dots = linear_wgrad.linear_wgrad_dot(direction, act, grad, scale)
     check_wgrad(weight_grad, dots, direction, act, grad, scale)
+    got = linear_wgrad.linear_wgrad_dot(direction, act, grad, scale, True)[1]
+    assert torch.equal(got[:-1], dots) and not got[-1].any()
     check_gram(
         linear_gram_dot(val_act, val_grad, act, grad, True), val_act, val_grad, act, grad, True
     )
@@ -226,6 +245,9 @@ def test_wgrad_launcher_chooses(t: int, dtype: torch.dtype) -> None:
     for asked in (None, scale):
         got = linear_wgrad.linear_wgrad_dot(direction, act, grad, asked)
         check_wgrad(*got, direction, act, grad, asked)
+    got = linear_wgrad.linear_wgrad_dot(direction, act, grad, scale, True)
+    check_wgrad(got[0], got[1][:-1], direction, act, grad, scale)
+    check_squares(got[1][-1], act, grad)
     before = random(33, 20, dtype=dtype, seed=3)
     out, bias_grads = before.clone(), act.new_empty((4, 33), dtype=torch.float32)
     dots = linear_wgrad.linear_wgrad_dot_into(out, bias_grads, direction, act, grad, scale, True)
@@ -243,6 +265,11 @@ def test_joint(t: int, width: int, dtype: torch.dtype) -> None:
     direction = torch.stack([grads[:1].sum(0), grads[1:].sum(0)])
     # The directions are themselves rounded to fp32 once more than in the reference.
     check_wgrad(*got, direction, act[:4], grad[:4], scale, tolerance=2e-6)
+    weight_grad, dots = linear_wgrad.linear_joint_wgrad_dot(act, grad, [1, 2], scale, True)
+    assert torch.equal(weight_grad, got[0]) and torch.equal(dots[:-1, :-1], got[1])
+    check_squares(dots[-1, :-1], act[:4], grad[:4])
+    torch.testing.assert_close(dots[:-1, -1].double(), direction.square().sum((1, 2)))
+    assert dots[-1, -1] == 0
 
 
 SIZE = st.integers(1, 40)
