@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels
+from .sample_dots import squares
 
 # Logits that exist at a time. On a CPU 128 MB: with half of that its matrix products, which repack
 # the weight for every chunk, lost about 5 %; with twice that the step's peak memory grew by a quarter. On a
@@ -72,7 +73,7 @@ class _Head:
     def __init__(
         self, act: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, val_rows: list[int],
         direction: Tensor | None, val_ids: Tensor, loss: tuple[int, float, float],
-        scale: Tensor | None, weight_needed: bool,
+        scale: Tensor | None, weight_needed: bool, own_ids: Tensor | None, norms: bool,
     ) -> None:  # fmt: skip
         self.act, self.weight, self.bias, self.labels = act, weight.to(act.dtype), bias, labels
         self.val_ids, self.loss, self.scale = val_ids, loss, scale
@@ -85,7 +86,13 @@ class _Head:
         self.bias_rows = self.losses.new_zeros(rows if bias is not None else 0, self.vocab)
         self.columns = act.new_zeros(self.n, t, val_ids.numel())
         k = 0 if not weight_needed else k if direction is None else direction.shape[0]
+        self.k, self.norms = k, norms and k > 0
         self.dots = self.losses.new_zeros(k, self.n)
+        if self.norms:
+            self.dots = self.losses.new_zeros(k + 1, self.n + (direction is None))
+        own_ids = labels.new_empty(self.n, 0) if own_ids is None else own_ids.long()
+        self.own_ids = own_ids
+        self.own_rows = self.losses.new_zeros(*own_ids.shape, self.width)
         self.weight_grad = self._large(self.losses, self.vocab if weight_needed else 0, self.width)
         if direction is None:
             direction = self._large(self.losses, k, self.vocab, self.width)
@@ -93,6 +100,9 @@ class _Head:
         elements = max(_CHUNK_ELEMENTS[act.device.type], self.direction.numel() // 4)
         self.limit = max(1, elements // max(1, self.vocab))
         self.logits = self._large(act, min(self.limit, rows * t), self.vocab)
+        self.row_grad: Tensor | None = None
+        if self.norms and t > self.limit:  # a norm is of a sample's chunks together
+            self.row_grad = self._large(self.losses, self.vocab, self.width)
 
     @staticmethod
     def _large(like: Tensor, *shape: int) -> Tensor:
@@ -123,12 +133,14 @@ class _Head:
         begins = list(itertools.accumulate(val_rows, initial=self.n))
         for chunk in _chunks(self.n, begins[-1], self.labels.shape[1], self.limit):
             grad, act = self.gradient_of_logits(chunk), chunk.of(self.act)
-            for k in range(len(self.dots)):
+            for k in range(self.k):
                 lo, hi = max(chunk.r0, begins[k]), min(chunk.r1, begins[k + 1])
                 if lo < hi:
                     own = slice(lo - chunk.r0, hi - chunk.r0)
                     first = lo == begins[k] and chunk.t0 == 0
                     _add_product(self.direction[k], grad[own], act[own], first=first, scale=1.0)
+        if self.dots.shape[1] > self.n:
+            self.dots[: self.k, self.n] = squares(self.direction)
 
     def run_train(self) -> None:
         """The training rows, whose weight gradient goes into `weight_grad` if wanted."""
@@ -139,10 +151,15 @@ class _Head:
             grad, act = self.gradient_of_logits(chunk), chunk.of(self.act)
             if self.val_ids.numel():
                 chunk.of(self.columns).copy_(grad[..., self.val_ids])
-            if self.dots.numel():
+            if self.own_ids.numel():
+                self._add_own_rows(chunk, grad, act)
+            if self.row_grad is not None:
+                self._add_part_of_row(chunk, grad, act, self.row_grad)
+            elif self.dots.numel():
                 self.dots[:, chunk.r0 : chunk.r1] += torch.ops.graddot.linear_wgrad_dot_into(
-                    self.weight_grad, None, self.direction, act, grad, self.scale, not first
-                )
+                    self.weight_grad, None, self.direction, act, grad, self.scale, not first,
+                    self.norms,
+                )  # fmt: skip
             elif self.weight_grad.numel():
                 _add_product(self.weight_grad, grad, act, first=first, scale=alpha)
             first = False
@@ -150,6 +167,26 @@ class _Head:
             self.weight_grad.zero_()
         elif self.scale is not None and not on_host and not self.dots.numel():
             self.weight_grad.mul_(self.scale)  # its value is not known on the host
+
+    def _add_own_rows(self, chunk: _Chunk, grad: Tensor, act: Tensor) -> None:
+        own = self.own_ids[chunk.r0 : chunk.r1, None].expand(-1, grad.shape[1], -1)
+        columns = grad.gather(2, own).transpose(1, 2).to(self.own_rows.dtype)
+        self.own_rows[chunk.r0 : chunk.r1] += torch.bmm(columns, act.to(self.own_rows.dtype))
+
+    def _add_part_of_row(self, chunk: _Chunk, grad: Tensor, act: Tensor, total: Tensor) -> None:
+        """One sample's gradient in a buffer of its own, which its last chunk adds to the rest."""
+        self.dots[: self.k, chunk.r0 : chunk.r1] += torch.ops.graddot.linear_wgrad_dot_into(
+            total, None, self.direction, act, grad, None, chunk.t0 > 0
+        )
+        if chunk.t1 < self.labels.shape[1]:
+            return
+        self.dots[self.k, chunk.r0] = squares(total[None])[0]
+        if self.scale is not None:
+            total.mul_(self.scale)
+        if chunk.r0 == 0:
+            self.weight_grad.copy_(total)
+        else:
+            self.weight_grad.add_(total)
 
 
 def linear_cross_entropy(
@@ -166,7 +203,9 @@ def linear_cross_entropy(
     z_loss: float,
     weight_scale: Tensor | None,
     weight_needed: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    own_ids: Tensor | None = None,
+    norms: bool = False,
+) -> tuple[Tensor, ...]:
     """The head's losses and everything that the backward of their sum gives.
 
     act (rows, T, d): N training rows, then val_rows[k] rows of target k; weight (vocab, d), bias
@@ -176,16 +215,20 @@ def linear_cross_entropy(
     Returns losses (rows, T); the gradient of act; weight_scale · Σ_i G_i over the training rows;
     the bias gradient of every row (rows, vocab); ⟨D_k, G_i⟩ (K, N); the training rows' gradient of
     the logits at the tokens `val_ids`, (N, T, U); and D_k's rows `train_ids`, (K, U', d): what an
-    embedding that shares the weight needs for its cross terms. What is not needed is empty.
+    embedding that shares the weight needs for its cross terms; and for its norms, if `own_ids`,
+    (N, T'), are given, G_i's own rows of these, (N, T', d). `norms` borders the dots as in
+    `functional`, in the scale of this loss. What is not needed is empty.
     """
     head = _Head(
         act, weight, bias, labels, val_rows, direction, val_ids,
-        (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed,
+        (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed, own_ids, norms,
     )  # fmt: skip
     head.run_val(val_rows)
     head.run_train()
     rows = head.direction.new_empty(len(val_rows), 0, head.width)
     if weight_needed and train_ids.numel():
         rows = head.direction[:, train_ids]
-    columns = head.columns
-    return head.losses, head.act_grad, head.weight_grad, head.bias_rows, head.dots, columns, rows
+    return (
+        head.losses, head.act_grad, head.weight_grad, head.bias_rows, head.dots, head.columns, rows,
+        head.own_rows,
+    )  # fmt: skip

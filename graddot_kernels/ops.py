@@ -151,19 +151,23 @@ def _fake_linear_cross_entropy(
     z_loss: float,
     weight_scale: Tensor | None,
     weight_needed: bool,
+    own_ids: Tensor | None = None,
+    norms: bool = False,
 ) -> tuple[Tensor, ...]:
     (rows, t, width), vocab, k = act.shape, weight.shape[0], len(val_rows)
     n, dtype = rows - sum(val_rows), _result_dtype(act)
     dots = 0 if not weight_needed else k if direction is None else direction.shape[0]
+    norms = norms and dots > 0
     result = functools.partial(act.new_empty, dtype=dtype)
     return (
         result((rows, t)),
         act.new_empty(act.shape),
         result((vocab if weight_needed else 0, width)),
         result((rows if bias is not None else 0, vocab)),
-        result((dots, n)),
+        result((dots + norms, n + (norms and direction is None))),
         act.new_empty((n, t, val_ids.numel())),
         result((k, train_ids.numel() if weight_needed else 0, width)),
+        result((n, 0 if own_ids is None else own_ids.shape[1], width)),
     )
 
 
@@ -250,8 +254,8 @@ _define(
 _define(
     "linear_cross_entropy(Tensor act, Tensor weight, Tensor? bias, Tensor labels, int[] val_rows,"
     " Tensor? direction, Tensor val_ids, Tensor train_ids, int ignore_index, float label_smoothing, float z_loss,"
-    " Tensor? weight_scale, bool weight_needed)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    " Tensor? weight_scale, bool weight_needed, Tensor? own_ids=None, bool norms=False)"
+    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     fake=_fake_linear_cross_entropy,
     cpu=fused_head.linear_cross_entropy,
     cuda=fused_head.linear_cross_entropy,

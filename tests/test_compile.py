@@ -115,6 +115,8 @@ def test_opcheck(device: str) -> None:
                 1e-3,
                 scale,
                 True,
+                labels[:2],
+                True,
             ),
         ),
     ):

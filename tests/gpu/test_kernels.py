@@ -11,6 +11,7 @@ from kernel_checks import (
     check_direction,
     check_gram,
     check_norm,
+    check_squares,
     check_wgrad,
     inputs,
     random,
@@ -105,10 +106,15 @@ def test_public_wgrad_and_joint(t: int, dtype: torch.dtype) -> None:
     scale = torch.tensor(0.5, device="cuda")
     got = gk.linear_wgrad_dot(direction, act, grad, scale=scale)
     check_wgrad(*got, direction, act, grad, scale, tolerance=TOLERANCE)
+    squares = gk.linear_wgrad_dot(direction, act, grad, norms=True)[1][-1]
+    check_squares(squares, act, grad, TOLERANCE)
     joint = gk.linear_joint_wgrad_dot(act, grad, [1, 2], scale=scale)
     grads = torch.einsum("nto,nti->noi", grad[3:].double(), act[3:].double())
     directions = torch.stack([grads[0], grads[1:].sum(0)])
     check_wgrad(*joint, directions, act[:3], grad[:3], scale, tolerance=2 * TOLERANCE)
+    dots = gk.linear_joint_wgrad_dot(act, grad, [1, 2], scale=scale, norms=True)[1]
+    check_squares(dots[-1, :-1], act[:3], grad[:3], TOLERANCE)
+    torch.testing.assert_close(dots[:-1, -1].double(), directions.square().sum((1, 2)))
 
 
 @DTYPES
@@ -206,7 +212,7 @@ def test_fused_head(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None
     labels[1, 5:] = -100
     ids = torch.tensor([1, 5, 999], device="cuda")
     scale = torch.tensor(0.5, device="cuda")
-    tail = (labels, [1, 2], None, ids, ids, -100, 0.0, 0.0, scale, True)
+    tail = (labels, [1, 2], None, ids, ids, -100, 0.0, 0.0, scale, True, labels[:3] % 7, True)
     got = torch.ops.graddot.linear_cross_entropy(act, weight, None, *tail)
     want = torch.ops.graddot.linear_cross_entropy(act.double(), weight.double(), None, *tail)
     for g, w in zip(got, want, strict=True):
