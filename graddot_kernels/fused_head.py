@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import cpu_kernels
-from .sample_dots import squares
+from .sample_dots import linear_sample_rows, squares
 
 # Logits that exist at a time. On a CPU 128 MB: with half of that its matrix products, which repack
 # the weight for every chunk, lost about 5 %; with twice that the step's peak memory grew by a quarter. On a
@@ -90,9 +90,8 @@ class _Head:
         self.dots = self.losses.new_zeros(k, self.n)
         if self.norms:
             self.dots = self.losses.new_zeros(k + 1, self.n + (direction is None))
-        own_ids = labels.new_empty(self.n, 0) if own_ids is None else own_ids.long()
-        self.own_ids = own_ids
-        self.own_rows = self.losses.new_zeros(*own_ids.shape, self.width)
+        self.own_ids = labels.new_empty(self.n, 0) if own_ids is None else own_ids
+        self.own_rows = self.losses.new_zeros(*self.own_ids.shape, self.width)
         self.weight_grad = self._large(self.losses, self.vocab if weight_needed else 0, self.width)
         if direction is None:
             direction = self._large(self.losses, k, self.vocab, self.width)
@@ -152,7 +151,8 @@ class _Head:
             if self.val_ids.numel():
                 chunk.of(self.columns).copy_(grad[..., self.val_ids])
             if self.own_ids.numel():
-                self._add_own_rows(chunk, grad, act)
+                own = slice(chunk.r0, chunk.r1)
+                self.own_rows[own] += linear_sample_rows(act, grad, self.own_ids[own])
             if self.row_grad is not None:
                 self._add_part_of_row(chunk, grad, act, self.row_grad)
             elif self.dots.numel():
@@ -167,11 +167,6 @@ class _Head:
             self.weight_grad.zero_()
         elif self.scale is not None and not on_host and not self.dots.numel():
             self.weight_grad.mul_(self.scale)  # its value is not known on the host
-
-    def _add_own_rows(self, chunk: _Chunk, grad: Tensor, act: Tensor) -> None:
-        own = self.own_ids[chunk.r0 : chunk.r1, None].expand(-1, grad.shape[1], -1)
-        columns = grad.gather(2, own).transpose(1, 2).to(self.own_rows.dtype)
-        self.own_rows[chunk.r0 : chunk.r1] += torch.bmm(columns, act.to(self.own_rows.dtype))
 
     def _add_part_of_row(self, chunk: _Chunk, grad: Tensor, act: Tensor, total: Tensor) -> None:
         """One sample's gradient in a buffer of its own, which its last chunk adds to the rest."""

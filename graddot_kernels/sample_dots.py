@@ -47,6 +47,14 @@ def linear_sample_dot(act: Tensor, grad: Tensor, other_act: Tensor, other_grad: 
     return torch.cat(parts)
 
 
+def linear_sample_rows(act: Tensor, grad: Tensor, ids: Tensor) -> Tensor:
+    """Rows G_i[ids_i] of every sample's gradient, (N, U, Din), from act (N, T, Din), grad
+    (N, T, Dout) and ids (N, U) below Dout."""
+    index = ids.long()[:, None].expand(-1, grad.shape[1], -1)
+    columns = _accumulated(grad.gather(2, index))
+    return torch.bmm(columns.transpose(1, 2), _accumulated(act))
+
+
 def _slots(ids: Tensor) -> Tensor:
     """For every token of (N, T) a number below N·T, the same for equal ids of one sample only."""
     n, t = ids.shape

@@ -42,15 +42,17 @@ class LinearCrossEntropyDot(ScoredFunction):
         val_rows: list[int] = [] if step is None else step.val_rows
         ctx.step = ctx.uses = ctx.bias_uses = direction = None
         ids = train_ids = labels.new_empty(0)
+        own_ids, norms = None, False
         if step is not None:
             note_uses(ctx, step, names, weight, bias, vector=False)
         if ctx.uses is not None:
             direction = ctx.uses.direction
             ids, train_ids = ctx.uses.head_ids(labels.device)
+            own_ids, norms = ctx.uses.own_ids(), ctx.uses.norms
         scale = coefficient if step is None else coefficient * step.scale
         losses, *results = torch.ops.graddot.linear_cross_entropy(
             act.detach(), weight.detach(), None if bias is None else bias.detach(), labels,
-            val_rows, direction, ids, train_ids, *form, scale, weight_needed,
+            val_rows, direction, ids, train_ids, *form, scale, weight_needed, own_ids, norms,
         )  # fmt: skip
         ctx.results, ctx.coefficient = results, coefficient
         ctx.train_act, ctx.ids = None, (ids, train_ids)
@@ -64,7 +66,7 @@ class LinearCrossEntropyDot(ScoredFunction):
     def backward(ctx, grad_loss, _):  # type: ignore[no-untyped-def]
         if ctx.results is None:
             raise GraddotError("a second backward through the fused head; run its forward again")
-        act_grad, weight_grad, bias_rows, dots, columns, head_rows = ctx.results
+        act_grad, weight_grad, bias_rows, dots, columns, head_rows, own_rows = ctx.results
         ctx.results, step = None, ctx.step
         result = [None] * 10
         # A factor of 1, the usual one, needs no pass over the table; a GPU's is not worth a wait.
@@ -73,9 +75,12 @@ class LinearCrossEntropyDot(ScoredFunction):
         if ctx.needs_input_grad[0]:
             result[0] = act_grad.mul_(factor)
         if ctx.uses is not None:
-            # Val rows that ride along have their gradients scaled like the training rows'.
-            dots = dots.double() * factor.double() ** (2 if step.val_rows else 1)
-            part = ctx.train_act, columns * factor, head_rows * factor
+            # Val rows that ride along have their gradients scaled like the training rows', and
+            # norms are of these.
+            given = 0 if ctx.uses.direction is None else len(ctx.uses.direction)
+            dots = dots.double() * factor.double()
+            dots[given:] *= factor.double()
+            part = ctx.train_act, columns * factor, head_rows * factor, own_rows * factor
             ctx.uses.head_terms(*part, *ctx.ids)
             result[3] = dots if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[1]:

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from graddot_kernels import norm_sample_grads
+from graddot_kernels.sample_dots import bordered
 
 from .errors import GraddotError
 from .shared_uses import SharedUses
@@ -32,7 +33,8 @@ class Step:
     into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
     dots; a parameter without one is trained but not scored. With given directions, (K, *shape) by
     id(parameter), there are no val_rows; with `tokens`, T, every token of a row is then scored as
-    a sample of its own, and a sink is (K, N·T). layouts says by layer name how its input holds the
+    a sample of its own, and a sink is (K, N·T). With `norms` a sink has one more row, ‖G_i‖², and with
+    val_rows one more column, ‖D_k‖². layouts says by layer name how its input holds the
     rows, as `rows.find_layouts` saw it; first is True in the step that saw it.
     """
 
@@ -44,6 +46,7 @@ class Step:
     tokens: int | None = None
     layouts: dict[str, str | int] = field(default_factory=dict)
     first: bool = False
+    norms: bool = False
     shared: dict[int, SharedUses] = field(default_factory=dict)
 
     def as_samples(self, x: Tensor) -> Tensor:
@@ -63,7 +66,9 @@ class Step:
     def uses(self, name: str, parameter: Tensor) -> SharedUses:
         key = id(parameter)
         if key not in self.shared:
-            self.shared[key] = SharedUses(name, self.val_rows, self.directions.get(key))
+            direction = self.directions.get(key)
+            scored = bool(self.val_rows) or direction is not None
+            self.shared[key] = SharedUses(name, self.val_rows, direction, self.norms and scored)
         return self.shared[key]
 
     def sink(self, parameter: Tensor | None) -> Tensor | None:
@@ -133,11 +138,12 @@ def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor
     n = step.rows - sum(step.val_rows)
     dots, cross_terms = None, uses.vector_terms(row_grads)
     if step.val_rows:
-        direction = torch.stack([rows.sum(0) for rows in torch.split(row_grads[n:], step.val_rows)])
-        dots = _add(direction @ row_grads[:n].t(), cross_terms)
+        dots = _add(uses.vector_form(row_grads, row_grads), cross_terms)
     elif uses.direction is not None:
         step.check_samples(uses.name, row_grads.shape[0])
         dots = uses.direction.flatten(1).to(row_grads.dtype) @ row_grads.t()
+        if uses.norms:
+            dots = _add(bordered(dots, row_grads.square().sum(1)), cross_terms)
     return row_grads[: n if step.val_rows else None].sum(0).mul_(step.scale), dots
 
 
@@ -148,12 +154,15 @@ def linear_grad(
     (rows, T, Dout); no dots as in `vector_grad`."""
     cross_terms = uses.linear_terms(act, grad)
     if step.val_rows:
-        weight_grad, dots = _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale)
+        weight_grad, dots = _ops.linear_joint_wgrad_dot(
+            act, grad, step.val_rows, step.scale, uses.norms
+        )
         return weight_grad, _add(dots, cross_terms)
     if uses.direction is not None:
         step.check_samples(uses.name, act.shape[0])
         direction = uses.direction.flatten(2)  # a convolution's has its kernel's dimensions
-        return _ops.linear_wgrad_dot(direction, act, grad, step.scale)
+        weight_grad, dots = _ops.linear_wgrad_dot(direction, act, grad, step.scale, uses.norms)
+        return weight_grad, _add(dots, cross_terms)
     return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale), None
 
 
@@ -171,10 +180,12 @@ def _embedding_grad(
         weight_grad, dots = _ops.embedding_joint_wgrad_dot(
             ids, grad, step.val_rows, uses.num_embeddings, padding, step.scale
         )
+        dots = uses.with_embedding_norms(dots, ids, grad)
     elif uses.direction is not None:
         step.check_samples(uses.name, ids.shape[0])
         grad = grad.to(uses.direction.dtype)
         weight_grad, dots = _ops.embedding_wgrad_dot(uses.direction, ids, grad, padding, step.scale)
+        dots = uses.with_embedding_norms(dots, ids, grad)
     else:
         weight_grad = torch.ops.aten.embedding_dense_backward(
             grad, ids, uses.num_embeddings, padding, False

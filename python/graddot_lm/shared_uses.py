@@ -6,6 +6,11 @@ of two uses runs later in the backward pass adds ⟨D^p, G_i^q⟩ + ⟨D^q, G_i^
 `wte` and `lm_head` are the common case: the head runs first, and leaves behind only what the
 embedding will need, never the head's logit gradient.
 
+Squared norms go the same way: ‖Σ_p G_i^p‖² has a term 2⟨G_i^p, G_i^q⟩ for every pair of uses. With
+`norms`, "dots" have one more row for them, and where there are val rows one more column, for those of
+the Σ_p D^p: (K + 1, N + 1), as graddot_kernels.functional has it. A pair of uses adds the form
+(D^p, G_i^q) and its mirror image, and a single use the form of itself.
+
 Rows are the step's joint batch throughout: N training rows, then val_rows[k] rows of target k.
 """
 
@@ -20,6 +25,12 @@ from graddot_kernels import (
     linear_direction_dot,
     linear_ghost_dot,
 )
+from graddot_kernels.sample_dots import (
+    bordered,
+    embedding_sample_dot,
+    linear_sample_dot,
+    linear_sample_rows,
+)
 
 from .checkpointing import recomputing
 from .errors import GraddotError
@@ -31,7 +42,8 @@ class _LinearPart:
 
     The head gradient's rows matter only at ids that the embedding saw: `val_ids` (U,) with the
     training rows' logit gradients there, (N, T, U), and `train_ids` (U',) with the val rows' head
-    gradient there, (K, U', d).
+    gradient there, (K, U', d). For norms `train_ids` are the val rows' too, and own_rows, (N, T, d),
+    is each training sample's head gradient at its own ids.
     """
 
     act: Tensor
@@ -39,6 +51,7 @@ class _LinearPart:
     train_grad: Tensor
     train_ids: Tensor
     val_head_grad: Tensor
+    own_rows: Tensor | None = None
 
 
 @dataclass
@@ -46,12 +59,13 @@ class SharedUses:
     """The uses of one parameter in one step: counted in the forward, paired in the backward.
 
     A forward that activation checkpointing runs once more is not another use. With a given
-    direction, (K, *shape), every use dots with the whole of it, and there are no cross terms.
+    direction, (K, *shape), every use dots with the whole of it: cross terms are those of norms only.
     """
 
     name: str
     val_rows: list[int]
     direction: Tensor | None = None
+    norms: bool = False
     padding_idx: int | None = None
     num_embeddings: int = 0
     linear_calls: int = 0
@@ -89,19 +103,30 @@ class SharedUses:
     def _paired(self) -> bool:
         """Whether there are cross terms between uses of the weight."""
         uses = self.linear_calls + len(self.embedding_ids)
-        if self.val_rows and self.vector_calls and uses:
+        if self._has_pairs and self.vector_calls and uses:
             raise GraddotError(
                 f"{self.name} is shared by a linear layer or embedding and by a layer of another"
                 " kind; the cross terms of such uses are not known"
             )
-        return bool(self.val_rows) and uses > 1
+        return self._has_pairs and uses > 1
+
+    @property
+    def _has_pairs(self) -> bool:
+        return bool(self.val_rows) or self.norms
 
     def _targets(self, x: Tensor) -> list[Tensor]:
         n = x.shape[0] - sum(self.val_rows)
-        return list(torch.split(x[n:], self.val_rows))
+        return list(torch.split(x[n:], self.val_rows)) if self.val_rows else []
 
     def _train(self, x: Tensor) -> Tensor:
         return x[: x.shape[0] - sum(self.val_rows)]
+
+    def _stacked(self, dots: list[Tensor], like: Tensor) -> Tensor:
+        """(K, N) of what each target has; where there are none, zeros of `like`'s N and dtype."""
+        if dots:
+            return torch.stack(dots)
+        assert self.direction is not None
+        return _accumulated(like.new_zeros(len(self.direction), like.shape[0]))
 
     def hold(self, weight_grad: Tensor) -> bool:
         """Keep a head's weight gradient for the embedding of the same weight to add its rows to.
@@ -129,12 +154,16 @@ class SharedUses:
     def embedding_dots(self, ids: Tensor, grad: Tensor) -> Tensor | None:
         """An embedding use's own dots, (K, N); None without a direction."""
         if self.val_rows:
-            return self._embedding_dots(ids, grad, ids, grad)
+            return self._embedding_form(ids, grad, ids, grad)
         if self.direction is None:
             return None
         padding = self.padding_idx
-        grad = _accumulated(grad)
-        return embedding_direction_dot(self.direction, ids, grad, padding_idx=padding)
+        dots = embedding_direction_dot(self.direction, ids, _accumulated(grad), padding_idx=padding)
+        return self.with_embedding_norms(dots, ids, grad)
+
+    def with_embedding_norms(self, dots: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
+        """An embedding use's own dots, (K, N), with its own norms if they are wanted."""
+        return self._embedding_border(dots, ids, grad, ids, grad) if self.norms else dots
 
     def linear_terms(self, act: Tensor, grad: Tensor) -> Tensor | None:
         """Cross terms of a linear use with the uses whose backward ran before, (K, N)."""
@@ -156,7 +185,7 @@ class SharedUses:
         """What the fused head has to keep for an embedding of the same weight: the val rows' and
         the training rows' unique ids."""
         self._embeddings_before_head = len(self.embedding_ids)
-        if len(self.embedding_ids) > 1 and self.val_rows:
+        if len(self.embedding_ids) > 1 and self._has_pairs:
             raise GraddotError(
                 f"{self.name} is shared by a fused head and several embeddings; unfuse the head"
             )
@@ -165,10 +194,20 @@ class SharedUses:
             return none, none
         ids = self.embedding_ids[0]
         n = ids.shape[0] - sum(self.val_rows)
-        return self._unique(ids[n:]), self._unique(ids[:n])
+        return self._unique(ids[n:]), self._unique(ids if self.norms else ids[:n])
+
+    def own_ids(self) -> Tensor | None:
+        """For norms: the training rows' ids, at which the head has to keep each row's gradient."""
+        return self._train(self.embedding_ids[0]) if self.norms and self.embedding_ids else None
 
     def head_terms(
-        self, act: Tensor, columns: Tensor, head_rows: Tensor, val_ids: Tensor, train_ids: Tensor
+        self,
+        act: Tensor,
+        columns: Tensor,
+        head_rows: Tensor,
+        own_rows: Tensor,
+        val_ids: Tensor,
+        train_ids: Tensor,
     ) -> None:
         """What the fused head leaves for the embedding, from its backward; see `_LinearPart`."""
         self._linears_done += 1
@@ -181,7 +220,7 @@ class SharedUses:
                 f"{self.name} is used by layers besides the fused head and one embedding before it;"
                 " unfuse the head"
             )
-        part = _LinearPart(act, val_ids, columns, train_ids, head_rows)
+        part = _LinearPart(act, val_ids, columns, train_ids, head_rows, own_rows)
         self._parts.setdefault(0, []).append(part)
 
     def embedding_terms(self, ids: Tensor, grad: Tensor) -> Tensor | None:
@@ -214,50 +253,75 @@ class SharedUses:
         """Cross terms of a bias or norm use, given its per-row gradients (N + ΣV, d); (K, N)."""
         self._vectors_done += 1
         self._check_count(self._vectors_done, self.vector_calls)
-        if not self.val_rows or (not self._paired and self.vector_calls == 1):
+        if not self._has_pairs or (not self._paired and self.vector_calls == 1):
             return None
         terms = None
         if self._vectors:
             other = torch.stack(self._vectors).sum(0)
-            terms = self._vector_dots(other, row_grads) + self._vector_dots(row_grads, other)
+            terms = self.vector_form(other, row_grads) + self.vector_form(row_grads, other)
         self._vectors.append(row_grads)
         return terms
 
-    def _vector_dots(self, direction_rows: Tensor, sample_rows: Tensor) -> Tensor:
-        direction = torch.stack([rows.sum(0) for rows in self._targets(direction_rows)])
-        return direction @ self._train(sample_rows).t()
+    def vector_form(self, direction_rows: Tensor, sample_rows: Tensor) -> Tensor:
+        """Dots of one use's val rows with another's (or the same's) training rows, (K, N), with
+        norms' border. Of row gradients (N + ΣV, d)."""
+        samples = self._train(sample_rows)
+        summed = lambda x: self._stacked([rows.sum(0) for rows in self._targets(x)], samples.t())
+        direction = summed(direction_rows)  # (K, d)
+        dots = direction @ samples.t()
+        if not self.norms:
+            return dots
+        row = (self._train(direction_rows) * samples).sum(1)
+        column = (direction * summed(sample_rows)).sum(1) if self.val_rows else None
+        return bordered(dots, row, column)
 
-    def _linear_pair(self, act: Tensor, grad: Tensor, other_act: Tensor, other_grad: Tensor):
-        pairs = ((act, grad, other_act, other_grad), (other_act, other_grad, act, grad))
-        return sum(
-            torch.stack(
-                [
-                    linear_ghost_dot(val_act, val_grad, self._train(a), self._train(b))
-                    for val_act, val_grad in zip(
-                        self._targets(val_a), self._targets(val_b), strict=True
-                    )
-                ]
-            )
-            for val_a, val_b, a, b in pairs
-        )
-
-    def _embedding_pair(self, ids: Tensor, grad: Tensor, other_ids: Tensor, other_grad: Tensor):
-        return self._embedding_dots(ids, grad, other_ids, other_grad) + self._embedding_dots(
-            other_ids, other_grad, ids, grad
-        )
-
-    def _embedding_dots(
-        self, val_ids: Tensor, val_grad: Tensor, train_ids: Tensor, train_grad: Tensor
+    def _linear_pair(
+        self, act: Tensor, grad: Tensor, other_act: Tensor, other_grad: Tensor
     ) -> Tensor:
-        """Dots of one use's val rows with another's (or the same's) training rows, (K, N)."""
-        train = self._train(train_ids), self._train(train_grad)
-        groups = zip(self._targets(val_ids), self._targets(val_grad), strict=True)
-        return torch.stack(
-            [
-                embedding_ghost_dot(*val, *train, self.num_embeddings, padding_idx=self.padding_idx)
-                for val in groups
-            ]
-        )
+        one, other = (act, grad), (other_act, other_grad)
+        return self._linear_form(*one, *other) + self._linear_form(*other, *one)
+
+    def _linear_form(self, val_act: Tensor, val_grad: Tensor, act: Tensor, grad: Tensor) -> Tensor:
+        """As `vector_form`, of a linear weight."""
+        train = self._train(act), self._train(grad)
+        vals = list(zip(self._targets(val_act), self._targets(val_grad), strict=True))
+        dots = self._stacked([linear_ghost_dot(*val, *train) for val in vals], train[0])
+        if not self.norms:
+            return dots
+        row = linear_sample_dot(self._train(val_act), self._train(val_grad), *train)
+        others = zip(self._targets(act), self._targets(grad), strict=True)
+        column = [linear_ghost_dot(*v, *o).sum() for v, o in zip(vals, others, strict=True)]
+        return bordered(dots, row, _column(column))
+
+    def _embedding_pair(
+        self, ids: Tensor, grad: Tensor, other_ids: Tensor, other_grad: Tensor
+    ) -> Tensor:
+        one, other = (ids, grad), (other_ids, other_grad)
+        return self._embedding_form(*one, *other) + self._embedding_form(*other, *one)
+
+    def _embedding_dot(self, val: tuple[Tensor, Tensor], train: tuple[Tensor, Tensor]) -> Tensor:
+        table = self.num_embeddings
+        return embedding_ghost_dot(*val, *train, table, padding_idx=self.padding_idx)
+
+    def _embedding_form(
+        self, val_ids: Tensor, val_grad: Tensor, ids: Tensor, grad: Tensor
+    ) -> Tensor:
+        """As `vector_form`, of a table."""
+        train = self._train(ids), self._train(grad)
+        vals = zip(self._targets(val_ids), self._targets(val_grad), strict=True)
+        dots = self._stacked([self._embedding_dot(val, train) for val in vals], train[1])
+        return self._embedding_border(dots, val_ids, val_grad, ids, grad) if self.norms else dots
+
+    def _embedding_border(
+        self, dots: Tensor, val_ids: Tensor, val_grad: Tensor, ids: Tensor, grad: Tensor
+    ) -> Tensor:
+        train = self._train(ids), self._train(grad)
+        own = train if val_ids is ids else (self._train(val_ids), self._train(val_grad))
+        row = embedding_sample_dot(*own, *train, self.padding_idx)
+        vals = zip(self._targets(val_ids), self._targets(val_grad), strict=True)
+        others = zip(self._targets(ids), self._targets(grad), strict=True)
+        column = [self._embedding_dot(v, o).sum() for v, o in zip(vals, others, strict=True)]
+        return bordered(dots, row, _column(column))
 
     def _unique(self, ids: Tensor) -> Tensor:
         unique = torch.unique(ids).long()
@@ -265,7 +329,7 @@ class SharedUses:
 
     def _part(self, act: Tensor, grad: Tensor, ids: Tensor) -> _LinearPart:
         n = ids.shape[0] - sum(self.val_rows)
-        val_ids, train_ids = self._unique(ids[n:]), self._unique(ids[:n])
+        val_ids, train_ids = self._unique(ids[n:]), self._unique(ids if self.norms else ids[:n])
         head_grads = [
             (b[..., train_ids].flatten(0, 1).t() @ a.flatten(0, 1))
             for a, b in zip(self._targets(act), self._targets(grad), strict=True)
@@ -275,11 +339,30 @@ class SharedUses:
             val_ids=val_ids,
             train_grad=grad[:n][..., val_ids],
             train_ids=train_ids,
-            val_head_grad=torch.stack(head_grads),
+            val_head_grad=torch.stack(head_grads) if head_grads else act.new_empty(0),
+            own_rows=linear_sample_rows(act[:n], grad[:n], ids[:n]) if self.norms else None,
         )
 
     def _mixed_pair(self, part: _LinearPart, ids: Tensor, grad: Tensor) -> Tensor:
         """⟨D^emb, G_i^head⟩ + ⟨D^head, G_i^emb⟩: both on compact tables of ids."""
+        dots = self._mixed_dots(part, ids, grad) if self.val_rows else self._stacked([], grad)
+        if not self.norms:
+            return dots
+        assert part.own_rows is not None
+        tokens = (part.own_rows * _accumulated(self._train(grad))).sum(2)
+        if self.padding_idx is not None:
+            tokens = tokens.masked_fill(self._train(ids) == self.padding_idx, 0)
+        missing, column = part.train_ids.numel(), []
+        for k, (v_ids, v_grad) in enumerate(
+            zip(self._targets(ids), self._targets(grad), strict=True)
+        ):
+            rows = _padded(part.val_head_grad[k])
+            slots = _slots(part.train_ids, v_ids)
+            terms = embedding_direction_dot(rows, slots, _accumulated(v_grad), padding_idx=missing)
+            column.append(2 * terms.sum())
+        return bordered(dots, 2 * tokens.sum(1), _column(column))
+
+    def _mixed_dots(self, part: _LinearPart, ids: Tensor, grad: Tensor) -> Tensor:
         n = ids.shape[0] - sum(self.val_rows)
         act, grad = _accumulated(part.act), _accumulated(grad)
         direction = grad.new_zeros(len(self.val_rows), part.val_ids.numel() + 1, grad.shape[2])
@@ -288,7 +371,7 @@ class SharedUses:
             slots = _slots(part.val_ids, v_ids).flatten()
             direction[k].index_add_(0, slots, v_grad.flatten(0, 1))
         head_terms = linear_direction_dot(direction[:, :-1], act, _accumulated(part.train_grad))
-        rows = torch.nn.functional.pad(_accumulated(part.val_head_grad), (0, 0, 0, 1))
+        rows = _padded(part.val_head_grad)
         slots = _slots(part.train_ids, ids[:n])
         missing = part.train_ids.numel()
         return head_terms + embedding_direction_dot(rows, slots, grad[:n], padding_idx=missing)
@@ -300,6 +383,16 @@ def _same_memory(a: Tensor, b: Tensor) -> bool:
 
 def _accumulated(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
+
+
+def _padded(rows: Tensor) -> Tensor:
+    """One more row of zeros, for ids that are not there."""
+    return torch.nn.functional.pad(_accumulated(rows), (0, 0, 0, 1))
+
+
+def _column(dots: list[Tensor]) -> Tensor | None:
+    """(K,); None without val rows."""
+    return torch.stack(dots) if dots else None
 
 
 def _slots(unique: Tensor, ids: Tensor) -> Tensor:

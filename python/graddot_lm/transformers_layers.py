@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from graddot_kernels.sample_dots import bordered
+
 from .errors import GraddotError
 from .layers import ScoredFunction, Step, accumulator, without_autocast
 from .scored import Scored, autocast_input, own_parameters
@@ -50,6 +52,7 @@ class ExpertLinearDot(ScoredFunction):
         n, given = step.rows - sum(step.val_rows), uses.direction
         targets = len(step.val_rows) if given is None else len(given)
         dots = torch.zeros(targets, step.rows, dtype=high, device=x.device)
+        norms, val_norms = dots.new_zeros(step.rows), dots.new_zeros(targets)
         weight_grad = torch.zeros_like(weight)
         for e, (act, grad, rows) in enumerate(
             zip(*map(split, (x, grad_out, samples)), strict=True)
@@ -59,13 +62,27 @@ class ExpertLinearDot(ScoredFunction):
                 directions = _directions(step, act, grad, rows) if given is None else given[:, e]
                 train = rows < n
                 act, grad, rows = act[train], grad[train], rows[train]
+                if uses.norms:
+                    norms[:n] += _squares(act, grad, rows, n)
+                    if given is None:
+                        val_norms += torch.stack([d.square().sum() for d in directions])
                 for k, direction in enumerate(directions):
                     per_token = ((act @ direction.to(high).t()) * grad).sum(1)
                     dots[k].index_add_(0, rows, per_token)
                 weight_grad[e] = (grad.t() @ act) * step.scale
         result[1] = weight_grad
-        result[2] = dots[:, :n] if ctx.needs_input_grad[2] else None
+        dots = dots[:, :n]
+        if uses.norms:
+            dots = bordered(dots, norms[:n], val_norms if given is None else None)
+        result[2] = dots if ctx.needs_input_grad[2] else None
         return tuple(result)
+
+
+def _squares(act: Tensor, grad: Tensor, rows: Tensor, n: int) -> Tensor:
+    """‖G_i‖² of one expert's training tokens, (n,); a row's tokens come one after the other."""
+    counts = torch.bincount(rows, minlength=n).tolist()
+    parts = zip(act.split(counts), grad.split(counts), strict=True)
+    return torch.stack([((a @ a.t()) * (b @ b.t())).sum() for a, b in parts])
 
 
 def _directions(step: Step, act: Tensor, grad: Tensor, rows: Tensor) -> list[Tensor]:
