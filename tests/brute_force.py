@@ -70,6 +70,11 @@ def sample_dots(model: nn.Module, train, val, loss=lm_loss):
     return dots, scales
 
 
+def norm(grads: dict[str, Tensor]) -> Tensor:
+    """Norm of a gradient over all parameters, 0-dim."""
+    return torch.stack([g.norm() for g in grads.values()]).norm()
+
+
 def total(by_parameter: dict[str, Tensor]) -> Tensor:
     """Sum over parameters, (N,)."""
     return torch.stack(list(by_parameter.values())).sum(0)

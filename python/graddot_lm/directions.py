@@ -54,6 +54,15 @@ def stack_directions(
     return stacked
 
 
+def direction_norms(stacked: Mapping[int, Tensor]) -> Tensor:
+    """Norms over all parameters of `stack_directions`, (K,), fp64."""
+    rows = [
+        torch.linalg.vector_norm(d, dim=-1).double().reshape(len(d), -1) for d in stacked.values()
+    ]
+    squares = [x.square().sum(1).to(rows[0].device) for x in rows]
+    return torch.stack(squares).sum(0).sqrt()
+
+
 def batch_loss(model: nn.Module, rows: Rows, loss_fn: LossFunction | None) -> Tensor:
     """loss_fn(model, inputs, labels), or the loss that the model computes from `labels=`."""
     inputs, labels = rows.as_given()

@@ -33,13 +33,20 @@ from . import distributed
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .coverage import Coverage, cover
-from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
+from .directions import (
+    Direction,
+    LossFunction,
+    batch_loss,
+    direction_norms,
+    mean_gradient,
+    stack_directions,
+)
 from .errors import GraddotError
 from .layers import ScoredFunction, Step
 from .rows import Layout, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
-from .scores import MicroBatch, leaf_names, learning_rates, score_rows
+from .scores import MicroBatch, Norms, leaf_names, learning_rates, score_rows
 from .verify import LabelCheck, check_parameter_uses, tensors_in
 
 
@@ -77,6 +84,10 @@ class GradDotProdEngine:
         exclude: names of parameters to train but not to score, reported by `coverage()`.
         per_parameter: keep the dots of each parameter for `parameter_dots()`.
         per_token: keep the dots of each token for `token_dots()`; for given directions only.
+        norms: also compute every sample's gradient norm, for `gradient_norms()`, `target_norms()`
+            and `cosines()`, and the columns norm and cosine of the store (cosine_<target> of each
+            of several). Over the covered parameters, exactly, cross terms of tied ones included.
+            Not with per_token, for a token's part of a norm is not its own.
         store: where `aggregate_and_log` writes; see `ScoreWriter`.
         global_mean: with several processes and a mean loss, weight all labelled training tokens
             alike, as one process with all the rows would. Without it each process's mean loss
@@ -101,6 +112,7 @@ class GradDotProdEngine:
         exclude: Sequence[str] = (),
         per_parameter: bool = False,
         per_token: bool = False,
+        norms: bool = False,
         store: ScoreWriter | None = None,
         global_mean: bool = False,
         process_group: dist.ProcessGroup | None = None,
@@ -113,6 +125,11 @@ class GradDotProdEngine:
             raise GraddotError(
                 "per_token needs given directions; leave val_data out and call set_directions"
             )
+        if per_token and norms:
+            raise GraddotError(
+                "norms=True is of whole samples, and per_token=True scores tokens; make an engine"
+                " for one of them"
+            )
         if global_mean and loss_reduction != "mean":
             raise GraddotError("global_mean weights the terms of a mean; the loss is a sum")
         model = distributed.unwrapped(model)
@@ -120,7 +137,7 @@ class GradDotProdEngine:
         self.global_mean, self.process_group = global_mean, process_group
         self.loss_reduction, self.label_shift = loss_reduction, label_shift
         self.ignore_index, self._padding = ignore_index, dict(padding or {})
-        self._per_parameter, self._per_token = per_parameter, per_token
+        self._per_parameter, self._per_token, self.norms = per_parameter, per_token, norms
         self._targets: list[str] | None = None  # None for a single one without a name
         self._val: list[Rows] = []
         if val_data is not None:
@@ -137,6 +154,7 @@ class GradDotProdEngine:
         }
         self._whole: dict[str, nn.Parameter] = {}
         self._directions: dict[int, Tensor] | None = None
+        self._direction_norms: Tensor | None = None
         rules = {name: rule_for(module) for name, module in model.named_modules()}
         self._rules = {name: rule for name, rule in rules.items() if rule is not None}
         self._optimizer: torch.optim.Optimizer | None = None
@@ -145,6 +163,7 @@ class GradDotProdEngine:
         self._active: MicroBatch | None = None
         self._suspended: MicroBatch | None = None
         self._pending: list[MicroBatch] = []
+        self._logged_norms: list[Norms] = []
         self._logged_unapplied = False
         self._label_check: LabelCheck | None = None
         self._reentrant: ReentrantCheck | None = None
@@ -196,6 +215,8 @@ class GradDotProdEngine:
         by_target: Mapping[str, Any] = directions if named else {"val": directions}
         stacked = stack_directions(by_target, self._parameters, self._coverage.covered)
         self._directions, self._targets = stacked, list(directions) if named else None
+        if self.norms:
+            self._direction_norms = direction_norms(stacked)
 
     def compute_directions(
         self,
@@ -327,8 +348,11 @@ class GradDotProdEngine:
             "requires_grad": True,
         }
         tokens = self._tokens(labels) if self._per_token else None
+        shape = targets, len(parts[0]) * (tokens or 1)
+        if self.norms:
+            shape = targets + 1, len(parts[0]) + bool(val_rows)
         leaves = {
-            leaf: torch.zeros(targets, len(parts[0]) * (tokens or 1), **kwargs)
+            leaf: torch.zeros(shape, **kwargs)
             for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
         }
         scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
@@ -339,6 +363,7 @@ class GradDotProdEngine:
             sinks={},
             tokens=tokens,
             first=self._label_check is None,
+            norms=self.norms,
         )
         self._active = MicroBatch(
             step=step,
@@ -350,6 +375,7 @@ class GradDotProdEngine:
             loss_scales=[],
             loss_reduction=self.loss_reduction,
             counts=labels.new_zeros(len(labels)),
+            direction_norms=self._direction_norms,
         )
         self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
         self._logged_unapplied = False
@@ -436,13 +462,32 @@ class GradDotProdEngine:
         longest = max(part.shape[2] for part in parts)
         return self._shaped([F.pad(part, (0, longest - part.shape[2])) for part in parts])
 
+    def gradient_norms(self) -> Tensor:
+        """‖∇L_i‖ of every sample over the covered parameters, (N,), fp64.
+
+        Like the scores it depends on nothing else in the batch. Of the rows since the last
+        `aggregate_and_log`, or right after it of those that it returned. Needs `norms=True`, as do
+        the two below.
+        """
+        return torch.cat([norms.samples for norms in self._norms()])
+
+    def target_norms(self) -> Tensor:
+        """‖∇L_val‖ of every target, (K,), 0-dim for a single one without a name; that of given
+        directions. Of the last micro-batch: without dropout it is the same in all."""
+        last = self._norms()[-1].targets
+        return last[0] if self._targets is None else last
+
+    def cosines(self) -> Tensor:
+        """The scores divided by both norms, (N,) or (K, N); 0 where the score is."""
+        return self._shaped([norms.cosines for norms in self._norms()])
+
     def aggregate_and_log(
         self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float = 1.0
     ) -> Tensor:
         """Scores ⟨∇L_val, ∇L_i⟩ of the rows since the last call, (N,) or (K, N), fp64.
 
         With a store, one row a sample is appended: step, sample_id, n_tokens, dot, lr and value,
-        and the further `columns` given here, (N,) each. Values are those of the optimizer's step,
+        norm and cosine with `norms=True`, and the further `columns` given here, (N,) each. Values are those of the optimizer's step,
         so this comes after it, and are 0 if a GradScaler skipped it; gradient_scale is what the
         gradients were multiplied by before it, as by clipping.
         """
@@ -455,6 +500,7 @@ class GradDotProdEngine:
             for values, iteration in rows:
                 self.store.append(values, iteration)
             self._logged_unapplied = not all(micro.applied for micro in self._pending)
+        self._logged_norms = [micro.norms() for micro in self._pending] if self.norms else []
         self._pending = []
         return scores
 
@@ -497,6 +543,13 @@ class GradDotProdEngine:
                 )
             self._count_by_loss(self._active, counts)
         return step
+
+    def _norms(self) -> list[Norms]:
+        if not self.norms:
+            raise GraddotError("norms and cosines need GradDotProdEngine(..., norms=True)")
+        if not self._logged_norms:
+            self._require_pending()
+        return [micro.norms() for micro in self._pending] or self._logged_norms
 
     def _require_pending(self) -> None:
         if not self._pending:

@@ -2,12 +2,20 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .layers import Step
+
+
+class Norms(NamedTuple):
+    """Gradient norms of a micro-batch, fp64."""
+
+    samples: Tensor  # (N,), ‖∇L_i‖
+    targets: Tensor  # (K,), ‖∇L_val‖
+    cosines: Tensor  # (K, N)
 
 
 @dataclass
@@ -19,12 +27,15 @@ class MicroBatch:
     sample_ids: Any
     labels: Tensor  # (rows, ...) of the joint batch
     leaf_of: dict[str, str]  # by parameter name
-    leaves: dict[str, Tensor]  # (K, N) each, or (K, N·T); their gradients are the raw dots
+    leaves: dict[
+        str, Tensor
+    ]  # a `Step`'s sinks; their gradients are the raw dots and squared norms
     # 0-dim leaves, one for each loss tracked; the gradient of the one that was used is the factor
     # that the loss was multiplied by.
     loss_scales: list[Tensor]
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
+    direction_norms: Tensor | None = None  # (K,) of given directions, for `norms`
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     items: float | None = None  # what a summed loss was divided by: num_items_in_batch
     running: bool = False  # inside the model's forward
@@ -62,16 +73,29 @@ class MicroBatch:
 
         T is 1 unless tokens are scored by themselves.
         """
+        raw = self._raw(leaf)
+        if self.step.norms:
+            raw = raw[:-1, : self.n]
+        samples, targets = self._factors()
+        dots = raw.reshape(len(raw), self.n, -1) * samples[:, None]
+        # A given direction is a gradient of a mean loss already.
+        return dots if targets is None else dots * targets[:, None, None]
+
+    def _raw(self, leaf: str) -> Tensor:
         leaf_tensor = self.leaves[leaf]
-        raw = torch.zeros_like(leaf_tensor) if leaf_tensor.grad is None else leaf_tensor.grad
-        counts = self.counts.to(raw.device, raw.dtype)
+        return torch.zeros_like(leaf_tensor) if leaf_tensor.grad is None else leaf_tensor.grad
+
+    def _factors(self) -> tuple[Tensor, Tensor | None]:
+        """What turns gradients of the joint loss into those of mean losses: for each training
+        sample, (N,), and for each target whose rows ride along, (K,)."""
+        counts = self.counts.to(self.step.scale.device, torch.float64)
         divisor = counts.sum() if self.loss_reduction == "mean" else self.items or 1.0
         divisor = divisor / self.loss_factor()
-        dots = raw.view(len(raw), self.n, -1) * (divisor / counts[: self.n, None].clamp(min=1))
-        if self.step.val_rows:  # a given direction is a gradient of a mean loss already
-            targets = torch.split(counts[self.n :], self.step.val_rows)
-            dots = dots * (divisor / torch.stack([c.sum() for c in targets]))[:, None, None]
-        return dots
+        samples, targets = divisor / counts[: self.n].clamp(min=1), None
+        if self.step.val_rows:
+            groups = torch.split(counts[self.n :], self.step.val_rows)
+            targets = divisor / torch.stack([c.sum() for c in groups])
+        return samples, targets
 
     def dots(self, leaf: str) -> Tensor:
         """A leaf's part of the scores, (K, N)."""
@@ -84,6 +108,21 @@ class MicroBatch:
     def scores(self) -> Tensor:
         """The sum over leaves, (K, N)."""
         return torch.stack([self.dots(leaf) for leaf in self.leaves]).sum(0)
+
+    def norms(self) -> Norms:
+        """Norms over all leaves, and the cosines of the scores: 0 where the score is."""
+        raw = torch.stack([self._raw(leaf) for leaf in self.leaves]).sum(0)
+        factors, target_factors = self._factors()
+        # A cross term of a shared weight may be negative, and a sum of nearly 0 be rounded below it.
+        samples = raw[-1, : self.n].clamp(min=0).sqrt() * factors.abs()
+        if target_factors is None:
+            assert self.direction_norms is not None
+            targets = self.direction_norms.to(raw.device)
+        else:
+            targets = raw[:-1, self.n].clamp(min=0).sqrt() * target_factors.abs()
+        dots = self.scores()
+        cosines = torch.where(dots == 0, dots, dots / (targets[:, None] * samples))
+        return Norms(samples, targets, cosines)
 
     def lr_scores(self) -> Tensor:
         """lr · dot, each parameter with the lr of its own group, (K, N); NaN without an optimizer."""
@@ -160,9 +199,14 @@ def score_rows(
         dots, values = micro.scores().cpu(), (micro.lr_scores() * weights * gradient_scale).cpu()
         if not micro.applied:  # gradients, and so dots, may be infinite
             values = torch.zeros_like(values)
+        norms = micro.norms() if micro.step.norms else None
+        if norms is not None:
+            rows["norm"] = norms.samples.cpu()
         for k in range(len(dots)):
             suffix = "" if targets is None else f"_{targets[k]}"
             rows[f"dot{suffix}"], rows[f"value{suffix}"] = dots[k], values[k]
+            if norms is not None:
+                rows[f"cosine{suffix}"] = norms.cosines[k].cpu()
         for name, column in columns.items():
             rows[name] = column[at : at + n]
         yield (
