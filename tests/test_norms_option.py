@@ -8,9 +8,12 @@ import torch.nn.functional as F
 from brute_force import gradient, lm_loss, norm, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from loop_steps import Store, attached, run
+from process_group import on_processes
 from test_engine import MLP, TOLERANCE, SharedEverything, close, run_step
 from test_models import LANGUAGE_MODELS, VOCAB
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 from graddot_kernels import fused_head
 
@@ -193,6 +196,43 @@ def test_bf16():
     with torch.autocast("cpu", torch.bfloat16):
         run(engine, train)
     check_norms(engine, exact, train, [val], 2e-2)
+
+
+def own_norms(rank, world, kind):
+    """Norms and cosines of this process's rows, under DDP or sharded."""
+    inner = model = tiny_gpt2()
+    if kind == "ddp":
+        model = DistributedDataParallel(inner)
+    else:
+        fully_shard(model)
+    engine = attached(inner, token_batch(2, 17, seed=2, ragged=True), norms=True)
+    x, y = (rows[2 * rank : 2 * rank + 2] for rows in token_batch(4, 17, seed=1, ragged=True))
+    engine.attach_train_batch(x, y, 0, None)
+    xx, yy = engine.prepare_forward_input(x, y)
+    model(xx, labels=yy).loss.backward()
+    engine.prepare_gradients()
+    return engine.gradient_norms(), engine.cosines(), engine.target_norms()
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_several_processes(tmp_path, kind):
+    train, val = token_batch(4, 17, seed=1, ragged=True), token_batch(2, 17, seed=2, ragged=True)
+    parts = on_processes(2, tmp_path, own_norms, kind)
+    norms, cosines = (torch.cat([part[i] for part in parts]) for i in (0, 1))
+    samples, target = sample_norms(tiny_gpt2(), train), norm(gradient(tiny_gpt2(), *val))
+    close(norms, samples, 1e-5)
+    dots = total(sample_dots(tiny_gpt2(), train, val)[0])
+    assert (cosines - dots / samples / target).abs().max() <= 1e-5
+    for part in parts:
+        close(part[2], target, 1e-5)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_activation_checkpointing(reentrant):
+    """A forward that is run once more is not another use."""
+    model = tiny_gpt2()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    check_step(model, token_batch(3, 9, seed=1), token_batch(2, 9, seed=2), torch.float32)
 
 
 def test_refusals():

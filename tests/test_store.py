@@ -291,6 +291,18 @@ def test_several_targets_have_columns_of_their_own(tmp_path):
     assert table["value_math"].to_pylist() == [2.0]
 
 
+@pytest.mark.parametrize("targets", [(), ("a", "b")], ids=["single", "several"])
+def test_norms_have_columns_of_their_own(tmp_path, targets):
+    config = {**CONFIG, "norms": True}
+    cosine = "cosine_b" if targets else "cosine"
+    with RunDirectory.create(tmp_path / "run", config, targets=targets, world=2) as run:
+        run.scores.append({"norm": [1.0], cosine: [0.5]}, 0)
+        with RunDirectory.join(tmp_path / "run", 1, 2, targets) as other:
+            other.scores.append({"norm": [2.0]}, 0)
+    table = read_scores(tmp_path / "run", ["norm", cosine])
+    assert table["norm"].to_pylist() == [1, 2] and table[cosine].to_pylist() == [0.5, None]
+
+
 def test_a_damaged_part_is_named(tmp_path):
     folder_of_parts(tmp_path, (0, 4), (5, 9))
     part = tmp_path / "scores" / "part-00000005-00000009.parquet"

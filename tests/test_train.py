@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from brute_force import sample_dots, total
+from brute_force import gradient, norm, sample_dots, total
 from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.data import TokenData, fixed_batch
@@ -100,6 +100,31 @@ def test_stored_scores_equal_brute_force(tokens, tmp_path):
     assert ((got - total(want)).abs() / total(scales)).max() <= 1e-6
     assert [row["offset"] for row in rows[:6]] == data.offset_of(ids).tolist()
     assert all(row["n_tokens"] == 24 and row["loss"] > 0 for row in rows)
+
+
+def test_norms_are_written_and_resumed(tokens, tmp_path, capsys):
+    """Columns norm and cosine; all else, and a run without, is as it was."""
+    assert train(tokens, tmp_path / "plain", "--learning_rate 0") == 0
+    assert "norms" not in read_config(tmp_path / "plain" / "run")
+    assert train(tokens, tmp_path, "--norms --learning_rate 0") == 0
+    rows = read_scores(tmp_path / "run").to_pylist()
+    for row, other in zip(rows, read_scores(tmp_path / "plain" / "run").to_pylist(), strict=True):
+        assert row["dot"] == pytest.approx(other["dot"], rel=1e-5, abs=1e-6)
+    torch.manual_seed(7)
+    model = build_gpt2("GPT2-Tiny", 300, 24, dropout=0.0)
+    val_data, data = TokenData(tokens, "val", None, 24), TokenData(tokens, "train", None, 24)
+    loss = lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    val = gradient(model, *val_data.get(fixed_batch(val_data, 2, seed=7)), loss=loss)
+    for row in rows[:3]:
+        own = gradient(model, *data.get([row["sample_id"]]), loss=loss)
+        dot = sum((val[n] * own[n]).sum() for n in val)
+        assert row["norm"] == pytest.approx(norm(own).item(), rel=1e-5)
+        assert row["cosine"] == pytest.approx((dot / norm(own) / norm(val)).item(), abs=1e-5)
+    assert train(tokens, tmp_path, "--resume --learning_rate 0") == 2
+    assert "norms: true before, not set now" in capsys.readouterr().err
+    assert train(tokens, tmp_path, "--resume --norms --learning_rate 0") == 0
+    assert len(read_scores(tmp_path / "run", ["norm"])) == len(rows)
+    assert cli.main(["scores", str(tmp_path / "run")]) == 0
 
 
 def test_regular_moves_the_weights_alike(tokens, tmp_path):
@@ -223,6 +248,7 @@ BAD = [
     ("--domain_weights prose=x", "prose"),
     ("--domain_weights poems=1", "poems"),
     ("--method Regular --measure_overhead 3", "needs --method GradDotProd"),
+    ("--method Regular --norms", "--norms needs --method GradDotProd"),
 ]
 
 

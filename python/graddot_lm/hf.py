@@ -83,7 +83,8 @@ class GradDotProdTrainer(Trainer):
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
             rows.
-        engine_options: further arguments of `GradDotProdEngine`, such as exclude.
+        engine_options: further arguments of `GradDotProdEngine`, such as exclude, or norms=True for
+            the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
     processes or GPUs, DeepSpeed and FSDP, torch.compile, label smoothing, `compute_loss_func`,
@@ -114,7 +115,7 @@ class GradDotProdTrainer(Trainer):
         assert self.model is not None and self.args.output_dir is not None
         self.engine = GradDotProdEngine(self.model, **(engine_options or {}))
         folder = Path(self.args.output_dir) / "scores"
-        schema = scores_schema(list(val_dataset) if named else ())
+        schema = scores_schema(list(val_dataset) if named else (), self.engine.norms)
         self.scores = PartWriter(folder, schema)
         self.engine.store = self.scores
         self._training = False

@@ -57,14 +57,17 @@ METRICS = pa.schema(
 KINDS = ("scores", "metrics")
 
 
-def scores_schema(targets: Sequence[str] = ()) -> pa.Schema:
-    """`SCORES`, or for several targets the same with a dot_<target> and value_<target> of each."""
-    if not targets:
+def scores_schema(targets: Sequence[str] = (), norms: bool = False) -> pa.Schema:
+    """`SCORES`, or for several targets the same with a dot_<target> and value_<target> of each;
+    with norms also norm and cosine, or cosine_<target> of each."""
+    if not targets and not norms:
         return SCORES
-    fields = [field for field in SCORES if field.name not in ("dot", "value")]
-    for target in targets:
-        fields += [pa.field(f"{name}_{target}", pa.float64()) for name in ("dot", "value")]
-    return pa.schema(fields)
+    fields, own = list(SCORES), ["cosine"] if norms else []
+    if targets:
+        fields, own = [f for f in fields if f.name not in ("dot", "value")], ["dot", "value", *own]
+    names = ["norm"] if norms else []
+    names += [f"{name}_{target}" for target in targets for name in own] if targets else own
+    return pa.schema([*fields, *(pa.field(name, pa.float64()) for name in names)])
 
 
 # Rows
@@ -311,7 +314,14 @@ class RunDirectory:
     # absence from one that was killed before its first, and only the latter may drop all its rows.
     _NONE_YET = Path("checkpoints/none-yet")
 
-    def __init__(self, path: Path, targets: Sequence[str], rank: int = 0, world: int = 1) -> None:
+    def __init__(
+        self,
+        path: Path,
+        targets: Sequence[str],
+        rank: int = 0,
+        world: int = 1,
+        norms: bool = False,
+    ) -> None:
         self.path = path
         with writing(path):
             folders = [path / name for name in (*KINDS, "checkpoints")]
@@ -330,14 +340,15 @@ class RunDirectory:
             if rank == 0:
                 for folder in (path, *folders):
                     remove_temporary(folder)
-        self.scores = PartWriter(path / "scores", scores_schema(targets), rank, world)
+        self.scores = PartWriter(path / "scores", scores_schema(targets, norms), rank, world)
         self.metrics = PartWriter(path / "metrics", METRICS)
 
     @classmethod
     def create(
         cls, path: str | Path, config: Mapping, targets: Sequence[str] = (), world: int = 1
     ) -> "RunDirectory":
-        """Begin a run of `world` processes in a new or empty folder; `config` of JSON types.
+        """Begin a run of `world` processes in a new or empty folder; `config` of JSON types, with
+        "norms": true if the scores have these columns.
 
         Raises GraddotError if a run or anything else is there, or it cannot be written.
         """
@@ -349,7 +360,7 @@ class RunDirectory:
         with writing(path):
             if any(_foreign(file) for file in path.rglob("*")):
                 raise GraddotError(f"{path}: holds other files; choose a new or empty folder")
-        run = cls(path, targets, 0, world)
+        run = cls(path, targets, 0, world, bool(config.get("norms")))
         with writing(path):
             (path / cls._NONE_YET).touch()
         _write_config(path, config)  # last: it is what makes the folder a run
@@ -365,8 +376,8 @@ class RunDirectory:
         Only `scores`, `flush` and `close` are for this process. Raises GraddotError if there is no
         run, as where process 0 is on a machine with other files, or `rank` is taken.
         """
-        read_config(path)
-        return cls(Path(path), targets, rank, world)
+        norms = bool(read_config(path).get("norms"))
+        return cls(Path(path), targets, rank, world, norms)
 
     def _let_others_join(self) -> None:
         fcntl.lockf(self._lock, fcntl.LOCK_UN, 0, 1)
@@ -387,7 +398,7 @@ class RunDirectory:
         """
         path = Path(path)
         check_resume(path, config, may_differ)
-        run = cls(path, targets, 0, world)
+        run = cls(path, targets, 0, world, bool(config.get("norms")))
         latest = latest_checkpoint(path)
         if latest is None and not (path / cls._NONE_YET).exists():
             raise GraddotError(

@@ -101,7 +101,9 @@ class Trainer:
             self.wrapped = DistributedDataParallel(self.model)
         self.optimizer = _optimizer(self.model, self.args)
         if self.val_batch is not None:
-            self.engine = GradDotProdEngine(self.model, self.val_batch, label_shift=0)
+            self.engine = GradDotProdEngine(
+                self.model, self.val_batch, label_shift=0, norms=self.args.norms
+            )
 
     # Pieces of a step
 

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="GPT2-Small",
         help=f"size of the model: {', '.join(ARCHITECTURES)} (default: GPT2-Small)",
     )
+    method.add_argument(
+        "--norms",
+        action="store_true",
+        help="also write each sample's gradient norm, and its cosine with the validation gradient",
+    )
     method.add_argument("--dropout", type=float, default=0.0, help="dropout rate (default: 0)")
     method.add_argument(
         "--model_dtype",
@@ -188,6 +193,8 @@ def check(args: argparse.Namespace) -> None:
         raise GraddotError(
             f"--architecture is {args.architecture!r}; it must be one of {', '.join(ARCHITECTURES)}"
         )
+    if args.norms and args.method != "GradDotProd":
+        raise GraddotError("--norms needs --method GradDotProd")
     if args.measure_overhead and args.method != "GradDotProd":
         raise GraddotError("--measure_overhead needs --method GradDotProd")
     if args.run_name is None:
@@ -213,6 +220,8 @@ def describe(
 ) -> dict[str, Any]:
     """What config.json records: every setting, versions, commit, and what the scores cover."""
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
+    if not args.norms:  # as in runs from before there was the option, which can be resumed
+        del settings["norms"]
     record: dict[str, Any] = {
         **{k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
         "data_dir": str(Path(args.pile_data_dir).resolve()),
