@@ -18,6 +18,7 @@ FILES = (
     "test_loops",
     "test_checkpointing",
     "test_directions",
+    "test_norms_option",
     "test_hf",
     "test_distributed",
     "test_train_processes",
@@ -26,7 +27,7 @@ HEAD = """# Measured errors
 
 The largest relative error of the scores in each test, against a float64 brute force with one
 backward a sample, as `make exactness` wrote it. fp32 and fp64 are relative to the dot or a tenth of
-its Cauchy-Schwarz scale; bf16 and fp16 to that scale. Models that compute in fp32 whatever their
+its Cauchy-Schwarz scale; bf16 and fp16 to that scale; norms are relative, cosines absolute. Models that compute in fp32 whatever their
 parameters are (RMS norms, losses) have fp64 errors around 1e-8.
 """
 

@@ -126,6 +126,22 @@ def clipping(own, weights):
     return min(1.0, 0.3 / norm)
 
 
+def test_norms_have_columns(tmp_path, close):
+    GradDotProdTrainer(
+        model=tiny_gpt2(),
+        args=arguments(tmp_path, max_steps=1),
+        data_collator=collate,
+        train_dataset=TRAIN,
+        val_dataset={"a": VAL},
+        engine_options={"norms": True},
+    ).train()
+    rows = rows_of(tmp_path)
+    dots, scales, own = brute_force(tiny_gpt2(), TRAIN, VAL, [row["sample_id"] for row in rows])
+    close(torch.tensor([row["norm"] for row in rows]), torch.stack([g.norm() for g in own]), 1e-5)
+    cosines = torch.tensor([row["cosine_a"] for row in rows])
+    close(cosines, dots / scales, 1e-5, torch.full_like(dots, 10))
+
+
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 def test_every_row_and_the_weights(tmp_path, close, checkpointing):
     model, regular = tiny_gpt2(), tiny_gpt2()

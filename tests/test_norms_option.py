@@ -9,7 +9,7 @@ from brute_force import gradient, lm_loss, norm, sample_dots, tiny_gpt2, token_b
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from loop_steps import Store, attached, run
 from process_group import on_processes
-from test_engine import MLP, TOLERANCE, SharedEverything, close, run_step
+from test_engine import MLP, TOLERANCE, SharedEverything, run_step
 from test_models import LANGUAGE_MODELS, VOCAB
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -26,20 +26,20 @@ def sample_norms(model, train, loss=lm_loss):
     return torch.stack([norm(gradient(model, *row, loss=loss)) for row in rows])
 
 
-def check_norms(engine, model, train, vals, tolerance, *, loss=lm_loss):
+def check_norms(close, engine, model, train, vals, tolerance, *, loss=lm_loss):
     """Norms and cosines of a step; vals a list of targets' batches. Cosines are held to absolute
-    errors, for which 1 is their Cauchy-Schwarz scale."""
+    errors: 1 is their Cauchy-Schwarz scale."""
     samples = sample_norms(model, train, loss)
     targets = torch.stack([norm(gradient(model, *val, loss=loss)) for val in vals])
     dots = torch.stack([total(sample_dots(model, train, val, loss=loss)[0]) for val in vals])
     close(engine.gradient_norms(), samples, tolerance)
     close(torch.atleast_1d(engine.target_norms()), targets, tolerance)
-    error = (torch.atleast_2d(engine.cosines()) - dots / (targets[:, None] * samples)).abs().max()
-    assert error <= tolerance
+    cosines = dots / (targets[:, None] * samples)
+    close(torch.atleast_2d(engine.cosines()), cosines, tolerance, torch.full_like(cosines, 10))
 
 
 def check_step(
-    model, train, val, dtype, *, loss=lm_loss, label_shift=1, factor=1.0, tolerance=None
+    close, model, train, val, dtype, *, loss=lm_loss, label_shift=1, factor=1.0, tolerance=None
 ):
     """A step with riding rows, and one with given directions; the scores and gradients are those
     without norms. factor is a loss scale."""
@@ -54,53 +54,59 @@ def check_step(
     engine = attached(model, val, norms=True, per_parameter=True, label_shift=label_shift)
     model.zero_grad(set_to_none=True)
     run(engine, train, loss=loss, factor=factor)
-    check_norms(engine, exact, train, [val], tolerance, loss=loss)
+    check_norms(close, engine, exact, train, [val], tolerance, loss=loss)
     for name, dots in engine.parameter_dots().items():
         assert (dots - plain_dots[name]).norm() <= 1e-6 * plain_dots[name].norm(), name
     close(engine.aggregate_and_log(), plain, tolerance)
     assert all(torch.equal(p.grad, grads[n]) for n, p in trained.items())
-    check_norms(engine, exact, train, [val], tolerance, loss=loss)  # they are still there
+    check_norms(close, engine, exact, train, [val], tolerance, loss=loss)  # they are still there
     engine.detach()
     engine = attached(model, norms=True, label_shift=label_shift)
     of_output = lambda m, x, y: loss(getattr(out := m(x), "logits", out), y)
     engine.set_directions(engine.compute_directions([val], of_output))
     run(engine, train, loss=loss, factor=factor)
-    check_norms(engine, exact, train, [val], 2 * tolerance, loss=loss)
+    check_norms(close, engine, exact, train, [val], 2 * tolerance, loss=loss)
     engine.detach()
 
 
 @DTYPES
 @pytest.mark.parametrize("v", [1, 3])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_gpt2(tied, v, dtype):
+def test_gpt2(close, tied, v, dtype):
     train, val = token_batch(4, 17, seed=1, ragged=True), token_batch(v, 17, seed=2, ragged=True)
-    check_step(tiny_gpt2(tied=tied), train, val, dtype, factor=1.0 if v == 1 else 4096.0)
+    check_step(close, tiny_gpt2(tied=tied), train, val, dtype, factor=1.0 if v == 1 else 4096.0)
 
 
 @DTYPES
 @pytest.mark.parametrize("compiled", [True, False])
-def test_long_samples(dtype, compiled, monkeypatch):
+def test_long_samples(close, dtype, compiled, monkeypatch):
     """The fused route of every linear layer, with compiled kernels and without."""
     if not compiled:
         monkeypatch.setattr("graddot_kernels.cpu_kernels.INSTRUCTION_SET", "")
     monkeypatch.setattr("graddot_kernels.torch_impl._MACS_PER_FUSED_ELEMENT", 1)
     monkeypatch.setattr("graddot_kernels.torch_impl._MACS_PER_FUSED_ELEMENT_COMPILED", 1)
-    check_step(tiny_gpt2(), token_batch(3, 31, seed=1), token_batch(2, 31, seed=2), dtype)
+    check_step(close, tiny_gpt2(), token_batch(3, 31, seed=1), token_batch(2, 31, seed=2), dtype)
 
 
 @DTYPES
 @pytest.mark.parametrize("make", [MLP, SharedEverything])
-def test_short_samples_and_several_uses(make, dtype):
+def test_short_samples_and_several_uses(close, make, dtype):
     """T = 1; a weight of two embeddings with padding and a head, a layer and a norm used twice."""
     if make is SharedEverything:
         train, val = token_batch(5, 11, 30, seed=6), token_batch(2, 11, 30, seed=7)
         assert (train[0] == 3).any() and (val[0] == 3).any(), "padding ids must occur"
-        check_step(make(), train, val, dtype)
+        check_step(close, make(), train, val, dtype)
         return
     g = torch.Generator().manual_seed(5)
     x, y = torch.randn(8, 12, generator=g), torch.randint(0, 7, (8,), generator=g)
     check_step(
-        make(True), (x[:6], y[:6]), (x[6:], y[6:]), dtype, loss=F.cross_entropy, label_shift=0
+        close,
+        make(True),
+        (x[:6], y[:6]),
+        (x[6:], y[6:]),
+        dtype,
+        loss=F.cross_entropy,
+        label_shift=0,
     )
 
 
@@ -120,25 +126,25 @@ class ConvNet(nn.Module):
 
 
 @DTYPES
-def test_conv_net(dtype):
+def test_conv_net(close, dtype):
     g = torch.Generator().manual_seed(5)
     x, y = torch.randn(5, 2, 11, 12, generator=g), torch.randint(0, 4, (5,), generator=g)
     check_step(
-        ConvNet(), (x[:3], y[:3]), (x[3:], y[3:]), dtype, loss=F.cross_entropy, label_shift=0
+        close, ConvNet(), (x[:3], y[:3]), (x[3:], y[3:]), dtype, loss=F.cross_entropy, label_shift=0
     )
 
 
 @pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma", "mixtral", "t5", "mamba", "lora"])
-def test_language_model(name):
+def test_language_model(close, name):
     """RMS norms, padding ids, experts, position biases, the general rule; in fp32."""
     train, val = token_batch(3, 9, VOCAB, seed=1, ragged=True), token_batch(2, 9, VOCAB, seed=2)
-    check_step(LANGUAGE_MODELS[name](), train, val, torch.float32)
+    check_step(close, LANGUAGE_MODELS[name](), train, val, torch.float32)
 
 
 @DTYPES
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("chunk", [10, 100], ids=["part-rows", "whole-rows"])
-def test_fused_head(tied, chunk, dtype, monkeypatch):
+def test_fused_head(close, tied, chunk, dtype, monkeypatch):
     """Two targets, a loss scale; and given directions. A 17-token row is in two pieces, or whole."""
     monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", 61 * chunk)
     train = token_batch(3, 17, seed=1, ragged=True)
@@ -156,11 +162,11 @@ def test_fused_head(tied, chunk, dtype, monkeypatch):
         x, y = engine.prepare_forward_input(*train)
         (model(x, labels=y).loss * 64).backward()
         engine.prepare_gradients()
-        check_norms(engine, exact, train, vals.values(), TOLERANCE[dtype])
+        check_norms(close, engine, exact, train, vals.values(), TOLERANCE[dtype])
         engine.detach()
 
 
-def test_several_targets_micro_batches_and_columns():
+def test_several_targets_micro_batches_and_columns(close):
     """Two micro-batches of one step with ragged rows; what a store gets; an unlabelled sample."""
     model = tiny_gpt2().double()
     x, y = token_batch(5, 15, seed=1, ragged=True)
@@ -189,13 +195,13 @@ def test_several_targets_micro_batches_and_columns():
         assert torch.equal(engine.store.column(f"cosine_{name}"), cosines[k])
 
 
-def test_bf16():
+def test_bf16(close):
     exact = tiny_gpt2()
     train, val = token_batch(4, 31, seed=1, ragged=True), token_batch(2, 31, seed=2)
     engine = attached(copy.deepcopy(exact), val, norms=True)
     with torch.autocast("cpu", torch.bfloat16):
         run(engine, train)
-    check_norms(engine, exact, train, [val], 2e-2)
+    check_norms(close, engine, exact, train, [val], 2e-2)
 
 
 def own_norms(rank, world, kind):
@@ -215,24 +221,25 @@ def own_norms(rank, world, kind):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-def test_several_processes(tmp_path, kind):
+def test_several_processes(close, tmp_path, kind):
     train, val = token_batch(4, 17, seed=1, ragged=True), token_batch(2, 17, seed=2, ragged=True)
     parts = on_processes(2, tmp_path, own_norms, kind)
     norms, cosines = (torch.cat([part[i] for part in parts]) for i in (0, 1))
     samples, target = sample_norms(tiny_gpt2(), train), norm(gradient(tiny_gpt2(), *val))
     close(norms, samples, 1e-5)
     dots = total(sample_dots(tiny_gpt2(), train, val)[0])
-    assert (cosines - dots / samples / target).abs().max() <= 1e-5
+    cosines_wanted = dots / samples / target
+    close(cosines, cosines_wanted, 1e-5, torch.full_like(cosines_wanted, 10))
     for part in parts:
         close(part[2], target, 1e-5)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
-def test_activation_checkpointing(reentrant):
+def test_activation_checkpointing(close, reentrant):
     """A forward that is run once more is not another use."""
     model = tiny_gpt2()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    check_step(model, token_batch(3, 9, seed=1), token_batch(2, 9, seed=2), torch.float32)
+    check_step(close, model, token_batch(3, 9, seed=1), token_batch(2, 9, seed=2), torch.float32)
 
 
 def test_refusals():
