@@ -338,6 +338,7 @@ class GradDotProdEngine:
             scale=scale.to(first.device),
             sinks={},
             tokens=tokens,
+            sharded=distributed.is_sharded(self._parameters.values()),
             first=self._label_check is None,
         )
         self._active = MicroBatch(

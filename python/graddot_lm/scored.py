@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from .errors import GraddotError
 from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step
+from .recompute import remember
 
 
 class Scored:
@@ -81,6 +82,9 @@ class Scored:
         names = self.name_of(weight), "" if bias is None else self.name_of(bias)
         sinks = self.step.sink(weight), self.step.sink(bias)
         out = LayerNormDot.apply(act, weight, bias, *sinks, self.step, names, shape, eps)
+        if not self.step.sharded:
+            again = lambda x, w, b: torch.native_layer_norm(x, shape, w, b, eps)[0]
+            remember(out, again, act, weight, bias)
         return self.shaped(out)
 
     def shaped(self, out: Tensor) -> Tensor:
