@@ -2,8 +2,9 @@
 
 A chunk's logits become their own gradient in place, and that gives at once the gradient of the
 hidden states, the weight gradient and the dots. The val rows come first: their weight gradient is
-the direction that every training chunk is dotted with. One form for all devices, on top of the
-other ops.
+the direction that every training chunk is dotted with. Where all logits take less memory than the
+directions of many targets would, they are one chunk, and no direction is held. One form for all
+devices, on top of the other ops.
 """
 
 import itertools
@@ -89,12 +90,17 @@ class _Head:
         cpu_kernels.return_free_memory(weight)
         k = 0 if not weight_needed else k if direction is None else direction.shape[0]
         self.dots = self.losses.new_zeros(k, self.n)
-        self.weight_grad = self._large(self.losses, self.vocab if weight_needed else 0, self.width)
+        self.limit = max(1, _CHUNK_ELEMENTS[act.device.type] // max(1, self.vocab))
+        # Only a CPU's joint op makes directions piece by piece, and 16-bit logits it would widen.
+        self.joint = direction is None and k > 0 and act.dtype == dtype and not act.is_cuda
+        self.joint &= 0 < rows * t <= max(self.limit, k * self.width)
         if direction is None:
-            direction = self._large(self.losses, k, self.vocab, self.width)
+            direction = self._large(self.losses, 0 if self.joint else k, self.vocab, self.width)
         self.direction = direction
-        elements = max(_CHUNK_ELEMENTS[act.device.type], self.direction.numel() // 4)
-        self.limit = max(1, elements // max(1, self.vocab))
+        held = self.vocab if weight_needed and not self.joint else 0
+        self.weight_grad = self._large(self.losses, held, self.width)
+        self.direction_rows = direction.new_empty(len(val_rows), 0, self.width)
+        self.limit = max(self.limit, rows * t if self.joint else len(direction) * self.width // 4)
         self.logits = self._large(act, min(self.limit, rows * t), self.vocab)
 
     @staticmethod
@@ -119,11 +125,27 @@ class _Head:
             self.bias_rows[chunk.r0 : chunk.r1] += grad.sum(1, dtype=self.losses.dtype)
         return grad
 
+    def begins(self, val_rows: list[int]) -> list[int]:
+        """The first row of every target, and the end of the last."""
+        return list(itertools.accumulate(val_rows, initial=self.n))
+
+    def run_joint(self, val_rows: list[int], train_ids: Tensor) -> None:
+        """All rows in one chunk, with logits in the place of directions."""
+        chunk = _Chunk(0, self.labels.shape[0], 0, self.labels.shape[1])
+        grad = self.gradient_of_logits(chunk)
+        self.columns.copy_(grad[: self.n][..., self.val_ids])
+        self.weight_grad, self.dots = torch.ops.graddot.linear_joint_wgrad_dot(
+            self.act, grad, val_rows, self.scale
+        )
+        groups = itertools.pairwise(self.begins(val_rows))
+        parts = [(grad[lo:hi][..., train_ids], self.act[lo:hi]) for lo, hi in groups]
+        self.direction_rows = torch.stack([b.flatten(0, 1).t() @ a.flatten(0, 1) for b, a in parts])
+
     def run_val(self, val_rows: list[int]) -> None:
         """The val rows, those of all targets in the same chunks; fills `direction` if wanted."""
         if self.labels.numel() == 0:
             self.direction.zero_()
-        begins = list(itertools.accumulate(val_rows, initial=self.n))
+        begins = self.begins(val_rows)
         for chunk in _chunks(self.n, begins[-1], self.labels.shape[1], self.limit):
             grad, act = self.gradient_of_logits(chunk), chunk.of(self.act)
             for k in range(len(self.dots)):
@@ -185,10 +207,14 @@ def linear_cross_entropy(
         act, weight, bias, labels, val_rows, direction, val_ids,
         (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed,
     )  # fmt: skip
-    head.run_val(val_rows)
-    head.run_train()
-    rows = head.direction.new_empty(len(val_rows), 0, head.width)
-    if weight_needed and train_ids.numel():
-        rows = head.direction[:, train_ids]
-    columns = head.columns
-    return head.losses, head.act_grad, head.weight_grad, head.bias_rows, head.dots, columns, rows
+    if head.joint:
+        head.run_joint(val_rows, train_ids)
+    else:
+        head.run_val(val_rows)
+        head.run_train()
+        if train_ids.numel():
+            head.direction_rows = head.direction[:, train_ids]
+    return (
+        head.losses, head.act_grad, head.weight_grad, head.bias_rows, head.dots,
+        head.columns, head.direction_rows,
+    )  # fmt: skip
