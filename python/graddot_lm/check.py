@@ -43,7 +43,7 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 def prove(module: nn.Module, scored: Scored, rule: Rule, args: Any, kwargs: Any) -> None:
     """check_layer of one rule on a few rows of what a layer got in a step."""
     rows = scored.rows
-    index = sorted({0, min(1, rows - 1), rows - 1})
+    index = sorted({0, min(1, rows - 1), rows - 1}) if rows > 1 else [0, 0]
     tokens = scored.step.row_tokens(scored.name)
     few = lambda x: take_rows(x.detach(), index, rows, tokens)
     args, kwargs = tree_map_only(Tensor, few, (args, kwargs))
@@ -62,6 +62,9 @@ class _Proof:
         rule: Rule | None,
     ) -> None:
         self._scored, self._plain = _exact_copy(module), _exact_copy(module)
+        for copied in (self._scored, self._plain):
+            copied._forward_hooks.clear()  # which may collect what the layer returns in a step
+            copied._forward_pre_hooks.clear()
         self._name, self._rows = name, rows
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
         device = next(self._scored.parameters()).device

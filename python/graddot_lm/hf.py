@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from .batches import has_causal_lm_loss
 from .directions import adamw_direction
 from .engine import GradDotProdEngine
 from .errors import GraddotError
@@ -121,8 +122,7 @@ class GradDotProdTrainer(Trainer):
         self._step: int | None = None
         self._scoring = False
         self._clip = 1.0
-        loss = getattr(self.engine.model, "loss_function", None)
-        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        if not has_causal_lm_loss(self.engine.model):
             # Whether another loss divides by num_items_in_batch is not known: a mean for each
             # micro-batch then, which Trainer averages.
             self.model_accepts_loss_kwargs = False
