@@ -486,7 +486,7 @@ def attached_again(cell):
     cell.check_gradient(MORE)
 
 
-LOOPS = {
+LOOPS = {  # bench/exactness.py makes a table of them
     "step": plain_step,
     "targets": targets,
     "directions": directions,
@@ -507,6 +507,7 @@ LOOPS = {
 @pytest.mark.parametrize("loop", LOOPS)
 @pytest.mark.parametrize("model", SUBJECTS)
 def test_grid(model, loop, record_property):
+    record_property("cell", f"{model}/{loop}")
     if reason := NOT_POSSIBLE.get((model, loop)):
         record_property("not_possible", reason)
         pytest.skip(reason)
