@@ -21,6 +21,7 @@ FILES = (
     "test_checkpointing",
     "test_directions",
     "test_hf",
+    "test_hf_processes",
     "test_distributed",
     "test_train_processes",
 )

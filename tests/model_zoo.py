@@ -103,6 +103,29 @@ def moe(kind, **settings):
     return causal(kind, **settings)
 
 
+def deepseek_v3():
+    return moe(
+        "DeepseekV3", moe_intermediate_size=12, n_routed_experts=4, n_shared_experts=1, n_group=2,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
+        v_head_dim=8, qk_nope_head_dim=8, num_key_value_heads=2, head_dim=4,
+    )  # fmt: skip
+
+
+def qwen3_next():
+    return moe(
+        "Qwen3Next", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12,
+        linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+
+
+def jamba():
+    return moe(
+        "Jamba", num_experts=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
+    )  # fmt: skip
+
+
 LANGUAGE_MODELS = {
     "llama": lambda: causal("Llama"),
     "llama-tied": lambda: causal("Llama", tie_word_embeddings=True),
@@ -128,6 +151,10 @@ LANGUAGE_MODELS = {
     "qwen2-moe": lambda: moe(
         "Qwen2Moe", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12
     ),
+    "deepseek-v3": deepseek_v3,
+    "granite-moe": lambda: moe("GraniteMoe", num_local_experts=4),
+    "jamba": jamba,
+    "qwen3-next": qwen3_next,
     "qwen3-moe": lambda: moe("Qwen3Moe", num_experts=4, moe_intermediate_size=12),
 }
 

@@ -56,6 +56,28 @@ def test_language_model(name, dtype, record_property):
     check(LANGUAGE_MODELS[name](), train, val, dtype, record_property)
 
 
+def test_xglm(record_property):
+    """Its attention makes a number of the default dtype, which float64 does not fit into fp32."""
+    model = causal(
+        "XGLM", d_model=16, ffn_dim=24, num_layers=2, attention_heads=2, dropout=0,
+        attention_dropout=0, activation_dropout=0, layerdrop=0,
+    )  # fmt: skip
+    train, val = token_batch(4, 11, VOCAB, seed=1, ragged=True), token_batch(2, 11, VOCAB, seed=2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        check(model, train, val, torch.float64, record_property)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_a_recurrence_of_its_own_is_refused():
+    blocks = ["recurrent", "attention"]
+    model = causal("RecurrentGemma", lru_width=16, attention_window_size=8, block_types=blocks)
+    train, val = token_batch(3, 9, VOCAB, seed=1), token_batch(2, 9, VOCAB, seed=2)
+    with pytest.raises(GraddotError, match="rg_lru of type RecurrentGemmaRglru has no rule"):
+        run_step(model, train, val)
+
+
 @pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "mixtral", "t5", "opt", "bert"])
 def test_bf16(name, record_property):
     """bf16 parameters: scores within 2e-2 of their Cauchy-Schwarz scale."""

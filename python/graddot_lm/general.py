@@ -90,6 +90,7 @@ def row_by_row(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> 
     """The forward mapped over the samples, each with its own copy of all parameters inside."""
     own = {n: scored.per_sample(p) for n, p in module.named_parameters() if p.requires_grad}
     leaves, spec = tree_flatten((args, kwargs))
+    leaves = [None if _is_new_cache(module, scored, x) else x for x in leaves]
     at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and scored.has_rows(x)]
     returned: list[Any] = []  # what the forward returns, tensors to be filled in, and its nesting
 
@@ -111,6 +112,23 @@ def row_by_row(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> 
         outputs = iter(torch.vmap(one, randomness="different")(own, samples))
     filled = [next(outputs).flatten(0, 1) if isinstance(x, Tensor) else x for x in returned[0]]
     return tree_unflatten(filled, returned[1])
+
+
+def _is_new_cache(module: nn.Module, scored: Scored, x: Any) -> bool:
+    """Whether x is a cache of transformers in which a recurrent layer has no state yet: in training
+    it is none. Writing a state to it is not for one row of the map.
+
+    Raises GraddotError if there is one.
+    """
+    index, has_state = getattr(module, "layer_idx", None), getattr(x, "has_previous_state", None)
+    if index is None or has_state is None:
+        return False
+    if has_state(index):
+        raise GraddotError(
+            f"layer {scored.name} goes on from a state in its cache, of which samples have no part;"
+            " leave past_key_values out"
+        )
+    return True
 
 
 @contextlib.contextmanager
