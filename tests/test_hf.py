@@ -92,12 +92,12 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     assert not any("forward" in m.__dict__ for m in list(model.modules())[1:])
     if adamw:
-        return snapshots.models, snapshots.states, rows_of(folder)
-    return snapshots.models, rows_of(folder)
+        return snapshots.models, snapshots.states, rows_of(folder / "scores")
+    return snapshots.models, rows_of(folder / "scores")
 
 
-def rows_of(folder):
-    return pyarrow.dataset.dataset(f"{folder}/scores").to_table().to_pylist()
+def rows_of(path):
+    return pyarrow.dataset.dataset(path).to_table().to_pylist()
 
 
 def sample_gradient(model, data, i):
@@ -264,4 +264,4 @@ def test_example(tmp_path):
     spec.loader.exec_module(example)
     run = ["--output_dir", str(tmp_path), "--max_steps", "8", "--width", "16"]
     means = example.main(run)
-    assert list(means) == list(example.KINDS) and len(rows_of(tmp_path)) == 8 * 32
+    assert list(means) == list(example.KINDS) and len(rows_of(tmp_path / "scores")) == 8 * 32

@@ -30,13 +30,24 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from . import distributed
-from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
+from .batches import (
+    Batch,
+    Inputs,
+    Rows,
+    count_labels,
+    has_causal_lm_loss,
+    is_batch,
+    join,
+    label_shift_of,
+    read_batch,
+    read_rows,
+)
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .coverage import Coverage, cover
 from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
 from .errors import GraddotError
 from .layers import ScoredFunction, Step
-from .rows import Layout, find_layouts
+from .rows import Layout, check_loss, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, leaf_names, learning_rates, score_rows
@@ -517,10 +528,7 @@ class GradDotProdEngine:
 
     def _shift_of_labels_argument(self) -> int:
         """By how many tokens the model shifts labels that it is passed."""
-        if self.label_shift != "auto":
-            return self.label_shift
-        loss = getattr(self.model, "loss_function", None)
-        return int(getattr(loss, "__name__", "") == "ForCausalLMLoss")
+        return label_shift_of(self.model) if self.label_shift == "auto" else self.label_shift
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
@@ -592,7 +600,6 @@ class GradDotProdEngine:
             )
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
-        self._find_layouts(micro, args, kwargs)
         items = kwargs.get("num_items_in_batch")
         if items is not None:
             self._divide_by(micro, float(items))
@@ -600,11 +607,11 @@ class GradDotProdEngine:
         if self.label_shift == "auto" and kwargs.get("labels") is not None:
             counts = self._count(micro.labels, self._shift_of_labels_argument())
         self._use_counts(micro, counts)
+        self._find_layouts(micro, args, kwargs)
         micro.running = True
 
     def _divide_by(self, micro: MicroBatch, items: float) -> None:
-        loss = getattr(self.model, "loss_function", None)
-        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        if not has_causal_lm_loss(self.model):
             raise GraddotError(
                 "num_items_in_batch changes the loss's mean, and only ForCausalLMLoss is known to"
                 " divide by it; leave it out"
@@ -616,7 +623,7 @@ class GradDotProdEngine:
 
         Once in each mode; for every new shape where layers see tokens without their rows.
         """
-        mode = (self.model.training,)
+        mode = (self.model.training, micro.step.rows == 1)
         shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         layouts = self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
         if layouts is None:
@@ -628,6 +635,10 @@ class GradDotProdEngine:
                     self.model, layers, args, kwargs, micro.step.rows,
                     on_layer=functools.partial(self._resolve, micro),
                 )  # fmt: skip
+                fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
+                if micro.step.first and kwargs.get("labels") is not None and not fused:
+                    weights = micro.counts if micro.loss_reduction == "mean" else None
+                    check_loss(self.model, args, kwargs, micro.step.rows, weights)
             finally:
                 self._active = micro
             flat = any(isinstance(layout, int) for layout in layouts.values())

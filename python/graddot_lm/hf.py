@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from .batches import has_causal_lm_loss
 from .directions import adamw_direction
 from .engine import GradDotProdEngine
 from .errors import GraddotError
@@ -73,7 +74,9 @@ class GradDotProdTrainer(Trainer):
     n_tokens, dot, lr and value, which takes account of gradient accumulation, clipping, each
     parameter group's own learning rate, and steps that a GradScaler skipped. With several
     validation sets there is a dot_<name> and value_<name> of each. A run that resumes from a
-    checkpoint drops the rows of later steps.
+    checkpoint drops the rows of later steps. Several processes (torchrun, DistributedDataParallel)
+    each write the rows of their own samples, into one folder that all of them see; scores, values
+    and weights are those of one process with the joint batch.
 
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
@@ -86,7 +89,7 @@ class GradDotProdTrainer(Trainer):
         engine_options: further arguments of `GradDotProdEngine`, such as exclude.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
-    processes or GPUs, DeepSpeed and FSDP, torch.compile, label smoothing, `compute_loss_func`,
+    GPUs in one process, DeepSpeed, FSDP and parallelism_config, torch.compile, label smoothing, `compute_loss_func`,
     `model_init`, auto_find_batch_size and iterable training sets.
     """
 
@@ -113,16 +116,12 @@ class GradDotProdTrainer(Trainer):
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
         self.engine = GradDotProdEngine(self.model, **(engine_options or {}))
-        folder = Path(self.args.output_dir) / "scores"
-        schema = scores_schema(list(val_dataset) if named else ())
-        self.scores = PartWriter(folder, schema)
-        self.engine.store = self.scores
+        self.scores = self._writer()
         self._training = False
         self._step: int | None = None
         self._scoring = False
         self._clip = 1.0
-        loss = getattr(self.engine.model, "loss_function", None)
-        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        if not has_causal_lm_loss(self.engine.model):
             # Whether another loss divides by num_items_in_batch is not known: a mean for each
             # micro-batch then, which Trainer averages.
             self.model_accepts_loss_kwargs = False
@@ -131,10 +130,10 @@ class GradDotProdTrainer(Trainer):
     def _refuse(self) -> None:
         args = self.args
         reasons = {
-            "several processes": args.world_size > 1,
             "several GPUs in one process": args.n_gpu > 1,
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
             "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
+            "parallelism_config": getattr(args, "parallelism_config", None) is not None,
             "torch_compile": bool(args.torch_compile),
             "label_smoothing_factor": args.label_smoothing_factor != 0,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
@@ -145,6 +144,12 @@ class GradDotProdTrainer(Trainer):
         found = [name for name, is_so in reasons.items() if is_so]
         if found:
             raise GraddotError(f"GradDotProdTrainer cannot score with {', '.join(found)}")
+
+    def _writer(self) -> PartWriter:
+        """Of this process's rows."""
+        schema = scores_schema(list(self._val_sets) if self._val_named else ())
+        folder = Path(str(self.args.output_dir)) / "scores"
+        return PartWriter(folder, schema, self.args.process_index, self.args.world_size)
 
     # Data
 
@@ -195,7 +200,10 @@ class GradDotProdTrainer(Trainer):
                 f"{self.scores.folder} holds the scores of an earlier run; choose another"
                 " output_dir, or resume from a checkpoint"
             )
-        self.scores.truncate_after(self.state.global_step - 1)
+        if self.args.process_index == 0:
+            self.scores.truncate_after(self.state.global_step - 1)
+        self.accelerator.wait_for_everyone()
+        self.engine.store = self.scores = self._writer()
         self.engine.attach(self.optimizer)
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_note
@@ -261,6 +269,8 @@ class GradDotProdTrainer(Trainer):
 
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""
-        clip, self._clip = self._clip, 1.0
+        scale, self._clip = self._clip, 1.0
+        if self.model_accepts_loss_kwargs and not self.args.average_tokens_across_devices:
+            scale /= self.args.world_size  # a sum over a process's own tokens, and then averaged
         if self._scoring:
-            self.engine.aggregate_and_log(gradient_scale=clip)
+            self.engine.aggregate_and_log(gradient_scale=scale)

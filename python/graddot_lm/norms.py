@@ -35,7 +35,7 @@ def rms_norm_form(module: nn.Module) -> RMSNormForm | None:
     within 1e-5, because most of these modules compute in fp32 whatever their input is.
     """
     weights = dict(module.named_parameters())
-    if len(weights) != 1 or any(module.buffers()):
+    if len(weights) != 1 or next(module.buffers(), None) is not None:
         return None
     ((name, weight),) = weights.items()
     if "." in name or weight.dim() != 1 or weight.is_meta:
