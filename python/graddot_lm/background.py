@@ -9,9 +9,10 @@ builds the rows and saves the parts, in the order in which they were given.
     writer.flush()
 """
 
-import concurrent.futures
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -25,38 +26,45 @@ if TYPE_CHECKING:  # a run's store is made of these writers
 class WriterThread:
     """Runs calls one after the other, in a thread that starts with the first.
 
-    What a call raises is raised where the next one is given, or where all are waited for. The
-    interpreter ends when the calls that were given are done.
+    What a call raises is raised again, once, by `check` or `wait`. The interpreter ends when the
+    calls that were given are done.
     """
 
     def __init__(self, limit: int = 256) -> None:
-        """At most `limit` calls wait; a further one waits for the first of them."""
-        self._executor = concurrent.futures.ThreadPoolExecutor(1, "graddot-writer")
-        self._limit = limit
-        self._given: deque[concurrent.futures.Future[None]] = deque()
+        """While `limit` calls are left to do, giving a further one waits."""
+        self._executor = ThreadPoolExecutor(1, "graddot-writer")
+        self._room = threading.Semaphore(limit)
+        self._errors: deque[BaseException] = deque()
 
-    def call(self, function: Callable[..., None], *args: Any) -> None:
-        """Have `function(*args)` called. Raises what an earlier call raised."""
-        self._given.append(self._executor.submit(function, *args))
-        self.check()
+    def call(self, function: Callable[..., object], *args: Any) -> None:
+        """Have `function(*args)` called."""
+        self._room.acquire()
+        self._executor.submit(function, *args).add_done_callback(self._note)
 
-    def check(self) -> None:
-        """Raise what a call that is done raised, once."""
-        while self._given and (self._given[0].done() or len(self._given) > self._limit):
-            concurrent.futures.wait([self._given[0]])
-            self._given.popleft().result()
+    def _note(self, call: Future[object]) -> None:
+        """Runs in the thread, before the next call."""
+        error = call.exception()
+        if error is not None:
+            self._errors.append(error)
+        self._room.release()
 
     @property
     def failed(self) -> bool:
         """Whether `check` would raise."""
-        return any(call.done() and call.exception() is not None for call in self._given)
+        return bool(self._errors)
+
+    def check(self) -> None:
+        """Raise what a call raised, the earliest first."""
+        if self._errors:
+            raise self._errors.popleft()
 
     def wait(self) -> None:
-        """Wait until all calls are done; raise what the first that failed raised."""
-        concurrent.futures.wait(self._given)
-        calls, self._given = self._given, deque()
-        for call in calls:
-            call.result()
+        """Wait until all calls are done; raise what the first that failed raised, and forget what
+        the others did."""
+        self._executor.submit(lambda: None).result()
+        errors, self._errors = self._errors, deque()
+        if errors:
+            raise errors[0]
 
     def close(self) -> None:
         """Wait until all calls are done, whether they fail or not; no more may follow."""
@@ -64,16 +72,18 @@ class WriterThread:
 
 
 class BackgroundWriter:
-    """A `PartWriter` whose rows are appended and saved by a thread, its own unless one is given.
+    """A `PartWriter` whose rows are appended and saved by a thread.
 
-    What goes wrong there, as a full disk, is raised by the next `append` or `flush`, with its own
-    message; rows that could not be saved stay gathered until a flush succeeds. Rows that are
-    refused (see `PartWriter.append`) end the writing: what follows them is refused too, so that
-    nothing is saved behind a gap.
+    What goes wrong there, as a full disk, is raised with its own message by the next `append`,
+    which then does not take its rows, or `flush`. Of a thread that is given, for several writers to
+    share, whoever gave it checks. Rows that could not be saved stay gathered until a flush succeeds.
+    Rows that are refused (see `PartWriter.append`) end the writing: what follows them is refused
+    too, so that nothing is saved behind a gap.
     """
 
     def __init__(self, writer: "PartWriter", thread: WriterThread | None = None) -> None:
         self._writer, self._thread = writer, thread or WriterThread()
+        self._checks = thread is None
         self._refused: Exception | None = None
 
     def append(self, rows: Mapping[str, Any], step: int) -> None:
@@ -81,6 +91,8 @@ class BackgroundWriter:
 
         Returns at once; tensors on a GPU are copied in the order of its current stream.
         """
+        if self._checks:
+            self._thread.check()
         self._thread.call(self._append, *_leaving(rows), step)
 
     def _append(self, rows: dict[str, Any], copied: list[torch.cuda.Event], step: int) -> None:
@@ -99,6 +111,8 @@ class BackgroundWriter:
         self._thread.call(self._writer.flush)
         if wait:
             self._thread.wait()
+        elif self._checks:
+            self._thread.check()
 
     def truncate_after(self, step: int) -> None:
         """Drop all rows of later steps, and what was not saved. Raises GraddotError."""

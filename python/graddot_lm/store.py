@@ -308,8 +308,8 @@ class RunDirectory:
     """A run that this process writes. Made by `create` or `resume`, and in the further processes
     of a run that has several, once the first has made it, by `join`; no other writes it then.
 
-    `scores` and `metrics` take the rows, which one thread saves; `save` waits for it and then saves
-    a checkpoint. Leaving a `with` block without an exception saves the rows that are left.
+    `scores` and `metrics` take the rows, which one thread saves; what goes wrong there is raised by
+    `check`, `flush` and `save`, which waits for the thread and then saves a checkpoint. Leaving a `with` block without an exception saves the rows that are left.
     """
 
     # Lies among the checkpoints until there is one. A run that lost its checkpoints is told by its
@@ -415,15 +415,14 @@ class RunDirectory:
         return self._thread.failed
 
     def check(self) -> None:
-        """Raise what went wrong since the last call, as rows were saved. Waits for nothing."""
+        """Raise what went wrong as rows were appended or saved. Waits for nothing."""
         self._thread.check()
 
     def flush(self, wait: bool = True) -> None:
         """Save the rows so far; if not `wait`, return before it is done. Raises GraddotError."""
-        try:
-            self.scores.flush(wait=False)
-        finally:
-            self.metrics.flush(wait)
+        self.scores.flush(wait=False)
+        self.metrics.flush(wait=False)
+        self._thread.wait() if wait else self._thread.check()
 
     def save(self, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
         """Save the rows so far, then `state` as it is after `step`, in this order.
