@@ -42,7 +42,7 @@ class WriterThread:
         self._executor.submit(function, *args).add_done_callback(self._note)
 
     def _note(self, call: Future[object]) -> None:
-        """Runs in the thread, before the next call."""
+        """Runs in the thread before the next call, or in `call` if this one is done by then."""
         error = call.exception()
         if error is not None:
             self._errors.append(error)
