@@ -15,6 +15,7 @@ import torch
 from brute_force import tiny_gpt2, token_batch
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from graddot_lm.background import BackgroundWriter, WriterThread
+from graddot_lm.batches import Rows, read_batch
 from graddot_lm.store import SCORES, PartWriter, RunDirectory, read_scores
 from test_store import CONFIG, check_after_kill, die_before_call, expect_steps, rows, start
 from test_store import state_at as state
@@ -96,6 +97,17 @@ def test_no_step_but_the_first_waits(case):
         assert waits.seen["aten::native_layer_norm_backward"], "the backward is not seen"
     assert found[0] > expected, "the first step's checks are not seen"
     assert found[1:] == [expected, expected], waits.waiting()
+
+
+def test_val_rows_are_moved_to_the_training_rows_once():
+    """A copy to a device waits for it."""
+    ids, labels = token_batch(2, 9, seed=1)
+    val = read_batch({"input_ids": ids, "labels": labels}, "val")
+    train = Rows({"input_ids": ids.to("meta")}, labels.to("meta"))
+    moved = val.beside(train)
+    assert moved.inputs["input_ids"].is_meta and moved.labels.is_meta and moved.labels_inside
+    again = moved.beside(train)
+    assert again.labels is moved.labels and again.inputs["input_ids"] is moved.inputs["input_ids"]
 
 
 def test_rows_are_those_of_a_writer_that_waits(tmp_path):

@@ -16,13 +16,14 @@ def test_a_step_does_not_wait_and_its_rows_are_right(tmp_path, given):
     (tmp_path / "scores").mkdir()
     (tmp_path / "config.json").write_text("{}")
     writer = BackgroundWriter(PartWriter(tmp_path / "scores", SCORES))
-    model, val = tiny_gpt2(tied=False).cuda(), [x.cuda() for x in token_batch(2, 15, seed=9)]
+    model, val = tiny_gpt2(tied=False).cuda(), token_batch(2, 15, seed=9)
+    val_on_gpu = tuple(x.cuda() for x in val)
     # As on the CPU, where the brute force runs: fp32 without TF32.
     torch.backends.cuda.matmul.allow_tf32 = False
     optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1, device="cuda"))
-    engine = GradDotProdEngine(model, None if given else tuple(val), store=writer)
+    engine = GradDotProdEngine(model, None if given else val, store=writer)
     if given:
-        engine.set_directions(engine.compute_directions([tuple(val)]))
+        engine.set_directions(engine.compute_directions([val_on_gpu]))
     engine.attach(optimizer)
     batches = [token_batch(3, 15, seed=number, ragged=True) for number in range(4)]
     on_gpu = [[x.cuda() for x in batch] for batch in batches]
@@ -44,7 +45,7 @@ def test_a_step_does_not_wait_and_its_rows_are_right(tmp_path, given):
     rows = read_scores(tmp_path).to_pylist()
     plain = copy.deepcopy(model).cpu()
     for number, batch in enumerate(batches):
-        dots, scales = sample_dots(plain, batch, [x.cpu() for x in val])
+        dots, scales = sample_dots(plain, batch, val)
         got = torch.tensor([row["dot"] for row in rows[3 * number : 3 * number + 3]])
         assert ((got - total(dots)).abs() / total(scales)).max() <= 1e-5
         assert [row["loss"] for row in rows[3 * number : 3 * number + 3]] == [number] * 3
