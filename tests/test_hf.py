@@ -234,6 +234,17 @@ class Stream(IterableDataset):
         return iter(TRAIN)
 
 
+def test_rows_are_saved_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    saved = []
+
+    def save(self, *_):
+        saved.append((self.state.global_step, len(rows_of(tmp_path))))
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    train(tmp_path, tiny_gpt2(), save_strategy="steps", save_steps=1)
+    assert saved == [(1, 6), (2, 12), (3, 18)]
+
+
 def test_refusals(tmp_path):
     def make(data=TRAIN, val=VAL, model=None, **kwargs):
         own = {k: kwargs.pop(k) for k in ("compute_loss_func", "model_init") if k in kwargs}

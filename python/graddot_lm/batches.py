@@ -32,6 +32,15 @@ class Rows:
     def __len__(self) -> int:
         return self.labels.shape[0]
 
+    def beside(self, first: "Rows") -> "Rows":
+        """The same rows, each tensor on the device of that of `first`."""
+        inputs = {
+            key: value.to(first.inputs[key].device) if key in first.inputs else value
+            for key, value in self.inputs.items()
+        }
+        labels = self.labels.to(first.labels.device)
+        return Rows(inputs, labels, self.is_tensor, self.labels_inside)
+
     def as_given(self) -> tuple[Any, Tensor]:
         """(inputs, labels) in the form in which the batch came."""
         if self.is_tensor:

@@ -50,12 +50,16 @@ from .layers import ScoredFunction, Step
 from .rows import Layout, check_loss, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
-from .scores import MicroBatch, leaf_names, learning_rates, score_rows
+from .scores import MicroBatch, Number, leaf_names, learning_rates, score_rows
 from .verify import LabelCheck, check_parameter_uses, tensors_in
 
 
 class ScoreWriter(Protocol):
-    """Where scores go: `graddot_lm.store.PartWriter`, or anything with this method."""
+    """Where scores go: `graddot_lm.background.BackgroundWriter`, or anything with this method.
+
+    Columns that the engine computed are tensors, (N,) each, on the model's device, whose kernels
+    may not have run yet: a store that reads them at once makes the loop wait for the device.
+    """
 
     def append(self, rows: Mapping[str, Any], step: int) -> None: ...
 
@@ -324,7 +328,9 @@ class GradDotProdEngine:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
             )
-        parts = [read_rows(X, Y, "the training batch"), *self._val]
+        train = read_rows(X, Y, "the training batch")
+        self._val = [rows.beside(train) for rows in self._val]
+        parts = [train, *self._val]
         labels = join([Rows({}, p.labels) for p in parts], self._padding, self.ignore_index).labels
         val_rows = [len(part) for part in self._val]
         targets = 1 if self._targets is None else len(self._targets)
@@ -342,11 +348,11 @@ class GradDotProdEngine:
             leaf: torch.zeros(targets, len(parts[0]) * (tokens or 1), **kwargs)
             for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
         }
-        scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
+        dtype = torch.promote_types(first.dtype, torch.float32)
         step = Step(
             rows=len(labels),
             val_rows=val_rows,
-            scale=scale.to(first.device),
+            scale=torch.ones((), dtype=dtype, device=first.device),
             sinks={},
             tokens=tokens,
             sharded=distributed.is_sharded(self._parameters.values()),
@@ -449,14 +455,15 @@ class GradDotProdEngine:
         return self._shaped([F.pad(part, (0, longest - part.shape[2])) for part in parts])
 
     def aggregate_and_log(
-        self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float = 1.0
+        self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float | Tensor = 1.0
     ) -> Tensor:
         """Scores ⟨∇L_val, ∇L_i⟩ of the rows since the last call, (N,) or (K, N), fp64.
 
         With a store, one row a sample is appended: step, sample_id, n_tokens, dot, lr and value,
         and the further `columns` given here, (N,) each. Values are those of the optimizer's step,
-        so this comes after it, and are 0 if a GradScaler skipped it; gradient_scale is what the
-        gradients were multiplied by before it, as by clipping.
+        so this comes after it, and are 0 if a GradScaler skipped it; gradient_scale (a number or a
+        0-dim tensor) is what the gradients were multiplied by before it, as by clipping. Nothing
+        here waits for a GPU; whether the store does is its own affair.
         """
         if self._active is not None:
             self.prepare_gradients()
@@ -466,7 +473,7 @@ class GradDotProdEngine:
             rows = score_rows(self._pending, self._targets, columns or {}, gradient_scale)
             for values, iteration in rows:
                 self.store.append(values, iteration)
-            self._logged_unapplied = not all(micro.applied for micro in self._pending)
+            self._logged_unapplied = any(micro.applied is False for micro in self._pending)
         self._pending = []
         return scores
 
@@ -532,10 +539,8 @@ class GradDotProdEngine:
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
-        if found_inf is not None and found_inf.item():
-            return
         for micro in self._pending:
-            micro.applied = True
+            micro.applied = True if found_inf is None else found_inf == 0
         if not self._pending and self._logged_unapplied:
             raise GraddotError(
                 "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
@@ -544,7 +549,7 @@ class GradDotProdEngine:
 
     def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
         """The loss's own counts of labelled tokens, (rows,): no guess about its shift is needed."""
-        if self.label_shift != "auto":
+        if self.label_shift != "auto" and micro.step.first:
             wrong = (counts != micro.counts.to(counts.device)).nonzero().flatten().tolist()
             if wrong:
                 row = wrong[0]
@@ -602,7 +607,7 @@ class GradDotProdEngine:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
         items = kwargs.get("num_items_in_batch")
         if items is not None:
-            self._divide_by(micro, float(items))
+            self._divide_by(micro, items)
         counts = micro.counts
         if self.label_shift == "auto" and kwargs.get("labels") is not None:
             counts = self._count(micro.labels, self._shift_of_labels_argument())
@@ -610,7 +615,7 @@ class GradDotProdEngine:
         self._find_layouts(micro, args, kwargs)
         micro.running = True
 
-    def _divide_by(self, micro: MicroBatch, items: float) -> None:
+    def _divide_by(self, micro: MicroBatch, items: Number) -> None:
         if not has_causal_lm_loss(self.model):
             raise GraddotError(
                 "num_items_in_batch changes the loss's mean, and only ForCausalLMLoss is known to"

@@ -17,10 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from .background import BackgroundWriter
 from .batches import has_causal_lm_loss
 from .directions import adamw_direction
 from .engine import GradDotProdEngine
 from .errors import GraddotError
+from .scores import Number
 from .store import PartWriter, scores_schema
 
 _INDEX = "graddot_index"
@@ -62,9 +64,6 @@ class _ScoreCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.write_scores()
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.scores.flush()
 
 
 class GradDotProdTrainer(Trainer):
@@ -116,11 +115,12 @@ class GradDotProdTrainer(Trainer):
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
         self.engine = GradDotProdEngine(self.model, **(engine_options or {}))
+        self._folder = Path(self.args.output_dir) / "scores"
         self.scores = self._writer()
         self._training = False
         self._step: int | None = None
         self._scoring = False
-        self._clip = 1.0
+        self._clip: Number = 1.0
         if not has_causal_lm_loss(self.engine.model):
             # Whether another loss divides by num_items_in_batch is not known: a mean for each
             # micro-batch then, which Trainer averages.
@@ -145,11 +145,11 @@ class GradDotProdTrainer(Trainer):
         if found:
             raise GraddotError(f"GradDotProdTrainer cannot score with {', '.join(found)}")
 
-    def _writer(self) -> PartWriter:
+    def _writer(self) -> BackgroundWriter:
         """Of this process's rows."""
         schema = scores_schema(list(self._val_sets) if self._val_named else ())
-        folder = Path(str(self.args.output_dir)) / "scores"
-        return PartWriter(folder, schema, self.args.process_index, self.args.world_size)
+        rank, world = self.args.process_index, self.args.world_size
+        return BackgroundWriter(PartWriter(self._folder, schema, rank, world))
 
     # Data
 
@@ -182,6 +182,12 @@ class GradDotProdTrainer(Trainer):
 
     # Training
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after the rows that a run resumed from it counts on."""
+        if self._training:
+            self.scores.flush()
+        return super()._save_checkpoint(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; leaves the model as it was, without the scored layers, and saves all rows."""
         try:
@@ -194,10 +200,10 @@ class GradDotProdTrainer(Trainer):
                 self.scores.flush()
 
     def _begin(self) -> None:
-        self.scores.folder.mkdir(parents=True, exist_ok=True)
-        if self.state.global_step == 0 and any(self.scores.folder.glob("part-*")):
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self.state.global_step == 0 and any(self._folder.glob("part-*")):
             raise GraddotError(
-                f"{self.scores.folder} holds the scores of an earlier run; choose another"
+                f"{self._folder} holds the scores of an earlier run; choose another"
                 " output_dir, or resume from a checkpoint"
             )
         if self.args.process_index == 0:
@@ -213,7 +219,8 @@ class GradDotProdTrainer(Trainer):
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
         if norm is not None:
-            self._clip *= min(1.0, float(max_norm) / (float(norm) + 1e-6))
+            factor = float(max_norm) / (torch.as_tensor(norm).double() + 1e-6)
+            self._clip = self._clip * factor.clamp(max=1.0)
         return norm
 
     def training_step(
@@ -229,7 +236,7 @@ class GradDotProdTrainer(Trainer):
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        self.engine.attach_train_batch(inputs, None, step, index.cpu())
+        self.engine.attach_train_batch(inputs, None, step, index)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.engine.prepare_gradients()
         return loss
