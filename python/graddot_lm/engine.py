@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from . import distributed
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
+from .compiled import Eagerly, prepare_compiler, skipped, trace_after, trace_before, uncompiled
 from .coverage import Coverage, cover
 from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
 from .errors import GraddotError
@@ -150,6 +151,11 @@ class GradDotProdEngine:
         self._reentrant: ReentrantCheck | None = None
         self._check_reentrant = True
         self._layouts: dict[Any, dict[str, Layout]] = {}
+        self._forwards: dict[str, ScoredForward] = {}
+        self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
+        self.sites: list[Any] = []
+        self._eagerly = Eagerly()
+        self._seen: set[Any] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
@@ -261,15 +267,23 @@ class GradDotProdEngine:
             rule = self._rules.get(name)
             if rule is not None:
                 self._attached.append((module, module.__dict__.get("forward")))
-                scored = ScoredForward(module, name, rule, self._begin_layer, self._end_layer)
-                scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
-                module.forward = scored  # type: ignore[method-assign]
+                module.forward = self._scored_forward(module, name, rule)  # type: ignore[method-assign]
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
         if isinstance(optimizer, torch.optim.Optimizer):
             self._hooks.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+
+    def _scored_forward(self, module: nn.Module, name: str, rule: Any) -> ScoredForward:
+        """The same after each `attach`, so that what was compiled stays valid."""
+        scored = self._forwards.get(name)
+        if scored is None:
+            begin, end = self._begin_layer, self._end_layer
+            scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
+            scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
+        scored.own_forward = module.forward
+        return scored
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
@@ -282,6 +296,7 @@ class GradDotProdEngine:
         if self._reentrant is not None:
             self._reentrant.remove()
         self._attached, self._hooks, self._reentrant = [], [], None
+        self._eagerly.end()
         self._active, self._pending = None, []
 
     def detach_for_evaluation(self) -> None:
@@ -305,6 +320,7 @@ class GradDotProdEngine:
         Between two calls of `aggregate_and_log` there may be several, the micro-batches of one
         optimizer step: their scores come side by side.
         """
+        prepare_compiler()
         if not self._attached:
             raise GraddotError("call attach(optimizer) before attach_train_batch")
         if self._active is not None:
@@ -347,12 +363,17 @@ class GradDotProdEngine:
             labels=labels,
             leaf_of=leaf_of,
             leaves=leaves,
-            loss_scales=[],
+            loss_scales=[torch.zeros((), **kwargs)],
             loss_reduction=self.loss_reduction,
             counts=labels.new_zeros(len(labels)),
         )
         self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
         self._logged_unapplied = False
+        mode, shape = (self.model.training,), (self.model.training, labels.shape[1:])
+        known = mode in self._layouts or shape in self._seen
+        if self._label_check is None or (len(labels) > 1 and not known):
+            self._eagerly.begin()  # the checks of a first step look at the model uncompiled
+        self._seen.add(shape)
 
     def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The joint batch: training rows, then the validation rows of every target.
@@ -364,11 +385,16 @@ class GradDotProdEngine:
         train = read_rows(X, Y, "the training batch")
         return join([train, *self._val], self._padding, self.ignore_index).as_given()
 
+    @uncompiled("graddot: track_loss")
     def track_loss(self, loss: Tensor) -> Tensor:
         """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
 
         Needed only for a loss that the caller computes; `.loss` of a model's output is tracked.
         """
+        self._eagerly.end()
+        return self._tracked(loss)
+
+    def _tracked(self, loss: Tensor) -> Tensor:
         if self._active is None:
             return loss
         leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
@@ -381,6 +407,7 @@ class GradDotProdEngine:
         Raises GraddotError if no backward ran or if the loss counted other tokens than the labels
         say; .grad must not be used then.
         """
+        self._eagerly.end()
         micro = self._active
         if micro is None or not micro.forwarded:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
@@ -460,6 +487,7 @@ class GradDotProdEngine:
 
     def clear_gradients(self) -> None:
         """Drop all gradients, and the scores of a step that is not to count."""
+        self._eagerly.end()
         self.model.zero_grad(set_to_none=True)
         self._active, self._pending = None, []
         if self._reentrant is not None:
@@ -572,10 +600,26 @@ class GradDotProdEngine:
         if self._label_check is None:
             self._whole.update(distributed.plain_parameters(self.model))
 
+    def scoring(self) -> bool:
+        """Whether a layer that runs now belongs to a step."""
+        return self._active is not None and torch.is_grad_enabled()
+
+    @skipped  # run outside of a compiled graph, or traced as a part of it
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        micro = self._active
+        if module is self.model:
+            before = trace_before if torch.compiler.is_compiling() else type(self)._before_running
+            before(self, args, kwargs)
+
+    @skipped
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self.model:
-            return
+            return output
+        after = trace_after if torch.compiler.is_compiling() else type(self)._after_running
+        return after(self, output)
+
+    @uncompiled("graddot: the beginning of a step")
+    def _before_running(self, args: Any, kwargs: dict[str, Any]) -> None:
+        micro = self._active
         if micro is None:
             self._logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
             return
@@ -589,14 +633,34 @@ class GradDotProdEngine:
                 "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
                 " in time; checkpoint parts of it, or pass use_reentrant=False"
             )
+        self._find_layouts(micro, args, kwargs)
+        self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
+
+    def _begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
+        """The same from inside a compiled graph."""
+        micro = self._active
+        if micro is None:
+            raise GraddotError("a compiled model ran outside of the step that it was compiled for")
+        shapes = [x.shape[1:] for x in inputs]
+        layouts = self._known_layouts(shapes)
+        if layouts is None and micro.step.rows > 1:
+            raise GraddotError(
+                f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
+                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
+                " those that the model gets"
+            )
+        micro.step.layouts.update(layouts or {})
+        if micro.running:  # the forward raised, and is tried again
+            micro.step.shared.clear()
+        self._start(micro, items, labelled)
+
+    def _start(self, micro: MicroBatch, items: Any, labelled: bool) -> None:
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
-        self._find_layouts(micro, args, kwargs)
-        items = kwargs.get("num_items_in_batch")
         if items is not None:
             self._divide_by(micro, float(items))
         counts = micro.counts
-        if self.label_shift == "auto" and kwargs.get("labels") is not None:
+        if self.label_shift == "auto" and labelled:
             counts = self._count(micro.labels, self._shift_of_labels_argument())
         self._use_counts(micro, counts)
         micro.running = True
@@ -610,6 +674,10 @@ class GradDotProdEngine:
             )
         micro.loss_reduction, micro.items = "sum", items
 
+    def _known_layouts(self, shapes: list[torch.Size]) -> dict[str, Layout] | None:
+        mode = (self.model.training,)
+        return self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was.
 
@@ -617,7 +685,7 @@ class GradDotProdEngine:
         """
         mode = (self.model.training,)
         shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        layouts = self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+        layouts = self._known_layouts(shapes)
         if layouts is None:
             names = {id(module): name for name, module in self.model.named_modules()}
             layers = {names[id(module)]: module for module, _ in self._attached}
@@ -634,15 +702,28 @@ class GradDotProdEngine:
                 self._layouts[(*mode, *shapes) if flat else mode] = layouts
         micro.step.layouts.update(layouts)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _end_compiled(self) -> None:
+        assert self._active is not None
+        self._active.running, self._active.forwarded = False, True
+
+    @uncompiled("graddot: the end of a step's forward")
+    def _after_running(self, output: Any) -> Any:
+        try:
+            return self._end(output)
+        except BaseException:
+            self._eagerly.end()
+            raise
+
+    def _end(self, output: Any) -> Any:
         if self._suspended is not None:
             self._active, self._suspended = self._suspended, None
             return output
         micro = self._active
-        if micro is None or module is not self.model or not micro.running:
+        if micro is None or not micro.running:
             return output
         micro.running = False
         if output is None:  # the forward raised, and may be tried again
+            self._eagerly.end()
             micro.step.shared.clear()
             return None
         micro.forwarded = True
@@ -656,5 +737,5 @@ class GradDotProdEngine:
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self.track_loss(output["loss"])  # type: ignore[index]
+            output["loss"] = self._tracked(output["loss"])  # type: ignore[index]
         return output
