@@ -30,13 +30,16 @@ from .errors import GraddotError
 from .layers import Step
 from .verify import tensors_in
 
-# Numbers of calls in the graphs: never twice the same, so that a compiler does not take two calls
+# Numbers of engines and of calls in the graphs: never twice the same, so that a compiler does not take two calls
 # for one, or a graph in its cache on disk for that of another model.
-_numbers = itertools.count(secrets.randbits(61))
+numbers = itertools.count(secrets.randbits(61))
 _sites: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _call_numbers = itertools.count()
 _steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()  # by call
 _keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+# One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine: the
+# compiler takes the sizes of whatever it reaches through a module to be constant.
+rows_of: dict[int, Tensor] = {}
 _skipped: list[Any] = []  # functions whose own frames the compiler is to leave alone
 
 
@@ -387,13 +390,15 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
 class HeadSite(LayerSite):
     """The same of the fused head, which runs in a linear layer's place."""
 
-    def __init__(self, scored: Any, function: Callable[..., Any], **options: Any) -> None:
-        self.scored, self._function, self._options = scored, function, options
+    def __init__(self, scored: Any, *options: Any) -> None:
+        self.scored, self._options = scored, options
 
     def run(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+        from .fused_head import cross_entropy  # which traces calls of this
+
         hidden, labels, *num_labels = tensors
-        options = {**self._options, "num_labels": num_labels[0] if num_labels else None}
-        return list(self._function(hidden, self.scored.module, labels, **options))
+        head, total = self.scored.module, num_labels[0] if num_labels else None
+        return list(cross_entropy(hidden, head, labels, total, *self._options))
 
     def shapes(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
         hidden, labels, *_ = tensors
@@ -410,7 +415,7 @@ class EngineSite:
 
 def new_site(kind: type, owner: Any, *form: Any) -> int:
     """The number of a new call in a graph. Runs while the compiler traces."""
-    number = next(_numbers)
+    number = next(numbers)
     _sites[number] = site = kind(owner, *form)
     owner.sites.append(site)
     return number
@@ -432,15 +437,24 @@ def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     form = tuple(None if isinstance(x, Tensor) else (x,) for x in args)
     tensors = [*(x for x in args if isinstance(x, Tensor)), *kwargs.values()]
     site = new_site(LayerSite, scored, form, tuple(kwargs))
-    rows = scored.engine._active.labels.shape[0] if scored.broadcasts else 0
+    rows = rows_of[scored.engine.number].shape[0] if scored.broadcasts else 0
     return _trace_call(site, scored, tensors, rows)[0]
 
 
-def trace_head(scored: Any, tensors: list[Tensor], function: Any, *options: Any) -> Any:
+def trace_head(
+    scored: Any, hidden: Tensor, labels: Tensor, num_labels: Any, *options: Any
+) -> tuple[Tensor, Tensor]:
     """The fused head's call: (loss, token losses)."""
-    site = new_site(HeadSite, scored, function, *options)
+    tensors = [hidden, labels]
+    if num_labels is not None:
+        tensors.append(_as_tensor(num_labels))
+    site = new_site(HeadSite, scored, *options)
     loss, losses, _ = _trace_call(site, scored, tensors, 0)
     return loss, losses.detach()
+
+
+def _as_tensor(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.full((), float(x), dtype=torch.float64)
 
 
 def _is_tensor(x: Any) -> bool:
@@ -464,8 +478,7 @@ def trace_before(engine: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     if not engine.scoring():
         return
     items = kwargs.get("num_items_in_batch")
-    if items is not None and not isinstance(items, Tensor):
-        items = torch.full((), float(items), dtype=torch.float64)
+    items = None if items is None else _as_tensor(items)
     inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     labelled = kwargs.get("labels") is not None
     site = new_site(EngineSite, engine)

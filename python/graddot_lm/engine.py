@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import distributed
+from . import compiled, distributed
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiled import Eagerly, prepare_compiler, skipped, trace_after, trace_before, uncompiled
@@ -152,6 +152,7 @@ class GradDotProdEngine:
         self._check_reentrant = True
         self._layouts: dict[Any, dict[str, Layout]] = {}
         self._forwards: dict[str, ScoredForward] = {}
+        self.number = next(compiled.numbers)
         self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
         self.sites: list[Any] = []
         self._eagerly = Eagerly()
@@ -369,6 +370,7 @@ class GradDotProdEngine:
         )
         self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
         self._logged_unapplied = False
+        compiled.rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         mode, shape = (self.model.training,), (self.model.training, labels.shape[1:])
         known = mode in self._layouts or shape in self._seen
         if self._label_check is None or (len(labels) > 1 and not known):
