@@ -21,6 +21,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
@@ -35,7 +36,7 @@ from .verify import tensors_in
 numbers = itertools.count(secrets.randbits(61))
 _sites: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _call_numbers = itertools.count()
-_steps: weakref.WeakValueDictionary[int, Step] = weakref.WeakValueDictionary()  # by call
+_calls: dict[int, "_Call"] = {}
 _keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 # One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine: the
 # compiler takes the sizes of whatever it reaches through a module to be constant.
@@ -95,6 +96,7 @@ class Eagerly:
 class _Call:
     """What the backward of one call needs. inputs is filled only while it runs."""
 
+    step: Step
     outputs: list[GradientEdge | None]
     leaves: list[Tensor]
     inputs: list[Tensor]
@@ -197,14 +199,19 @@ _library.define(
     " bool[] needs) -> Tensor[]",
     tags=_tags,
 )
-_library.define("begin(int site, Tensor(a!) clock, Tensor[] inputs, Tensor? items, bool labelled) -> ()", tags=_tags)
+_library.define(
+    "begin(int site, Tensor(a!) clock, Tensor[] inputs, Tensor? items, bool labelled) -> ()",
+    tags=_tags,
+)
 _library.define("end(int site, Tensor(a!) clock, Tensor[] outputs) -> ()", tags=_tags)
 
 
 def _site(number: int) -> Any:
     site = _sites.get(number)
     if site is None:
-        raise GraddotError("the engine that this compiled model was scored by is gone; compile again")
+        raise GraddotError(
+            "the engine that this compiled model was scored by is gone; compile again"
+        )
     return site
 
 
@@ -222,12 +229,22 @@ def _layer(number, clock, inputs, parameters, needs, rows, autocast):  # type: i
         with saved_tensors_hooks(kept.pack, kept.unpack):
             outputs = site.run(leaves, rows)
     edges = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
-    call = next(_call_numbers)
-    step.calls[call] = _Call(edges, [x for x in leaves if x.requires_grad], kept.inputs)
-    _steps[call] = step
+    call = _Call(step, edges, [x for x in leaves if x.requires_grad], kept.inputs)
     _own_uses(step, site.scored.module, kept.borrowed())
     own = _returned(outputs, kept.borrowed() | kept.storages)
-    return [*own, torch.tensor(call)]
+    return [*own, _numbered(call)]
+
+
+def _numbered(call: _Call) -> Tensor:
+    """A 0-dim tensor by which the backward finds the call; it is kept for as long as that is.
+
+    Where an activation checkpoint runs the forward again, nobody keeps the first one's.
+    """
+    number = next(_call_numbers)
+    _calls[number] = call
+    memory = np.array(number)  # goes when the last tensor that shares it does
+    weakref.finalize(memory, _calls.pop, number, None).atexit = False
+    return torch.from_numpy(memory)
 
 
 def _layer_fake(number, clock, inputs, parameters, needs, rows, autocast):  # type: ignore[no-untyped-def]
@@ -239,13 +256,13 @@ def _layer_fake(number, clock, inputs, parameters, needs, rows, autocast):  # ty
 
 def _layer_backward(number, call_number, grads, inputs, parameters, needs):  # type: ignore[no-untyped-def]
     site = _site(number)
-    step = _steps.get(int(call_number))
-    call = None if step is None else step.calls.pop(int(call_number), None)
-    if step is None or call is None:
+    call = _calls.pop(int(call_number), None)
+    if call is None:
         raise GraddotError(
-            f"a second backward through the compiled layer {site.scored.name}, or one after its step"
-            " was over; call backward() once a batch, on the sum of all losses"
+            f"a second backward through the compiled layer {site.scored.name}; call backward() once"
+            " a batch, on the sum of all losses"
         )
+    step = call.step
     own = site.parameters()
     sinks = {id(sink): sink for p in own if (sink := step.sink(p)) is not None}
     wanted = [*call.leaves, *own, *sinks.values()]
@@ -313,9 +330,7 @@ for _name, _function, _fake in (
 ):
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"graddot_lm::{_name}", _fake, lib=_library)
-torch.library.register_autograd(
-    "graddot_lm::layer", _backward, setup_context=_save, lib=_library
-)
+torch.library.register_autograd("graddot_lm::layer", _backward, setup_context=_save, lib=_library)
 
 
 # What the ops run

@@ -415,7 +415,7 @@ class GradDotProdEngine:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
         if all(leaf.grad is None for leaf in micro.leaves.values()):
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
-        if sum(leaf.grad is not None for leaf in micro.loss_scales) > 1:
+        if len(micro.loss_factors()) > 1:
             raise GraddotError(
                 "the loss was tracked twice, so that its scale cannot be told; track_loss is for a"
                 " loss of your own, not for a model's .loss"

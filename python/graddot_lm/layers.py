@@ -11,7 +11,6 @@ in every activation: N training rows, then val_rows[k] rows of target k.
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -46,7 +45,6 @@ class Step:
     layouts: dict[str, str | int] = field(default_factory=dict)
     first: bool = False
     shared: dict[int, SharedUses] = field(default_factory=dict)
-    calls: dict[int, Any] = field(default_factory=dict)  # those of compiled.py
 
     def as_samples(self, x: Tensor) -> Tensor:
         """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
