@@ -180,9 +180,9 @@ def _returned(tensors: list[Tensor], borrowed: set[int]) -> list[Tensor]:
 @contextlib.contextmanager
 def _with_autograd(device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
     """Ops run below autograd and autocast; a rule needs both, as they were where it was called."""
-    with torch._C._ForceDispatchKeyGuard(*_keys), torch.enable_grad():
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            yield
+    as_it_was = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    with torch._C._ForceDispatchKeyGuard(*_keys), torch.enable_grad(), as_it_was:
+        yield
 
 
 # The ops
