@@ -207,8 +207,9 @@ class Scale(nn.Module):
         super().__init__()
         self.weight, self.two = nn.Parameter(torch.rand(12) + 0.5), two
 
-    def forward(self, x, k, y=None):
-        return (x * self.weight * k + y, k) if self.two else x * self.weight * k + y
+    def forward(self, x, scaled, y=None):
+        x = x * self.weight + y if scaled else y
+        return (x, scaled) if self.two else x
 
 
 class MLP(nn.Module):
@@ -222,7 +223,7 @@ class MLP(nn.Module):
 
     def forward(self, x):
         x = checkpoint(lambda x: F.gelu(self.norm(self.first(x))), x, use_reentrant=False)
-        x = self.scale(x, 3, y=x)
+        x = self.scale(x, True, y=x)
         x = x[0] if self.scale.two else x
         return self.last(torch.tanh(self.conv(torch.stack([x, x * x], 1)).flatten(1)))
 
@@ -307,7 +308,7 @@ def test_refusals(way):
     engine.clear_gradients()
     train = points(5, 2)
     engine.attach_train_batch(*train, 2, torch.arange(5))
-    x, y = engine.prepare_forward_input(*train)
+    x, _ = engine.prepare_forward_input(*train)
     call(x)
     with pytest.raises(GraddotError, match="the model ran twice since attach_train_batch"):
         call(x)

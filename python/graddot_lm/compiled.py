@@ -13,83 +13,38 @@ backward is therefore either handed over by the graph (a layer's inputs) or a co
 
 import contextlib
 import dataclasses
-import functools
 import itertools
 import secrets
-import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from .errors import GraddotError
 from .layers import Step
-from .verify import tensors_in
 
-# Numbers of engines and of calls in the graphs: never twice the same, so that a compiler does not take two calls
-# for one, or a graph in its cache on disk for that of another model.
+# Numbers of engines and of calls in the graphs: never twice the same, so that a compiler does not
+# take two calls for one, or a graph in its cache on disk for that of another model.
 numbers = itertools.count(secrets.randbits(61))
 _sites: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _call_numbers = itertools.count()
 _calls: dict[int, "_Call"] = {}
 _keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
-# One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine: the
-# compiler takes the sizes of whatever it reaches through a module to be constant.
-rows_of: dict[int, Tensor] = {}
-_skipped: list[Any] = []  # functions whose own frames the compiler is to leave alone
 
 
-def skipped(function: Any) -> Any:
-    """A function that runs as it is where it is called from outside of a graph."""
-    _skipped.append(function)
-    return function
+def new_site(kind: type, owner: Any, *form: Any) -> int:
+    """The number of a new call in a graph. Runs while the compiler traces."""
+    number = next(numbers)
+    _sites[number] = site = kind(owner, *form)
+    owner.sites.append(site)
+    return number
 
 
-def prepare_compiler() -> None:
-    """Tell the compiler about `skipped` functions, if there is one; it is slow to import."""
-    dynamo = sys.modules.get("torch._dynamo")
-    while dynamo is not None and _skipped:
-        dynamo.eval_frame.skip_code(_skipped.pop().__code__)
-
-
-def uncompiled(reason: str) -> Callable[[Any], Any]:
-    """A function that the compiler leaves alone; a graph in which it is called breaks there."""
-
-    def decorate(function: Any) -> Any:
-        @functools.wraps(function)
-        def outside(*args: Any, **kwargs: Any) -> Any:
-            dynamo = sys.modules.get("torch._dynamo")
-            return (dynamo.disable(function) if dynamo else function)(*args, **kwargs)
-
-        skipped(outside)
-        outside._torchdynamo_disable = True  # type: ignore[attr-defined]
-        outside._torchdynamo_disable_msg = reason  # type: ignore[attr-defined]
-        return outside
-
-    return decorate
-
-
-class Eagerly:
-    """Until `end`, whatever torch.compile made runs as if it had not."""
-
-    def __init__(self) -> None:
-        self._stance: Any = None
-
-    def begin(self) -> None:
-        dynamo = sys.modules.get("torch._dynamo")
-        if dynamo is not None and self._stance is None:
-            self._stance = dynamo.eval_frame._stance
-            dynamo.set_stance("force_eager")
-
-    def end(self) -> None:
-        if self._stance is not None:
-            stance, self._stance = self._stance, None
-            sys.modules["torch._dynamo"].eval_frame._set_stance(stance)
+new_site._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result
 
 
 @dataclasses.dataclass
@@ -217,7 +172,7 @@ def _site(number: int) -> Any:
 
 def _layer(number, clock, inputs, parameters, needs, rows, autocast):  # type: ignore[no-untyped-def]
     site = _site(number)
-    if any(p._backward_hooks for p in parameters):
+    if any(p._backward_hooks for p in site.parameters()):
         raise GraddotError(
             f"layer {site.scored.name} has a parameter with a gradient hook (register_hook), which"
             " would run twice in a compiled model; use register_post_accumulate_grad_hook"
@@ -331,182 +286,3 @@ for _name, _function, _fake in (
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"graddot_lm::{_name}", _fake, lib=_library)
 torch.library.register_autograd("graddot_lm::layer", _backward, setup_context=_save, lib=_library)
-
-
-# What the ops run
-
-
-class LayerSite:
-    """One call of a scored layer in a compiled graph.
-
-    form has the call's arguments, None where there is a tensor, and keywords those names that
-    belong to the last of the tensors.
-    """
-
-    def __init__(self, scored: Any, arguments: tuple[Any, ...], keywords: tuple[str, ...]) -> None:
-        self.scored, self._arguments, self._keywords = scored, arguments, keywords
-
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for p in self.scored.module.parameters() if p.requires_grad]
-
-    def step(self) -> Step:
-        step = self.scored.begin(self.scored.module, self.scored.name)
-        if step is None:
-            raise GraddotError(f"compiled layer {self.scored.name} ran outside of a step")
-        return step
-
-    def _called(self, function: Callable[..., Any], tensors: list[Tensor]) -> Any:
-        given = iter(tensors)
-        args = [next(given) if x is None else x[0] for x in self._arguments]
-        return function(*args, **dict(zip(self._keywords, given, strict=True)))
-
-    def run(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
-        scored = self.scored
-        out = self._called(scored, tensors)
-        if not isinstance(out, Tensor) or scored.broadcasts != bool(rows):
-            raise GraddotError(
-                f"layer {scored.name} was compiled for an input {'without' if rows else 'with'} rows"
-                " and one tensor as its output, and now sees another; call torch.compiler.reset()"
-            )
-        return [out]
-
-    def shapes(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
-        with _fake_state(self.scored.module):
-            out = self._called(self.scored.own_forward, tensors)
-        if not rows:
-            return [out]
-        same = tensors[0].dim() > 1 and tensors[0].shape[0] == 1
-        return [out.new_empty((rows, *(out.shape[1:] if same else out.shape)))]
-
-
-@contextlib.contextmanager
-def _fake_state(module: nn.Module) -> Iterator[None]:
-    """Parameters and buffers without values in the place of a module's, its layers unscored."""
-    parts = list(module.modules())
-    before = [(part, part._parameters.copy(), part._buffers.copy()) for part in parts]
-    scored = [(part, part.__dict__.get("forward")) for part in parts]
-    scored = [(part, f) for part, f in scored if hasattr(f, "own_forward")]
-    fake = lambda x: x if x is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    try:
-        for part, parameters, buffers in before:
-            part._parameters.update({name: fake(x) for name, x in parameters.items()})
-            part._buffers.update({name: fake(x) for name, x in buffers.items()})
-        for part, forward in scored:
-            part.__dict__["forward"] = forward.own_forward
-        yield
-    finally:
-        for part, parameters, buffers in before:
-            part._parameters.update(parameters)
-            part._buffers.update(buffers)
-        for part, forward in scored:
-            part.__dict__["forward"] = forward
-
-
-class HeadSite(LayerSite):
-    """The same of the fused head, which runs in a linear layer's place."""
-
-    def __init__(self, scored: Any, *options: Any) -> None:
-        self.scored, self._options = scored, options
-
-    def run(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
-        from .fused_head import cross_entropy  # which traces calls of this
-
-        hidden, labels, *num_labels = tensors
-        head, total = self.scored.module, num_labels[0] if num_labels else None
-        return list(cross_entropy(hidden, head, labels, total, *self._options))
-
-    def shapes(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
-        hidden, labels, *_ = tensors
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        return [hidden.new_empty(shape, dtype=dtype) for shape in ((), labels.shape)]
-
-
-class EngineSite:
-    """One beginning or end of the model's forward in a compiled graph."""
-
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-
-
-def new_site(kind: type, owner: Any, *form: Any) -> int:
-    """The number of a new call in a graph. Runs while the compiler traces."""
-    number = next(numbers)
-    _sites[number] = site = kind(owner, *form)
-    owner.sites.append(site)
-    return number
-
-
-new_site._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result
-
-
-# What the compiler traces
-
-
-def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A scored layer's call in a graph."""
-    if scored.engine is None or not scored.engine.scoring():
-        return scored.own_forward(*args, **kwargs)
-    known = all(x is None or isinstance(x, (Tensor, bool, int, float, str)) for x in args)
-    if not scored.returns_tensor or not known or not all(map(_is_tensor, kwargs.values())):
-        return scored.uncompiled(*args, **kwargs)
-    form = tuple(None if isinstance(x, Tensor) else (x,) for x in args)
-    tensors = [*(x for x in args if isinstance(x, Tensor)), *kwargs.values()]
-    site = new_site(LayerSite, scored, form, tuple(kwargs))
-    rows = rows_of[scored.engine.number].shape[0] if scored.broadcasts else 0
-    return _trace_call(site, scored, tensors, rows)[0]
-
-
-def trace_head(
-    scored: Any, hidden: Tensor, labels: Tensor, num_labels: Any, *options: Any
-) -> tuple[Tensor, Tensor]:
-    """The fused head's call: (loss, token losses)."""
-    tensors = [hidden, labels]
-    if num_labels is not None:
-        tensors.append(_as_tensor(num_labels))
-    site = new_site(HeadSite, scored, *options)
-    loss, losses, _ = _trace_call(site, scored, tensors, 0)
-    return loss, losses.detach()
-
-
-def _as_tensor(x: Any) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.full((), float(x), dtype=torch.float64)
-
-
-def _is_tensor(x: Any) -> bool:
-    return isinstance(x, Tensor)
-
-
-def _trace_call(site: int, scored: Any, tensors: list[Tensor], rows: int) -> list[Tensor]:
-    parameters = [p for p in scored.module.parameters() if p.requires_grad]
-    needs = [x.requires_grad for x in tensors]
-    kind = tensors[0].device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-    return torch.ops.graddot_lm.layer(
-        site, scored.engine.clock, tensors, parameters, needs, rows, autocast
-    )
-
-
-def trace_before(engine: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
-    """What comes before the forward, where the hooks of the model are part of the graph."""
-    if engine._logged_unapplied and engine._active is None and torch.is_grad_enabled():
-        engine._logged_unapplied = False
-    if not engine.scoring():
-        return
-    items = kwargs.get("num_items_in_batch")
-    items = None if items is None else _as_tensor(items)
-    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-    labelled = kwargs.get("labels") is not None
-    site = new_site(EngineSite, engine)
-    torch.ops.graddot_lm.begin(site, engine.clock, inputs, items, labelled)
-
-
-def trace_after(engine: Any, output: Any) -> Any:
-    """What comes after it."""
-    if not engine.scoring():
-        return output
-    outputs = [x for x in tensors_in(output)]
-    torch.ops.graddot_lm.end(new_site(EngineSite, engine), engine.clock, outputs)
-    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        loss = output["loss"]
-        output["loss"] = loss + engine._active.loss_scales[0].to(loss.device, loss.dtype)
-    return output

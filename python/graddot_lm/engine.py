@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 from . import compiled, distributed
 from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
-from .compiled import Eagerly, prepare_compiler, skipped, trace_after, trace_before, uncompiled
+from .compiler import Eagerly, prepare_compiler, skipped, uncompiled
 from .coverage import Coverage, cover
 from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
 from .errors import GraddotError
@@ -41,6 +41,7 @@ from .rows import Layout, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, leaf_names, learning_rates, score_rows
+from .tracing import rows_of, trace_after, trace_before
 from .verify import LabelCheck, check_parameter_uses, tensors_in
 
 
@@ -298,6 +299,7 @@ class GradDotProdEngine:
             self._reentrant.remove()
         self._attached, self._hooks, self._reentrant = [], [], None
         self._eagerly.end()
+        rows_of.pop(self.number, None)
         self._active, self._pending = None, []
 
     def detach_for_evaluation(self) -> None:
@@ -370,7 +372,7 @@ class GradDotProdEngine:
         )
         self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
         self._logged_unapplied = False
-        compiled.rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
+        rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         mode, shape = (self.model.training,), (self.model.training, labels.shape[1:])
         known = mode in self._layouts or shape in self._seen
         if self._label_check is None or (len(labels) > 1 and not known):

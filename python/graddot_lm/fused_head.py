@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from .compiled import trace_head
 from .errors import GraddotError
 from .layers import ScoredFunction, note_uses, vector_grad
 from .scored import ScoredForward, autocast_input
+from .tracing import trace_head
 
 
 @dataclass

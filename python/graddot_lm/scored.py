@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .compiled import trace_layer, uncompiled
+from .compiler import uncompiled
 from .errors import GraddotError
 from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step
+from .tracing import trace_layer
 
 
 class Scored:
