@@ -200,6 +200,39 @@ def test_parameters_with_several_uses(model, backend, close):
     assert graphs() == 1
 
 
+class Positions(nn.Module):
+    """Position ids that are the same for every row."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.positions = nn.Embedding(30, 10), nn.Embedding(32, 10)
+        self.head = nn.Linear(10, 30)
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])
+        return self.head(torch.tanh(x))
+
+
+def test_tokens_and_a_batch_of_one_row(close):
+    """The positions' output has rows that its input has not, and one row is no exception."""
+    model, val = Positions().double(), token_batch(2, 11, 30, seed=7)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, label_shift=1, per_token=True)
+    engine.attach()
+    engine.set_directions(gradient(model, *val))
+    for i, rows in enumerate((3, 3, 1, 4)):
+        train = token_batch(rows, 11, 30, seed=i)
+        step(engine, call, train, i)
+        tokens = engine.token_dots().sum(1)
+        torch.testing.assert_close(tokens, sum_of_dots(model, train, val))
+        check(engine, close, train, val, 1e-10)
+
+
+def sum_of_dots(model, train, val):
+    return total(sample_dots(unscored(model), train, val)[0])
+
+
 class Scale(nn.Module):
     """A layer without a rule; it returns two things, or one."""
 

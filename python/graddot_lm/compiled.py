@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from .compiler import uncompiled
 from .errors import GraddotError
 from .layers import Step
 
@@ -283,6 +284,7 @@ for _name, _function, _fake in (
     ("begin", _begin, lambda *args: None),
     ("end", _end, lambda *args: None),
 ):
+    _function = uncompiled("graddot: an op")(_function)  # where it is called outside of a graph
     _library.impl(_name, _function, "CompositeExplicitAutograd")
     torch.library.register_fake(f"graddot_lm::{_name}", _fake, lib=_library)
 torch.library.register_autograd("graddot_lm::layer", _backward, setup_context=_save, lib=_library)

@@ -25,10 +25,16 @@ def uncompiled(reason: str) -> Callable[[Any], Any]:
     """A function that the compiler leaves alone; a graph in which it is called breaks there."""
 
     def decorate(function: Any) -> Any:
+        disabled: list[Any] = []
+
         @functools.wraps(function)
         def outside(*args: Any, **kwargs: Any) -> Any:
             dynamo = sys.modules.get("torch._dynamo")
-            return (dynamo.disable(function) if dynamo else function)(*args, **kwargs)
+            if dynamo is None:
+                return function(*args, **kwargs)
+            if not disabled:
+                disabled.append(dynamo.disable(function))
+            return disabled[0](*args, **kwargs)
 
         skipped(outside)
         outside._torchdynamo_disable = True  # type: ignore[attr-defined]

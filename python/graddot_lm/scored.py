@@ -137,7 +137,9 @@ class ScoredForward:
             return self.own_forward(*args, **kwargs)
         scored = Scored(self.module, self.name, step, self.own_forward)
         out = self._rule(self.module, scored, *args, **kwargs)
-        self.returns_tensor, self.broadcasts = isinstance(out, Tensor), scored.broadcasts
+        self.returns_tensor = isinstance(out, Tensor)
+        if step.rows > 1:
+            self.broadcasts = scored.broadcasts
         self._watch(out)
         return out
 
