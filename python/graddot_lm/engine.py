@@ -20,6 +20,7 @@ Instead of riding along, validation rows may be run by themselves, every so many
 """
 
 import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import distributed
+from . import compiled, distributed
 from .batches import (
     Batch,
     Inputs,
@@ -43,6 +44,7 @@ from .batches import (
     read_rows,
 )
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
+from .compiler import prepare_compiler, run_compiled, run_uncompiled, skipped, uncompiled
 from .coverage import Coverage, cover
 from .directions import Direction, LossFunction, batch_loss, mean_gradient, stack_directions
 from .errors import GraddotError
@@ -51,6 +53,7 @@ from .rows import Layout, check_loss, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number, leaf_names, learning_rates, score_rows
+from .tracing import rows_of, trace_after, trace_before
 from .verify import LabelCheck, check_parameter_uses, tensors_in
 
 
@@ -165,6 +168,12 @@ class GradDotProdEngine:
         self._reentrant: ReentrantCheck | None = None
         self._check_reentrant = True
         self._layouts: dict[Any, dict[str, Layout]] = {}
+        self._forwards: dict[str, ScoredForward] = {}
+        self.number = next(compiled.numbers)
+        self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
+        self.sites: list[Any] = []
+        weakref.finalize(self, run_compiled, self.number)  # a first step that was given up
+        self._seen: set[Any] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
@@ -276,15 +285,23 @@ class GradDotProdEngine:
             rule = self._rules.get(name)
             if rule is not None:
                 self._attached.append((module, module.__dict__.get("forward")))
-                scored = ScoredForward(module, name, rule, self._begin_layer, self._end_layer)
-                scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
-                module.forward = scored  # type: ignore[method-assign]
+                module.forward = self._scored_forward(module, name, rule)  # type: ignore[method-assign]
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
         if isinstance(optimizer, torch.optim.Optimizer):
             self._hooks.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+
+    def _scored_forward(self, module: nn.Module, name: str, rule: Any) -> ScoredForward:
+        """The same after each `attach`, so that what was compiled stays valid."""
+        scored = self._forwards.get(name)
+        if scored is None:
+            begin, end = self._begin_layer, self._end_layer
+            scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
+            scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
+        scored.own_forward = module.forward
+        return scored
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
@@ -297,6 +314,8 @@ class GradDotProdEngine:
         if self._reentrant is not None:
             self._reentrant.remove()
         self._attached, self._hooks, self._reentrant = [], [], None
+        run_compiled()
+        rows_of.pop(self.number, None)
         self._active, self._pending = None, []
 
     def detach_for_evaluation(self) -> None:
@@ -320,6 +339,8 @@ class GradDotProdEngine:
         Between two calls of `aggregate_and_log` there may be several, the micro-batches of one
         optimizer step: their scores come side by side.
         """
+        prepare_compiler()
+        run_compiled()
         if not self._attached:
             raise GraddotError("call attach(optimizer) before attach_train_batch")
         if self._active is not None:
@@ -365,12 +386,19 @@ class GradDotProdEngine:
             labels=labels,
             leaf_of=leaf_of,
             leaves=leaves,
-            loss_scales=[],
+            loss_scales=[torch.zeros((), **kwargs)],
             loss_reduction=self.loss_reduction,
             counts=labels.new_zeros(len(labels)),
         )
         self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
         self._logged_unapplied = False
+        rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
+        mode = self._mode(len(labels))
+        shape = (*mode, labels.shape[1:])
+        known = mode in self._layouts or shape in self._seen
+        if self._label_check is None or not known:
+            run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
+        self._seen.add(shape)
 
     def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The joint batch: training rows, then the validation rows of every target.
@@ -382,11 +410,16 @@ class GradDotProdEngine:
         train = read_rows(X, Y, "the training batch")
         return join([train, *self._val], self._padding, self.ignore_index).as_given()
 
+    @uncompiled("graddot: track_loss")
     def track_loss(self, loss: Tensor) -> Tensor:
         """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
 
         Needed only for a loss that the caller computes; `.loss` of a model's output is tracked.
         """
+        run_compiled()
+        return self._tracked(loss)
+
+    def _tracked(self, loss: Tensor) -> Tensor:
         if self._active is None:
             return loss
         leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
@@ -399,12 +432,13 @@ class GradDotProdEngine:
         Raises GraddotError if no backward ran or if the loss counted other tokens than the labels
         say; .grad must not be used then.
         """
+        run_compiled()
         micro = self._active
         if micro is None or not micro.forwarded:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
         if all(leaf.grad is None for leaf in micro.leaves.values()):
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
-        if sum(leaf.grad is not None for leaf in micro.loss_scales) > 1:
+        if len(micro.loss_factors()) > 1:
             raise GraddotError(
                 "the loss was tracked twice, so that its scale cannot be told; track_loss is for a"
                 " loss of your own, not for a model's .loss"
@@ -479,6 +513,7 @@ class GradDotProdEngine:
 
     def clear_gradients(self) -> None:
         """Drop all gradients, and the scores of a step that is not to count."""
+        run_compiled()
         self.model.zero_grad(set_to_none=True)
         self._active, self._pending = None, []
         if self._reentrant is not None:
@@ -586,10 +621,26 @@ class GradDotProdEngine:
         if self._label_check is None:
             self._whole.update(distributed.plain_parameters(self.model))
 
+    def scoring(self) -> bool:
+        """Whether a layer that runs now belongs to a step."""
+        return self._active is not None and torch.is_grad_enabled()
+
+    @skipped  # run outside of a compiled graph, or traced as a part of it
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        micro = self._active
+        if module is self.model:
+            before = trace_before if torch.compiler.is_compiling() else type(self)._before_running
+            before(self, args, kwargs)
+
+    @skipped
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self.model:
-            return
+            return output
+        after = trace_after if torch.compiler.is_compiling() else type(self)._after_running
+        return after(self, output)
+
+    @uncompiled("graddot: the beginning of a step")
+    def _before_running(self, args: Any, kwargs: dict[str, Any]) -> None:
+        micro = self._active
         if micro is None:
             self._logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
             return
@@ -603,17 +654,38 @@ class GradDotProdEngine:
                 "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
                 " in time; checkpoint parts of it, or pass use_reentrant=False"
             )
+        self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
+        self._find_layouts(micro, args, kwargs)
+        micro.running = True
+
+    def _begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
+        """The same from inside a compiled graph."""
+        micro = self._active
+        if micro is None:
+            raise GraddotError("a compiled model ran outside of the step that it was compiled for")
+        shapes = [x.shape[1:] for x in inputs]
+        layouts = self._known_layouts(micro, shapes)
+        if layouts is None:
+            raise GraddotError(
+                f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
+                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
+                " those that the model gets"
+            )
+        micro.step.layouts.update(layouts)
+        if micro.running:  # the forward raised, and is tried again
+            micro.step.shared.clear()
+        self._start(micro, items, labelled)
+        micro.running = True
+
+    def _start(self, micro: MicroBatch, items: Any, labelled: bool) -> None:
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
-        items = kwargs.get("num_items_in_batch")
         if items is not None:
             self._divide_by(micro, items)
         counts = micro.counts
-        if self.label_shift == "auto" and kwargs.get("labels") is not None:
+        if self.label_shift == "auto" and labelled:
             counts = self._count(micro.labels, self._shift_of_labels_argument())
         self._use_counts(micro, counts)
-        self._find_layouts(micro, args, kwargs)
-        micro.running = True
 
     def _divide_by(self, micro: MicroBatch, items: Number) -> None:
         if not has_causal_lm_loss(self.model):
@@ -623,14 +695,24 @@ class GradDotProdEngine:
             )
         micro.loss_reduction, micro.items = "sum", items
 
+    def _mode(self, rows: int) -> tuple[bool, bool]:
+        """Layouts are learnt for each: in a batch of one row little can be told apart."""
+        return self.model.training, rows == 1
+
+    def _known_layouts(
+        self, micro: MicroBatch, shapes: list[torch.Size]
+    ) -> dict[str, Layout] | None:
+        mode = self._mode(micro.step.rows)
+        return self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was.
 
         Once in each mode; for every new shape where layers see tokens without their rows.
         """
-        mode = (self.model.training, micro.step.rows == 1)
+        mode = self._mode(micro.step.rows)
         shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        layouts = self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+        layouts = self._known_layouts(micro, shapes)
         if layouts is None:
             names = {id(module): name for name, module in self.model.named_modules()}
             layers = {names[id(module)]: module for module, _ in self._attached}
@@ -651,15 +733,28 @@ class GradDotProdEngine:
                 self._layouts[(*mode, *shapes) if flat else mode] = layouts
         micro.step.layouts.update(layouts)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _end_compiled(self) -> None:
+        assert self._active is not None
+        self._active.running, self._active.forwarded = False, True
+
+    @uncompiled("graddot: the end of a step's forward")
+    def _after_running(self, output: Any) -> Any:
+        try:
+            return self._end(output)
+        except BaseException:
+            run_compiled()
+            raise
+
+    def _end(self, output: Any) -> Any:
         if self._suspended is not None:
             self._active, self._suspended = self._suspended, None
             return output
         micro = self._active
-        if micro is None or module is not self.model or not micro.running:
+        if micro is None or not micro.running:
             return output
         micro.running = False
         if output is None:  # the forward raised, and may be tried again
+            run_compiled()
             micro.step.shared.clear()
             return None
         micro.forwarded = True
@@ -673,5 +768,5 @@ class GradDotProdEngine:
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self.track_loss(output["loss"])  # type: ignore[index]
+            output["loss"] = self._tracked(output["loss"])  # type: ignore[index]
         return output

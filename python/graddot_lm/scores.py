@@ -24,7 +24,7 @@ class MicroBatch:
     leaf_of: dict[str, str]  # by parameter name
     leaves: dict[str, Tensor]  # (K, N) each, or (K, N·T); their gradients are the raw dots
     # 0-dim leaves, one for each loss tracked; the gradient of the one that was used is the factor
-    # that the loss was multiplied by.
+    # that the loss was multiplied by. The first is for a loss inside of a compiled graph.
     loss_scales: list[Tensor]
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
@@ -42,9 +42,16 @@ class MicroBatch:
         """Training rows."""
         return self.step.rows - sum(self.step.val_rows)
 
+    def loss_factors(self) -> list[Tensor]:
+        """The same of each tracked loss that was used."""
+        compiled, *others = (leaf.grad for leaf in self.loss_scales)
+        if compiled is not None and compiled != 0:  # a compiled graph gives all its outputs one
+            others.append(compiled)
+        return [factor for factor in others if factor is not None]
+
     def loss_factor(self) -> Tensor:
         """What the tracked loss was multiplied by before its backward, 0-dim fp64."""
-        factors = [leaf.grad for leaf in self.loss_scales if leaf.grad is not None]
+        factors = self.loss_factors()
         return factors[0] if factors else self.step.scale.new_ones((), dtype=torch.float64)
 
     def set_counts(self, counts: Tensor, world: int = 1, n_train: Tensor | None = None) -> None:
