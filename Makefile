@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 
-.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods exactness gpu-check clean
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-options exactness gpu-check clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
@@ -35,7 +35,7 @@ csrc-check: $(VENV)/installed ## C++ unit test under sanitizers, .cu compile, sy
 aot: $(VENV)/installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942
 	$(BIN)/python bench/aot.py
 
-bench: bench-step bench-embedding bench-methods
+bench: bench-step bench-embedding bench-methods bench-micro bench-options
 
 bench-step: $(VENV)/installed
 	$(BIN)/python bench/bench_step.py
@@ -45,6 +45,12 @@ bench-embedding: $(VENV)/installed
 
 bench-methods: $(VENV)/installed ## every way to the scores, as N, V, T and K grow
 	$(BIN)/python bench/bench_methods.py
+
+bench-micro: $(VENV)/installed ## every family of ops beside its rivals, one after the other
+	$(BIN)/python bench/test_micro.py
+
+bench-options: $(VENV)/installed ## what each of the engine's options adds to a step
+	$(BIN)/python bench/bench_options.py
 
 exactness: $(VENV)/installed ## docs/exactness.md: the errors that the tests measured
 	$(BIN)/python bench/exactness.py

@@ -4,6 +4,7 @@
 """
 
 import ctypes
+import os
 
 import torch
 from torch import Tensor
@@ -55,6 +56,8 @@ _LARGE = 16 * 1024 * 1024
 for _function in ("linear_wgrad_dot", "cross_entropy_grad", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
+_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+
 
 def available(x: Tensor) -> bool:
     """Whether the kernels run on this processor and take x's dtype and device."""
@@ -67,6 +70,16 @@ def advise_huge_pages(x: Tensor) -> None:
         library.graddot_advise_huge_pages(
             ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel() * x.itemsize)
         )
+
+
+def return_free_memory(x: Tensor) -> None:
+    """Give freed memory, which the C library holds in pieces, back to the operating system.
+
+    For when tables of x's size are about to be made, which these pieces are too small for. With a
+    C library that has no such call, nothing happens.
+    """
+    if _malloc_trim is not None and x.device.type == "cpu" and x.numel() * x.itemsize >= _LARGE:
+        _malloc_trim(0)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

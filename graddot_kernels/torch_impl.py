@@ -134,7 +134,9 @@ def _fused_wgrad_dot(
 
 
 def _empty_weight_grad(act: Tensor, grad: Tensor) -> Tensor:
-    return act.new_empty(grad.shape[2], act.shape[2])
+    weight_grad = act.new_empty(grad.shape[2], act.shape[2])
+    cpu_kernels.advise_huge_pages(weight_grad)
+    return weight_grad
 
 
 def linear_wgrad_dot(

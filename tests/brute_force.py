@@ -49,11 +49,13 @@ def token_batch(rows: int, tokens: int, vocab: int = 61, *, seed: int, ragged: b
     return ids, labels
 
 
-def gradient(model: nn.Module, x: Tensor, y: Tensor, loss=lm_loss) -> dict[str, Tensor]:
-    """Gradient of the mean loss of a batch, by parameter, in float64."""
-    exact = copy.deepcopy(model).double()
+def gradient(
+    model: nn.Module, x: Tensor, y: Tensor, loss=lm_loss, dtype: torch.dtype = torch.float64
+) -> dict[str, Tensor]:
+    """Gradient of the mean loss of a batch, by parameter, in float64 unless told otherwise."""
+    exact = copy.deepcopy(model).to(dtype)
     exact.zero_grad(set_to_none=True)
-    out = exact(x.double() if x.is_floating_point() else x)
+    out = exact(x.to(dtype) if x.is_floating_point() else x)
     loss(getattr(out, "logits", out), y).backward()
     return {n: p.grad.clone() for n, p in exact.named_parameters() if p.grad is not None}
 

@@ -1,6 +1,7 @@
 """The engine against brute force: scores, gradients, what they may not depend on, refusals."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -65,6 +66,28 @@ def test_gpt2(tied, v, n, ragged, dtype):
         token_batch(v, 17, seed=2, ragged=ragged),
     )
     check_against_brute_force(tiny_gpt2(tied=tied), train, val, dtype)
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_errors_are_those_of_fp32_gradients(tied):
+    """Relative to each dot itself, however small: no worse than dots, taken in float64, of the
+    gradients that fp32 autograd gives one sample at a time."""
+    model, errors, fp32_errors = tiny_gpt2(tied=tied), [], []
+    for v in (1, 2, 4):
+        train, val = (token_batch(rows, 17, seed=rows, ragged=True) for rows in (5, v))
+        want, _ = sample_dots(model, train, val)
+        gradients = functools.partial(gradient, model, dtype=torch.float32)
+        val_grad = gradients(*val)
+        samples = [gradients(x[None], y[None]) for x, y in zip(*train, strict=True)]
+        _, dots = run_step(model, train, val)
+        for name, exact in want.items():
+            plain = [(val_grad[name].double() * s[name].double()).sum() for s in samples]
+            some = exact != 0
+            errors.append(((dots[name] - exact).abs() / exact.abs())[some])
+            fp32_errors.append(((torch.stack(plain) - exact).abs() / exact.abs())[some])
+    for quantile in (0.5, 0.9, 0.98):
+        ours, theirs = (torch.cat(e).quantile(quantile) for e in (errors, fp32_errors))
+        assert ours <= 2 * theirs, f"quantile {quantile}: {ours:.1e}, fp32 autograd {theirs:.1e}"
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])

@@ -172,8 +172,10 @@ def fused_step(model, train, val, factor=1.0, **kwargs):
 @pytest.mark.parametrize("v", [1, 3])
 @pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_gpt2_with_engine(tied, ragged, v, dtype, monkeypatch):
-    monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", 61 * 10)  # a 17-token row in two pieces
+@pytest.mark.parametrize("chunks", [True, False], ids=["chunks", "joint"])
+def test_gpt2_with_engine(chunks, tied, ragged, v, dtype, monkeypatch):
+    if chunks:  # a 17-token row in two pieces
+        monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", 61 * 10)
     train = token_batch(4, 17, seed=1, ragged=ragged)
     val = token_batch(v, 17, seed=2, ragged=ragged)
     model = tiny_gpt2(tied=tied)
@@ -288,10 +290,10 @@ def test_what_the_fused_head_cannot_score_is_refused():
         fused_step(TiedModel(after=True), train, val)
     model = TiedModel()
     model.reduction = "sum"
-    with pytest.raises(GraddotError, match="head's loss is a sum over labelled tokens"):
+    with pytest.raises(GraddotError, match="Expected the mean over.*pass loss_reduction"):
         fused_step(model, train, val)
     with pytest.raises(GraddotError, match="head's loss is a mean over labelled tokens"):
-        fused_step(TiedModel(), train, val, loss_reduction="sum")
+        fused_step(fuse_head(tiny_gpt2()), train, val, loss_reduction="sum")
 
 
 # In a model

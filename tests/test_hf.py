@@ -92,12 +92,12 @@ def train(
     trainer.train(resume_from_checkpoint=resume)
     assert not any("forward" in m.__dict__ for m in list(model.modules())[1:])
     if adamw:
-        return snapshots.models, snapshots.states, rows_of(folder)
-    return snapshots.models, rows_of(folder)
+        return snapshots.models, snapshots.states, rows_of(folder / "scores")
+    return snapshots.models, rows_of(folder / "scores")
 
 
-def rows_of(folder):
-    return pyarrow.dataset.dataset(f"{folder}/scores").to_table().to_pylist()
+def rows_of(path):
+    return pyarrow.dataset.dataset(path).to_table().to_pylist()
 
 
 def sample_gradient(model, data, i):
@@ -250,6 +250,17 @@ class Stream(IterableDataset):
         return iter(TRAIN)
 
 
+def test_rows_are_saved_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    saved = []
+
+    def save(self, *_):
+        saved.append((self.state.global_step, len(rows_of(tmp_path))))
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    train(tmp_path, tiny_gpt2(), save_strategy="steps", save_steps=1)
+    assert saved == [(1, 6), (2, 12), (3, 18)]
+
+
 def test_refusals(tmp_path):
     def make(data=TRAIN, val=VAL, model=None, **kwargs):
         own = {k: kwargs.pop(k) for k in ("compute_loss_func", "model_init") if k in kwargs}
@@ -280,4 +291,4 @@ def test_example(tmp_path):
     spec.loader.exec_module(example)
     run = ["--output_dir", str(tmp_path), "--max_steps", "8", "--width", "16"]
     means = example.main(run)
-    assert list(means) == list(example.KINDS) and len(rows_of(tmp_path)) == 8 * 32
+    assert list(means) == list(example.KINDS) and len(rows_of(tmp_path / "scores")) == 8 * 32

@@ -1,5 +1,6 @@
 """`graddot train` from the command line: exact scores on disk, resumption, errors for people."""
 
+import errno
 import json
 import os
 import shutil
@@ -218,6 +219,37 @@ def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkey
     assert load_checkpoint(latest_checkpoint(tmp_path / "run")).step == 2
     assert set(read_scores(tmp_path / "run")["step"].to_pylist()) == set(range(5))
     assert train(tokens, tmp_path / "on", "--on_nan continue") == 0
+
+
+def test_a_part_that_cannot_be_saved_stops_the_run_at_the_next_step(
+    tokens, tmp_path, capsys, monkeypatch
+):
+    """The thread's error, with its own message; the rows stay until the run ends, if they can."""
+    replace, steps, one_step = os.replace, [], Trainer._one_step
+
+    def full(source, target):
+        if "00000006-00000006" in str(target):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        replace(source, target)
+
+    def noted(self):
+        if steps[-1:] == [6]:
+            self.run_dir._thread._executor.submit(lambda: None).result()
+        steps.append(self.step)
+        return one_step(self)
+
+    extra = "--dot_prod_save_interval 1 --checkpoint_interval 6"
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        patch.setattr(Trainer, "_one_step", noted)
+        assert train(tokens, tmp_path / "full", extra) == 2
+    error = capsys.readouterr().err
+    assert "part-00000006-00000006.parquet: cannot be written: No space left" in error
+    assert steps[-1] == 7, "not at the next step"
+    assert set(read_scores(tmp_path / "full" / "run")["step"].to_pylist()) == set(range(6))
+    assert train(tokens, tmp_path / "full", f"{extra} --resume") == 0
+    assert train(tokens, tmp_path / "whole", extra) == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "full")
 
 
 def test_eval_only_writes_nothing(tokens, tmp_path, capsys):

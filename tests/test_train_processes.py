@@ -271,6 +271,7 @@ def nan_step(rank):
 
 FAILURES = [
     ("", broken_flush, 0, "process 1: ", "No space left"),
+    ("--checkpoint_interval 8", broken_flush, 0, "process 1: ", "No space left"),
     ("", broken_step, 1, "process 1 of 2: sample_id 1000000000", "the train split has ids"),
     ("", nan_step, 0, "graddot train: the training loss is nan at step 5", "Scores up to step 4"),
     ("--batch_size 5", None, 0, "--batch_size is 5; 2 processes share it", "a multiple of 2"),
@@ -279,18 +280,21 @@ FAILURES = [
 
 
 @pytest.mark.parametrize(
-    "extra, before, where, text, more", FAILURES, ids=["flush", "data", "nan", "batch", "option"]
+    "extra, before, where, text, more",
+    FAILURES,
+    ids=["save", "flush", "data", "nan", "batch", "option"],
 )
 def test_an_error_on_one_process_ends_all(tokens, tmp_path, extra, before, where, text, more):  # noqa: F811
     command = arguments(tokens, tmp_path / "results", extra)
     codes, outputs = launch(2, tmp_path / "output", command, before)
+    begins = before is not None
     assert codes == [2, 2], outputs
     assert text in outputs[where] and more in outputs[where], outputs
     other = outputs[1 - where]
     assert "Traceback" not in "".join(outputs)
     assert other == "" if where == 0 else "another process of the run has ended" in other
-    assert (tmp_path / "results").exists() == (not extra), "only a run that began is written"
-    if not extra:
+    assert (tmp_path / "results").exists() == begins, "only a run that began is written"
+    if begins:
         whole_steps(tmp_path / "results" / "run")
 
 

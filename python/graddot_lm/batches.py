@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import GraddotError
 
@@ -31,6 +31,15 @@ class Rows:
 
     def __len__(self) -> int:
         return self.labels.shape[0]
+
+    def beside(self, first: "Rows") -> "Rows":
+        """The same rows, each tensor on the device of that of `first`."""
+        inputs = {
+            key: value.to(first.inputs[key].device) if key in first.inputs else value
+            for key, value in self.inputs.items()
+        }
+        labels = self.labels.to(first.labels.device)
+        return Rows(inputs, labels, self.is_tensor, self.labels_inside)
 
     def as_given(self) -> tuple[Any, Tensor]:
         """(inputs, labels) in the form in which the batch came."""
@@ -136,6 +145,20 @@ def _join_key(key: str, parts: list[Tensor], fill: float | None) -> Tensor:
             for part in parts
         ]
     return torch.cat([part.to(parts[0].device) for part in parts])
+
+
+def label_shift_of(model: nn.Module) -> int:
+    """By how many tokens a transformers model shifts the `labels` it is passed, 0 or 1."""
+    fused = getattr(model.__dict__.get("forward"), "label_shift", None)
+    return int(has_causal_lm_loss(model)) if fused is None else fused
+
+
+def has_causal_lm_loss(model: nn.Module) -> bool:
+    """Whether a model's loss is transformers' ForCausalLMLoss, which shifts the labels and divides
+    by num_items_in_batch. Encoder-decoders go by its name, but have a loss of their own."""
+    name = getattr(getattr(model, "loss_function", None), "__name__", "")
+    config = getattr(model, "config", None)
+    return name == "ForCausalLMLoss" and not getattr(config, "is_encoder_decoder", False)
 
 
 def count_labels(labels: Tensor, shift: int, ignore_index: int) -> Tensor:

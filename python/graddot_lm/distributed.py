@@ -36,6 +36,10 @@ def layer_type(module: nn.Module) -> type:
     return next(c for c in type(module).__mro__ if not issubclass(c, FSDPModule))
 
 
+def is_sharded(parameters: Iterable[nn.Parameter]) -> bool:
+    return any(isinstance(p, DTensor) for p in parameters)
+
+
 def averaging_group(
     parameters: list[nn.Parameter], given: dist.ProcessGroup | None
 ) -> dist.ProcessGroup | None:

@@ -20,6 +20,7 @@ Instead of riding along, validation rows may be run by themselves, every so many
 """
 
 import functools
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -29,9 +30,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from . import distributed
-from .batches import Batch, Inputs, Rows, count_labels, is_batch, join, read_batch, read_rows
+from . import compiled, distributed
+from .batches import (
+    Batch,
+    Inputs,
+    Rows,
+    count_labels,
+    has_causal_lm_loss,
+    is_batch,
+    join,
+    label_shift_of,
+    read_batch,
+    read_rows,
+)
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
+from .compiler import prepare_compiler, run_compiled, run_uncompiled, skipped, uncompiled
 from .coverage import Coverage, cover
 from .directions import (
     Direction,
@@ -43,15 +56,20 @@ from .directions import (
 )
 from .errors import GraddotError
 from .layers import ScoredFunction, Step
-from .rows import Layout, find_layouts
+from .rows import Layout, check_loss, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
-from .scores import MicroBatch, Norms, leaf_names, learning_rates, score_rows
+from .scores import MicroBatch, Norms, Number, leaf_names, learning_rates, score_rows
+from .tracing import rows_of, trace_after, trace_before
 from .verify import LabelCheck, check_parameter_uses, tensors_in
 
 
 class ScoreWriter(Protocol):
-    """Where scores go: `graddot_lm.store.PartWriter`, or anything with this method."""
+    """Where scores go: `graddot_lm.background.BackgroundWriter`, or anything with this method.
+
+    Columns that the engine computed are tensors, (N,) each, on the model's device, whose kernels
+    may not have run yet: a store that reads them at once makes the loop wait for the device.
+    """
 
     def append(self, rows: Mapping[str, Any], step: int) -> None: ...
 
@@ -169,6 +187,12 @@ class GradDotProdEngine:
         self._reentrant: ReentrantCheck | None = None
         self._check_reentrant = True
         self._layouts: dict[Any, dict[str, Layout]] = {}
+        self._forwards: dict[str, ScoredForward] = {}
+        self.number = next(compiled.numbers)
+        self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
+        self.sites: list[Any] = []
+        weakref.finalize(self, run_compiled, self.number)  # a first step that was given up
+        self._seen: set[Any] = set()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
@@ -282,15 +306,23 @@ class GradDotProdEngine:
             rule = self._rules.get(name)
             if rule is not None:
                 self._attached.append((module, module.__dict__.get("forward")))
-                scored = ScoredForward(module, name, rule, self._begin_layer, self._end_layer)
-                scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
-                module.forward = scored  # type: ignore[method-assign]
+                module.forward = self._scored_forward(module, name, rule)  # type: ignore[method-assign]
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
         if isinstance(optimizer, torch.optim.Optimizer):
             self._hooks.append(optimizer.register_step_post_hook(self._after_optimizer_step))
+
+    def _scored_forward(self, module: nn.Module, name: str, rule: Any) -> ScoredForward:
+        """The same after each `attach`, so that what was compiled stays valid."""
+        scored = self._forwards.get(name)
+        if scored is None:
+            begin, end = self._begin_layer, self._end_layer
+            scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
+            scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
+        scored.own_forward = module.forward
+        return scored
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
@@ -303,6 +335,8 @@ class GradDotProdEngine:
         if self._reentrant is not None:
             self._reentrant.remove()
         self._attached, self._hooks, self._reentrant = [], [], None
+        run_compiled()
+        rows_of.pop(self.number, None)
         self._active, self._pending = None, []
 
     def detach_for_evaluation(self) -> None:
@@ -326,6 +360,8 @@ class GradDotProdEngine:
         Between two calls of `aggregate_and_log` there may be several, the micro-batches of one
         optimizer step: their scores come side by side.
         """
+        prepare_compiler()
+        run_compiled()
         if not self._attached:
             raise GraddotError("call attach(optimizer) before attach_train_batch")
         if self._active is not None:
@@ -334,7 +370,9 @@ class GradDotProdEngine:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
             )
-        parts = [read_rows(X, Y, "the training batch"), *self._val]
+        train = read_rows(X, Y, "the training batch")
+        self._val = [rows.beside(train) for rows in self._val]
+        parts = [train, *self._val]
         labels = join([Rows({}, p.labels) for p in parts], self._padding, self.ignore_index).labels
         val_rows = [len(part) for part in self._val]
         targets = 1 if self._targets is None else len(self._targets)
@@ -348,20 +386,20 @@ class GradDotProdEngine:
             "requires_grad": True,
         }
         tokens = self._tokens(labels) if self._per_token else None
-        shape = targets, len(parts[0]) * (tokens or 1)
-        if self.norms:
-            shape = targets + 1, len(parts[0]) + bool(val_rows)
+        n = len(parts[0])
+        sink = (targets + 1, n + bool(val_rows)) if self.norms else (targets, n * (tokens or 1))
         leaves = {
-            leaf: torch.zeros(shape, **kwargs)
+            leaf: torch.zeros(sink, **kwargs)
             for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
         }
-        scale = torch.ones((), dtype=torch.promote_types(first.dtype, torch.float32))
+        dtype = torch.promote_types(first.dtype, torch.float32)
         step = Step(
             rows=len(labels),
             val_rows=val_rows,
-            scale=scale.to(first.device),
+            scale=torch.ones((), dtype=dtype, device=first.device),
             sinks={},
             tokens=tokens,
+            sharded=distributed.is_sharded(self._parameters.values()),
             first=self._label_check is None,
             norms=self.norms,
         )
@@ -372,13 +410,20 @@ class GradDotProdEngine:
             labels=labels,
             leaf_of=leaf_of,
             leaves=leaves,
-            loss_scales=[],
+            loss_scales=[torch.zeros((), **kwargs)],
             loss_reduction=self.loss_reduction,
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,
         )
         self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
         self._logged_unapplied = False
+        rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
+        mode = self._mode(len(labels))
+        shape = (*mode, labels.shape[1:])
+        known = mode in self._layouts or shape in self._seen
+        if self._label_check is None or not known:
+            run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
+        self._seen.add(shape)
 
     def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The joint batch: training rows, then the validation rows of every target.
@@ -390,11 +435,16 @@ class GradDotProdEngine:
         train = read_rows(X, Y, "the training batch")
         return join([train, *self._val], self._padding, self.ignore_index).as_given()
 
+    @uncompiled("graddot: track_loss")
     def track_loss(self, loss: Tensor) -> Tensor:
         """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
 
         Needed only for a loss that the caller computes; `.loss` of a model's output is tracked.
         """
+        run_compiled()
+        return self._tracked(loss)
+
+    def _tracked(self, loss: Tensor) -> Tensor:
         if self._active is None:
             return loss
         leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
@@ -407,12 +457,13 @@ class GradDotProdEngine:
         Raises GraddotError if no backward ran or if the loss counted other tokens than the labels
         say; .grad must not be used then.
         """
+        run_compiled()
         micro = self._active
         if micro is None or not micro.forwarded:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
         if all(leaf.grad is None for leaf in micro.leaves.values()):
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
-        if sum(leaf.grad is not None for leaf in micro.loss_scales) > 1:
+        if len(micro.loss_factors()) > 1:
             raise GraddotError(
                 "the loss was tracked twice, so that its scale cannot be told; track_loss is for a"
                 " loss of your own, not for a model's .loss"
@@ -482,14 +533,16 @@ class GradDotProdEngine:
         return self._shaped([norms.cosines for norms in self._norms()])
 
     def aggregate_and_log(
-        self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float = 1.0
+        self, columns: Mapping[str, Any] | None = None, *, gradient_scale: float | Tensor = 1.0
     ) -> Tensor:
         """Scores ⟨∇L_val, ∇L_i⟩ of the rows since the last call, (N,) or (K, N), fp64.
 
         With a store, one row a sample is appended: step, sample_id, n_tokens, dot, lr and value,
-        norm and cosine with `norms=True`, and the further `columns` given here, (N,) each. Values are those of the optimizer's step,
-        so this comes after it, and are 0 if a GradScaler skipped it; gradient_scale is what the
-        gradients were multiplied by before it, as by clipping.
+        norm and cosine with `norms=True`, and the further `columns` given here, (N,) each. Values
+        are those of the optimizer's step, so this comes after it, and are 0 if a GradScaler skipped
+        it; gradient_scale (a number or a 0-dim tensor) is what the gradients were multiplied by
+        before it, as by clipping. Nothing here waits for a GPU; whether the store does is its own
+        affair.
         """
         if self._active is not None:
             self.prepare_gradients()
@@ -499,13 +552,14 @@ class GradDotProdEngine:
             rows = score_rows(self._pending, self._targets, columns or {}, gradient_scale)
             for values, iteration in rows:
                 self.store.append(values, iteration)
-            self._logged_unapplied = not all(micro.applied for micro in self._pending)
+            self._logged_unapplied = any(micro.applied is False for micro in self._pending)
         self._logged_norms = [micro.norms() for micro in self._pending] if self.norms else []
         self._pending = []
         return scores
 
     def clear_gradients(self) -> None:
         """Drop all gradients, and the scores of a step that is not to count."""
+        run_compiled()
         self.model.zero_grad(set_to_none=True)
         self._active, self._pending = None, []
         if self._reentrant is not None:
@@ -569,17 +623,12 @@ class GradDotProdEngine:
 
     def _shift_of_labels_argument(self) -> int:
         """By how many tokens the model shifts labels that it is passed."""
-        if self.label_shift != "auto":
-            return self.label_shift
-        loss = getattr(self.model, "loss_function", None)
-        return int(getattr(loss, "__name__", "") == "ForCausalLMLoss")
+        return label_shift_of(self.model) if self.label_shift == "auto" else self.label_shift
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
-        if found_inf is not None and found_inf.item():
-            return
         for micro in self._pending:
-            micro.applied = True
+            micro.applied = True if found_inf is None else found_inf == 0
         if not self._pending and self._logged_unapplied:
             raise GraddotError(
                 "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
@@ -588,7 +637,7 @@ class GradDotProdEngine:
 
     def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
         """The loss's own counts of labelled tokens, (rows,): no guess about its shift is needed."""
-        if self.label_shift != "auto":
+        if self.label_shift != "auto" and micro.step.first:
             wrong = (counts != micro.counts.to(counts.device)).nonzero().flatten().tolist()
             if wrong:
                 row = wrong[0]
@@ -625,10 +674,26 @@ class GradDotProdEngine:
         if self._label_check is None:
             self._whole.update(distributed.plain_parameters(self.model))
 
+    def scoring(self) -> bool:
+        """Whether a layer that runs now belongs to a step."""
+        return self._active is not None and torch.is_grad_enabled()
+
+    @skipped  # run outside of a compiled graph, or traced as a part of it
     def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        micro = self._active
+        if module is self.model:
+            before = trace_before if torch.compiler.is_compiling() else type(self)._before_running
+            before(self, args, kwargs)
+
+    @skipped
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
         if module is not self.model:
-            return
+            return output
+        after = trace_after if torch.compiler.is_compiling() else type(self)._after_running
+        return after(self, output)
+
+    @uncompiled("graddot: the beginning of a step")
+    def _before_running(self, args: Any, kwargs: dict[str, Any]) -> None:
+        micro = self._active
         if micro is None:
             self._logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
             return
@@ -642,35 +707,65 @@ class GradDotProdEngine:
                 "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
                 " in time; checkpoint parts of it, or pass use_reentrant=False"
             )
-        if micro.forwarded:
-            raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
+        self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
         self._find_layouts(micro, args, kwargs)
-        items = kwargs.get("num_items_in_batch")
-        if items is not None:
-            self._divide_by(micro, float(items))
-        counts = micro.counts
-        if self.label_shift == "auto" and kwargs.get("labels") is not None:
-            counts = self._count(micro.labels, self._shift_of_labels_argument())
-        self._use_counts(micro, counts)
         micro.running = True
 
-    def _divide_by(self, micro: MicroBatch, items: float) -> None:
-        loss = getattr(self.model, "loss_function", None)
-        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+    def _begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
+        """The same from inside a compiled graph."""
+        micro = self._active
+        if micro is None:
+            raise GraddotError("a compiled model ran outside of the step that it was compiled for")
+        shapes = [x.shape[1:] for x in inputs]
+        layouts = self._known_layouts(micro, shapes)
+        if layouts is None:
+            raise GraddotError(
+                f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
+                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
+                " those that the model gets"
+            )
+        micro.step.layouts.update(layouts)
+        if micro.running:  # the forward raised, and is tried again
+            micro.step.shared.clear()
+        self._start(micro, items, labelled)
+        micro.running = True
+
+    def _start(self, micro: MicroBatch, items: Any, labelled: bool) -> None:
+        if micro.forwarded:
+            raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
+        if items is not None:
+            self._divide_by(micro, items)
+        counts = micro.counts
+        if self.label_shift == "auto" and labelled:
+            counts = self._count(micro.labels, self._shift_of_labels_argument())
+        self._use_counts(micro, counts)
+
+    def _divide_by(self, micro: MicroBatch, items: Number) -> None:
+        if not has_causal_lm_loss(self.model):
             raise GraddotError(
                 "num_items_in_batch changes the loss's mean, and only ForCausalLMLoss is known to"
                 " divide by it; leave it out"
             )
         micro.loss_reduction, micro.items = "sum", items
 
+    def _mode(self, rows: int) -> tuple[bool, bool]:
+        """Layouts are learnt for each: in a batch of one row little can be told apart."""
+        return self.model.training, rows == 1
+
+    def _known_layouts(
+        self, micro: MicroBatch, shapes: list[torch.Size]
+    ) -> dict[str, Layout] | None:
+        mode = self._mode(micro.step.rows)
+        return self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was.
 
         Once in each mode; for every new shape where layers see tokens without their rows.
         """
-        mode = (self.model.training,)
+        mode = self._mode(micro.step.rows)
         shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        layouts = self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
+        layouts = self._known_layouts(micro, shapes)
         if layouts is None:
             names = {id(module): name for name, module in self.model.named_modules()}
             layers = {names[id(module)]: module for module, _ in self._attached}
@@ -680,6 +775,10 @@ class GradDotProdEngine:
                     self.model, layers, args, kwargs, micro.step.rows,
                     on_layer=functools.partial(self._resolve, micro),
                 )  # fmt: skip
+                fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
+                if micro.step.first and kwargs.get("labels") is not None and not fused:
+                    weights = micro.counts if micro.loss_reduction == "mean" else None
+                    check_loss(self.model, args, kwargs, micro.step.rows, weights)
             finally:
                 self._active = micro
             flat = any(isinstance(layout, int) for layout in layouts.values())
@@ -687,15 +786,28 @@ class GradDotProdEngine:
                 self._layouts[(*mode, *shapes) if flat else mode] = layouts
         micro.step.layouts.update(layouts)
 
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _end_compiled(self) -> None:
+        assert self._active is not None
+        self._active.running, self._active.forwarded = False, True
+
+    @uncompiled("graddot: the end of a step's forward")
+    def _after_running(self, output: Any) -> Any:
+        try:
+            return self._end(output)
+        except BaseException:
+            run_compiled()
+            raise
+
+    def _end(self, output: Any) -> Any:
         if self._suspended is not None:
             self._active, self._suspended = self._suspended, None
             return output
         micro = self._active
-        if micro is None or module is not self.model or not micro.running:
+        if micro is None or not micro.running:
             return output
         micro.running = False
         if output is None:  # the forward raised, and may be tried again
+            run_compiled()
             micro.step.shared.clear()
             return None
         micro.forwarded = True
@@ -709,5 +821,5 @@ class GradDotProdEngine:
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self.track_loss(output["loss"])  # type: ignore[index]
+            output["loss"] = self._tracked(output["loss"])  # type: ignore[index]
         return output

@@ -16,7 +16,8 @@ from transformers.utils import ModelOutput
 
 from .errors import GraddotError
 from .layers import ScoredFunction, note_uses, vector_grad
-from .scored import autocast_input
+from .scored import ScoredForward, autocast_input
+from .tracing import trace_head
 
 
 @dataclass
@@ -55,9 +56,8 @@ class LinearCrossEntropyDot(ScoredFunction):
             val_rows, direction, ids, train_ids, *form, scale, weight_needed, own_ids, norms,
         )  # fmt: skip
         ctx.results, ctx.coefficient = results, coefficient
-        ctx.train_act, ctx.ids = None, (ids, train_ids)
-        if ids.numel():
-            ctx.train_act = act.detach()[: act.shape[0] - sum(val_rows)]
+        ctx.ids = ids, train_ids
+        ctx.save_for_backward(act[: act.shape[0] - sum(val_rows)] if ids.numel() else None)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() * coefficient.to(losses.dtype), losses
@@ -80,7 +80,7 @@ class LinearCrossEntropyDot(ScoredFunction):
             given = 0 if ctx.uses.direction is None else len(ctx.uses.direction)
             dots = dots.double() * factor.double()
             dots[given:] *= factor.double()
-            part = ctx.train_act, columns * factor, head_rows * factor, own_rows * factor
+            part = ctx.saved_tensors[0], columns * factor, head_rows * factor, own_rows * factor
             ctx.uses.head_terms(*part, *ctx.ids)
             result[3] = dots if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[1]:
@@ -139,11 +139,27 @@ def linear_cross_entropy(
     scales them, and runs once. With a `GradDotProdEngine` attached the weight's dots are among
     them. Raises GraddotError for labels that are no tokens and shapes that do not fit.
     """
-    _check_labels(hidden, head, labels, ignore_index)
-    form = (ignore_index, float(label_smoothing), float(z_loss))
-    counts = (labels != ignore_index).sum(1)
     if reduction not in ("mean", "sum"):
         raise GraddotError(f"reduction is {reduction!r}; expected 'mean' or 'sum'")
+    options = reduction, ignore_index, float(label_smoothing), float(z_loss)
+    if torch.compiler.is_compiling():
+        forward = getattr(head, "forward", None)
+        if isinstance(forward, ScoredForward) and forward.engine.scoring():
+            return trace_head(forward, hidden, labels, num_labels, *options)
+    return cross_entropy(hidden, head, labels, num_labels, *options)
+
+
+def cross_entropy(
+    hidden: Tensor,
+    head: nn.Linear,
+    labels: Tensor,
+    num_labels: Tensor | int | None,
+    reduction: str,
+    *form: Any,
+) -> tuple[Tensor, Tensor]:
+    """`linear_cross_entropy`, outside of a compiled graph."""
+    _check_labels(hidden, head, labels, form[0])
+    counts = (labels != form[0]).sum(1)
     mean = reduction == "mean" and num_labels is None
     scored = getattr(head.__dict__.get("forward"), "graddot_head", None)
     step = scored(counts, mean) if scored is not None and torch.is_grad_enabled() else None

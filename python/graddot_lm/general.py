@@ -29,7 +29,8 @@ LARGEST = 2**22  # elements of a layer whose gradient may be held for every samp
 class ProvenRule:
     """The first way of several that is proven for one layer.
 
-    Proven again when the layer's mode or its arguments' kind changes.
+    Proven again when the layer's mode or its arguments' kind changes, and when the first batch of
+    several rows comes after batches of one.
     """
 
     def __init__(self, ways: dict[str, Rule], *, any_size: bool = True) -> None:
@@ -41,7 +42,7 @@ class ProvenRule:
             scored.has_rows(x) if isinstance(x, Tensor) else None
             for x in tree_flatten((args, kwargs))[0]
         ]
-        key = (module.training, *kinds)
+        key = (module.training, scored.rows == 1, *kinds)
         if key not in self._proven:
             self._proven[key] = self._prove(module, scored, args, kwargs)
         return self._proven[key](module, scored, *args, **kwargs)
@@ -89,6 +90,7 @@ def row_by_row(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> 
     """The forward mapped over the samples, each with its own copy of all parameters inside."""
     own = {n: scored.per_sample(p) for n, p in module.named_parameters() if p.requires_grad}
     leaves, spec = tree_flatten((args, kwargs))
+    leaves = [None if _is_new_cache(module, scored, x) else x for x in leaves]
     at = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and scored.has_rows(x)]
     returned: list[Any] = []  # what the forward returns, tensors to be filled in, and its nesting
 
@@ -102,9 +104,31 @@ def row_by_row(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> 
         return [x for x in returned[0] if isinstance(x, Tensor)]
 
     samples = [leaves[i].unflatten(0, (scored.rows, -1)) for i in at]
-    outputs = iter(torch.vmap(one, randomness="different")(own, samples))
+    first = next(module.parameters())
+    kind = first.device.type
+    if torch.is_autocast_enabled(kind):  # which does not reach every operation under vmap
+        samples = [x.to(first.dtype) if x.is_floating_point() else x for x in samples]
+    with torch.autocast(kind, enabled=False):
+        outputs = iter(torch.vmap(one, randomness="different")(own, samples))
     filled = [next(outputs).flatten(0, 1) if isinstance(x, Tensor) else x for x in returned[0]]
     return tree_unflatten(filled, returned[1])
+
+
+def _is_new_cache(module: nn.Module, scored: Scored, x: Any) -> bool:
+    """Whether x is a cache of transformers in which a recurrent layer has no state yet: in training
+    it is none. Writing a state to it is not for one row of the map.
+
+    Raises GraddotError if there is one.
+    """
+    index, has_state = getattr(module, "layer_idx", None), getattr(x, "has_previous_state", None)
+    if index is None or has_state is None:
+        return False
+    if has_state(index):
+        raise GraddotError(
+            f"layer {scored.name} goes on from a state in its cache, of which samples have no part;"
+            " leave past_key_values out"
+        )
+    return True
 
 
 @contextlib.contextmanager

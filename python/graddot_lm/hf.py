@@ -17,9 +17,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 
+from .background import BackgroundWriter
+from .batches import has_causal_lm_loss
 from .directions import adamw_direction
 from .engine import GradDotProdEngine
 from .errors import GraddotError
+from .scores import Number
 from .store import PartWriter, scores_schema
 
 _INDEX = "graddot_index"
@@ -62,9 +65,6 @@ class _ScoreCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.write_scores()
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.scores.flush()
-
 
 class GradDotProdTrainer(Trainer):
     """transformers.Trainer with scores in `output_dir`/scores, Parquet parts of `store.SCORES`.
@@ -73,7 +73,9 @@ class GradDotProdTrainer(Trainer):
     n_tokens, dot, lr and value, which takes account of gradient accumulation, clipping, each
     parameter group's own learning rate, and steps that a GradScaler skipped. With several
     validation sets there is a dot_<name> and value_<name> of each. A run that resumes from a
-    checkpoint drops the rows of later steps.
+    checkpoint drops the rows of later steps. Several processes (torchrun, DistributedDataParallel)
+    each write the rows of their own samples, into one folder that all of them see; scores, values
+    and weights are those of one process with the joint batch.
 
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
@@ -87,7 +89,7 @@ class GradDotProdTrainer(Trainer):
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
-    processes or GPUs, DeepSpeed and FSDP, torch.compile, label smoothing, `compute_loss_func`,
+    GPUs in one process, DeepSpeed, FSDP and parallelism_config, torch.compile, label smoothing, `compute_loss_func`,
     `model_init`, auto_find_batch_size and iterable training sets.
     """
 
@@ -114,16 +116,13 @@ class GradDotProdTrainer(Trainer):
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
         self.engine = GradDotProdEngine(self.model, **(engine_options or {}))
-        folder = Path(self.args.output_dir) / "scores"
-        schema = scores_schema(list(val_dataset) if named else (), self.engine.norms)
-        self.scores = PartWriter(folder, schema)
-        self.engine.store = self.scores
+        self._folder = Path(self.args.output_dir) / "scores"
+        self.scores = self._writer()
         self._training = False
         self._step: int | None = None
         self._scoring = False
-        self._clip = 1.0
-        loss = getattr(self.engine.model, "loss_function", None)
-        if getattr(loss, "__name__", "") != "ForCausalLMLoss":
+        self._clip: Number = 1.0
+        if not has_causal_lm_loss(self.engine.model):
             # Whether another loss divides by num_items_in_batch is not known: a mean for each
             # micro-batch then, which Trainer averages.
             self.model_accepts_loss_kwargs = False
@@ -132,10 +131,10 @@ class GradDotProdTrainer(Trainer):
     def _refuse(self) -> None:
         args = self.args
         reasons = {
-            "several processes": args.world_size > 1,
             "several GPUs in one process": args.n_gpu > 1,
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
             "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
+            "parallelism_config": getattr(args, "parallelism_config", None) is not None,
             "torch_compile": bool(args.torch_compile),
             "label_smoothing_factor": args.label_smoothing_factor != 0,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
@@ -146,6 +145,12 @@ class GradDotProdTrainer(Trainer):
         found = [name for name, is_so in reasons.items() if is_so]
         if found:
             raise GraddotError(f"GradDotProdTrainer cannot score with {', '.join(found)}")
+
+    def _writer(self) -> BackgroundWriter:
+        """Of this process's rows."""
+        schema = scores_schema(list(self._val_sets) if self._val_named else (), self.engine.norms)
+        rank, world = self.args.process_index, self.args.world_size
+        return BackgroundWriter(PartWriter(self._folder, schema, rank, world))
 
     # Data
 
@@ -178,6 +183,12 @@ class GradDotProdTrainer(Trainer):
 
     # Training
 
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> Any:
+        """Trainer's, after the rows that a run resumed from it counts on."""
+        if self._training:
+            self.scores.flush()
+        return super()._save_checkpoint(*args, **kwargs)
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Trainer's; leaves the model as it was, without the scored layers, and saves all rows."""
         try:
@@ -190,13 +201,16 @@ class GradDotProdTrainer(Trainer):
                 self.scores.flush()
 
     def _begin(self) -> None:
-        self.scores.folder.mkdir(parents=True, exist_ok=True)
-        if self.state.global_step == 0 and any(self.scores.folder.glob("part-*")):
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self.state.global_step == 0 and any(self._folder.glob("part-*")):
             raise GraddotError(
-                f"{self.scores.folder} holds the scores of an earlier run; choose another"
+                f"{self._folder} holds the scores of an earlier run; choose another"
                 " output_dir, or resume from a checkpoint"
             )
-        self.scores.truncate_after(self.state.global_step - 1)
+        if self.args.process_index == 0:
+            self.scores.truncate_after(self.state.global_step - 1)
+        self.accelerator.wait_for_everyone()
+        self.engine.store = self.scores = self._writer()
         self.engine.attach(self.optimizer)
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_note
@@ -206,7 +220,8 @@ class GradDotProdTrainer(Trainer):
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
         if norm is not None:
-            self._clip *= min(1.0, float(max_norm) / (float(norm) + 1e-6))
+            factor = float(max_norm) / (torch.as_tensor(norm).double() + 1e-6)
+            self._clip = self._clip * factor.clamp(max=1.0)
         return norm
 
     def training_step(
@@ -222,7 +237,7 @@ class GradDotProdTrainer(Trainer):
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        self.engine.attach_train_batch(inputs, None, step, index.cpu())
+        self.engine.attach_train_batch(inputs, None, step, index)
         loss = super().training_step(model, inputs, num_items_in_batch)
         self.engine.prepare_gradients()
         return loss
@@ -262,6 +277,8 @@ class GradDotProdTrainer(Trainer):
 
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""
-        clip, self._clip = self._clip, 1.0
+        scale, self._clip = self._clip, 1.0
+        if self.model_accepts_loss_kwargs and not self.args.average_tokens_across_devices:
+            scale /= self.args.world_size  # a sum over a process's own tokens, and then averaged
         if self._scoring:
-            self.engine.aggregate_and_log(gradient_scale=clip)
+            self.engine.aggregate_and_log(gradient_scale=scale)

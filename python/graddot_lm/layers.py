@@ -20,6 +20,7 @@ from graddot_kernels import norm_sample_grads
 from graddot_kernels.sample_dots import bordered
 
 from .errors import GraddotError
+from .recompute import made_of
 from .shared_uses import SharedUses
 
 _ops = torch.ops.graddot
@@ -33,9 +34,10 @@ class Step:
     into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
     dots; a parameter without one is trained but not scored. With given directions, (K, *shape) by
     id(parameter), there are no val_rows; with `tokens`, T, every token of a row is then scored as
-    a sample of its own, and a sink is (K, N·T). With `norms` a sink has one more row, ‖G_i‖², and with
-    val_rows one more column, ‖D_k‖². layouts says by layer name how its input holds the
-    rows, as `rows.find_layouts` saw it; first is True in the step that saw it.
+    a sample of its own, and a sink is (K, N·T). With `norms` a sink has one more row, ‖G_i‖², and
+    with val_rows one more column, ‖D_k‖². layouts says by layer name how its input holds the rows,
+    as `rows.find_layouts` saw it; first is True in the step that saw it. Of sharded weights a
+    layer's backward may only use its own.
     """
 
     rows: int
@@ -44,6 +46,7 @@ class Step:
     sinks: dict[int, Tensor]
     directions: dict[int, Tensor] = field(default_factory=dict)
     tokens: int | None = None
+    sharded: bool = False
     layouts: dict[str, str | int] = field(default_factory=dict)
     first: bool = False
     norms: bool = False
@@ -250,7 +253,10 @@ class LinearDot(ScoredFunction):
     @staticmethod
     def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, transposed):  # type: ignore[no-untyped-def]
         w = weight.to(x.dtype)
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
+        sources: tuple[Tensor | None, ...] = ()
+        if ctx.needs_input_grad[1]:
+            ctx.make_input, sources = made_of(x)
+        ctx.save_for_backward(weight, *sources)
         ctx.transposed = transposed
         note_uses(ctx, step, names, weight, bias, vector=False)
         b = None if bias is None else bias.to(x.dtype)
@@ -263,7 +269,7 @@ class LinearDot(ScoredFunction):
     @staticmethod
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        x, weight = ctx.saved_tensors
+        weight, *sources = ctx.saved_tensors
         step, result = ctx.step, [None] * 8
         if ctx.needs_input_grad[0]:
             w = weight.to(grad_out.dtype)
@@ -274,7 +280,7 @@ class LinearDot(ScoredFunction):
             bias_grad, result[4] = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
         if ctx.uses is not None:
-            act = step.as_samples(x)
+            act = step.as_samples(ctx.make_input(*sources))
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
             weight_grad, result[3] = linear_grad(step, ctx.uses, act, grad)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from graddot_kernels import norm_sample_grads
 
 from .layers import ScoredFunction, vector_grad, without_autocast
+from .recompute import remember
 from .scored import Scored
 
 
@@ -34,7 +35,7 @@ def rms_norm_form(module: nn.Module) -> RMSNormForm | None:
     within 1e-5, because most of these modules compute in fp32 whatever their input is.
     """
     weights = dict(module.named_parameters())
-    if len(weights) != 1 or any(module.buffers()):
+    if len(weights) != 1 or next(module.buffers(), None) is not None:
         return None
     ((name, weight),) = weights.items()
     if "." in name or weight.dim() != 1 or weight.is_meta:
@@ -103,4 +104,6 @@ def rms_norm_rule(form: RMSNormForm, module: nn.Module, scored: Scored, x: Tenso
     act, name = step.as_rows(scored.name, x), scored.name_of(weight)
     sink = step.sink(weight)
     out = RMSNormDot.apply(act, weight, sink, step, name, form, scored.own_forward)
+    if not step.sharded:
+        remember(out, lambda x, _: scored.own_forward(x), act, weight)
     return scored.shaped(out)

@@ -73,14 +73,17 @@ def find_layouts(
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
 
-    A layer that is random by itself, dropout aside, cannot be judged and is left out; nothing can
-    be told from one row.
+    A layer that is random by itself, dropout aside, cannot be judged and is left out. In a batch of
+    one row all is that row's; this says nothing about larger batches.
 
     Raises GraddotError for a layer whose input depends on other samples of the batch, or holds
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
     """
     if rows < 2:
-        return {}
+        with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+            alone = _digests(model, layers, args, kwargs, on_layer)
+        of_one = {name: {_layout_of_one(digest) for digest in alone[name]} for name in alone}
+        return {n: layouts.pop() for n, layouts in of_one.items() if len(layouts) == 1}
     later = list(range(rows // 2, rows))
     half = lambda x: take_rows(x, later, rows)
     few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
@@ -106,6 +109,50 @@ def find_layouts(
                 if layout is None and _equal(whole[name], again.get(name, [])):
                     raise GraddotError(_mixed(name, whole[name][0].shape, rows, later[0]))
     return {n: layout for n, layout in found.items() if layout is not None and n != _OUTPUTS}
+
+
+def check_loss(model: nn.Module, args: Any, kwargs: Any, rows: int, weights: Tensor | None) -> None:
+    """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
+
+    weights (rows,) are the rows' labelled tokens for a loss that is their mean, None for a sum. An
+    auxiliary loss of a mixture of experts or class weights make a loss that is neither.
+    """
+    half = rows // 2
+    parts = [list(range(rows)), list(range(half)), list(range(half, rows))]
+    losses = []
+    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        for part in parts[: 1 if rows == 1 else 3]:
+            few = lambda x, part=part: take_rows(x, part, rows)
+            part_args, part_kwargs = tree_map_only(Tensor, few, (args, kwargs))
+            out = model(*part_args, **part_kwargs)
+            loss = out.get("loss") if isinstance(out, Mapping) else None
+            if not isinstance(loss, Tensor) or loss.dim():
+                return
+            if out.get("aux_loss") is not None:
+                raise GraddotError(
+                    f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
+                    " batch, as that which balances experts, in which no row has a part of its"
+                    " own; pass output_router_logits=False"
+                )
+            losses.append(loss.double())
+    if rows == 1:
+        return
+    shares = losses[0].new_ones(2)
+    if weights is not None:
+        shares = torch.stack([weights[:half].sum(), weights[half:].sum()]).to(losses[0])
+        shares = shares / shares.sum()
+    # The mean of a half without labels is NaN.
+    want = torch.where(shares == 0, 0, shares * torch.stack(losses[1:])).sum()
+    p = next(model.parameters())
+    rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
+    if (losses[0] - want).abs() > (2e-2 if rounded else 1e-4) * want.abs():
+        how = "sum" if weights is None else f"mean, weighted {shares.tolist()} by labelled tokens,"
+        raise GraddotError(
+            f"the model's loss is {float(losses[0]):.6g}, but those of the first {half} and the"
+            f" other {rows - half} rows have the {how} {float(want):.6g}. Expected the"
+            f" {'sum' if weights is None else 'mean'} over the labelled tokens of all rows: pass"
+            " loss_reduction or label_shift, or a loss of your own to track_loss"
+        )
 
 
 def _mixed(name: str, shape: torch.Size, rows: int, left_out: int) -> str:
@@ -194,6 +241,12 @@ def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
     if not _close(whole, part.values, whole.shape[0] - kept):
         return None
     return "rows" if tokens == 1 else tokens
+
+
+def _layout_of_one(whole: _Digest) -> Layout:
+    """The layout of a single row's input: its tokens (T, D) or (T,), or the row itself."""
+    flat = len(whole.shape) in (1, 2) and whole.shape[0] != 1
+    return whole.shape[0] if flat else "rows"
 
 
 def _equal(a: list[_Digest], b: list[_Digest]) -> bool:

@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiler import uncompiled
 from .errors import GraddotError
 from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step
+from .recompute import remember
+from .tracing import trace_layer
 
 
 class Scored:
@@ -25,6 +28,7 @@ class Scored:
     ) -> None:
         self.name, self.step, self.own_forward = name, step, own_forward
         self.rows = step.rows
+        self.broadcasts = False  # whether the layer's output got rows that its input had not
         self._names = {
             id(p): f"{name}.{key}" if name else key for key, p in module.named_parameters()
         }
@@ -81,6 +85,9 @@ class Scored:
         names = self.name_of(weight), "" if bias is None else self.name_of(bias)
         sinks = self.step.sink(weight), self.step.sink(bias)
         out = LayerNormDot.apply(act, weight, bias, *sinks, self.step, names, shape, eps)
+        if not self.step.sharded:
+            again = lambda x, w, b: torch.native_layer_norm(x, shape, w, b, eps)[0]
+            remember(out, again, act, weight, bias)
         return self.shaped(out)
 
     def shaped(self, out: Tensor) -> Tensor:
@@ -99,6 +106,7 @@ class Scored:
                     " its expanded output's rows for all samples; use it by broadcasting"
                 )
 
+        self.broadcasts = True
         if self.step.first and out.requires_grad:
             out.register_hook(check)
         return out
@@ -114,24 +122,39 @@ class ScoredForward:
         rule: Callable[..., Any],
         begin: Callable[[nn.Module, str], Step | None],
         watch: Callable[[Any], None] = lambda out: None,
+        engine: Any = None,
     ) -> None:
-        """begin(module, name) gives the step that is under way, if any; watch sees the output."""
-        self._module, self.name, self._rule = module, name, rule
-        self._begin, self._watch, self.own_forward = begin, watch, module.forward
+        """begin(module, name) gives the step that is under way, if any; watch sees the output;
+        engine is the one that compiled code asks (compiled.py)."""
+        self.module, self.name, self._rule = module, name, rule
+        self.begin, self._watch, self.own_forward = begin, watch, module.forward
+        self.engine, self.sites = engine, []  # type: ignore[var-annotated]
+        # What the last call in a step was like: its output is one tensor, with rows of its own.
+        self.returns_tensor = self.broadcasts = False
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        step = self._begin(self._module, self.name)
+        if torch.compiler.is_compiling():
+            return trace_layer(self, args, kwargs)
+        step = self.begin(self.module, self.name)
         if step is None:
             return self.own_forward(*args, **kwargs)
-        scored = Scored(self._module, self.name, step, self.own_forward)
-        out = self._rule(self._module, scored, *args, **kwargs)
+        scored = Scored(self.module, self.name, step, self.own_forward)
+        out = self._rule(self.module, scored, *args, **kwargs)
+        self.returns_tensor = isinstance(out, Tensor)
+        if step.rows > 1:
+            self.broadcasts = scored.broadcasts
         self._watch(out)
         return out
 
+    @uncompiled("graddot: a scored layer with an input or output that is no tensor")
+    def uncompiled(self, *args: Any, **kwargs: Any) -> Any:
+        """A call that breaks the compiled graph."""
+        return self(*args, **kwargs)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         """A copied model is a plain one: its layers must not run this model's weights."""
-        copied = memo[id(self._module)]
+        copied = memo[id(self.module)]
         return type(copied).forward.__get__(copied)
 
 

@@ -9,6 +9,9 @@ from torch import Tensor, nn
 
 from .layers import Step
 
+# A number, or a 0-dim tensor, which may be on a device that is not to be waited for.
+Number = float | Tensor
+
 
 class Norms(NamedTuple):
     """Gradient norms of a micro-batch, fp64."""
@@ -27,31 +30,37 @@ class MicroBatch:
     sample_ids: Any
     labels: Tensor  # (rows, ...) of the joint batch
     leaf_of: dict[str, str]  # by parameter name
-    leaves: dict[
-        str, Tensor
-    ]  # a `Step`'s sinks; their gradients are the raw dots and squared norms
+    leaves: dict[str, Tensor]  # a `Step`'s sinks; their gradients are raw dots and squared norms
     # 0-dim leaves, one for each loss tracked; the gradient of the one that was used is the factor
-    # that the loss was multiplied by.
+    # that the loss was multiplied by. The first is for a loss inside of a compiled graph.
     loss_scales: list[Tensor]
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
     direction_norms: Tensor | None = None  # (K,) of given directions, for `norms`
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
-    items: float | None = None  # what a summed loss was divided by: num_items_in_batch
+    items: Number | None = None  # what a summed loss was divided by: num_items_in_batch
     running: bool = False  # inside the model's forward
     forwarded: bool = False
-    applied: bool = True  # whether the optimizer took the step
-    lr: float = float("nan")
-    leaf_lrs: dict[str, float] = field(default_factory=dict)
+    # Whether the optimizer took the step; a 0-dim tensor where only the device knows.
+    applied: bool | Tensor = True
+    lr: Number = float("nan")
+    leaf_lrs: dict[str, Number] = field(default_factory=dict)
 
     @property
     def n(self) -> int:
         """Training rows."""
         return self.step.rows - sum(self.step.val_rows)
 
+    def loss_factors(self) -> list[Tensor]:
+        """The same of each tracked loss that was used."""
+        compiled, *others = (leaf.grad for leaf in self.loss_scales)
+        if compiled is not None and compiled != 0:  # a compiled graph gives all its outputs one
+            others.append(compiled)
+        return [factor for factor in others if factor is not None]
+
     def loss_factor(self) -> Tensor:
         """What the tracked loss was multiplied by before its backward, 0-dim fp64."""
-        factors = [leaf.grad for leaf in self.loss_scales if leaf.grad is not None]
+        factors = self.loss_factors()
         return factors[0] if factors else self.step.scale.new_ones((), dtype=torch.float64)
 
     def set_counts(self, counts: Tensor, world: int = 1, n_train: Tensor | None = None) -> None:
@@ -89,7 +98,8 @@ class MicroBatch:
         """What turns gradients of the joint loss into those of mean losses: for each training
         sample, (N,), and for each target whose rows ride along, (K,)."""
         counts = self.counts.to(self.step.scale.device, torch.float64)
-        divisor = counts.sum() if self.loss_reduction == "mean" else self.items or 1.0
+        divisor = counts.sum() if self.loss_reduction == "mean" else self.items
+        divisor = 1.0 if divisor is None else divisor
         divisor = divisor / self.loss_factor()
         samples, targets = divisor / counts[: self.n].clamp(min=1), None
         if self.step.val_rows:
@@ -149,12 +159,18 @@ def learning_rates(
     parameters: Mapping[str, nn.Parameter],
     leaf_of: Mapping[str, str],
     optimizer: torch.optim.Optimizer,
-) -> tuple[float, dict[str, float]]:
+) -> tuple[Number, dict[str, Number]]:
     """The first group's, and by leaf; 0 for parameters that the optimizer does not update."""
-    groups = optimizer.param_groups
-    by_id = {id(p): float(group["lr"]) for group in groups for p in group["params"]}
+    rates = [_rate(group["lr"]) for group in optimizer.param_groups]
+    groups = zip(optimizer.param_groups, rates, strict=True)
+    by_id = {id(p): rate for group, rate in groups for p in group["params"]}
     by_leaf = {leaf: by_id.get(id(parameters[name]), 0.0) for name, leaf in leaf_of.items()}
-    return float(groups[0]["lr"]), by_leaf
+    return rates[0], by_leaf
+
+
+def _rate(lr: Number) -> Number:
+    """As it is now: a scheduler changes a tensor in place."""
+    return lr.detach().to(torch.float64, copy=True) if isinstance(lr, Tensor) else float(lr)
 
 
 def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
@@ -182,10 +198,11 @@ def score_rows(
     micros: Sequence[MicroBatch],
     targets: Sequence[str] | None,
     columns: Mapping[str, Any],
-    gradient_scale: float,
+    gradient_scale: Number,
 ) -> Iterator[tuple[dict[str, Any], int]]:
     """The store's rows of every micro-batch and its iteration; targets is None for a single one.
 
+    Columns are tensors where they were computed, which nothing here waits for.
     Values are of gradients that were multiplied by gradient_scale before the optimizer's step.
     """
     at = 0
@@ -193,24 +210,24 @@ def score_rows(
         n = micro.n
         rows: dict[str, Any] = {
             "sample_id": torch.as_tensor(micro.sample_ids),
-            "n_tokens": micro.counts[:n].cpu(),
-            "lr": torch.full((n,), micro.lr, dtype=torch.float64),
+            "n_tokens": micro.counts[:n],
+            "lr": torch.as_tensor(micro.lr, dtype=torch.float64).expand(n),
         }
-        dots, values = micro.scores().cpu(), (micro.lr_scores() * weights * gradient_scale).cpu()
-        if not micro.applied:  # gradients, and so dots, may be infinite
+        dots, values = micro.scores(), micro.lr_scores() * weights * gradient_scale
+        # In a step that was not taken gradients, and so dots, may be infinite.
+        if isinstance(micro.applied, Tensor):
+            values = values.where(micro.applied, 0.0)
+        elif not micro.applied:
             values = torch.zeros_like(values)
         norms = micro.norms() if micro.step.norms else None
         if norms is not None:
-            rows["norm"] = norms.samples.cpu()
+            rows["norm"] = norms.samples
         for k in range(len(dots)):
             suffix = "" if targets is None else f"_{targets[k]}"
             rows[f"dot{suffix}"], rows[f"value{suffix}"] = dots[k], values[k]
             if norms is not None:
-                rows[f"cosine{suffix}"] = norms.cosines[k].cpu()
+                rows[f"cosine{suffix}"] = norms.cosines[k]
         for name, column in columns.items():
             rows[name] = column[at : at + n]
-        yield (
-            {k: v.numpy() if isinstance(v, Tensor) else v for k, v in rows.items()},
-            micro.iteration,
-        )
+        yield rows, micro.iteration
         at += n

@@ -27,7 +27,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+import torch
 
+from graddot_lm.background import BackgroundWriter, WriterThread
 from graddot_lm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import TEMPORARY, remove_temporary, sync, write_atomic, writing
@@ -116,6 +118,8 @@ def _array(field: pa.Field, values: Any) -> pa.Array:
     """A copy of `values` in the field's type; TypeError if they are of another kind."""
     if isinstance(values, list | tuple):
         return pa.array(values, field.type)
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu()
     dtype = field.type.to_pandas_dtype()
     return pa.array(np.array(values).astype(dtype, casting="same_kind"), field.type)
 
@@ -134,7 +138,8 @@ class PartWriter:
         return max((part.last for part in _parts(self.folder)), default=-1)
 
     def append(self, rows: Mapping[str, Any], step: int) -> None:
-        """Add rows of one step: for each column a list or an `(N,)` array, which is copied.
+        """Add rows of one step: for each column a list, or an `(N,)` array or tensor, which
+        is copied, from a GPU once its kernels have run.
 
         A column that is left out holds nulls; `step` stands for the column of that name. A step's
         rows may come in several calls. Raises ValueError for a step before the last one or already
@@ -306,8 +311,8 @@ class RunDirectory:
     """A run that this process writes. Made by `create` or `resume`, and in the further processes
     of a run that has several, once the first has made it, by `join`; no other writes it then.
 
-    `scores` and `metrics` take the rows; `save` saves them and then a checkpoint. Leaving a `with`
-    block without an exception saves the rows that are left.
+    `scores` and `metrics` take the rows, which one thread saves; what goes wrong there is raised by
+    `check`, `flush` and `save`, which waits for the thread and then saves a checkpoint. Leaving a `with` block without an exception saves the rows that are left.
     """
 
     # Lies among the checkpoints until there is one. A run that lost its checkpoints is told by its
@@ -340,8 +345,10 @@ class RunDirectory:
             if rank == 0:
                 for folder in (path, *folders):
                     remove_temporary(folder)
-        self.scores = PartWriter(path / "scores", scores_schema(targets, norms), rank, world)
-        self.metrics = PartWriter(path / "metrics", METRICS)
+        self._thread = WriterThread()
+        scores = PartWriter(path / "scores", scores_schema(targets, norms), rank, world)
+        self.scores = BackgroundWriter(scores, self._thread)
+        self.metrics = BackgroundWriter(PartWriter(path / "metrics", METRICS), self._thread)
 
     @classmethod
     def create(
@@ -413,10 +420,20 @@ class RunDirectory:
         run._let_others_join()
         return run, checkpoint
 
-    def flush(self) -> None:
-        """Save the rows so far. Raises GraddotError."""
-        self.scores.flush()
-        self.metrics.flush()
+    @property
+    def failed(self) -> bool:
+        """Whether rows could not be saved, as `check` would raise."""
+        return self._thread.failed
+
+    def check(self) -> None:
+        """Raise what went wrong as rows were appended or saved. Waits for nothing."""
+        self._thread.check()
+
+    def flush(self, wait: bool = True) -> None:
+        """Save the rows so far; if not `wait`, return before it is done. Raises GraddotError."""
+        self.scores.flush(wait=False)
+        self.metrics.flush(wait=False)
+        self._thread.wait() if wait else self._thread.check()
 
     def save(self, step: int, state: Mapping[str, Any], keep: int = 2) -> Path:
         """Save the rows so far, then `state` as it is after `step`, in this order.
@@ -436,7 +453,8 @@ class RunDirectory:
         _write_config(self.path, config)
 
     def close(self) -> None:
-        """Let another process write the run."""
+        """Let another process write the run, once what is being saved is."""
+        self._thread.close()
         os.close(self._lock)
 
     def __enter__(self) -> "RunDirectory":

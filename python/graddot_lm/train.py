@@ -156,17 +156,22 @@ class Trainer:
             columns = {
                 "domain": self.data.domain_of(ids),
                 "offset": self.data.offset_of(ids),
-                "loss": losses.float().cpu(),
+                "loss": losses.float(),
             }
             self.engine.aggregate_and_log(columns)
         return loss
 
     def _agreed(self, losses: Tensor) -> float:
-        """The mean loss over all processes, which at the same time learn of each other's signals."""
+        """The mean loss over all processes, which at the same time learn of each other's signals,
+        and whether one of them could not save its rows."""
+        assert self.run_dir is not None
         rank, world = self.processes.rank, self.processes.world
-        report = torch.zeros(1 + world, dtype=torch.float64, device=self.device)
-        report[0], report[1 + rank] = losses.mean() / world, self._signal
-        loss, *signals = self.processes.summed(report).tolist()
+        report = torch.zeros(2 + world, dtype=torch.float64, device=self.device)
+        report[0], report[1] = losses.mean() / world, self.run_dir.failed
+        report[2 + rank] = self._signal
+        loss, failed, *signals = self.processes.summed(report).tolist()
+        if failed:
+            self.processes.together(self.run_dir.check)
         self.stop_signal = int(max(signals))
         return loss
 
@@ -310,6 +315,7 @@ class Trainer:
 
     def _step_and_save(self, bar: tqdm) -> None:
         assert self.run_dir is not None
+        run_dir = self.run_dir
         start = time.perf_counter()
         loss = self._one_step()
         tokens_per_s = self.args.batch_size * self.args.block_size / (time.perf_counter() - start)
@@ -330,7 +336,7 @@ class Trainer:
         if done % self.args.checkpoint_interval == 0:
             self._save(self.step)
         elif done % self.args.dot_prod_save_interval == 0:
-            self.processes.together(self.run_dir.flush)
+            self.processes.together(lambda: run_dir.flush(wait=False))
         bar.set_postfix(loss=f"{loss:.3f}", tokens_per_s=f"{tokens_per_s:,.0f}", refresh=False)
         bar.update()
         self.step = done

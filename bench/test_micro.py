@@ -1,0 +1,256 @@
+"""`make bench-micro`: every family of ops on a CPU beside its rivals, each checked before it is timed.
+
+    python bench/test_micro.py [-k t16]      # rows to bench/results/micro.jsonl, and the ratios
+    pytest bench/test_micro.py               # pytest-benchmark's table alone
+
+One group a family and shape, fp32, GPT-2 Small's widths, N = 8, V = 1. Plain forms: for
+`linear_wgrad_dot` the weight gradient's product alone, without dots; for `linear_ghost_dot` all
+token-by-token products at once; for the cross-entropy PyTorch's own, forward and backward; for norms
+a row sum in PyTorch. "torch" is our form for processors that the compiled kernels do not serve.
+Embeddings are in bench_embedding.py. pytest-benchmark times one form after another, not
+interleaved: on a machine whose speed varies, look at several rows.
+
+Last line: of each form the largest ratio to the plain one over the shapes, and auto_over_best, the
+largest ratio of `linear_ghost_dot(method="auto")` to the faster of both routes over a grid.
+"""
+
+import functools
+import itertools
+import json
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+import torch.nn.functional as F
+from _report import append_row, interleave
+from torch import Tensor
+
+import graddot_kernels as gk
+from graddot_kernels import cpu_kernels
+
+N, V, VOCABULARY = 8, 1, 50257
+TOKENS = (16, 256, 1024)
+WIDTHS = ((768, 768), (768, 3072))  # Din, Dout
+PLAIN = {"wgrad": "gemm", "ghost": "two_matmuls", "cross_entropy": "pytorch", "norm": "pytorch"}
+GRID = tuple(itertools.product((4, 32, 128, 512), ((64, 64), (256, 1024), (768, 768))))
+# In every test below the forms of one problem come one after the other.
+PROBLEMS = [
+    pytest.param(t, *widths, id="t{}-{}x{}".format(t, *widths)) for t in TOKENS for widths in WIDTHS
+]
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[-1]))
+
+
+@functools.lru_cache(1)
+def linear_problem(t: int, d_in: int, d_out: int) -> tuple[Tensor, ...]:
+    """act, grad, val_act, val_grad; the training and val gradients and the dots in float64."""
+    act, val_act = random(N + V, t, d_in).split((N, V))
+    grad, val_grad = random(N + V, t, d_out).split((N, V))
+    of = lambda a, b: b.double().flatten(0, 1).t() @ a.double().flatten(0, 1)
+    direction = of(val_act, val_grad)
+    samples = [of(act[i : i + 1], grad[i : i + 1]) for i in range(N)]
+    dots = torch.stack([(sample * direction).sum() for sample in samples])
+    return act, grad, val_act, val_grad, torch.stack(samples).sum(0), direction, dots
+
+
+def right(got: Tensor, want: Tensor, tolerance: float = 1e-4) -> None:
+    """Figures of a wrong result are worth nothing."""
+    error = ((got.double() - want).norm() / want.norm()).item()
+    assert error <= tolerance, f"wrong result, no figure: relative error {error:.1e}"
+
+
+def without_compiled_kernels(function: Callable[[], object]) -> Callable[[], object]:
+    def run() -> object:
+        with mock.patch.object(cpu_kernels, "available", lambda x: False):
+            return function()
+
+    return run
+
+
+def case(family: str, shape: object, form: str, benchmark) -> None:  # type: ignore[no-untyped-def]
+    benchmark.group = f"{family} {shape}"
+    benchmark.extra_info.update(family=family, shape=str(shape), form=form)
+
+
+@pytest.mark.parametrize("form", ["compiled", "torch", "gemm"])
+@pytest.mark.parametrize("t, d_in, d_out", PROBLEMS)
+def test_linear_wgrad_dot(benchmark, form, t, d_in, d_out):  # type: ignore[no-untyped-def]
+    act, grad, _, _, weight_grad, direction, dots = linear_problem(t, d_in, d_out)
+    direction = direction.float()
+    ours = lambda: gk.linear_wgrad_dot(direction, act, grad)
+    forms = {
+        "compiled": ours,
+        "torch": without_compiled_kernels(ours),
+        "gemm": lambda: (grad.flatten(0, 1).t() @ act.flatten(0, 1), None),
+    }
+    case("wgrad", f"t{t}-{d_in}x{d_out}", form, benchmark)
+    got, got_dots = forms[form]()
+    right(got, weight_grad)
+    if got_dots is not None:
+        right(got_dots, dots)
+    benchmark(forms[form])
+
+
+def two_matmuls(val_act: Tensor, val_grad: Tensor, act: Tensor, grad: Tensor) -> Tensor:
+    """The published ghost form: every product of two tokens, then Hadamard, then sums."""
+    acts = act.flatten(0, 1) @ val_act.flatten(0, 1).t()
+    grads = grad.flatten(0, 1) @ val_grad.flatten(0, 1).t()
+    return (acts * grads).view(len(act), -1).sum(1)
+
+
+@pytest.mark.parametrize("form", ["auto", "gram", "direction", "two_matmuls"])
+@pytest.mark.parametrize("t, d_in, d_out", PROBLEMS)
+def test_linear_ghost_dot(benchmark, form, t, d_in, d_out):  # type: ignore[no-untyped-def]
+    act, grad, val_act, val_grad, _, _, dots = linear_problem(t, d_in, d_out)
+    run = lambda: gk.linear_ghost_dot(val_act, val_grad, act, grad, method=form)
+    if form == "two_matmuls":
+        run = lambda: two_matmuls(val_act, val_grad, act, grad)
+    case("ghost", f"t{t}-{d_in}x{d_out}", form, benchmark)
+    right(run(), dots)
+    benchmark(run)
+
+
+@functools.lru_cache(1)
+def cross_entropy_problem(rows: int) -> tuple[Tensor, ...]:
+    """Logits (rows, vocabulary) and labels; losses and their sum's gradient in float64."""
+    logits = 3 * random(rows, VOCABULARY)
+    labels = torch.arange(rows) * 97 % VOCABULARY
+    exact = logits.double().requires_grad_()
+    losses = torch.logsumexp(exact, 1) - exact.gather(1, labels[:, None])[:, 0]
+    losses.sum().backward()
+    assert exact.grad is not None
+    return logits, labels, losses.detach(), exact.grad
+
+
+def pytorch_cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    x = logits.requires_grad_()
+    losses = F.cross_entropy(x, labels, reduction="none")
+    return losses.detach(), torch.autograd.grad(losses.sum(), x)[0]
+
+
+@pytest.mark.parametrize("form", ["compiled", "torch", "pytorch"])
+@pytest.mark.parametrize("rows", [64, 512], ids="rows{}".format)
+def test_cross_entropy_grad(benchmark, form, rows):  # type: ignore[no-untyped-def]
+    """The logits become their gradients in place, so every round gets them anew, outside its time."""
+    logits, labels, want_losses, want_grad = cross_entropy_problem(rows)
+
+    def ours(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.ops.graddot.cross_entropy_grad(x, y, -100, 0.0, 0.0), x
+
+    forms = {
+        "compiled": ours,
+        "torch": lambda x, y: without_compiled_kernels(lambda: ours(x, y))(),
+        "pytorch": pytorch_cross_entropy,
+    }
+    case("cross_entropy", f"rows{rows}", form, benchmark)
+    losses, grad = forms[form](logits.clone(), labels)
+    right(losses, want_losses)
+    right(grad, want_grad)
+    setup = lambda: ((logits.clone(), labels), {})
+    benchmark.pedantic(forms[form], setup=setup, rounds=max(5, 2048 // rows), warmup_rounds=1)
+
+
+@pytest.mark.parametrize("form", ["ghost", "wgrad", "pytorch"])
+@pytest.mark.parametrize("t", TOKENS, ids="t{}".format)
+def test_norm(benchmark, form, t):  # type: ignore[no-untyped-def]
+    normed, val_normed = random(N + V, t, 768).split((N, V))
+    grad, val_grad = random(N + V, t, 768).flip(2).split((N, V))
+    of = lambda x, b: torch.stack([(b.double() * x.double()).sum(1), b.double().sum(1)])
+    direction = of(val_normed, val_grad).sum(1)
+    dots = torch.einsum("kd,knd->n", direction, of(normed, grad))
+    weight, bias = direction.float()
+
+    def plain() -> Tensor:
+        """The dots by hand, for directions at hand."""
+        return (grad * normed).sum(1) @ weight + grad.sum(1) @ bias
+
+    forms = {
+        "ghost": lambda: gk.norm_ghost_dot(val_normed, val_grad, normed, grad),
+        "wgrad": lambda: gk.norm_wgrad_dot(weight, normed, grad, bias_direction=bias)[2],
+        "pytorch": plain,
+    }
+    case("norm", f"t{t}", form, benchmark)
+    right(forms[form](), dots)
+    benchmark(forms[form])
+
+
+# What to make of it
+
+
+def ratios(benchmarks: list[dict]) -> dict[str, float]:
+    """Rows to bench/results; the largest ratio of every form to its family's plain one."""
+    medians: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    for each in benchmarks:
+        info = each["extra_info"]
+        medians[info["family"], info["shape"]][info["form"]] = each["stats"]["median"]
+    worst: dict[str, float] = {}
+    for (family, shape), seconds in medians.items():
+        plain = PLAIN[family]
+        own = {f: s / seconds[plain] for f, s in seconds.items() if f != plain}
+        append_row(
+            "micro",
+            {
+                "family": family,
+                "shape": shape,
+                "N": N,
+                "V": V,
+                **{f"{form}_over_{plain}": float(f"{ratio:.4g}") for form, ratio in own.items()},
+                "seconds": {form: float(f"{s:.4g}") for form, s in seconds.items()},
+            },
+        )
+        print(f"{family:13} {shape:14}", "  ".join(f"{f} {r:.2f}" for f, r in own.items()))
+        for form, ratio in own.items():
+            key = f"{family}_{form}_over_{plain}"
+            worst[key] = max(worst.get(key, 0.0), ratio)
+    return worst
+
+
+def auto_over_best(repeats: int = 7) -> float:
+    """The largest ratio of "auto"'s time to the faster route's over `GRID`, interleaved."""
+    found = {}
+    for t, (d_in, d_out) in GRID:
+        act, grad, val_act, val_grad, _, _, dots = linear_problem(t, d_in, d_out)
+        methods = {
+            method: functools.partial(
+                gk.linear_ghost_dot, val_act, val_grad, act, grad, method=method
+            )
+            for method in ("auto", "gram", "direction")
+        }
+        for run in methods.values():
+            right(run(), dots)
+        seconds = interleave(methods, repeats)
+        best = min(seconds["gram"], seconds["direction"])
+        found[f"t{t}-{d_in}x{d_out}"] = seconds["auto"] / best
+        line = "  ".join(f"{method} {s * 1e3:.3f} ms" for method, s in seconds.items())
+        print(f"{'auto':13} {f't{t}-{d_in}x{d_out}':14} {line}")
+    rounded = {shape: float(f"{ratio:.4g}") for shape, ratio in found.items()}
+    append_row("micro", {"family": "auto", "N": N, "V": V, "auto_over_best": rounded})
+    return max(found.values())
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "benchmarks.json"
+        options = ["--benchmark-max-time=0.3", "--benchmark-warmup=on", "--benchmark-sort=name"]
+        columns = "--benchmark-columns=median,iqr,rounds"
+        status = pytest.main(
+            [__file__, *options, columns, f"--benchmark-json={path}", *sys.argv[1:]]
+        )
+        if status != 0:
+            print("no figures, for not all results are right", file=sys.stderr)
+            return int(status)
+        worst = ratios(json.loads(path.read_text())["benchmarks"])
+    worst["auto_over_best"] = auto_over_best()
+    print(" ".join(f"{key}={value:.2f}" for key, value in worst.items()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

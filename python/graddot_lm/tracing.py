@@ -1,0 +1,186 @@
+"""A step as torch.compile traces it: calls of the ops of compiled.py, and what these then run."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .compiled import new_site
+from .errors import GraddotError
+from .layers import Step
+from .verify import tensors_in
+
+# One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine:
+# the compiler takes the sizes of whatever it reaches through a module to be constant.
+rows_of: dict[int, Tensor] = {}
+
+
+def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A scored layer's call in a graph."""
+    if scored.engine is None or not scored.engine.scoring():
+        return scored.own_forward(*args, **kwargs)
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+    # No numbers: the compiler may take them for variables.
+    known = all(x is None or isinstance(x, (Tensor, bool, str)) for x in args)
+    known = known and all(isinstance(x, Tensor) for x in kwargs.values())
+    if not (known and tensors and scored.returns_tensor):
+        return scored.uncompiled(*args, **kwargs)
+    form = tuple(None if isinstance(x, Tensor) else (x,) for x in args)
+    site = new_site(LayerSite, scored, form, tuple(kwargs))
+    rows = rows_of[scored.engine.number].shape[0] if scored.broadcasts else 0
+    return _trace_call(site, scored, tensors, rows)[0]
+
+
+def trace_head(
+    scored: Any, hidden: Tensor, labels: Tensor, num_labels: Any, *options: Any
+) -> tuple[Tensor, Tensor]:
+    """The fused head's call: (loss, token losses)."""
+    tensors = [hidden, labels]
+    if num_labels is not None:
+        tensors.append(_as_tensor(num_labels))
+    site = new_site(HeadSite, scored, *options)
+    loss, losses, _ = _trace_call(site, scored, tensors, 0)
+    return loss, losses.detach()
+
+
+def _as_tensor(x: Any) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.full((), float(x), dtype=torch.float64)
+
+
+def _trace_call(site: int, scored: Any, tensors: list[Tensor], rows: int) -> list[Tensor]:
+    parameters = [p for p in scored.module.parameters() if p.requires_grad]
+    needs = [x.requires_grad for x in tensors]
+    kind = tensors[0].device.type
+    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    return torch.ops.graddot_lm.layer(
+        site, scored.engine.clock, tensors, parameters, needs, rows, autocast
+    )
+
+
+def trace_before(engine: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+    """What comes before the forward, where the hooks of the model are part of the graph."""
+    if engine._logged_unapplied and engine._active is None and torch.is_grad_enabled():
+        engine._logged_unapplied = False
+    if not engine.scoring():
+        return
+    items = kwargs.get("num_items_in_batch")
+    items = None if items is None else _as_tensor(items)
+    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    labelled = kwargs.get("labels") is not None
+    site = new_site(EngineSite, engine)
+    torch.ops.graddot_lm.begin(site, engine.clock, inputs, items, labelled)
+
+
+def trace_after(engine: Any, output: Any) -> Any:
+    """What comes after it."""
+    if not engine.scoring():
+        return output
+    outputs = list(tensors_in(output))
+    torch.ops.graddot_lm.end(new_site(EngineSite, engine), engine.clock, outputs)
+    if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+        loss = output["loss"]
+        tracked = loss + engine._active.loss_scales[0].to(loss.device, loss.dtype)
+        output["loss"] = tracked  # type: ignore[index]
+    return output
+
+
+# What the ops run
+
+
+class LayerSite:
+    """One call of a scored layer in a compiled graph.
+
+    arguments are None where there is a tensor, (value,) elsewhere; keywords are the names of the
+    last of the tensors.
+    """
+
+    def __init__(self, scored: Any, arguments: tuple[Any, ...], keywords: tuple[str, ...]) -> None:
+        self.scored, self._arguments, self._keywords = scored, arguments, keywords
+
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in self.scored.module.parameters() if p.requires_grad]
+
+    def step(self) -> Step:
+        step = self.scored.begin(self.scored.module, self.scored.name)
+        if step is None:
+            raise GraddotError(f"compiled layer {self.scored.name} ran outside of a step")
+        return step
+
+    def _called(self, function: Callable[..., Any], tensors: list[Tensor]) -> Any:
+        given = iter(tensors)
+        args = [next(given) if x is None else x[0] for x in self._arguments]
+        return function(*args, **dict(zip(self._keywords, given, strict=True)))
+
+    def run(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+        scored = self.scored
+        out = self._called(scored, tensors)
+        if not isinstance(out, Tensor) or scored.broadcasts != bool(rows):
+            raise GraddotError(
+                f"layer {scored.name} was compiled for an input {'without' if rows else 'with'} rows"
+                " and one tensor as its output, and now sees another; call torch.compiler.reset()"
+            )
+        return [out]
+
+    def shapes(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+        with _fake_state(self.scored.module):
+            out = self._called(self.scored.own_forward, tensors)
+        if not rows:
+            return [out]
+        same = tensors[0].dim() > 1 and tensors[0].shape[0] == 1
+        return [out.new_empty((rows, *(out.shape[1:] if same else out.shape)))]
+
+
+@contextlib.contextmanager
+def _fake_state(module: nn.Module) -> Iterator[None]:
+    """Parameters and buffers without values in the place of a module's, its layers unscored."""
+    parts = list(module.modules())
+    before = [(part, part._parameters.copy(), part._buffers.copy()) for part in parts]
+    forwards: list[tuple[nn.Module, Any]] = [(p, p.__dict__.get("forward")) for p in parts]
+    scored = [(part, forward) for part, forward in forwards if hasattr(forward, "own_forward")]
+
+    def fakes(tensors: Mapping[str, Tensor | None]) -> dict[str, Any]:
+        kinds = {n: (x.shape, x.dtype, x.device) for n, x in tensors.items() if x is not None}
+        return {n: torch.empty(shape, dtype=t, device=d) for n, (shape, t, d) in kinds.items()}
+
+    try:
+        for part, parameters, buffers in before:
+            part._parameters.update(fakes(parameters))
+            part._buffers.update(fakes(buffers))
+        for part, forward in scored:
+            part.__dict__["forward"] = forward.own_forward
+        yield
+    finally:
+        for part, parameters, buffers in before:
+            part._parameters.update(parameters)
+            part._buffers.update(buffers)
+        for part, forward in scored:
+            part.__dict__["forward"] = forward
+
+
+class HeadSite(LayerSite):
+    """The same of the fused head, which runs in a linear layer's place."""
+
+    def __init__(self, scored: Any, *options: Any) -> None:
+        self.scored, self._options = scored, options
+
+    def run(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+        from .fused_head import cross_entropy  # which traces calls of this
+
+        hidden, labels, *num_labels = tensors
+        head, total = self.scored.module, num_labels[0] if num_labels else None
+        return list(cross_entropy(hidden, head, labels, total, *self._options))
+
+    def shapes(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+        hidden, labels, *_ = tensors
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        return [hidden.new_empty(shape, dtype=dtype) for shape in ((), labels.shape)]
+
+
+class EngineSite:
+    """One beginning or end of the model's forward in a compiled graph."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine

@@ -1,0 +1,51 @@
+"""Steps with scores on a GPU: nothing waits for it, and the rows are right all the same."""
+
+import copy
+
+import pytest
+import torch
+from brute_force import sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import GradDotProdEngine
+from graddot_lm.background import BackgroundWriter
+from graddot_lm.store import SCORES, PartWriter, read_scores
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["riding", "given"])
+def test_a_step_does_not_wait_and_its_rows_are_right(tmp_path, given):
+    """Weights are not tied: a tied head and embedding need torch.unique, which waits."""
+    (tmp_path / "scores").mkdir()
+    (tmp_path / "config.json").write_text("{}")
+    writer = BackgroundWriter(PartWriter(tmp_path / "scores", SCORES))
+    model, val = tiny_gpt2(tied=False).cuda(), token_batch(2, 15, seed=9)
+    val_on_gpu = tuple(x.cuda() for x in val)
+    # As on the CPU, where the brute force runs: fp32 without TF32.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1, device="cuda"))
+    engine = GradDotProdEngine(model, None if given else val, store=writer)
+    if given:
+        engine.set_directions(engine.compute_directions([val_on_gpu]))
+    engine.attach(optimizer)
+    batches = [token_batch(3, 15, seed=number, ragged=True) for number in range(4)]
+    on_gpu = [[x.cuda() for x in batch] for batch in batches]
+    ids = torch.arange(3, device="cuda")
+    for number, batch in enumerate(on_gpu):
+        # The first steps check, compile kernels and fetch pinned memory, which may all wait.
+        torch.cuda.set_sync_debug_mode("error" if number == 3 else "default")
+        try:
+            engine.attach_train_batch(*batch, number, ids)
+            x, y = engine.prepare_forward_input(*batch)
+            model(x, labels=y).loss.backward()
+            engine.prepare_gradients()
+            engine.aggregate_and_log({"loss": torch.full((3,), float(number), device="cuda")})
+            optimizer.zero_grad()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    engine.detach()
+    writer.flush()
+    rows = read_scores(tmp_path).to_pylist()
+    plain = copy.deepcopy(model).cpu()
+    for number, batch in enumerate(batches):
+        dots, scales = sample_dots(plain, batch, val)
+        got = torch.tensor([row["dot"] for row in rows[3 * number : 3 * number + 3]])
+        assert ((got - total(dots)).abs() / total(scales)).max() <= 1e-5
+        assert [row["loss"] for row in rows[3 * number : 3 * number + 3]] == [number] * 3

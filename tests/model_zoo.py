@@ -1,0 +1,271 @@
+"""Models as they come: tiny, with random weights, two layers each."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from test_engine import SharedEverything
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+VOCAB = 61
+
+
+def shaken(model: nn.Module) -> nn.Module:
+    """Away from biases of 0 and norm weights of 1, where mistakes can cancel."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return model
+
+
+def causal(kind: str, **settings) -> nn.Module:
+    torch.manual_seed(0)
+    names = {
+        "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+        "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32,
+    }  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(**{**names, **settings})
+    return shaken(getattr(transformers, f"{kind}ForCausalLM")(config))
+
+
+class WithMask(nn.Module):
+    """Passes the padding mask of its ids on."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, attention_mask=(ids != 0).long())
+
+
+class Shifted(nn.Module):
+    """An encoder-decoder whose decoder reads the same ids."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(input_ids=ids, decoder_input_ids=ids)
+
+
+def opt():
+    return causal("OPT", ffn_dim=24, word_embed_proj_dim=12, dropout=0.0)
+
+
+def bert():
+    torch.manual_seed(0)
+    config = transformers.BertConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+        max_position_embeddings=32,
+    )  # fmt: skip
+    return shaken(transformers.BertForMaskedLM(config))
+
+
+def t5(**settings):
+    torch.manual_seed(0)
+    config = transformers.T5Config(
+        vocab_size=VOCAB, d_model=16, d_kv=8, d_ff=24, num_layers=2, num_heads=2, dropout_rate=0,
+        relative_attention_num_buckets=8, decoder_start_token_id=0, **settings,
+    )  # fmt: skip
+    return shaken(transformers.T5ForConditionalGeneration(config))
+
+
+def lora():
+    peft = pytest.importorskip("peft")
+
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
+    return shaken(peft.get_peft_model(causal("Llama"), config))
+
+
+def gpt_neo():
+    return causal(
+        "GPTNeo", num_layers=2, num_heads=2, attention_types=[[["global", "local"], 1]],
+        window_size=4, attention_dropout=0, embed_dropout=0, resid_dropout=0,
+    )  # fmt: skip
+
+
+def gemma3():
+    torch.manual_seed(0)
+    config = transformers.Gemma3TextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=32,
+    )  # fmt: skip
+    return shaken(transformers.Gemma3ForCausalLM(config))
+
+
+def moe(kind, **settings):
+    settings = {"num_experts_per_tok": 2, "experts_implementation": "eager", **settings}
+    return causal(kind, **settings)
+
+
+def deepseek_v3():
+    return moe(
+        "DeepseekV3", moe_intermediate_size=12, n_routed_experts=4, n_shared_experts=1, n_group=2,
+        topk_group=1, first_k_dense_replace=1, kv_lora_rank=8, q_lora_rank=8, qk_rope_head_dim=4,
+        v_head_dim=8, qk_nope_head_dim=8, num_key_value_heads=2, head_dim=4,
+    )  # fmt: skip
+
+
+def qwen3_next():
+    return moe(
+        "Qwen3Next", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12,
+        linear_num_value_heads=2, linear_num_key_heads=2, linear_key_head_dim=8,
+        linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"],
+    )  # fmt: skip
+
+
+def jamba():
+    return moe(
+        "Jamba", num_experts=4, attn_layer_period=2, attn_layer_offset=1, expert_layer_period=2,
+        expert_layer_offset=1, mamba_d_state=4, mamba_dt_rank=4,
+    )  # fmt: skip
+
+
+LANGUAGE_MODELS = {
+    "llama": lambda: causal("Llama"),
+    "llama-tied": lambda: causal("Llama", tie_word_embeddings=True),
+    "llama-mask": lambda: WithMask(causal("Llama")),
+    "qwen2": lambda: causal("Qwen2"),
+    "qwen3": lambda: causal("Qwen3"),
+    "mistral": lambda: causal("Mistral", sliding_window=8),
+    "gemma": lambda: causal("Gemma"),
+    "gemma2": lambda: causal("Gemma2"),
+    "gemma3": gemma3,
+    "mamba": lambda: causal("Mamba", state_size=4),
+    "bloom": lambda: causal("Bloom", n_head=2, n_layer=2, hidden_dropout=0, attention_dropout=0),
+    "gpt-neox": lambda: causal("GPTNeoX"),
+    "gpt-neo": gpt_neo,
+    "opt": opt,
+    "phi": lambda: causal("Phi"),
+    "phi3": lambda: causal("Phi3"),
+    "bert": lambda: WithMask(bert()),
+    "t5": lambda: Shifted(t5()),
+    "lora": lora,
+    "t5-untied": lambda: Shifted(t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu")),
+    "mixtral": lambda: moe("Mixtral", num_local_experts=4),
+    "qwen2-moe": lambda: moe(
+        "Qwen2Moe", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12
+    ),
+    "deepseek-v3": deepseek_v3,
+    "granite-moe": lambda: moe("GraniteMoe", num_local_experts=4),
+    "jamba": jamba,
+    "qwen3-next": qwen3_next,
+    "qwen3-moe": lambda: moe("Qwen3Moe", num_experts=4, moe_intermediate_size=12),
+}
+
+
+class Checkpointing(nn.Module):
+    """A model of one's own that is told to checkpoint as transformers' models are."""
+
+    checkpoint_options = None
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs):
+        self.checkpoint_options = gradient_checkpointing_kwargs
+
+    def maybe_again(self, function, *args):
+        options = self.checkpoint_options
+        return function(*args) if options is None else checkpoint(function, *args, **options)
+
+
+class SharedLayers(Checkpointing, SharedEverything):
+    """Embeddings, shared layers and head, each used twice; in checkpoints, one is nested, and two
+    get equal ids."""
+
+    def forward(self, ids):
+        again = self.maybe_again
+        # A reentrant checkpoint passes gradients on only if one of its inputs needs them.
+        handle = torch.zeros((), requires_grad=True)
+        look = lambda ids, handle: self.source(ids) + 0.5 * self.target((7 * ids + 1) % 30) + handle
+        x = again(look, ids, handle) + again(look, ids, handle)
+        mix = lambda x: torch.tanh(self.mix(self.norm(x)))
+        x = again(lambda x: again(mix, x), again(mix, x))
+        return again(self.head, x)
+
+
+class Convolutions2d(Checkpointing):
+    """Strides, dilation, "same", circular and grouped convolutions, norms in between."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(
+            nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.PReLU(8),
+            nn.Conv2d(8, 8, (3, 2), stride=(2, 1), dilation=(1, 2), bias=False), nn.GELU(),
+            nn.Conv2d(8, 6, 4, padding="same"), nn.Tanh(),
+            nn.Conv2d(6, 6, 3, padding=1, padding_mode="circular", groups=3),
+            nn.BatchNorm2d(6).eval(), nn.ConvTranspose2d(6, 4, 2),
+        )  # fmt: skip
+        self.head = nn.Linear(4, 5)
+
+    def forward(self, x):
+        x = self.maybe_again(self.net[1:], self.net[0](x))
+        return self.head(x.mean((2, 3)))
+
+
+class Convolutions1d(nn.Module):
+    """A causal convolution called twice, and RMS norms of torch."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.twice = nn.Conv1d(6, 8, 5, padding=2), nn.Conv1d(8, 8, 3, dilation=2)
+        self.norm, self.head = nn.RMSNorm(8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        x = self.norm(torch.tanh(self.first(x)).transpose(1, 2)).transpose(1, 2)
+        for _ in range(2):
+            x = x + torch.tanh(self.twice(F.pad(x, (4, 0))))
+        return self.head(self.norm(x.mean(2)))
+
+
+class Scale(nn.Module):
+    """No rule and no child: a factor that trains."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(10))
+
+    def forward(self, x):
+        return x * self.scale
+
+
+class Tokens(nn.Module):
+    """A class token and positions as bare parameters, a layer shared, nanoGPT's positions (T,)."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cls, self.table = nn.Parameter(torch.randn(1, 1, 10)), nn.Embedding(9, 10)
+        self.bias = nn.Parameter(torch.randn(1, 9, 10))
+        self.mix, self.scale, self.head = nn.Linear(10, 10), Scale(), nn.Linear(10, 5)
+        self.frozen, self.flat = nn.Linear(10, 10).requires_grad_(False), nn.Linear(10, 10)
+
+    def forward(self, x):
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1) + self.bias
+        x = x + self.table(torch.arange(9))
+        x = self.scale(self.mix(torch.tanh(self.scale(self.mix(x)))))
+        flat = self.flat(x.reshape(-1, 10))  # samples one after the other
+        return self.head(self.frozen(flat.view(x.shape)).mean(1))
+
+
+def vit():
+    torch.manual_seed(0)
+    config = transformers.ViTConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        image_size=8, patch_size=4, num_labels=5, hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+    )  # fmt: skip
+    return shaken(transformers.ViTForImageClassification(config))
+
+
+OTHER_MODELS = {
+    "vit": (vit, (3, 8, 8)),
+    "conv2d": (lambda: shaken(Convolutions2d()), (3, 9, 9)),
+    "conv1d": (lambda: shaken(Convolutions1d()), (6, 12)),
+    "bare-parameters": (lambda: shaken(Tokens()), (8, 10)),
+}

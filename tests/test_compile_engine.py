@@ -1,0 +1,372 @@
+"""torch.compile of a whole model with an engine attached: scores, gradients, graphs and breaks."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, lm_loss, norm, sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
+from torch import nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+from transformers import LlamaConfig, LlamaForCausalLM
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    assert not counters["graph_break"], list(counters["graph_break"])
+
+
+def graphs():
+    return counters["stats"]["unique_graphs"]
+
+
+def compiled(model, backend="aot_eager"):
+    return torch.compile(model, backend=backend, fullgraph=True)
+
+
+def in_a_function(model, backend="aot_eager"):
+    """The model's hooks are then a part of the graph."""
+    function = lambda *args, **kwargs: model(*args, **kwargs)
+    return torch.compile(function, backend=backend, fullgraph=True)
+
+
+def gpt2():
+    model = tiny_gpt2(layers=1)
+    model.loss_type = "ForCausalLM"  # the one it has; naming it avoids a warning in the graph
+    return model
+
+
+def unscored(model):
+    """A copy without compiled or fused forwards."""
+    model = copy.deepcopy(model)
+    model.__dict__.pop("forward", None)
+    return model
+
+
+def own_loss(engine, call, x, y, loss=lm_loss):
+    out = call(x)
+    return engine.track_loss(loss(getattr(out, "logits", out), y))
+
+
+def its_loss(engine, call, x, y):
+    return call(x, labels=y).loss
+
+
+def step(engine, call, train, i=0, loss=own_loss, factor=1.0):
+    """One micro-batch through the compiled model."""
+    engine.attach_train_batch(*train, i, torch.arange(len(train[1])))
+    (loss(engine, call, *engine.prepare_forward_input(*train)) * factor).backward()
+    engine.prepare_gradients()
+
+
+def check(engine, close, train, val, tolerance, loss=lm_loss):
+    """Scores and .grad of a step that ran, against brute force."""
+    model = unscored(engine.model)
+    want, scales = sample_dots(model, train, val, loss=loss)
+    close(engine.aggregate_and_log(), total(want), tolerance, total(scales))
+    for name, g in gradient(model, *train, loss=loss).items():
+        error = (engine.model.get_parameter(name).grad.double() - g).norm() / g.norm()
+        assert error <= tolerance, name
+    engine.model.zero_grad(set_to_none=True)
+
+
+VAL = token_batch(2, 11, seed=99)
+
+
+@pytest.mark.parametrize("way", [compiled, in_a_function])
+def test_gpt2(way, close):
+    """One graph for a shape, one more for all others; the first step runs uncompiled."""
+    model = gpt2().double()
+    call = way(model)
+    engine = GradDotProdEngine(model, VAL, label_shift=1, padding={"inputs": 0})
+    engine.attach()
+    seen = []
+    for i, shape in enumerate([(4, 11), (4, 11), (4, 11), (3, 13), (5, 12)]):
+        train = token_batch(*shape, seed=i, ragged=True)
+        step(engine, call, train, i)
+        check(engine, close, train, VAL, 1e-10)
+        seen.append(graphs())
+    assert seen == [0, 1, 1, 2, 2]
+
+
+def test_fused_head_accumulation_and_targets(close):
+    """The head's backward leaves its part of the tied weight to the embedding's."""
+    model = fuse_head(gpt2().double())
+    call = in_a_function(model)
+    vals = {"a": VAL, "b": token_batch(1, 11, seed=98)}
+    engine = GradDotProdEngine(model, vals)
+    engine.attach()
+    for i in range(2):
+        batches = [token_batch(3, 11, seed=2 * i + k, ragged=True) for k in range(2)]
+        for batch in batches:
+            step(engine, call, batch, i, its_loss, factor=0.5)
+        plain = unscored(model)
+        got = engine.aggregate_and_log()
+        for row, val in zip(got, vals.values(), strict=True):
+            parts = [sample_dots(plain, batch, val) for batch in batches]
+            want, scale = (torch.cat([total(p[k]) for p in parts]) for k in (0, 1))
+            close(row, want, 1e-10, scale)
+        want = [gradient(plain, *batch) for batch in batches]
+        for name, p in model.named_parameters():
+            mean = (want[0][name] + want[1][name]) / 2
+            assert (p.grad - mean).norm() <= 1e-10 * mean.norm(), name
+        model.zero_grad(set_to_none=True)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["own-head", "fused-head"])
+def test_norms(fused, close):
+    """Norms and cosines, cross terms of the tied weight among them."""
+    model = gpt2().double()
+    if fused:
+        fuse_head(model)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, VAL, norms=True)
+    engine.attach()
+    for i in range(2):
+        train = token_batch(3, 11, seed=i, ragged=True)
+        step(engine, call, train, i, its_loss)
+        plain = unscored(model)
+        dots, _ = sample_dots(plain, train, VAL)
+        rows = [(train[0][k : k + 1], train[1][k : k + 1]) for k in range(3)]
+        norms = torch.stack([norm(gradient(plain, *row)) for row in rows])
+        # transformers computes the loss of its own head in fp32
+        tolerance = 1e-10 if fused else 1e-6
+        close(engine.gradient_norms(), norms, tolerance)
+        cosines = total(dots) / norms / norm(gradient(plain, *VAL))
+        close(engine.cosines(), cosines, tolerance, torch.full_like(cosines, 10))
+        check(engine, close, train, VAL, tolerance)
+    assert graphs() == 1
+
+
+def llama():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=61,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        max_position_embeddings=32,
+    )
+    return LlamaForCausalLM(config)
+
+
+def test_llama_given_directions(close):
+    """RMS norms; and the directions, of the plain model."""
+    model = llama()
+    call = compiled(model)
+    engine = GradDotProdEngine(model, label_shift=1)
+    engine.attach()
+    loss = lambda model, inputs, labels: lm_loss(model(**inputs).logits, labels)
+    for i in range(3):
+        batch = {"input_ids": VAL[0]}, VAL[1]
+        engine.set_directions(engine.compute_directions([batch], loss))
+        train = token_batch(4, 11, seed=i)
+        step(engine, call, train, i)
+        check(engine, close, train, VAL, 1e-5)
+    assert graphs() == 1
+
+
+class Shared(nn.Module):
+    """A weight of two embeddings and a head; layers called twice, also on the very same input."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.source, self.target = nn.Embedding(30, 10, padding_idx=3), nn.Embedding(30, 10, 3)
+        self.mix, self.norm = nn.Linear(10, 10), nn.LayerNorm(10)
+        self.head = nn.Linear(10, 30, bias=False)
+        self.target.weight = self.source.weight
+        self.head.weight = self.source.weight
+
+    def forward(self, ids):
+        x = self.source(ids) + 0.5 * self.target((7 * ids + 1) % 30) + self.source(ids)
+        x = torch.tanh(self.mix(self.norm(x)) + self.mix(self.norm(x)))
+        return self.head(torch.tanh(self.mix(self.norm(x))))
+
+
+class Reused(nn.Module):
+    """Layers in a loop, between which inductor writes into memory that is free again."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(30, 10), nn.Linear(10, 30)
+        self.a, self.b = nn.Linear(10, 10), nn.Linear(10, 10)
+
+    def forward(self, ids):
+        x = self.embedding(ids)
+        for _ in range(2):
+            x = torch.tanh(self.a(torch.sin(x) * 1.5))
+            x = x * torch.cos(self.b(x)) + x
+        return self.head(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "backend"), [(Shared, "aot_eager"), (Reused, "inductor")], ids=["shared", "reused"]
+)
+def test_parameters_with_several_uses(model, backend, close):
+    """Calls that are the same to a compiler stay two; memory that it reuses is not ours."""
+    model = model().double()
+    call, val = compiled(model, backend), token_batch(2, 11, 30, seed=7)
+    engine = GradDotProdEngine(model, val, label_shift=1)
+    engine.attach()
+    for i in range(3):
+        train = token_batch(5, 11, 30, seed=i)
+        step(engine, call, train, i)
+        check(engine, close, train, val, 1e-10)
+    assert graphs() == 1
+
+
+class Positions(nn.Module):
+    """Position ids that are the same for every row."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.positions = nn.Embedding(30, 10), nn.Embedding(32, 10)
+        self.head = nn.Linear(10, 30)
+
+    def forward(self, ids):
+        x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1])[None])
+        return self.head(torch.tanh(x))
+
+
+def test_tokens_and_a_batch_of_one_row(close):
+    """The positions' output has rows that its input has not, and one row is no exception."""
+    model, val = Positions().double(), token_batch(2, 11, 30, seed=7)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, label_shift=1, per_token=True)
+    engine.attach()
+    engine.set_directions(gradient(model, *val))
+    for i, rows in enumerate((3, 3, 1, 4)):
+        train = token_batch(rows, 11, 30, seed=i)
+        step(engine, call, train, i)
+        tokens = engine.token_dots().sum(1)
+        torch.testing.assert_close(tokens, sum_of_dots(model, train, val))
+        check(engine, close, train, val, 1e-10)
+
+
+def sum_of_dots(model, train, val):
+    return total(sample_dots(unscored(model), train, val)[0])
+
+
+class Scale(nn.Module):
+    """A layer without a rule; it returns two things, or one."""
+
+    def __init__(self, two):
+        super().__init__()
+        self.weight, self.two = nn.Parameter(torch.rand(12) + 0.5), two
+
+    def forward(self, x, scaled, y=None):
+        x = x * self.weight + y if scaled else y
+        return (x, scaled) if self.two else x
+
+
+class MLP(nn.Module):
+    """Linear layers, a norm, a convolution, a layer of its own, checkpointed in part."""
+
+    def __init__(self, two=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.scale = nn.Linear(12, 12), nn.LayerNorm(12), Scale(two)
+        self.conv, self.last = nn.Conv1d(2, 3, 3, padding=1), nn.Linear(36, 7)
+
+    def forward(self, x):
+        x = checkpoint(lambda x: F.gelu(self.norm(self.first(x))), x, use_reentrant=False)
+        x = self.scale(x, True, y=x)
+        x = x[0] if self.scale.two else x
+        return self.last(torch.tanh(self.conv(torch.stack([x, x * x], 1)).flatten(1)))
+
+
+def points(rows, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 12, generator=g).double(), torch.randint(0, 7, (rows,), generator=g)
+
+
+def classify(engine, call, x, y):
+    return own_loss(engine, call, x, y, F.cross_entropy)
+
+
+def test_compiled_before_evaluation_within_and_detached_between(close):
+    """None of these costs a graph a step, and without an engine all is as it was."""
+    model, val = MLP().double(), points(2, 99)
+    call = compiled(model)
+    plain = gradient(model, *points(5, 0), loss=F.cross_entropy)
+    seen = []
+    engine = GradDotProdEngine(model, val)
+    for i in range(4):
+        F.cross_entropy(call(points(5, 0)[0]), points(5, 0)[1]).backward()
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, plain[name])
+        model.zero_grad(set_to_none=True)
+        engine.reattach_after_evaluation()
+        train = points(5, i)
+        engine.attach_train_batch(*train, i, torch.arange(5))
+        with torch.no_grad():
+            torch.testing.assert_close(call(train[0]), unscored(model)(train[0]))
+        classify(engine, call, *engine.prepare_forward_input(*train)).backward()
+        engine.prepare_gradients()
+        check(engine, close, train, val, 1e-10, loss=F.cross_entropy)
+        engine.detach_for_evaluation()
+        seen.append(graphs())
+    assert seen[1] == seen[2] == seen[3] == seen[0] + 2  # with scores, and the evaluation
+
+
+def test_layer_of_several_outputs_breaks_the_graph(close):
+    """Such a layer runs uncompiled: no wrong scores, and the break names us."""
+    model, val = MLP(two=True).double(), points(2, 99)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    call = torch.compile(model, backend="aot_eager")
+    for i in range(3):
+        train = points(5, i)
+        step(engine, call, train, i, classify)
+        check(engine, close, train, val, 1e-10, loss=F.cross_entropy)
+    assert any("graddot: a scored layer" in reason for reason in counters["graph_break"])
+    counters.clear()
+
+
+def test_autocast():
+    """The graph is traced under autocast, and runs outside of it."""
+    model, val = MLP(), points(2, 99)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, (val[0].float(), val[1]))
+    engine.attach()
+    for i in range(2):
+        train = points(5, i)
+        want, scales = sample_dots(unscored(model), train, val, loss=F.cross_entropy)
+        with torch.autocast("cpu", torch.bfloat16):
+            step(engine, call, (train[0].float(), train[1]), i, classify)
+        error = (engine.aggregate_and_log() - total(want)).abs() / total(scales)
+        assert error.max() <= 2e-2
+        model.zero_grad()
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("way", [compiled, in_a_function])
+def test_refusals(way):
+    model = MLP().double()
+    call = way(model)
+    engine = GradDotProdEngine(model, points(2, 99))
+    engine.attach()
+    step(engine, call, points(5, 0), 0, classify)
+    engine.aggregate_and_log()
+    hook = model.first.weight.register_hook(lambda grad: 2 * grad)
+    with pytest.raises(GraddotError, match="layer first has a parameter with a gradient hook"):
+        step(engine, call, points(5, 1), 1, classify)
+    hook.remove()
+    engine.clear_gradients()
+    train = points(5, 2)
+    engine.attach_train_batch(*train, 2, torch.arange(5))
+    x, _ = engine.prepare_forward_input(*train)
+    call(x)
+    with pytest.raises(GraddotError, match="the model ran twice since attach_train_batch"):
+        call(x)
