@@ -107,9 +107,12 @@ class _Head:
         self.weight_grad = self._large(self.losses, held, self.width)
         self.direction_rows = direction.new_empty(len(val_rows), 0, self.width)
         self.limit = max(self.limit, rows * t if self.joint else len(direction) * self.width // 4)
+        # A norm is of a sample's chunks together: whole rows, or a buffer where that takes less.
+        if self.norms and self.limit < t <= self.limit + self.width:
+            self.limit = t
         self.logits = self._large(act, min(self.limit, rows * t), self.vocab)
         self.row_grad: Tensor | None = None
-        if self.norms and t > self.limit:  # a norm is of a sample's chunks together
+        if self.norms and self.limit < t:
             self.row_grad = self._large(self.losses, self.vocab, self.width)
 
     @staticmethod

@@ -143,9 +143,9 @@ def test_language_model(close, name):
 
 @DTYPES
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("chunk", [10, 100], ids=["part-rows", "whole-rows"])
+@pytest.mark.parametrize("chunk", [10, 100], ids=["one-row", "all-rows"])
 def test_fused_head(close, tied, chunk, dtype, monkeypatch):
-    """Two targets, a loss scale; and given directions. A 17-token row is in two pieces, or whole."""
+    """Two targets, a loss scale; and given directions."""
     monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", 61 * chunk)
     train = token_batch(3, 17, seed=1, ragged=True)
     vals = {"a": token_batch(1, 17, seed=2), "b": token_batch(2, 17, seed=3, ragged=True)}

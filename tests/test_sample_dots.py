@@ -55,7 +55,9 @@ def logit_grads(act: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
-@pytest.mark.parametrize("chunk", [3, 14, 100], ids=["part-rows", "two-rows", "whole"])
+@pytest.mark.parametrize(
+    "chunk", [2, 3, 14, 100], ids=["part-rows", "whole-row", "two-rows", "all"]
+)
 @pytest.mark.parametrize("given", [False, True], ids=["riding", "given"])
 @pytest.mark.parametrize("scale", [None, 0.5])
 def test_fused_head(dtype, chunk: int, given: bool, scale: float | None, monkeypatch) -> None:
