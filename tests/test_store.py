@@ -303,6 +303,17 @@ def test_norms_have_columns_of_their_own(tmp_path, targets):
     assert table["norm"].to_pylist() == [1, 2] and table[cosine].to_pylist() == [0.5, None]
 
 
+def test_other_columns_than_the_rows_that_stay_have_are_refused(tmp_path):
+    """As when a run of the Trainer is resumed with norms, or without."""
+    folder_of_parts(tmp_path, (0, 4), (5, 9))
+    for last in (9, 6):
+        with pytest.raises(GraddotError, match="'value'], and now come others, .*'cosine']"):
+            PartWriter(tmp_path / "scores", scores_schema(norms=True)).truncate_after(last)
+        expect_steps(tmp_path, 10)
+    PartWriter(tmp_path / "scores", scores_schema(norms=True)).truncate_after(-1)
+    expect_steps(tmp_path, 0)
+
+
 def test_a_damaged_part_is_named(tmp_path):
     folder_of_parts(tmp_path, (0, 4), (5, 9))
     part = tmp_path / "scores" / "part-00000005-00000009.parquet"

@@ -178,7 +178,17 @@ class PartWriter:
         self._saved = self._last
 
     def truncate_after(self, step: int) -> None:
-        """Drop all rows of later steps, and what was not saved. Raises GraddotError."""
+        """Drop all rows of later steps, and what was not saved. Raises GraddotError, and drops
+        nothing, if the rows that stay have other columns, as those of a run with norms have."""
+        kept = [part for part in _parts(self.folder) if part.first <= step]
+        for part in kept[:1]:
+            with reading(part.path):
+                columns = pq.read_schema(part.path).names
+            if columns != self.schema.names:
+                raise GraddotError(
+                    f"{self.folder}: holds rows with columns {columns}, and now come others,"
+                    f" {self.schema.names}; repeat the run's settings, or choose another folder"
+                )
         self._batches.clear()
         with writing(self.folder):
             # From the end, so that what a reader sees at any instant has no gap.
