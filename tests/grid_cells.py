@@ -257,6 +257,17 @@ class Cell:
             for name, dot in by_parameter.items():
                 self.close(one(dot), dots[name], scales[name] + noise, name)
 
+    def check_norms(self, targets, train):
+        """Of the training rows and of each target's; of the cosines 1 is the scale."""
+        whole = lambda gradient: torch.cat([g.flatten() for g in gradient.values()])
+        own = torch.stack([whole(self.want.gradients[i]) for i in train])
+        val = torch.stack([whole(self.want.gradient(rows)) for rows in targets])
+        norms, val_norms, engine = own.norm(dim=1), val.norm(dim=1), self.engine
+        self.close(engine.gradient_norms(), norms, norms)
+        self.close(torch.atleast_1d(engine.target_norms()), val_norms, val_norms)
+        cosines = val @ own.t() / val_norms[:, None] / norms
+        self.close(torch.atleast_2d(engine.cosines()), cosines, torch.full_like(cosines, 10))
+
     def close(self, got, want, scale, name=None):
         """A parameter's dots, or all of them together, which alone are meaningful in 16 bit."""
         exactly = self.tolerance == TOLERANCE

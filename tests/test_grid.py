@@ -217,6 +217,19 @@ def attached_again(cell):
     cell.check_gradient(MORE)
 
 
+def norms(cell):
+    """Gradient norms and cosines, with two targets' rows and with a given direction."""
+    val = {"a": VAL, "b": OTHER_VAL}
+    cell.attach(val, norms=True)
+    cell.step(TRAIN, factor=8.0)
+    cell.check_norms(list(val.values()), TRAIN)
+    cell.check_scores(val, TRAIN)
+    cell.attach(norms=True)
+    cell.direct(VAL)
+    cell.step(TRAIN)
+    cell.check_norms([VAL], TRAIN)
+
+
 LOOPS = {  # bench/exactness.py makes a table of them
     "step": plain_step,
     "targets": targets,
@@ -232,6 +245,7 @@ LOOPS = {  # bench/exactness.py makes a table of them
     "sizes": sizes,
     "clipping": clipped_step,
     "attached-again": attached_again,
+    "norms": norms,
 }
 
 
