@@ -23,17 +23,32 @@ constexpr int64_t kGradPanel = 48 * 1024;
 
 using Block = Vector[kBlockOut][2];
 
-// A block of the weight gradient, or of a direction being made, and where its dots go.
+// Where blocks lie: the rows of one, and one block and the next in both directions of the matrix.
+template <typename T>
+struct Blocks {
+  T* data;
+  int64_t stride, next_out, next_in;
+
+  T* at(int64_t i, int64_t j) const {  // of the block that begins at (i, j)
+    return data + i / kBlockOut * next_out + j / kBlockIn * next_in;
+  }
+};
+
+template <typename T>
+Blocks<T> of_matrix(T* data, int64_t stride) {
+  return {data, stride, kBlockOut * stride, kBlockIn};
+}
+
+// Where a row's gradient goes: its sum, and its dots.
 struct Target {
-  float* sum;
-  int64_t stride;
+  Blocks<float> sum;
   float scale;
   bool add;
-  const float* direction;  // null: no dots
-  int64_t direction_stride, next_direction;
+  Blocks<const float> direction;  // no data: no dots
+  int64_t next_direction;
   int64_t num_directions, dots_stride;
   double* dots;
-  bool norms;  // one more dot, with itself
+  bool norms;  // one dot more, with itself
 };
 
 // Columns [0, cols) of every token's row, as panels of `panel` columns, zeros beyond the last.
@@ -93,12 +108,13 @@ inline double square(const Block& sums) {
   return lane_sum(left + right);
 }
 
-inline void write_whole(const Block& sums, const Target& to) {
-  for (int64_t k = 0; k < to.num_directions; ++k) {
-    const float* direction = to.direction + k * to.next_direction;
+inline void write_whole(const Block& sums, const Target& to, int64_t at_out, int64_t at_in) {
+  const float* directions = to.direction.at(at_out, at_in);
+  for (int64_t k = 0; k < to.num_directions; ++k, directions += to.next_direction) {
+    const float* direction = directions;
     Vector left{}, right{};
 #pragma GCC unroll 12
-    for (int i = 0; i < kBlockOut; ++i, direction += to.direction_stride) {
+    for (int i = 0; i < kBlockOut; ++i, direction += to.direction.stride) {
       left += sums[i][0] * load(direction);
       right += sums[i][1] * load(direction + kLanes);
     }
@@ -106,9 +122,9 @@ inline void write_whole(const Block& sums, const Target& to) {
   }
   if (to.norms) to.dots[to.num_directions * to.dots_stride] += square(sums);
   const Vector scale = all(to.scale);
-  float* row = to.sum;
+  float* row = to.sum.at(at_out, at_in);
 #pragma GCC unroll 12
-  for (int i = 0; i < kBlockOut; ++i, row += to.stride) {
+  for (int i = 0; i < kBlockOut; ++i, row += to.sum.stride) {
     const Vector left = scale * sums[i][0], right = scale * sums[i][1];
     store(row, to.add ? load(row) + left : left);
     store(row + kLanes, to.add ? load(row + kLanes) + right : right);
@@ -116,32 +132,36 @@ inline void write_whole(const Block& sums, const Target& to) {
 }
 
 // At the matrix's last rows and columns, [0, out) x [0, in) of a block.
-void write_part(const Block& sums, int64_t out, int64_t in, const Target& to) {
-  for (int64_t k = 0; k < to.num_directions; ++k) {
-    const float* direction = to.direction + k * to.next_direction;
+void write_part(const Block& sums, int64_t out, int64_t in, const Target& to, int64_t at_out,
+                int64_t at_in) {
+  const float* direction = to.direction.at(at_out, at_in);
+  for (int64_t k = 0; k < to.num_directions; ++k, direction += to.next_direction) {
     float dot = 0;
     for (int64_t i = 0; i < out; ++i) {
       for (int64_t j = 0; j < in; ++j) {
-        dot += sums[i][j / kLanes][j % kLanes] * direction[i * to.direction_stride + j];
+        dot += sums[i][j / kLanes][j % kLanes] * direction[i * to.direction.stride + j];
       }
     }
     to.dots[k * to.dots_stride] += dot;
   }
   // Beyond the matrix the panels, and so the sums, are zero.
   if (to.norms) to.dots[to.num_directions * to.dots_stride] += square(sums);
+  float* block = to.sum.at(at_out, at_in);
   for (int64_t i = 0; i < out; ++i) {
     for (int64_t j = 0; j < in; ++j) {
-      float& sum = to.sum[i * to.stride + j];
+      float& sum = block[i * to.sum.stride + j];
       const float more = to.scale * sums[i][j / kLanes][j % kLanes];
       sum = to.add ? sum + more : more;
     }
   }
 }
 
-inline void prefetch(const Target& to) {
+inline void prefetch(const Target& to, int64_t at_out, int64_t at_in) {
+  const float* sum = to.sum.at(at_out, at_in);
+  const float* direction = to.direction.at(at_out, at_in);
   for (int i = 0; i < kBlockOut; ++i) {
-    __builtin_prefetch(to.sum + i * to.stride);
-    if (to.direction != nullptr) __builtin_prefetch(to.direction + i * to.direction_stride);
+    __builtin_prefetch(sum + i * to.sum.stride);
+    if (to.num_directions > 0) __builtin_prefetch(direction + i * to.direction.stride);
   }
 }
 
@@ -160,16 +180,13 @@ void add_row(const LinearProblem& p, int64_t row, const LinearTile& tile, const 
     for (int64_t j = 0; j < in; j += kBlockIn) {
       for (int64_t i = 0; i < out; i += kBlockOut) {
         const int64_t i_tile = begin - tile.out_begin + i;
-        Target block = to;
-        block.sum += i_tile * to.stride + j;
-        if (to.direction != nullptr) block.direction += i_tile * to.direction_stride + j;
-        prefetch(block);
+        prefetch(to, i_tile, j);
         Block sums;
         multiply(grad_panels + i * p.tokens, act_panels + j * p.tokens, p.tokens, sums);
         if (i + kBlockOut <= out && j + kBlockIn <= in) {
-          write_whole(sums, block);
+          write_whole(sums, to, i_tile, j);
         } else {
-          write_part(sums, smaller(kBlockOut, out - i), smaller(kBlockIn, in - j), block);
+          write_part(sums, smaller(kBlockOut, out - i), smaller(kBlockIn, in - j), to, i_tile, j);
         }
       }
     }
@@ -177,33 +194,36 @@ void add_row(const LinearProblem& p, int64_t row, const LinearTile& tile, const 
 }
 
 LinearScratch scratch(const LinearProblem& p, const LinearTile& size) {
-  const int64_t in = round_up(size.in_end, kBlockIn);
-  const int64_t grad_rows = smaller(grad_panel_rows(p.tokens), round_up(size.out_end, kBlockOut));
-  const int64_t made = p.direction == nullptr ? p.num_directions * size.out_end * size.in_end : 0;
+  const int64_t in = round_up(size.in_end, kBlockIn), out = round_up(size.out_end, kBlockOut);
+  const int64_t grad_rows = smaller(grad_panel_rows(p.tokens), out);
+  const int64_t made = p.direction == nullptr ? p.num_directions * out * in : 0;
   return {in * p.tokens, grad_rows * p.tokens, made};
 }
 
-// Direction k's tile from its val rows, (out, in), contiguous.
-void make_direction(const LinearProblem& p, int64_t first, int64_t count, const LinearTile& tile,
-                    float* act_panels, float* grad_panels, float* direction) {
-  const int64_t in = tile.in_end - tile.in_begin;
-  const Target to{direction, in, 1.0F, true, nullptr, 0, 0, 0, 0, nullptr, false};
-  for (int64_t i = 0; i < (tile.out_end - tile.out_begin) * in; ++i) direction[i] = 0;
-  for (int64_t v = first; v < first + count; ++v) {
-    add_row(p, v, tile, to, act_panels, grad_panels);
+// All directions' tile from their val rows. The directions' same blocks lie one after the other, as
+// they are read: rows far apart, of many directions, would come from memory one by one.
+Blocks<float> make_directions(const LinearProblem& p, const LinearTile& tile, float* act_panels,
+                              float* grad_panels, float* memory, double* dots) {
+  constexpr int64_t kSize = kBlockOut * kBlockIn;
+  const int64_t out = round_up(tile.out_end - tile.out_begin, kBlockOut) / kBlockOut;
+  const int64_t in = round_up(tile.in_end - tile.in_begin, kBlockIn) / kBlockIn;
+  const int64_t k = p.num_directions;
+  for (int64_t i = 0; i < k * out * in * kSize; ++i) memory[i] = 0;
+  Target to{{memory, kBlockIn, k * kSize, out * k * kSize}, 1.0F, true, {}, 0, 0, 0, nullptr, false};
+  int64_t row = p.rows;
+  for (int64_t one = 0; one < k; ++one, to.sum.data += kSize) {
+    for (const int64_t end = row + p.val_rows[one]; row < end; ++row) {
+      add_row(p, row, tile, to, act_panels, grad_panels);
+    }
+    for (int64_t block = 0; p.norms && block < out * in; ++block) {  // in double, as the dots are
+      const float* values = to.sum.data + block * k * kSize;
+      float square = 0;
+#pragma omp simd reduction(+ : square)
+      for (int64_t i = 0; i < kSize; ++i) square += values[i] * values[i];
+      dots[one * p.dot_columns() + p.rows] += square;
+    }
   }
-}
-
-// ‖D‖² of a tile (out, in): by rows in float, then in double, as the dots are.
-double square(const float* direction, int64_t out, int64_t in) {
-  double total = 0;
-  for (int64_t i = 0; i < out; ++i, direction += in) {
-    float row = 0;
-#pragma omp simd reduction(+ : row)
-    for (int64_t j = 0; j < in; ++j) row += direction[j] * direction[j];
-    total += row;
-  }
-  return total;
+  return {memory, kBlockIn, k * kSize, out * k * kSize};
 }
 
 void run(const LinearProblem& p, const LinearTile& tile, float* memory, double* dots) {
@@ -211,30 +231,23 @@ void run(const LinearProblem& p, const LinearTile& tile, float* memory, double* 
   const LinearScratch need = scratch(p, size);
   float* act_panels = memory;
   float* grad_panels = act_panels + need.act;
-  Target to{p.weight_grad + tile.out_begin * p.d_in + tile.in_begin,
-            p.d_in,
+  const int64_t at = tile.out_begin * p.d_in + tile.in_begin;
+  Target to{of_matrix(p.weight_grad + at, p.d_in),
             p.scale,
             p.accumulate,
-            p.direction,
-            p.d_in,
+            {},
             p.d_out * p.d_in,
             p.num_directions,
             p.dot_columns(),
             dots,
             p.norms};
   if (p.direction != nullptr) {
-    to.direction += tile.out_begin * p.d_in + tile.in_begin;
+    to.direction = of_matrix(p.direction + at, p.d_in);
   } else if (p.num_directions > 0) {
-    float* direction = grad_panels + need.grad;
-    int64_t first = p.rows;
-    for (int64_t k = 0; k < p.num_directions; first += p.val_rows[k++]) {
-      float* made = direction + k * size.out_end * size.in_end;
-      make_direction(p, first, p.val_rows[k], tile, act_panels, grad_panels, made);
-      if (p.norms) dots[k * p.dot_columns() + p.rows] += square(made, size.out_end, size.in_end);
-    }
-    to.direction = direction;
-    to.direction_stride = size.in_end;
-    to.next_direction = size.out_end * size.in_end;
+    const auto made =
+        make_directions(p, tile, act_panels, grad_panels, grad_panels + need.grad, dots);
+    to.direction = {made.data, made.stride, made.next_out, made.next_in};
+    to.next_direction = kBlockOut * kBlockIn;
   }
   for (int64_t i = 0; i < p.rows; ++i, ++to.dots, to.add = true) {
     add_row(p, i, tile, to, act_panels, grad_panels);
