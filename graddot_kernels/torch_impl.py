@@ -38,7 +38,7 @@ def _accumulated(x: Tensor) -> Tensor:
 
 def _tokens(x: Tensor) -> Tensor:
     """(N, T, D) as (N·T, D), a view when the rows allow it."""
-    return x.reshape(-1, x.shape[-1])
+    return x.flatten(0, -2)
 
 
 def _scaled_(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -248,10 +248,10 @@ def test_wrong_label_shift_is_refused():
 class TiedModel(nn.Module):
     """A head called by hand; the embedding of the same weight, before it or after it."""
 
-    def __init__(self, *, after=False):
+    def __init__(self, *, after=False, padding_idx=None):
         super().__init__()
         torch.manual_seed(0)
-        self.embedding, self.mix = nn.Embedding(19, 12), nn.Linear(12, 12)
+        self.embedding, self.mix = nn.Embedding(19, 12, padding_idx), nn.Linear(12, 12)
         self.head = nn.Linear(12, 19, bias=False)
         self.head.weight = self.embedding.weight
         self.after, self.reduction = after, "mean"
@@ -272,9 +272,13 @@ def own_batch(rows, seed):
     return ids, token_batch(rows, 9, 19, seed=seed + 10)[0]
 
 
-def test_a_head_of_ones_own():
-    model = TiedModel().double()
+@pytest.mark.parametrize("padded", [None, "val", "train"])
+def test_a_head_of_ones_own(padded):
+    """Also with nothing but padding on one side, where the embedding has no gradient."""
+    model = TiedModel(padding_idx=None if padded is None else 7).double()
     train, val = own_batch(4, 1), own_batch(2, 2)
+    if padded is not None:
+        (val if padded == "val" else train)[0].fill_(7)
 
     def loss(logits, labels):
         return F.cross_entropy(logits.flatten(0, 1), labels.flatten())

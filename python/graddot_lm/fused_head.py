@@ -57,7 +57,8 @@ class LinearCrossEntropyDot(ScoredFunction):
         )  # fmt: skip
         ctx.results, ctx.coefficient = results, coefficient
         ctx.ids = ids, train_ids
-        ctx.save_for_backward(act[: act.shape[0] - sum(val_rows)] if ids.numel() else None)
+        paired = ids.numel() + train_ids.numel() > 0
+        ctx.save_for_backward(act[: act.shape[0] - sum(val_rows)] if paired else None)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() * coefficient.to(losses.dtype), losses
