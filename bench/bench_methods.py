@@ -57,8 +57,8 @@ class Bench:
             n_positions=t, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False,
             tie_word_embeddings=False, attn_implementation="eager", **sizes,
         )  # fmt: skip
-        config.loss_type = "ForCausalLM"
         self.model = GPT2LMHeadModel(config).to(device)
+        self.model.loss_type = "ForCausalLM"  # what it gets anyway, but with a warning
         ids = torch.randint(0, config.vocab_size, (n + v, t), device=device)
         self.train, self.val = (ids[:n], ids[:n]), (ids[n:], ids[n:])
         self.joint = ids, ids

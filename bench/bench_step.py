@@ -82,8 +82,9 @@ class LanguageModelCase(Case):
     def __init__(self, n: int, v: int, t: int) -> None:
         torch.manual_seed(0)
         config = GPT2Config(n_layer=4, n_positions=t, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)
-        config.use_cache, config.loss_type = False, "ForCausalLM"
+        config.use_cache = False
         model = GPT2LMHeadModel(config)
+        model.loss_type = "ForCausalLM"  # what it gets anyway, but with a warning
         ids = torch.randint(0, config.vocab_size, (n + v, t))
         super().__init__(model, lambda x, y: model(x, labels=y).loss, ids, ids, n)
         self.gelu = ACT2FN["gelu_pytorch_tanh"]

@@ -12,7 +12,9 @@ PROCESSES = multiprocessing.get_context("fork")  # to import torch anew takes se
 
 
 def _run(rank, world, folder, function, args):
+    # The pool of threads that the parent has does not survive a fork: more would crash.
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # or accelerate asks for more
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
