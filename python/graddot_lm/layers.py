@@ -255,7 +255,7 @@ class LinearDot(ScoredFunction):
         w = weight.to(x.dtype)
         sources: tuple[Tensor | None, ...] = ()
         if ctx.needs_input_grad[1]:
-            ctx.make_input, sources = made_of(x)
+            ctx.make_input, sources = made_of(x, weight.shape[1 if transposed else 0])
         ctx.save_for_backward(weight, *sources)
         ctx.transposed = transposed
         note_uses(ctx, step, names, weight, bias, vector=False)
