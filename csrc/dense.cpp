@@ -19,9 +19,10 @@ GRADDOT_EXPORT void graddot_linear_wgrad_dot(const graddot::LinearProblem* probl
 
 GRADDOT_EXPORT void graddot_cross_entropy_grad(const graddot::CrossEntropy* form, int64_t rows,
                                                const int64_t* labels, int64_t ignore_index,
-                                               float* logits, float* losses) {
+                                               float* logits, int64_t stride,
+                                               float* losses) {
   graddot::cross_entropy_grad(graddot::instruction_set()->cross_entropy_row, *form, rows, labels,
-                              ignore_index, logits, losses);
+                              ignore_index, logits, stride, losses);
 }
 
 GRADDOT_EXPORT void graddot_advise_huge_pages(void* data, int64_t size) {

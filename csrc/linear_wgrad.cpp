@@ -62,7 +62,8 @@ void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& p, int64_
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     // Kept: fresh megabytes for every layer of every step would cost page faults each time.
     thread_local std::vector<float> memory;
-    memory.resize(std::max(memory.size(), static_cast<size_t>(need.act + need.grad + need.direction)));
+    const auto size = static_cast<size_t>(need.act + need.grad + need.sum + need.directions);
+    memory.resize(std::max(memory.size(), size));
     for (int64_t i = begin; i < end; ++i) {
       kernel.run(p, tiles[static_cast<size_t>(i)], memory.data(), parts.data() + i * dots);
     }

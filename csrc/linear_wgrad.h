@@ -21,7 +21,7 @@ struct LinearProblem {
   Activations grad;                   // (N, T, d_out), likewise
 
   // The K directions: given, (K, d_out, d_in), contiguous; or, if null, the gradients of the val
-  // rows behind the training rows, val_rows[k] of them for direction k, made tile by tile.
+  // rows behind the training rows, val_rows[k] ≥ 1 of them for direction k, made tile by tile.
   int64_t num_directions;
   const float* direction;
   const int64_t* val_rows;
@@ -45,7 +45,7 @@ struct LinearTile {
 
 // What a thread needs to hold for any tile of `size`, in floats.
 struct LinearScratch {
-  int64_t act, grad, direction;
+  int64_t act, grad, sum, directions;
 };
 
 // The tile's part of the weight gradient, and its part of the dots added to `dots`, of their shape.

@@ -131,7 +131,7 @@ def linear_wgrad_dot(
 def cross_entropy_grad(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
-    """Losses (R,) of contiguous logits (R, vocab), which become the losses' gradients."""
+    """Losses (R,) of logits (R, vocab), of unit stride along the vocabulary, which become the losses' gradients."""
     losses = logits.new_empty(logits.shape[0])
     labels = labels.contiguous()
     form = _CrossEntropy(logits.shape[1], label_smoothing, z_loss)
@@ -141,6 +141,7 @@ def cross_entropy_grad(
         ctypes.c_void_p(labels.data_ptr()),
         ctypes.c_int64(ignore_index),
         ctypes.c_void_p(logits.data_ptr()),
+        ctypes.c_int64(logits.stride(0)),
         ctypes.c_void_p(losses.data_ptr()),
     )
     return losses

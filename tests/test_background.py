@@ -16,7 +16,8 @@ from brute_force import tiny_gpt2, token_batch
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from graddot_lm.background import BackgroundWriter, WriterThread
 from graddot_lm.batches import Rows, read_batch
-from graddot_lm.store import SCORES, PartWriter, RunDirectory, read_scores
+from graddot_lm.run_directory import RunDirectory
+from graddot_lm.store import SCORES, PartWriter, read_scores
 from test_store import CONFIG, check_after_kill, die_before_call, expect_steps, rows, start
 from test_store import state_at as state
 from torch.utils._python_dispatch import TorchDispatchMode

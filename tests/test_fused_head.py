@@ -370,12 +370,14 @@ def test_models_that_cannot_be_fused():
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.2, 1e-3)])
 @pytest.mark.parametrize("vocab", [1, 3, 8, 17, 1003])
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp32-torch"])
-def test_cross_entropy_grad(dtype, vocab, smoothing, z_loss, monkeypatch):
+@pytest.mark.parametrize("apart", [0, 5])
+def test_cross_entropy_grad(apart, dtype, vocab, smoothing, z_loss, monkeypatch):
     if dtype == "fp32-torch":
         monkeypatch.setattr("graddot_kernels.cpu_kernels.INSTRUCTION_SET", "")
     kind = {"fp64": torch.float64, "bf16": torch.bfloat16}.get(dtype, torch.float32)
     torch.manual_seed(vocab)
-    logits = (5 * torch.randn(9, vocab)).to(kind)
+    padded = (5 * torch.randn(9, vocab + apart)).to(kind)
+    logits, between = padded[:, :vocab], padded[:, vocab:].clone()
     labels = torch.randint(0, vocab, (9,))
     labels[3] = -1
     want, want_grad = reference.cross_entropy_grad(logits.double(), labels, -1, smoothing, z_loss)
@@ -385,3 +387,4 @@ def test_cross_entropy_grad(dtype, vocab, smoothing, z_loss, monkeypatch):
     assert (losses - want).abs().max() <= 5e-7 * size
     assert (logits - want_grad).abs().max() <= tolerance
     assert (logits[3] == 0).all()
+    assert torch.equal(padded[:, vocab:], between)

@@ -9,7 +9,7 @@ import pytest
 from graddot_lm import report
 from graddot_lm.data import TokenData
 from graddot_lm.errors import GraddotError
-from graddot_lm.store import RunDirectory
+from graddot_lm.run_directory import RunDirectory
 from graddot_lm.tokenization import FORMAT_VERSION
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

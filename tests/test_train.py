@@ -18,7 +18,8 @@ from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.data import TokenData, fixed_batch
 from graddot_lm.models import build_gpt2
-from graddot_lm.store import read_config, read_scores
+from graddot_lm.settings import read_config
+from graddot_lm.store import read_scores
 from graddot_lm.train import Trainer
 
 ROOT = Path(__file__).parent.parent

@@ -12,7 +12,9 @@ import torch.distributed as dist
 from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.report import summarize
-from graddot_lm.store import RunDirectory, open_rows, read_config, read_scores
+from graddot_lm.run_directory import RunDirectory
+from graddot_lm.settings import read_config
+from graddot_lm.store import open_rows, read_scores
 from graddot_lm.train import Trainer
 from process_group import PROCESSES
 from test_train import arguments, assert_same_run, tokens, train  # noqa: F401

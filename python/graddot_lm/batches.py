@@ -5,7 +5,7 @@ Validation rows ride behind the training rows in one forward, so batches are joi
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +145,31 @@ def _join_key(key: str, parts: list[Tensor], fill: float | None) -> Tensor:
             for part in parts
         ]
     return torch.cat([part.to(parts[0].device) for part in parts])
+
+
+@dataclass(frozen=True)
+class LossForm:
+    """How a loss is made of its labelled tokens, as the user says; see `GradDotProdEngine`."""
+
+    reduction: Literal["mean", "sum"]
+    label_shift: Literal["auto", 0, 1]
+    ignore_index: int
+
+    def __post_init__(self) -> None:
+        if self.reduction not in ("mean", "sum"):
+            raise GraddotError(f"loss_reduction is {self.reduction!r}; expected 'mean' or 'sum'")
+        if self.label_shift not in ("auto", 0, 1):
+            raise GraddotError(f"label_shift is {self.label_shift!r}; expected 'auto', 0 or 1")
+
+    def count(self, labels: Tensor, shift: int | None = None) -> Tensor:
+        """Labelled tokens of each row, (rows,); without a known shift "auto" means none."""
+        if shift is None:
+            shift = 1 if self.label_shift == 1 else 0
+        return count_labels(labels, shift, self.ignore_index)
+
+    def shift_by(self, model: nn.Module) -> int:
+        """By how many tokens the model shifts labels that it is passed."""
+        return label_shift_of(model) if self.label_shift == "auto" else self.label_shift
 
 
 def label_shift_of(model: nn.Module) -> int:

@@ -269,12 +269,12 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
 
 
 def _begin(number, clock, inputs, items, labelled):  # type: ignore[no-untyped-def]
-    _site(number).engine._begin_compiled(inputs, items, labelled)
+    _site(number).model_forward.begin_compiled(inputs, items, labelled)
     clock.add_(1)
 
 
 def _end(number, clock, outputs):  # type: ignore[no-untyped-def]
-    _site(number).engine._end_compiled()
+    _site(number).model_forward.end_compiled()
     clock.add_(1)
 
 

@@ -19,8 +19,6 @@ Instead of riding along, validation rows may be run by themselves, every so many
     engine.set_directions(engine.compute_directions(val_batches))
 """
 
-import functools
-import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -28,23 +26,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from . import compiled, distributed
-from .batches import (
-    Batch,
-    Inputs,
-    Rows,
-    count_labels,
-    has_causal_lm_loss,
-    is_batch,
-    join,
-    label_shift_of,
-    read_batch,
-    read_rows,
-)
-from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
-from .compiler import prepare_compiler, run_compiled, run_uncompiled, skipped, uncompiled
+from . import distributed
+from .batches import Batch, Inputs, LossForm, Rows, is_batch, join, read_batch, read_rows
+from .compiler import prepare_compiler, run_compiled, uncompiled
 from .coverage import Coverage, cover
 from .directions import (
     Direction,
@@ -55,13 +40,9 @@ from .directions import (
     stack_directions,
 )
 from .errors import GraddotError
-from .layers import ScoredFunction, Step
-from .rows import Layout, check_loss, find_layouts
-from .rules import rule_for
-from .scored import ScoredForward
-from .scores import MicroBatch, Norms, Number, leaf_names, learning_rates, score_rows
-from .tracing import rows_of, trace_after, trace_before
-from .verify import LabelCheck, check_parameter_uses, tensors_in
+from .layers import Step
+from .model_forward import ModelForward
+from .scores import MicroBatch, Norms, leaf_names, learning_rates, score_rows
 
 
 class ScoreWriter(Protocol):
@@ -135,10 +116,7 @@ class GradDotProdEngine:
         global_mean: bool = False,
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
-        if loss_reduction not in ("mean", "sum"):
-            raise GraddotError(f"loss_reduction is {loss_reduction!r}; expected 'mean' or 'sum'")
-        if label_shift not in ("auto", 0, 1):
-            raise GraddotError(f"label_shift is {label_shift!r}; expected 'auto', 0 or 1")
+        self._loss = LossForm(loss_reduction, label_shift, ignore_index)
         if per_token and val_data is not None:
             raise GraddotError(
                 "per_token needs given directions; leave val_data out and call set_directions"
@@ -152,51 +130,21 @@ class GradDotProdEngine:
             raise GraddotError("global_mean weights the terms of a mean; the loss is a sum")
         model = distributed.unwrapped(model)
         self.model, self.store = model, store
-        self.global_mean, self.process_group = global_mean, process_group
-        self.loss_reduction, self.label_shift = loss_reduction, label_shift
-        self.ignore_index, self._padding = ignore_index, dict(padding or {})
+        self._padding = dict(padding or {})
         self._per_parameter, self._per_token, self.norms = per_parameter, per_token, norms
         self._targets: list[str] | None = None  # None for a single one without a name
         self._val: list[Rows] = []
         if val_data is not None:
             self._val = self._read_val_data(val_data)
         self._parameters, self._coverage = cover(model, exclude)
-        names = {id(p): name for name, p in self._parameters.items()}
-        self._owned = {  # by module; a tied parameter has one name in all of them
-            module_name: {
-                key: names[id(p)]
-                for key, p in module.named_parameters(remove_duplicate=False)
-                if id(p) in names
-            }
-            for module_name, module in model.named_modules()
-        }
-        self._whole: dict[str, nn.Parameter] = {}
-        self._directions: dict[int, Tensor] | None = None
+        self._forward = ModelForward(
+            model, self._parameters, self._loss, global_mean, process_group
+        )
         self._direction_norms: Tensor | None = None
-        rules = {name: rule_for(module) for name, module in model.named_modules()}
-        self._rules = {name: rule for name, rule in rules.items() if rule is not None}
         self._optimizer: torch.optim.Optimizer | None = None
-        self._attached: list[tuple[nn.Module, Any]] = []
-        self._hooks: list[Any] = []
-        self._active: MicroBatch | None = None
-        self._suspended: MicroBatch | None = None
+        self._step_hook: Any = None
         self._pending: list[MicroBatch] = []
         self._logged_norms: list[Norms] = []
-        self._logged_unapplied = False
-        self._label_check: LabelCheck | None = None
-        self._reentrant: ReentrantCheck | None = None
-        self._check_reentrant = True
-        self._layouts: dict[Any, dict[str, Layout]] = {}
-        self._forwards: dict[str, ScoredForward] = {}
-        self.number = next(compiled.numbers)
-        self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
-        self.sites: list[Any] = []
-        weakref.finalize(self, run_compiled, self.number)  # a first step that was given up
-        self._seen: set[Any] = set()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "GradDotProdEngine":
-        """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
-        return self
 
     def _read_val_data(self, val_data: Batch | Mapping[str, Batch]) -> list[Rows]:
         by_target: Mapping[str, Any] = {"val": val_data}
@@ -207,7 +155,7 @@ class GradDotProdEngine:
         rows = []
         for target, batch in by_target.items():
             rows.append(read_batch(batch, f"validation data {target!r}"))
-            if self._count(rows[-1].labels, 1 if self.label_shift == 1 else 0).sum() == 0:
+            if self._loss.count(rows[-1].labels).sum() == 0:
                 raise GraddotError(f"validation data {target!r} has no labelled token")
         return rows
 
@@ -227,8 +175,7 @@ class GradDotProdEngine:
         """
         if self._val:
             raise GraddotError("validation rows ride along; leave val_data out to give directions")
-        if self._active is not None or self._pending:
-            raise GraddotError("a step is under way; call aggregate_and_log() first")
+        self._require_no_step()
         single = [isinstance(value, Tensor) for value in directions.values()]
         if not single or len(set(single)) > 1:
             raise GraddotError(
@@ -238,7 +185,7 @@ class GradDotProdEngine:
         named = not single[0]
         by_target: Mapping[str, Any] = directions if named else {"val": directions}
         stacked = stack_directions(by_target, self._parameters, self._coverage.covered)
-        self._directions, self._targets = stacked, list(directions) if named else None
+        self._forward.directions, self._targets = stacked, list(directions) if named else None
         if self.norms:
             self._direction_norms = direction_norms(stacked)
 
@@ -266,83 +213,46 @@ class GradDotProdEngine:
                 for name, own in batches.items()
             }
         loss_of = lambda batch: self._validation_loss(batch, loss_fn)
-        kept = self._active, self._logged_unapplied
-        self._active = None
-        try:
-            covered = self._coverage.covered
+        covered = self._coverage.covered
+        with self._forward.set_aside():
             return mean_gradient(self._parameters, covered, batches, loss_of, loss_scale)
-        finally:
-            self._active, self._logged_unapplied = kept
 
     def _validation_loss(
         self, batch: Batch, loss_fn: LossFunction | None
     ) -> tuple[Tensor, float, float]:
         rows = read_batch(batch, "a validation batch")
         loss = batch_loss(self.model, rows, loss_fn)
-        shift = self._shift_of_labels_argument() if loss_fn is None else self.label_shift == 1
-        count = float(self._count(rows.labels, int(shift)).sum())
-        return loss, count if self.loss_reduction == "mean" else 1.0, count
+        shift = self._loss.shift_by(self.model) if loss_fn is None else None
+        count = float(self._loss.count(rows.labels, shift).sum())
+        return loss, count if self._loss.reduction == "mean" else 1.0, count
 
     # Life cycle
 
     def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
         """Put the scored layers in place. The optimizer is only read: its learning rates, and
         whether it took the step."""
-        if self._attached:
-            raise GraddotError("the engine is attached already; detach() it first")
-        forwards = (module.__dict__.get("forward") for module in self.model.modules())
-        if any(isinstance(forward, ScoredForward) for forward in forwards):
-            raise GraddotError("another engine is attached to the model; detach() it first")
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # type: ignore[union-attr]  # accelerate's wrapper
-        self._optimizer = optimizer
         groups = [] if optimizer is None else optimizer.param_groups
         updated = {id(p) for group in groups for p in group["params"]}
         if optimizer is not None and not updated & {id(p) for p in self._parameters.values()}:
             raise GraddotError("the optimizer updates none of the model's trainable parameters")
-        for name, module in self.model.named_modules():
-            if name not in self._owned:
-                raise GraddotError(f"module {name} is new since the engine was made; make it last")
-            rule = self._rules.get(name)
-            if rule is not None:
-                self._attached.append((module, module.__dict__.get("forward")))
-                module.forward = self._scored_forward(module, name, rule)  # type: ignore[method-assign]
-        self._hooks = [
-            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            self.model.register_forward_hook(self._after_forward, always_call=True),
-        ]
+        self._forward.attach()
+        self._optimizer = optimizer
         if isinstance(optimizer, torch.optim.Optimizer):
-            self._hooks.append(optimizer.register_step_post_hook(self._after_optimizer_step))
-
-    def _scored_forward(self, module: nn.Module, name: str, rule: Any) -> ScoredForward:
-        """The same after each `attach`, so that what was compiled stays valid."""
-        scored = self._forwards.get(name)
-        if scored is None:
-            begin, end = self._begin_layer, self._end_layer
-            scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
-            scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
-        scored.own_forward = module.forward
-        return scored
+            self._step_hook = optimizer.register_step_post_hook(self._after_optimizer_step)
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
-        for module, forward in self._attached:
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
-        for hook in self._hooks:
-            hook.remove()
-        if self._reentrant is not None:
-            self._reentrant.remove()
-        self._attached, self._hooks, self._reentrant = [], [], None
-        run_compiled()
-        rows_of.pop(self.number, None)
-        self._active, self._pending = None, []
+        self._forward.detach()
+        if self._step_hook is not None:
+            self._step_hook.remove()
+            self._step_hook = None
+        self._pending = []
 
     def detach_for_evaluation(self) -> None:
         """Run the model as it was until `reattach_after_evaluation`. Not in the midst of a step."""
-        if self._active is not None or self._pending:
-            raise GraddotError("a step is under way; call aggregate_and_log() first")
+        self._require_no_step()
         self.detach()
 
     def reattach_after_evaluation(self) -> None:
@@ -362,36 +272,40 @@ class GradDotProdEngine:
         """
         prepare_compiler()
         run_compiled()
-        if not self._attached:
+        if not self._forward.attached:
             raise GraddotError("call attach(optimizer) before attach_train_batch")
-        if self._active is not None:
+        if self._forward.micro is not None:
             raise GraddotError("the previous batch had no prepare_gradients(); call it first")
-        if not self._val and self._directions is None:
+        if not self._val and self._forward.directions is None:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
             )
         train = read_rows(X, Y, "the training batch")
         self._val = [rows.beside(train) for rows in self._val]
         parts = [train, *self._val]
-        labels = join([Rows({}, p.labels) for p in parts], self._padding, self.ignore_index).labels
+        labels = join(
+            [Rows({}, p.labels) for p in parts], self._padding, self._loss.ignore_index
+        ).labels
         val_rows = [len(part) for part in self._val]
         targets = 1 if self._targets is None else len(self._targets)
         leaf_of = leaf_names(
             self._parameters, self._coverage.covered, self._optimizer, self._per_parameter
         )
         first = next(iter(self._parameters.values()))
-        kwargs: dict[str, Any] = {
-            "dtype": torch.float64,
-            "device": first.device,
-            "requires_grad": True,
-        }
-        tokens = self._tokens(labels) if self._per_token else None
-        n = len(parts[0])
+        tokens = None
+        if self._per_token:
+            if labels.dim() != 2:
+                raise GraddotError(
+                    f"per_token needs labels of shape (N, T), not {tuple(labels.shape)}"
+                )
+            tokens = labels.shape[1]
+        n = len(train)
         sink = (targets + 1, n + bool(val_rows)) if self.norms else (targets, n * (tokens or 1))
-        leaves = {
-            leaf: torch.zeros(sink, **kwargs)
-            for leaf in dict.fromkeys(leaf_of.values())  # in an order that runs repeat
-        }
+        zeros = lambda *shape: torch.zeros(
+            shape, dtype=torch.float64, device=first.device, requires_grad=True
+        )
+        # In an order that runs repeat.
+        leaves = {leaf: zeros(*sink) for leaf in dict.fromkeys(leaf_of.values())}
         dtype = torch.promote_types(first.dtype, torch.float32)
         step = Step(
             rows=len(labels),
@@ -400,40 +314,33 @@ class GradDotProdEngine:
             sinks={},
             tokens=tokens,
             sharded=distributed.is_sharded(self._parameters.values()),
-            first=self._label_check is None,
+            first=self._forward.is_first,
             norms=self.norms,
         )
-        self._active = MicroBatch(
+        micro = MicroBatch(
             step=step,
             iteration=iteration,
             sample_ids=batch_idx,
             labels=labels,
             leaf_of=leaf_of,
             leaves=leaves,
-            loss_scales=[torch.zeros((), **kwargs)],
-            loss_reduction=self.loss_reduction,
+            loss_scales=[zeros()],
+            loss_reduction=self._loss.reduction,
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,
         )
-        self._active.set_counts(self._count(labels, 1 if self.label_shift == 1 else 0))
-        self._logged_unapplied = False
-        rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
-        mode = self._mode(len(labels))
-        shape = (*mode, labels.shape[1:])
-        known = mode in self._layouts or shape in self._seen
-        if self._label_check is None or not known:
-            run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
-        self._seen.add(shape)
+        micro.set_counts(self._loss.count(labels))
+        self._forward.begin(micro)
 
     def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The joint batch: training rows, then the validation rows of every target.
 
         In the form of X; if the labels are in there, they are in what is returned first, too.
         """
-        if self._active is None:
+        if self._forward.micro is None:
             raise GraddotError("call attach_train_batch before prepare_forward_input")
         train = read_rows(X, Y, "the training batch")
-        return join([train, *self._val], self._padding, self.ignore_index).as_given()
+        return join([train, *self._val], self._padding, self._loss.ignore_index).as_given()
 
     @uncompiled("graddot: track_loss")
     def track_loss(self, loss: Tensor) -> Tensor:
@@ -442,14 +349,7 @@ class GradDotProdEngine:
         Needed only for a loss that the caller computes; `.loss` of a model's output is tracked.
         """
         run_compiled()
-        return self._tracked(loss)
-
-    def _tracked(self, loss: Tensor) -> Tensor:
-        if self._active is None:
-            return loss
-        leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
-        self._active.loss_scales.append(leaf)
-        return loss + leaf.to(loss.dtype)
+        return self._forward.tracked(loss)
 
     def prepare_gradients(self) -> None:
         """Close a micro-batch after its backward. `.grad` is right already; this checks that.
@@ -457,33 +357,11 @@ class GradDotProdEngine:
         Raises GraddotError if no backward ran or if the loss counted other tokens than the labels
         say; .grad must not be used then.
         """
-        run_compiled()
-        micro = self._active
-        if micro is None or not micro.forwarded:
-            raise GraddotError("no forward pass of the model ran since attach_train_batch")
-        if all(leaf.grad is None for leaf in micro.leaves.values()):
-            raise GraddotError("no backward pass ran since the forward, or none reached the layers")
-        if len(micro.loss_factors()) > 1:
-            raise GraddotError(
-                "the loss was tracked twice, so that its scale cannot be told; track_loss is for a"
-                " loss of your own, not for a model's .loss"
-            )
-        held = [uses.name for uses in micro.step.shared.values() if uses.held is not None]
-        if held:
-            raise GraddotError(
-                f"{', '.join(held)}: the loss depends on the shared weight's linear layer, but not"
-                " on its embedding; their gradient cannot be completed"
-            )
-        if self._label_check is not None and self._label_check.problem is not None:
-            raise GraddotError(self._label_check.problem)
-        if self._reentrant is not None:
-            check, self._reentrant = self._reentrant, None
-            self._check_reentrant = not check.finish()
+        micro = self._forward.finish()
         if self._optimizer is not None:
             rates = learning_rates(self._parameters, micro.leaf_of, self._optimizer)
             micro.lr, micro.leaf_lrs = rates
             micro.applied = not isinstance(self._optimizer, torch.optim.Optimizer)
-        self._active = None
         self._pending.append(micro)
 
     def parameter_dots(self) -> dict[str, Tensor]:
@@ -544,7 +422,7 @@ class GradDotProdEngine:
         before it, as by clipping. Nothing here waits for a GPU; whether the store does is its own
         affair.
         """
-        if self._active is not None:
+        if self._forward.micro is not None:
             self.prepare_gradients()
         self._require_pending()
         scores = self._shaped([micro.scores() for micro in self._pending])
@@ -552,51 +430,18 @@ class GradDotProdEngine:
             rows = score_rows(self._pending, self._targets, columns or {}, gradient_scale)
             for values, iteration in rows:
                 self.store.append(values, iteration)
-            self._logged_unapplied = any(micro.applied is False for micro in self._pending)
+            self._forward.logged_unapplied = any(micro.applied is False for micro in self._pending)
         self._logged_norms = [micro.norms() for micro in self._pending] if self.norms else []
         self._pending = []
         return scores
 
     def clear_gradients(self) -> None:
         """Drop all gradients, and the scores of a step that is not to count."""
-        run_compiled()
+        self._forward.give_up()
         self.model.zero_grad(set_to_none=True)
-        self._active, self._pending = None, []
-        if self._reentrant is not None:
-            self._reentrant.remove()
-            self._reentrant = None
+        self._pending = []
 
     # Inside
-
-    def _begin_layer(self, module: nn.Module, name: str) -> Step | None:
-        """The step that a layer's forward belongs to, with the layer's parameters in it."""
-        micro = self._active
-        # Without a graph only the first run of a reentrant checkpoint belongs to the step.
-        if micro is None or not (micro.running or torch.is_grad_enabled()):
-            return None
-        self._resolve(micro, module, name)
-        return micro.step
-
-    def _end_layer(self, out: Any) -> None:
-        if self._reentrant is not None:
-            self._reentrant.watch(tensors_in(out))
-
-    def _begin_head(self, module: nn.Module, name: str, counts: Tensor, mean: bool) -> Step | None:
-        """The same for the fused head, which runs in this layer's place and sees the labels, and
-        whether its loss is their mean."""
-        step = self._begin_layer(module, name)
-        if step is not None:
-            assert self._active is not None
-            if step.tokens is not None:
-                raise GraddotError("per_token needs the model's own head; unfuse_head(model) first")
-            expected = self._active.loss_reduction
-            if mean != (expected == "mean"):
-                raise GraddotError(
-                    f"the fused head's loss is a {'mean' if mean else 'sum'} over labelled tokens,"
-                    f" but the engine expects a {expected}; pass loss_reduction="
-                )
-            self._count_by_loss(self._active, counts)
-        return step
 
     def _norms(self) -> list[Norms]:
         if not self.norms:
@@ -609,217 +454,20 @@ class GradDotProdEngine:
         if not self._pending:
             raise GraddotError("no scores: run a step from attach_train_batch to its backward")
 
+    def _require_no_step(self) -> None:
+        if self._forward.micro is not None or self._pending:
+            raise GraddotError("a step is under way; call aggregate_and_log() first")
+
     def _shaped(self, dots: list[Tensor]) -> Tensor:
         joined = torch.cat(dots, 1)
         return joined[0] if self._targets is None else joined
-
-    def _count(self, labels: Tensor, shift: int) -> Tensor:
-        return count_labels(labels, shift, self.ignore_index)
-
-    def _tokens(self, labels: Tensor) -> int:
-        if labels.dim() != 2:
-            raise GraddotError(f"per_token needs labels of shape (N, T), not {tuple(labels.shape)}")
-        return labels.shape[1]
-
-    def _shift_of_labels_argument(self) -> int:
-        """By how many tokens the model shifts labels that it is passed."""
-        return label_shift_of(self.model) if self.label_shift == "auto" else self.label_shift
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
         for micro in self._pending:
             micro.applied = True if found_inf is None else found_inf == 0
-        if not self._pending and self._logged_unapplied:
+        if not self._pending and self._forward.logged_unapplied:
             raise GraddotError(
                 "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
                 " a step that was not taken; call aggregate_and_log() after the step"
             )
-
-    def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
-        """The loss's own counts of labelled tokens, (rows,): no guess about its shift is needed."""
-        if self.label_shift != "auto" and micro.step.first:
-            wrong = (counts != micro.counts.to(counts.device)).nonzero().flatten().tolist()
-            if wrong:
-                row = wrong[0]
-                raise GraddotError(
-                    f"row {row} of the joint batch has {int(micro.counts[row])} labelled tokens"
-                    f" by its labels and label_shift={self.label_shift}, but the loss used"
-                    f" {int(counts[row])}"
-                )
-        self._use_counts(micro, counts)
-
-    def _use_counts(self, micro: MicroBatch, counts: Tensor) -> None:
-        """Labelled tokens of each row, and the weight of one in the gradient of all processes."""
-        group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
-        n_train = None
-        if self.global_mean:
-            own = counts[: micro.n].sum().to(micro.step.scale.device)
-            n_train = distributed.summed(own, group)
-        micro.set_counts(counts, distributed.world_size(group), n_train)
-
-    def _resolve(self, micro: MicroBatch, module: nn.Module, name: str) -> None:
-        """Give a layer's parameters, as they are in this forward, what goes by their names."""
-        for key, parameter in module.named_parameters(remove_duplicate=False):
-            owned = self._owned[name].get(key)
-            if owned is None:
-                if parameter.requires_grad:
-                    raise GraddotError(f"{name}.{key} was frozen when the engine was made")
-                continue
-            known = self._parameters[owned]
-            distributed.check_plain(owned, parameter, known)
-            if owned in micro.leaf_of:
-                micro.step.sinks[id(parameter)] = micro.leaves[micro.leaf_of[owned]]
-                if self._directions is not None:
-                    micro.step.directions[id(parameter)] = self._directions[id(known)]
-        if self._label_check is None:
-            self._whole.update(distributed.plain_parameters(self.model))
-
-    def scoring(self) -> bool:
-        """Whether a layer that runs now belongs to a step."""
-        return self._active is not None and torch.is_grad_enabled()
-
-    @skipped  # run outside of a compiled graph, or traced as a part of it
-    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if module is self.model:
-            before = trace_before if torch.compiler.is_compiling() else type(self)._before_running
-            before(self, args, kwargs)
-
-    @skipped
-    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if module is not self.model:
-            return output
-        after = trace_after if torch.compiler.is_compiling() else type(self)._after_running
-        return after(self, output)
-
-    @uncompiled("graddot: the beginning of a step")
-    def _before_running(self, args: Any, kwargs: dict[str, Any]) -> None:
-        micro = self._active
-        if micro is None:
-            self._logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
-            return
-        if not torch.is_grad_enabled():  # an evaluation in the midst of the step
-            self._active, self._suspended = None, micro
-            return
-        if recomputing():
-            if micro.forwarded:
-                return
-            raise GraddotError(
-                "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
-                " in time; checkpoint parts of it, or pass use_reentrant=False"
-            )
-        self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
-        self._find_layouts(micro, args, kwargs)
-        micro.running = True
-
-    def _begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
-        """The same from inside a compiled graph."""
-        micro = self._active
-        if micro is None:
-            raise GraddotError("a compiled model ran outside of the step that it was compiled for")
-        shapes = [x.shape[1:] for x in inputs]
-        layouts = self._known_layouts(micro, shapes)
-        if layouts is None:
-            raise GraddotError(
-                f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
-                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
-                " those that the model gets"
-            )
-        micro.step.layouts.update(layouts)
-        if micro.running:  # the forward raised, and is tried again
-            micro.step.shared.clear()
-        self._start(micro, items, labelled)
-        micro.running = True
-
-    def _start(self, micro: MicroBatch, items: Any, labelled: bool) -> None:
-        if micro.forwarded:
-            raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
-        if items is not None:
-            self._divide_by(micro, items)
-        counts = micro.counts
-        if self.label_shift == "auto" and labelled:
-            counts = self._count(micro.labels, self._shift_of_labels_argument())
-        self._use_counts(micro, counts)
-
-    def _divide_by(self, micro: MicroBatch, items: Number) -> None:
-        if not has_causal_lm_loss(self.model):
-            raise GraddotError(
-                "num_items_in_batch changes the loss's mean, and only ForCausalLMLoss is known to"
-                " divide by it; leave it out"
-            )
-        micro.loss_reduction, micro.items = "sum", items
-
-    def _mode(self, rows: int) -> tuple[bool, bool]:
-        """Layouts are learnt for each: in a batch of one row little can be told apart."""
-        return self.model.training, rows == 1
-
-    def _known_layouts(
-        self, micro: MicroBatch, shapes: list[torch.Size]
-    ) -> dict[str, Layout] | None:
-        mode = self._mode(micro.step.rows)
-        return self._layouts.get(mode, self._layouts.get((*mode, *shapes)))
-
-    def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
-        """Learn how each layer's input holds the rows, from runs of the model as it was.
-
-        Once in each mode; for every new shape where layers see tokens without their rows.
-        """
-        mode = self._mode(micro.step.rows)
-        shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        layouts = self._known_layouts(micro, shapes)
-        if layouts is None:
-            names = {id(module): name for name, module in self.model.named_modules()}
-            layers = {names[id(module)]: module for module, _ in self._attached}
-            self._active = None
-            try:
-                layouts = find_layouts(
-                    self.model, layers, args, kwargs, micro.step.rows,
-                    on_layer=functools.partial(self._resolve, micro),
-                )  # fmt: skip
-                fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
-                if micro.step.first and kwargs.get("labels") is not None and not fused:
-                    weights = micro.counts if micro.loss_reduction == "mean" else None
-                    check_loss(self.model, args, kwargs, micro.step.rows, weights)
-            finally:
-                self._active = micro
-            flat = any(isinstance(layout, int) for layout in layouts.values())
-            if layouts:
-                self._layouts[(*mode, *shapes) if flat else mode] = layouts
-        micro.step.layouts.update(layouts)
-
-    def _end_compiled(self) -> None:
-        assert self._active is not None
-        self._active.running, self._active.forwarded = False, True
-
-    @uncompiled("graddot: the end of a step's forward")
-    def _after_running(self, output: Any) -> Any:
-        try:
-            return self._end(output)
-        except BaseException:
-            run_compiled()
-            raise
-
-    def _end(self, output: Any) -> Any:
-        if self._suspended is not None:
-            self._active, self._suspended = self._suspended, None
-            return output
-        micro = self._active
-        if micro is None or not micro.running:
-            return output
-        micro.running = False
-        if output is None:  # the forward raised, and may be tried again
-            run_compiled()
-            micro.step.shared.clear()
-            return None
-        micro.forwarded = True
-        if self._label_check is None:
-            whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
-            check_parameter_uses(output, whole)
-            self._whole = {}
-            self._label_check = LabelCheck(output, micro.labels, micro.counts)
-        if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
-            self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
-            self._reentrant.watch(tensors_in(output))
-        self._check_reentrant = self._reentrant is not None
-        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self._tracked(output["loss"])  # type: ignore[index]
-        return output

@@ -145,7 +145,7 @@ def linear_cross_entropy(
     options = reduction, ignore_index, float(label_smoothing), float(z_loss)
     if torch.compiler.is_compiling():
         forward = getattr(head, "forward", None)
-        if isinstance(forward, ScoredForward) and forward.engine.scoring():
+        if isinstance(forward, ScoredForward) and forward.model_forward.scoring():
             return trace_head(forward, hidden, labels, num_labels, *options)
     return cross_entropy(hidden, head, labels, num_labels, *options)
 

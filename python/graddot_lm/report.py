@@ -19,7 +19,8 @@ from graddot_lm.data import TokenData
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import writing
 from graddot_lm.load_tokenizer import load_tokenizer
-from graddot_lm.store import open_rows, read_config, reading
+from graddot_lm.settings import read_config
+from graddot_lm.store import open_rows, reading
 
 EXCERPT = 80
 MEASURES = ("value", "dot")

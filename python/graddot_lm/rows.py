@@ -6,7 +6,7 @@ left out gets mixed samples and is refused. The same two runs tell whether a lay
 rows as its first dimension, one after the other in it (rows·T, D), or not at all (position ids).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,32 @@ class _Digest:
     shape: torch.Size
     values: Tensor
     tolerance: float = 0.0  # for what rounding makes of the same rows in a smaller batch
+
+
+class KnownLayouts:
+    """The layouts found so far, by mode of the model: for all inputs, or, where layers see tokens
+    without their rows, for inputs of the same shapes only. A mode is anything hashable."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, dict[str, Layout]] = {}
+        self._asked: set[Any] = set()
+
+    def of(self, mode: Any, shapes: Sequence[torch.Size]) -> dict[str, Layout] | None:
+        """Those of inputs of these shapes, the rows' dimension left out; None if not known."""
+        return self._found.get(mode, self._found.get((mode, *shapes)))
+
+    def learn(self, mode: Any, shapes: Sequence[torch.Size], layouts: dict[str, Layout]) -> None:
+        """What `find_layouts` found for such inputs."""
+        flat = any(isinstance(layout, int) for layout in layouts.values())
+        if layouts:
+            self._found[(mode, *shapes) if flat else mode] = layouts
+
+    def is_new(self, mode: Any, shape: torch.Size) -> bool:
+        """Whether labels of this shape may come with inputs of unknown layouts: asked before for
+        other shapes only."""
+        new = mode not in self._found and (mode, shape) not in self._asked
+        self._asked.add((mode, shape))
+        return new
 
 
 def find_layouts(

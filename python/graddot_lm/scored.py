@@ -122,13 +122,13 @@ class ScoredForward:
         rule: Callable[..., Any],
         begin: Callable[[nn.Module, str], Step | None],
         watch: Callable[[Any], None] = lambda out: None,
-        engine: Any = None,
+        model_forward: Any = None,
     ) -> None:
         """begin(module, name) gives the step that is under way, if any; watch sees the output;
-        engine is the one that compiled code asks (compiled.py)."""
+        model_forward is what compiled code asks (compiled.py)."""
         self.module, self.name, self._rule = module, name, rule
         self.begin, self._watch, self.own_forward = begin, watch, module.forward
-        self.engine, self.sites = engine, []  # type: ignore[var-annotated]
+        self.model_forward, self.sites = model_forward, []  # type: ignore[var-annotated]
         # What the last call in a step was like: its output is one tensor, with rows of its own.
         self.returns_tensor = self.broadcasts = False
         functools.update_wrapper(self, module.forward)

@@ -20,7 +20,7 @@ rows_of: dict[int, Tensor] = {}
 
 def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A scored layer's call in a graph."""
-    if scored.engine is None or not scored.engine.scoring():
+    if scored.model_forward is None or not scored.model_forward.scoring():
         return scored.own_forward(*args, **kwargs)
     tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
     # No numbers: the compiler may take them for variables.
@@ -30,7 +30,7 @@ def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         return scored.uncompiled(*args, **kwargs)
     form = tuple(None if isinstance(x, Tensor) else (x,) for x in args)
     site = new_site(LayerSite, scored, form, tuple(kwargs))
-    rows = rows_of[scored.engine.number].shape[0] if scored.broadcasts else 0
+    rows = rows_of[scored.model_forward.number].shape[0] if scored.broadcasts else 0
     return _trace_call(site, scored, tensors, rows)[0]
 
 
@@ -56,33 +56,33 @@ def _trace_call(site: int, scored: Any, tensors: list[Tensor], rows: int) -> lis
     kind = tensors[0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return torch.ops.graddot_lm.layer(
-        site, scored.engine.clock, tensors, parameters, needs, rows, autocast
+        site, scored.model_forward.clock, tensors, parameters, needs, rows, autocast
     )
 
 
-def trace_before(engine: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
+def trace_before(model_forward: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
     """What comes before the forward, where the hooks of the model are part of the graph."""
-    if engine._logged_unapplied and engine._active is None and torch.is_grad_enabled():
-        engine._logged_unapplied = False
-    if not engine.scoring():
+    if model_forward.logged_unapplied and model_forward.micro is None and torch.is_grad_enabled():
+        model_forward.logged_unapplied = False
+    if not model_forward.scoring():
         return
     items = kwargs.get("num_items_in_batch")
     items = None if items is None else _as_tensor(items)
     inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     labelled = kwargs.get("labels") is not None
-    site = new_site(EngineSite, engine)
-    torch.ops.graddot_lm.begin(site, engine.clock, inputs, items, labelled)
+    site = new_site(ForwardSite, model_forward)
+    torch.ops.graddot_lm.begin(site, model_forward.clock, inputs, items, labelled)
 
 
-def trace_after(engine: Any, output: Any) -> Any:
+def trace_after(model_forward: Any, output: Any) -> Any:
     """What comes after it."""
-    if not engine.scoring():
+    if not model_forward.scoring():
         return output
     outputs = list(tensors_in(output))
-    torch.ops.graddot_lm.end(new_site(EngineSite, engine), engine.clock, outputs)
+    torch.ops.graddot_lm.end(new_site(ForwardSite, model_forward), model_forward.clock, outputs)
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
         loss = output["loss"]
-        tracked = loss + engine._active.loss_scales[0].to(loss.device, loss.dtype)
+        tracked = loss + model_forward.micro.loss_scales[0].to(loss.device, loss.dtype)
         output["loss"] = tracked  # type: ignore[index]
     return output
 
@@ -179,8 +179,8 @@ class HeadSite(LayerSite):
         return [hidden.new_empty(shape, dtype=dtype) for shape in ((), labels.shape)]
 
 
-class EngineSite:
+class ForwardSite:
     """One beginning or end of the model's forward in a compiled graph."""
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
+    def __init__(self, model_forward: Any) -> None:
+        self.model_forward = model_forward

@@ -27,7 +27,7 @@ from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .models import DTYPES, build_gpt2
 from .processes import Processes, seed_step
-from .store import RunDirectory
+from .run_directory import RunDirectory
 from .train_options import (
     add_arguments,  # noqa: F401 (the command line looks here)
     check,

@@ -112,14 +112,15 @@ void test_cross_entropy(CrossEntropyRow row) {
   const int64_t vocab = 1 + random_int(700), rows = random_int(4);
   const bool extras = random_int(2) != 0;
   const CrossEntropy form{vocab, extras ? 0.1F : 0, extras ? 0.01F : 0};
-  std::vector<float> logits = random_numbers(rows * vocab), losses(static_cast<size_t>(rows));
+  const int64_t stride = vocab + random_int(2) * random_int(20);
+  std::vector<float> logits = random_numbers(rows * stride), losses(static_cast<size_t>(rows));
   const std::vector<float> x = logits;
   std::vector<int64_t> labels;
   for (int64_t r = 0; r < rows; ++r) labels.push_back(random_int(4) ? random_int(vocab) : -1);
   num_threads = 1 + random_int(3);
-  cross_entropy_grad(row, form, rows, labels.data(), -1, logits.data(), losses.data());
+  cross_entropy_grad(row, form, rows, labels.data(), -1, logits.data(), stride, losses.data());
   for (int64_t r = 0; r < rows; ++r) {
-    const float* given = x.data() + r * vocab;
+    const float* given = x.data() + r * stride;
     double sum = 0, mean = 0;
     for (int64_t j = 0; j < vocab; ++j) {
       sum += std::exp(double{given[j]});
@@ -134,7 +135,11 @@ void test_cross_entropy(CrossEntropyRow row) {
     for (int64_t j = 0; used && j < vocab; ++j) {
       const double p = std::exp(given[j] - lse) * (1 + 2 * z_loss * lse);
       const double want = p - smoothing / static_cast<double>(vocab) - (j == label ? 1 - smoothing : 0);
-      expect_close(logits[static_cast<size_t>(r * vocab + j)], want, 0, "gradient");
+      expect_close(logits[static_cast<size_t>(r * stride + j)], want, 0, "gradient");
+    }
+    for (int64_t j = vocab; j < stride; ++j) {
+      const auto at = static_cast<size_t>(r * stride + j);
+      expect_close(logits[at], x[at], 0, "between the rows");
     }
   }
 }

@@ -1,0 +1,409 @@
+"""What an attached engine does before, in and after the forward of its model.
+
+The scored layers stand in the place of the model's own; the hooks around the model's forward learn
+how the rows lie in every layer's input, and check in the first step that all is as assumed.
+"""
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from . import compiled, distributed
+from .batches import LossForm, has_causal_lm_loss
+from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
+from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
+from .errors import GraddotError
+from .layers import ScoredFunction, Step
+from .rows import KnownLayouts, check_loss, find_layouts
+from .rules import rule_for
+from .scored import ScoredForward
+from .scores import MicroBatch, Number
+from .tracing import rows_of, trace_after, trace_before
+from .verify import LabelCheck, check_parameter_uses, tensors_in
+
+
+class ModelForward:
+    """The scored layers of one model, and the micro-batch that runs through them.
+
+    parameters are the covered and the excluded ones by name; see `GradDotProdEngine` for the rest.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        parameters: Mapping[str, nn.Parameter],
+        loss: LossForm,
+        global_mean: bool,
+        process_group: dist.ProcessGroup | None,
+    ) -> None:
+        self.model, self.loss = model, loss
+        self.global_mean, self.process_group = global_mean, process_group
+        self.directions: dict[int, Tensor] | None = None  # (K, *shape) by id of the parameter
+        # Under way, from `begin` to `finish`.
+        self.micro: MicroBatch | None = None
+        # Rows of a step that the optimizer had not taken were logged, and none began since.
+        self.logged_unapplied = False
+        self._suspended: MicroBatch | None = None  # while the model is evaluated in its midst
+        self._parameters = parameters
+        names = {id(p): name for name, p in parameters.items()}
+        self._owned = {  # by module; a tied parameter has one name in all of them
+            module_name: {
+                key: names[id(p)]
+                for key, p in module.named_parameters(remove_duplicate=False)
+                if id(p) in names
+            }
+            for module_name, module in model.named_modules()
+        }
+        rules = {name: rule_for(module) for name, module in model.named_modules()}
+        self._rules = {name: rule for name, rule in rules.items() if rule is not None}
+        self._forwards: dict[str, ScoredForward] = {}
+        self._attached: list[tuple[nn.Module, Any]] = []
+        self._hooks: list[Any] = []
+        # The first step's checks, and what they found.
+        self._whole: dict[str, nn.Parameter] = {}
+        self._label_check: LabelCheck | None = None
+        self._reentrant: ReentrantCheck | None = None
+        self._check_reentrant = True
+        self._layouts = KnownLayouts()
+        # For graphs that torch.compile makes of the model.
+        self.number = next(compiled.numbers)
+        self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
+        self.sites: list[Any] = []
+        weakref.finalize(self, run_compiled, self.number)  # a first step that was given up
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelForward":
+        """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
+        return self
+
+    # In and out of the model
+
+    @property
+    def attached(self) -> bool:
+        return bool(self._attached)
+
+    def attach(self) -> None:
+        """Put the scored layers in place."""
+        if self._attached:
+            raise GraddotError("the engine is attached already; detach() it first")
+        forwards = (module.__dict__.get("forward") for module in self.model.modules())
+        if any(isinstance(forward, ScoredForward) for forward in forwards):
+            raise GraddotError("another engine is attached to the model; detach() it first")
+        for name, _ in self.model.named_modules():
+            if name not in self._owned:
+                raise GraddotError(f"module {name} is new since the engine was made; make it last")
+        for name, module in self.model.named_modules():
+            rule = self._rules.get(name)
+            if rule is not None:
+                self._attached.append((module, module.__dict__.get("forward")))
+                module.forward = self._scored_forward(module, name, rule)  # type: ignore[method-assign]
+        self._hooks = [
+            self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            self.model.register_forward_hook(self._after_forward, always_call=True),
+        ]
+
+    def _scored_forward(
+        self, module: nn.Module, name: str, rule: Callable[..., Any]
+    ) -> ScoredForward:
+        """The same after each `attach`, so that what was compiled stays valid."""
+        scored = self._forwards.get(name)
+        if scored is None:
+            begin, end = self._begin_layer, self._end_layer
+            scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
+            scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
+        scored.own_forward = module.forward
+        return scored
+
+    def detach(self) -> None:
+        """Leave the model exactly as it was before `attach`."""
+        for module, forward in self._attached:
+            del module.__dict__["forward"]
+            if forward is not None:
+                module.__dict__["forward"] = forward
+        for hook in self._hooks:
+            hook.remove()
+        self._attached, self._hooks = [], []
+        self.give_up()
+        rows_of.pop(self.number, None)
+
+    # One micro-batch
+
+    def begin(self, micro: MicroBatch) -> None:
+        """The next forward of the model, with a graph, is this micro-batch's."""
+        self.micro, self.logged_unapplied = micro, False
+        labels = micro.labels
+        rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
+        unseen = self._layouts.is_new(self._mode(len(labels)), labels.shape[1:])
+        if self.is_first or unseen:
+            run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
+
+    @property
+    def is_first(self) -> bool:
+        """Whether no forward of a step has ended so far."""
+        return self._label_check is None
+
+    def finish(self) -> MicroBatch:
+        """The micro-batch after its backward. Raises GraddotError if a check of it failed."""
+        run_compiled()
+        micro = self.micro
+        if micro is None or not micro.forwarded:
+            raise GraddotError("no forward pass of the model ran since attach_train_batch")
+        if all(leaf.grad is None for leaf in micro.leaves.values()):
+            raise GraddotError("no backward pass ran since the forward, or none reached the layers")
+        if len(micro.loss_factors()) > 1:
+            raise GraddotError(
+                "the loss was tracked twice, so that its scale cannot be told; track_loss is for a"
+                " loss of your own, not for a model's .loss"
+            )
+        held = [uses.name for uses in micro.step.shared.values() if uses.held is not None]
+        if held:
+            raise GraddotError(
+                f"{', '.join(held)}: the loss depends on the shared weight's linear layer, but not"
+                " on its embedding; their gradient cannot be completed"
+            )
+        if self._label_check is not None and self._label_check.problem is not None:
+            raise GraddotError(self._label_check.problem)
+        if self._reentrant is not None:
+            check, self._reentrant = self._reentrant, None
+            self._check_reentrant = not check.finish()
+        self.micro = None
+        return micro
+
+    def give_up(self) -> None:
+        """Forget the micro-batch under way."""
+        run_compiled()
+        self.micro = None
+        if self._reentrant is not None:
+            self._reentrant.remove()
+            self._reentrant = None
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Inside of it the model runs as it was, outside of any step."""
+        kept = self.micro, self.logged_unapplied
+        self.micro = None
+        try:
+            yield
+        finally:
+            self.micro, self.logged_unapplied = kept
+
+    def tracked(self, loss: Tensor) -> Tensor:
+        """The loss, whose later scaling shows in a leaf of the micro-batch under way."""
+        if self.micro is None:
+            return loss
+        leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
+        self.micro.loss_scales.append(leaf)
+        return loss + leaf.to(loss.dtype)
+
+    # A layer's forward
+
+    def scoring(self) -> bool:
+        """Whether a layer that runs now belongs to a step."""
+        return self.micro is not None and torch.is_grad_enabled()
+
+    def _begin_layer(self, module: nn.Module, name: str) -> Step | None:
+        """The step that a layer's forward belongs to, with the layer's parameters in it."""
+        micro = self.micro
+        # Without a graph only the first run of a reentrant checkpoint belongs to the step.
+        if micro is None or not (micro.running or torch.is_grad_enabled()):
+            return None
+        self._resolve(micro, module, name)
+        return micro.step
+
+    def _resolve(self, micro: MicroBatch, module: nn.Module, name: str) -> None:
+        """Give a layer's parameters, as they are in this forward, what goes by their names."""
+        for key, parameter in module.named_parameters(remove_duplicate=False):
+            owned = self._owned[name].get(key)
+            if owned is None:
+                if parameter.requires_grad:
+                    raise GraddotError(f"{name}.{key} was frozen when the engine was made")
+                continue
+            known = self._parameters[owned]
+            distributed.check_plain(owned, parameter, known)
+            if owned in micro.leaf_of:
+                micro.step.sinks[id(parameter)] = micro.leaves[micro.leaf_of[owned]]
+                if self.directions is not None:
+                    micro.step.directions[id(parameter)] = self.directions[id(known)]
+        if self.is_first:
+            self._whole.update(distributed.plain_parameters(self.model))
+
+    def _end_layer(self, out: Any) -> None:
+        if self._reentrant is not None:
+            self._reentrant.watch(tensors_in(out))
+
+    def _begin_head(self, module: nn.Module, name: str, counts: Tensor, mean: bool) -> Step | None:
+        """The same for the fused head, which runs in this layer's place and sees the labels, and
+        whether its loss is their mean."""
+        step = self._begin_layer(module, name)
+        if step is not None:
+            assert self.micro is not None
+            if step.tokens is not None:
+                raise GraddotError("per_token needs the model's own head; unfuse_head(model) first")
+            expected = self.micro.loss_reduction
+            if mean != (expected == "mean"):
+                raise GraddotError(
+                    f"the fused head's loss is a {'mean' if mean else 'sum'} over labelled tokens,"
+                    f" but the engine expects a {expected}; pass loss_reduction="
+                )
+            self._count_by_loss(self.micro, counts)
+        return step
+
+    def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
+        """The loss's own counts of labelled tokens, (rows,): no guess about its shift is needed."""
+        if self.loss.label_shift != "auto" and micro.step.first:
+            wrong = (counts != micro.counts.to(counts.device)).nonzero().flatten().tolist()
+            if wrong:
+                row = wrong[0]
+                raise GraddotError(
+                    f"row {row} of the joint batch has {int(micro.counts[row])} labelled tokens"
+                    f" by its labels and label_shift={self.loss.label_shift}, but the loss used"
+                    f" {int(counts[row])}"
+                )
+        self._use_counts(micro, counts)
+
+    def _use_counts(self, micro: MicroBatch, counts: Tensor) -> None:
+        """Labelled tokens of each row, and the weight of one in the gradient of all processes."""
+        group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
+        n_train = None
+        if self.global_mean:
+            own = counts[: micro.n].sum().to(micro.step.scale.device)
+            n_train = distributed.summed(own, group)
+        micro.set_counts(counts, distributed.world_size(group), n_train)
+
+    # The model's forward
+
+    @skipped  # run outside of a compiled graph, or traced as a part of it
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if module is self.model:
+            before = trace_before if torch.compiler.is_compiling() else type(self)._before_running
+            before(self, args, kwargs)
+
+    @skipped
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> Any:
+        if module is not self.model:
+            return output
+        after = trace_after if torch.compiler.is_compiling() else type(self)._after_running
+        return after(self, output)
+
+    @uncompiled("graddot: the beginning of a step")
+    def _before_running(self, args: Any, kwargs: dict[str, Any]) -> None:
+        micro = self.micro
+        if micro is None:
+            self.logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
+            return
+        if not torch.is_grad_enabled():  # an evaluation in the midst of the step
+            self.micro, self._suspended = None, micro
+            return
+        if recomputing():
+            if micro.forwarded:
+                return
+            raise GraddotError(
+                "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
+                " in time; checkpoint parts of it, or pass use_reentrant=False"
+            )
+        self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
+        self._find_layouts(micro, args, kwargs)
+        micro.running = True
+
+    def begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
+        """The same from inside a compiled graph."""
+        micro = self.micro
+        if micro is None:
+            raise GraddotError("a compiled model ran outside of the step that it was compiled for")
+        shapes = [x.shape[1:] for x in inputs]
+        layouts = self._layouts.of(self._mode(micro.step.rows), shapes)
+        if layouts is None:
+            raise GraddotError(
+                f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
+                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
+                " those that the model gets"
+            )
+        micro.step.layouts.update(layouts)
+        if micro.running:  # the forward raised, and is tried again
+            micro.step.shared.clear()
+        self._start(micro, items, labelled)
+        micro.running = True
+
+    def _start(self, micro: MicroBatch, items: Number | None, labelled: bool) -> None:
+        if micro.forwarded:
+            raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
+        if items is not None:
+            if not has_causal_lm_loss(self.model):
+                raise GraddotError(
+                    "num_items_in_batch changes the loss's mean, and only ForCausalLMLoss is known"
+                    " to divide by it; leave it out"
+                )
+            micro.loss_reduction, micro.items = "sum", items
+        counts = micro.counts
+        if self.loss.label_shift == "auto" and labelled:
+            counts = self.loss.count(micro.labels, self.loss.shift_by(self.model))
+        self._use_counts(micro, counts)
+
+    def _mode(self, rows: int) -> tuple[bool, bool]:
+        """Layouts are learnt for each: in a batch of one row little can be told apart."""
+        return self.model.training, rows == 1
+
+    def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
+        """Learn how each layer's input holds the rows, from runs of the model as it was."""
+        mode = self._mode(micro.step.rows)
+        shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        layouts = self._layouts.of(mode, shapes)
+        if layouts is None:
+            names = {id(module): name for name, module in self.model.named_modules()}
+            layers = {names[id(module)]: module for module, _ in self._attached}
+            with self.set_aside():
+                layouts = find_layouts(
+                    self.model, layers, args, kwargs, micro.step.rows,
+                    on_layer=functools.partial(self._resolve, micro),
+                )  # fmt: skip
+                fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
+                if micro.step.first and kwargs.get("labels") is not None and not fused:
+                    weights = micro.counts if micro.loss_reduction == "mean" else None
+                    check_loss(self.model, args, kwargs, micro.step.rows, weights)
+            self._layouts.learn(mode, shapes, layouts)
+        micro.step.layouts.update(layouts)
+
+    def end_compiled(self) -> None:
+        """The end of a forward inside a compiled graph."""
+        assert self.micro is not None
+        self.micro.running, self.micro.forwarded = False, True
+
+    @uncompiled("graddot: the end of a step's forward")
+    def _after_running(self, output: Any) -> Any:
+        try:
+            return self._end(output)
+        except BaseException:
+            run_compiled()
+            raise
+
+    def _end(self, output: Any) -> Any:
+        if self._suspended is not None:
+            self.micro, self._suspended = self._suspended, None
+            return output
+        micro = self.micro
+        if micro is None or not micro.running:
+            return output
+        micro.running = False
+        if output is None:  # the forward raised, and may be tried again
+            run_compiled()
+            micro.step.shared.clear()
+            return None
+        micro.forwarded = True
+        if self.is_first:
+            whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
+            check_parameter_uses(output, whole)
+            self._whole = {}
+            self._label_check = LabelCheck(output, micro.labels, micro.counts)
+        if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
+            self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
+            self._reentrant.watch(tensors_in(output))
+        self._check_reentrant = self._reentrant is not None
+        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
+            output["loss"] = self.tracked(output["loss"])  # type: ignore[index]
+        return output
