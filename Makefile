@@ -61,6 +61,7 @@ gpu-check: ## on a machine with a GPU, its own torch and nvcc: build, test, sani
 	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/gpu \
 	    -k "not repeatable and not memory and not 32_bit"
 	$(PYTHON) bench/gpu_kernels.py
+	$(PYTHON) bench/bench_step.py
 	$(PYTHON) bench/bench_embedding.py
 	$(PYTHON) bench/bench_methods.py --architectures GPT2-Small --sweeps N V
 

@@ -47,9 +47,8 @@ struct Target {
   Blocks sum;
   bool add;
   Blocks directions;
-  double* dots;
-  int64_t dots_stride;
-  bool norms;  // one dot more, with itself
+  double* dots;  // kLanes of each
+  bool norms;    // one dot more, with itself
 };
 
 // Columns [0, cols) of every token's row, as panels of `panel` columns, zeros beyond the last.
@@ -90,37 +89,36 @@ inline void multiply(const float* grad, const float* act, int64_t tokens, Sums& 
   }
 }
 
-inline double lane_sum(const Vector& x) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    sum += x[lane];
-  }
-  return sum;
+// Dots are summed over the blocks in double, lane by lane: they may cancel.
+typedef double Lanes __attribute__((vector_size(8 * kLanes), aligned(8), may_alias));
+
+inline void add_lanes(double* dot, const Vector& x) {
+  *reinterpret_cast<Lanes*>(dot) += __builtin_convertvector(x, Lanes);
 }
 
-inline double square(const Sums& sums) {
+inline Vector square(const Sums& sums) {
   Vector left{}, right{};
 #pragma GCC unroll 12
   for (int i = 0; i < kBlockOut; ++i) {
     left += sums[i][0] * sums[i][0];
     right += sums[i][1] * sums[i][1];
   }
-  return lane_sum(left + right);
+  return left + right;
 }
 
 inline void write(const Sums& sums, const Target& to, int64_t i, int64_t j) {
   const float* direction = to.directions.at(i, j);
   double* dot = to.dots;
-  for (int64_t k = 0; k < to.directions.count; ++k, dot += to.dots_stride) {
+  for (int64_t k = 0; k < to.directions.count; ++k, dot += kLanes) {
     Vector left{}, right{};
 #pragma GCC unroll 12
     for (int o = 0; o < kBlockOut; ++o, direction += kBlockIn) {
       left += sums[o][0] * load(direction);
       right += sums[o][1] * load(direction + kLanes);
     }
-    *dot += lane_sum(left + right);
+    add_lanes(dot, left + right);
   }
-  if (to.norms) *dot += square(sums);
+  if (to.norms) add_lanes(dot, square(sums));
   float* row = to.sum.at(i, j);
 #pragma GCC unroll 12
   for (int o = 0; o < kBlockOut; ++o, row += kBlockIn) {
@@ -154,7 +152,8 @@ void add_row(const LinearProblem& p, int64_t row, const LinearTile& tile, const 
 LinearScratch scratch(const LinearProblem& p, const LinearTile& size) {
   const int64_t in = blocks_in(size) * kBlockIn, out = blocks_out(size) * kBlockOut;
   const int64_t grad_rows = smaller(grad_panel_rows(p.tokens), out);
-  return {in * p.tokens, grad_rows * p.tokens, out * in, p.num_directions * out * in};
+  const int64_t lanes = 2 * kLanes * p.dot_rows();  // a double is two floats
+  return {lanes, in * p.tokens, grad_rows * p.tokens, out * in, p.num_directions * out * in};
 }
 
 // The given directions' tile.
@@ -183,7 +182,7 @@ void make_directions(const LinearProblem& p, const LinearTile& tile, float* act_
   int64_t row = p.rows;
   for (int64_t k = 0; k < directions.count; ++k) {
     Target to{{directions.data + k * kBlock, directions.count, directions.out}, false, {}, nullptr,
-              0, false};
+              false};
     for (const int64_t end = row + p.val_rows[k]; row < end; ++row, to.add = true) {
       add_row(p, row, tile, to, act_panels, grad_panels);
     }
@@ -222,7 +221,8 @@ void write_weight_grad(const LinearProblem& p, const LinearTile& tile, const Blo
 void run(const LinearProblem& p, const LinearTile& tile, float* memory, double* dots) {
   const LinearScratch need =
       scratch(p, {0, tile.out_end - tile.out_begin, 0, tile.in_end - tile.in_begin});
-  float* act_panels = memory;
+  auto* lanes = reinterpret_cast<double*>(memory);
+  float* act_panels = memory + need.dots;
   float* grad_panels = act_panels + need.act;
   const Blocks sum{grad_panels + need.grad, 1, blocks_out(tile)};
   const Blocks directions{sum.data + need.sum, p.num_directions, sum.out};
@@ -231,9 +231,13 @@ void run(const LinearProblem& p, const LinearTile& tile, float* memory, double* 
   } else {
     make_directions(p, tile, act_panels, grad_panels, directions, dots);
   }
-  Target to{sum, false, directions, dots, p.dot_columns(), p.norms};
-  for (int64_t i = 0; i < p.rows; ++i, ++to.dots, to.add = true) {
+  Target to{sum, false, directions, lanes, p.norms};
+  for (int64_t i = 0; i < p.rows; ++i, to.add = true) {
+    for (int64_t j = 0; j < p.dot_rows() * kLanes; ++j) lanes[j] = 0;
     add_row(p, i, tile, to, act_panels, grad_panels);
+    for (int64_t j = 0; j < p.dot_rows() * kLanes; ++j) {
+      dots[j / kLanes * p.dot_columns() + i] += lanes[j];
+    }
   }
   if (p.rows > 0) write_weight_grad(p, tile, sum);
 }

@@ -22,7 +22,7 @@ std::vector<LinearTile> make_tiles(const LinearProblem& p, int64_t multiple, int
   const bool by_rows = p.d_out >= kMinRows * threads;
   const int64_t col_tiles = std::max(ceil_div(p.d_in, max_cols), by_rows ? 1 : threads);
   const int64_t cols = ceil_div(ceil_div(p.d_in, col_tiles), 32) * 32;
-  const int64_t max_rows = kTileRows / std::max<int64_t>(1, std::min<int64_t>(p.num_directions, 8));
+  const int64_t max_rows = kTileRows / std::max<int64_t>(1, std::min<int64_t>(p.num_directions, 4));
   const int64_t share = by_rows ? threads : 1;
   const int64_t row_tiles = share * std::max<int64_t>(1, ceil_div(ceil_div(p.d_out, share), max_rows));
   const int64_t rows = ceil_div(ceil_div(p.d_out, row_tiles), multiple) * multiple;
@@ -62,8 +62,7 @@ void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& p, int64_
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     // Kept: fresh megabytes for every layer of every step would cost page faults each time.
     thread_local std::vector<float> memory;
-    const auto size = static_cast<size_t>(need.act + need.grad + need.sum + need.directions);
-    memory.resize(std::max(memory.size(), size));
+    memory.resize(std::max(memory.size(), static_cast<size_t>(need.total())));
     for (int64_t i = begin; i < end; ++i) {
       kernel.run(p, tiles[static_cast<size_t>(i)], memory.data(), parts.data() + i * dots);
     }

@@ -191,6 +191,68 @@ def linear_wgrad_dot(
     return weight_grad, dots[0] if single and not norms else dots
 
 
+def linear_wgrad_dot_into(
+    weight_grad: Tensor,
+    direction: Tensor,
+    act: Tensor,
+    grad: Tensor,
+    *,
+    bias_grad: Tensor | None = None,
+    bias_direction: Tensor | None = None,
+    scale: Tensor | None = None,
+    accumulate: bool = False,
+    norms: bool = False,
+) -> Tensor:
+    """`linear_wgrad_dot` into buffers of the caller's, such as a parameter's `.grad`: the dots.
+
+    weight_grad (Dout, Din) becomes scale · Σ_i G_i, in its own dtype and strides, or with
+    `accumulate` that much more. With bias_grad, (Dout,), the bias's gradient goes there likewise,
+    summed in the same pass; with bias_direction, (Dout,) or (K, Dout), the dots are those of weight
+    and bias together. So are `norms`, if either is given.
+
+    Raises ValueError naming the argument whose shape, dtype or device does not fit.
+    """
+    _check_floats(direction=direction, act=act, grad=grad)
+    act, grad = _pair("act", act, "grad", grad)
+    (n, _, d_in), d_out = act.shape, grad.shape[2]
+    direction, single = _directions(direction, d_out, d_in)
+    _check_scale(scale)
+    _check_buffer("weight_grad", weight_grad, (d_out, d_in), act)
+    bias_rows = None
+    if bias_direction is not None:
+        _check_floats(direction=direction, bias_direction=bias_direction)
+        shape = (d_out,) if single else (len(direction), d_out)
+        _check(bias_direction.shape == shape, "bias_direction", bias_direction, f"{shape}")
+    if bias_grad is not None:
+        _check_buffer("bias_grad", bias_grad, (d_out,), act)
+    if bias_grad is not None or bias_direction is not None:
+        dtype = torch.float64 if act.dtype == torch.float64 else torch.float32
+        bias_rows = act.new_empty((n, d_out), dtype=dtype)
+    dots = torch.ops.graddot.linear_wgrad_dot_into(
+        weight_grad, bias_rows, direction, act, grad, scale, accumulate, norms
+    )
+    if bias_rows is not None:
+        with torch.autocast(act.device.type, enabled=False):
+            if bias_direction is not None:
+                dots[: len(direction)] += bias_direction.to(bias_rows.dtype) @ bias_rows.t()
+            if norms:
+                dots[-1] += bias_rows.square().sum(1)
+        if bias_grad is not None:
+            total = bias_rows.sum(0) if scale is None else bias_rows.sum(0) * scale
+            bias_grad.copy_(bias_grad + total if accumulate else total)
+    return dots[0] if single and not norms else dots
+
+
+def _check_buffer(name: str, buffer: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if not isinstance(buffer, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
+    if buffer.dtype not in _FLOATS:
+        raise ValueError(f"{name} has dtype {buffer.dtype}; expected one of {_FLOATS}")
+    if buffer.device != like.device:
+        raise ValueError(f"{name} is on {buffer.device}; expected act's, {like.device}")
+    _check(buffer.shape == shape, name, buffer, f"{shape}")
+
+
 def linear_joint_wgrad_dot(
     act: Tensor,
     grad: Tensor,

@@ -22,6 +22,26 @@ FLOAT = "expected one of (torch.float32"
 
 # Case -> (a call, the beginning of its message, the expectation in it).
 LINEAR: dict[str, tuple[Callable[[], object], str, str]] = {
+    "buffer-shape": (
+        lambda: gk.linear_wgrad_dot_into(x(3, 5), DIRECTION, ACT, GRAD),
+        "weight_grad has shape (3, 5)",
+        "(5, 3)",
+    ),
+    "buffer-dtype": (
+        lambda: gk.linear_wgrad_dot_into(x(5, 3, dtype=INT), DIRECTION, ACT, GRAD),
+        "weight_grad has dtype torch.int64",
+        FLOAT,
+    ),
+    "bias-buffer": (
+        lambda: gk.linear_wgrad_dot_into(x(5, 3), DIRECTION, ACT, GRAD, bias_grad=x(3)),
+        "bias_grad has shape (3,)",
+        "(5,)",
+    ),
+    "bias-direction": (
+        lambda: gk.linear_wgrad_dot_into(x(5, 3), DIRECTION, ACT, GRAD, bias_direction=x(1, 5)),
+        "bias_direction has shape (1, 5)",
+        "(5,)",
+    ),
     "act-1d": (
         lambda: gk.linear_wgrad_dot(DIRECTION, x(3), GRAD),
         "act has shape (3,)",

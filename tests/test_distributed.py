@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
-from graddot_lm import GraddotError, GradDotProdEngine
+from graddot_lm import GraddotError, GradDotProdEngine, adamw_direction, fuse_head
+from graddot_lm.distributed import shard
 from process_group import on_processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -148,6 +149,90 @@ def test_several_processes_equal_one(
     found = list(errors(got, want))
     record_property("relative_error", max(found))
     assert max(found) <= TOLERANCE, found
+
+
+def given_step(rank, world, kind, tied):
+    """Scores and norms of own rows with two given directions, and the part of the directions that
+    this process holds."""
+    inner = model = tiny_gpt2(tied=tied)
+    if kind == "ddp":
+        model = DistributedDataParallel(inner)
+    elif kind == "fsdp":
+        fully_sharded(inner)
+    else:
+        fuse_head(inner)
+        shard(inner, inner.transformer.h)
+    engine = GradDotProdEngine(inner, norms=True)
+    x, y = val_batch()
+    engine.set_directions(
+        engine.compute_directions(
+            {"first": [(x[:1], y[:1])], "both": [(x[:1], y[:1]), (x[1:], y[1:])]}
+        )
+    )
+    engine.attach()
+    x, y = (own(rows, rank, world) for rows in batch(0, True))
+    engine.attach_train_batch(x, y, 0, None)
+    model(x, labels=y).loss.backward()
+    scores = engine.aggregate_and_log()
+    held = engine._forward.directions.values()
+    local = sum(d.to_local().numel() if isinstance(d, DTensor) else d.numel() for d in held)
+    grads = {name: whole(p.grad) for name, p in inner.named_parameters()}
+    return (
+        scores,
+        engine.gradient_norms(),
+        engine.target_norms(),
+        grads,
+        local / sum(d.numel() for d in held),
+    )
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("kind, world", [("ddp", 2), ("fsdp", 2), ("fsdp", 4), ("fsdp-fused", 2)])
+def test_given_directions_on_several_processes(tmp_path, record_property, kind, world, tied):
+    """Sharded like the weights under FSDP, and the scores of one process."""
+    got = on_processes(world, tmp_path, given_step, kind, tied)
+    model = tiny_gpt2(tied=tied).double()
+    x, y = val_batch()
+    found = []
+    for k, rows in enumerate((1, 2)):
+        dots, scale = (total(d) for d in sample_dots(model, batch(0, True), (x[:rows], y[:rows])))
+        scores = torch.cat([scores[k] for scores, *_ in got])
+        found.append(((scores - dots).abs() / torch.maximum(dots.abs(), 0.1 * scale)).max().item())
+    x, y = batch(0, True)
+    samples = [gradient(model, x[i : i + 1], y[i : i + 1]) for i in range(ROWS)]
+    norms = torch.stack([torch.cat([g.flatten() for g in one.values()]).norm() for one in samples])
+    found.append(((torch.cat([one[1] for one in got]) - norms).abs() / norms).max().item())
+    parts = [gradient(model, own(x, r, world), own(y, r, world)) for r in range(world)]
+    for name, grad in got[0][3].items():
+        want = sum(part[name] for part in parts) / world
+        found.append(((grad - want).norm() / want.norm()).item())
+    record_property("relative_error", max(found))
+    assert max(found) <= TOLERANCE, found
+    for *_, share in got:
+        assert share <= (1 if kind == "ddp" else 1.2 / world)
+
+
+def adamw_step(rank, world, sharded):
+    """The direction of AdamW's second step, in one process or with the model sharded."""
+    model = tiny_gpt2()
+    if sharded:
+        fully_sharded(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
+    engine = GradDotProdEngine(model)
+    model(batch(0, True)[0], labels=batch(0, True)[1]).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    direction = engine.compute_directions([val_batch()])
+    gradient = engine.compute_directions([batch(1, True)])
+    found = adamw_direction(optimizer, dict(model.named_parameters()), direction, gradient)
+    return {name: whole(x) for name, x in found.items()}
+
+
+def test_directions_for_adamw_are_sharded_like_the_weights(tmp_path):
+    (alone,) = on_processes(1, tmp_path / "one", adamw_step, False)
+    for got in on_processes(2, tmp_path / "two", adamw_step, True):
+        for name, want in alone.items():
+            assert (got[name] - want).norm() <= TOLERANCE * want.norm(), name
 
 
 class Borrowed(nn.Module):

@@ -5,6 +5,7 @@ of the sum of the terms' magnitudes, and the same number of fp64 roundings for f
 inputs are exact in fp64, so their results are held to fp32's error too.
 """
 
+import itertools
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -180,22 +181,56 @@ def test_drawn_shapes(data: st.DataObject) -> None:
     check_joint(make(**(sizes | {"s": sizes["t"], "v": sum(val_rows)}), **kind), val_rows)
 
 
+def buffer(form: str, *shape: int) -> Tensor:
+    """Ones of a dtype and layout, and NaN beside them where there is room."""
+    dtype = DTYPES.get(form, torch.float32)
+    if form == "transposed":
+        return torch.ones(*reversed(shape)).t()
+    if form == "sliced":
+        return torch.full([2 * size for size in shape], torch.nan)[
+            (slice(1, None, 2),) * len(shape)
+        ].fill_(1)
+    return torch.ones(*shape, dtype=dtype)
+
+
 @pytest.mark.parametrize("t", [5, 41], ids=["direction", "fused"])
+@pytest.mark.parametrize("form", [*DTYPES, "transposed", "sliced"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_wgrad_dot_into_writes_or_adds_in_the_buffers_dtype(dtype: str, t: int) -> None:
+def test_wgrad_dot_into_buffers_of_any_dtype_and_strides(dtype: str, form: str, t: int) -> None:
     p = make(t=t, dtype=dtype)
+    act, grad = p.act.double(), p.grad.double()
+    bias = grad.sum(1)
+    size = grad.abs().sum(1)  # the terms' magnitudes
+    bias_direction = p.direction[:, :, 0]
     scale = torch.tensor(0.3)
-    bias = reference.norm_sample_grads(p.grad.double(), p.grad.double())[1]
-    bias_dtype = torch.float64 if dtype == "fp64" else torch.float32
-    for accumulate in (False, True):
-        weight_grad = torch.ones(17, 13, dtype=p.act.dtype)
-        bias_grads = torch.full((5, 17), torch.nan, dtype=bias_dtype)
-        got = torch.ops.graddot.linear_wgrad_dot_into(
-            weight_grad, bias_grads, *p[4:], *p[:2], scale, accumulate
-        )
-        before = torch.ones_like(weight_grad) if accumulate else None
-        check_wgrad(weight_grad, got, *p[4:], *p[:2], scale, before, p.tolerance)
-        assert_within(bias_grads, bias, p.grad.double().abs().sum(1), p.tolerance)
+    for accumulate, several in itertools.product((False, True), repeat=2):
+        weight_grad, bias_grad = buffer(form, 17, 13), buffer(form, 17)
+        before = weight_grad.clone()
+        k = slice(None) if several else 0
+        got = gk.linear_wgrad_dot_into(
+            weight_grad, p.direction[k], p.act, p.grad, bias_grad=bias_grad,
+            bias_direction=bias_direction[k], scale=scale, accumulate=accumulate,
+        )  # fmt: skip
+        weight_direction = p.direction[k].view(-1, 17, 13)
+        own = gk.linear_wgrad_dot_into(weight_grad.clone(), p.direction[k], p.act, p.grad)
+        check_wgrad(
+            weight_grad, own.view(-1, 5), weight_direction, p.act, p.grad, scale,
+            before if accumulate else None, p.tolerance,
+        )  # fmt: skip
+        total = float(scale) * bias.sum(0) + (1 if accumulate else 0)
+        rounding = torch.finfo(bias_grad.dtype).eps * total.abs()
+        assert_within(bias_grad, total, p.tolerance * (size.sum(0) + 1) + rounding, 1.0)
+        # The bias is one more column of the weight, with inputs of 1.
+        wide = torch.cat([act, torch.ones_like(act[..., :1])], 2)
+        column = bias_direction[k].view(-1, 17, 1)
+        whole = torch.cat([weight_direction, column], 2)
+        check_direction(got.view(-1, 5), whole, wide, grad, False, p.tolerance)
+        both = gk.linear_wgrad_dot_into(
+            buffer(form, 17, 13), p.direction[k], p.act, p.grad,
+            bias_direction=bias_direction[k], norms=True,
+        )  # fmt: skip
+        assert torch.equal(both[:-1], got.view(-1, 5))
+        check_squares(both[-1], wide, grad, p.tolerance)
 
 
 @pytest.fixture

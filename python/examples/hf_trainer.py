@@ -52,7 +52,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     kinds = [rng.choice(KINDS) for _ in range(3000)]
     config = GPT2Config(
         vocab_size=len(CHARACTERS), n_positions=16, n_embd=args.width, n_layer=2, n_head=2,
-        bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM",
+        bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     trainer = Trainer(

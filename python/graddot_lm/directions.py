@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import distributed
 from .batches import Rows
 from .errors import GraddotError
 
@@ -27,7 +28,8 @@ def stack_directions(
     parameters: Mapping[str, nn.Parameter],
     covered: Sequence[str],
 ) -> dict[int, Tensor]:
-    """(K, *shape) by id of the parameter, one direction a target, on the parameter's device.
+    """(K, *shape) by id of the parameter, one direction a target, on the parameter's device and
+    sharded as it is.
 
     Raises GraddotError for a covered parameter without direction, a name that is not covered and
     another shape than the parameter's.
@@ -49,15 +51,16 @@ def stack_directions(
     stacked = {}
     for name in covered:
         p = parameters[name]
-        parts = [d[name].detach().to(p.device, _accumulator(p)) for d in directions.values()]
-        stacked[id(p)] = parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+        parts = [d[name].detach() for d in directions.values()]
+        stacked[id(p)] = distributed.stacked(parts, p, _accumulator(p))
     return stacked
 
 
 def direction_norms(stacked: Mapping[int, Tensor]) -> Tensor:
     """Norms over all parameters of `stack_directions`, (K,), fp64."""
     rows = [
-        torch.linalg.vector_norm(d, dim=-1).double().reshape(len(d), -1) for d in stacked.values()
+        torch.linalg.vector_norm(distributed.whole(d), dim=-1).double().reshape(len(d), -1)
+        for d in stacked.values()
     ]
     squares = [x.square().sum(1).to(rows[0].device) for x in rows]
     return torch.stack(squares).sum(0).sqrt()
@@ -104,7 +107,7 @@ def mean_gradient(
     if tokens == 0:
         raise GraddotError("the validation batches have no labelled token")
     for name, gradient in total.items():
-        if not torch.isfinite(gradient.div_(tokens)).all():
+        if not distributed.is_finite(gradient.div_(tokens)):
             raise GraddotError(f"the validation gradient of {name} is not finite")
     return total
 
@@ -122,7 +125,7 @@ def _backward(
         loss, weight, count = loss_of(batch)
         (loss * scale).backward()  # not autograd.grad, which reentrant checkpoints refuse
         grads = [p.grad for p in parameters.values() if p.grad is not None]
-        if scale <= 1 or all(torch.isfinite(grad).all() for grad in grads):
+        if scale <= 1 or all(distributed.is_finite(grad) for grad in grads):
             return weight / scale, count, scale
         scale = max(1.0, scale / 16)
 

@@ -1,13 +1,13 @@
 """Models whose gradients are averaged over several processes: DDP and FSDP2 (`fully_shard`)."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from .errors import GraddotError
@@ -98,6 +98,40 @@ def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> Non
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are there whole at this moment, by name."""
     return {n: p for n, p in model.named_parameters() if not isinstance(p, DTensor)}
+
+
+# Tensors of the parameters' shapes, sharded like them
+
+
+def whole(x: Tensor) -> Tensor:
+    """What the shards of all processes make, which all have to ask for; a plain tensor itself."""
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def stacked(tensors: Sequence[Tensor], parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
+    """(K, *shape) of K tensors of a parameter's shape, whole or sharded: sharded as it is."""
+    if not isinstance(parameter, DTensor):
+        parts = [whole(x).to(parameter.device, dtype) for x in tensors]
+        return parts[0].unsqueeze(0) if len(parts) == 1 else torch.stack(parts)
+    mesh, placements = parameter.device_mesh, parameter.placements
+    shards = []
+    for x in tensors:
+        if isinstance(x, DTensor):
+            shard = x.redistribute(mesh, placements)
+        else:
+            x = x.to(parameter.device)
+            shard = distribute_tensor(x, mesh, placements, src_data_rank=None)
+        shards.append(shard.to_local().to(dtype))
+    shape = torch.Size((len(shards), *parameter.shape))
+    behind = [Shard(p.dim + 1) if isinstance(p, Shard) else p for p in placements]
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(torch.stack(shards), mesh, behind, shape=shape, stride=stride)
+
+
+def is_finite(x: Tensor) -> bool:
+    """Whether all elements are, on all processes."""
+    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
+    return bool(torch.isfinite(whole(norm)))
 
 
 # States of sharded models, as one process would have them

@@ -47,7 +47,7 @@ class LinearCrossEntropyDot(ScoredFunction):
         if step is not None:
             note_uses(ctx, step, names, weight, bias, vector=False)
         if ctx.uses is not None:
-            direction = ctx.uses.direction
+            direction = None if ctx.uses.given is None else ctx.uses.direction()
             ids, train_ids = ctx.uses.head_ids(labels.device)
             own_ids, norms = ctx.uses.own_ids(), ctx.uses.norms
         scale = coefficient if step is None else coefficient * step.scale
@@ -78,7 +78,7 @@ class LinearCrossEntropyDot(ScoredFunction):
         if ctx.uses is not None:
             # Val rows that ride along have their gradients scaled like the training rows', and
             # norms are of these.
-            given = 0 if ctx.uses.direction is None else len(ctx.uses.direction)
+            given = 0 if ctx.uses.given is None else len(ctx.uses.given)
             dots = dots.double() * factor.double()
             dots[given:] *= factor.double()
             part = ctx.saved_tensors[0], columns * factor, head_rows * factor, own_rows * factor

@@ -142,9 +142,9 @@ def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor
     dots, cross_terms = None, uses.vector_terms(row_grads)
     if step.val_rows:
         dots = _add(uses.vector_form(row_grads, row_grads), cross_terms)
-    elif uses.direction is not None:
+    elif uses.given is not None:
         step.check_samples(uses.name, row_grads.shape[0])
-        dots = uses.direction.flatten(1).to(row_grads.dtype) @ row_grads.t()
+        dots = uses.direction().flatten(1).to(row_grads.dtype) @ row_grads.t()
         if uses.norms:
             dots = _add(bordered(dots, row_grads.square().sum(1)), cross_terms)
     return row_grads[: n if step.val_rows else None].sum(0).mul_(step.scale), dots
@@ -161,9 +161,9 @@ def linear_grad(
             act, grad, step.val_rows, step.scale, uses.norms
         )
         return weight_grad, _add(dots, cross_terms)
-    if uses.direction is not None:
+    if uses.given is not None:
         step.check_samples(uses.name, act.shape[0])
-        direction = uses.direction.flatten(2)  # a convolution's has its kernel's dimensions
+        direction = uses.direction().flatten(2)  # a convolution's has its kernel's dimensions
         weight_grad, dots = _ops.linear_wgrad_dot(direction, act, grad, step.scale, uses.norms)
         return weight_grad, _add(dots, cross_terms)
     return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale), None
@@ -184,10 +184,11 @@ def _embedding_grad(
             ids, grad, step.val_rows, uses.num_embeddings, padding, step.scale
         )
         dots = uses.with_embedding_norms(dots, ids, grad)
-    elif uses.direction is not None:
+    elif uses.given is not None:
         step.check_samples(uses.name, ids.shape[0])
-        grad = grad.to(uses.direction.dtype)
-        weight_grad, dots = _ops.embedding_wgrad_dot(uses.direction, ids, grad, padding, step.scale)
+        direction = uses.direction()
+        grad = grad.to(direction.dtype)
+        weight_grad, dots = _ops.embedding_wgrad_dot(direction, ids, grad, padding, step.scale)
         dots = uses.with_embedding_norms(dots, ids, grad)
     else:
         weight_grad = torch.ops.aten.embedding_dense_backward(

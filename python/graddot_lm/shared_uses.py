@@ -33,6 +33,7 @@ from graddot_kernels.sample_dots import (
 )
 
 from .checkpointing import recomputing
+from .distributed import whole
 from .errors import GraddotError
 
 
@@ -58,13 +59,14 @@ class _LinearPart:
 class SharedUses:
     """The uses of one parameter in one step: counted in the forward, paired in the backward.
 
-    A forward that activation checkpointing runs once more is not another use. With a given
+    A forward that activation checkpointing runs once more is not another use. With a `given`
     direction, (K, *shape), every use dots with the whole of it: cross terms are those of norms only.
+    It is sharded where the parameter is.
     """
 
     name: str
     val_rows: list[int]
-    direction: Tensor | None = None
+    given: Tensor | None = None
     norms: bool = False
     padding_idx: int | None = None
     num_embeddings: int = 0
@@ -81,6 +83,11 @@ class SharedUses:
     _embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
     _vectors: list[Tensor] = field(default_factory=list)
+
+    def direction(self) -> Tensor:
+        """The whole of what is given, for as long as one layer's backward needs it."""
+        assert self.given is not None
+        return whole(self.given)
 
     def count_linear(self) -> None:
         self.linear_calls += not recomputing()
@@ -125,8 +132,8 @@ class SharedUses:
         """(K, N) of what each target has; where there are none, zeros of `like`'s N and dtype."""
         if dots:
             return torch.stack(dots)
-        assert self.direction is not None
-        return _accumulated(like.new_zeros(len(self.direction), like.shape[0]))
+        assert self.given is not None
+        return _accumulated(like.new_zeros(len(self.given), like.shape[0]))
 
     def hold(self, weight_grad: Tensor) -> bool:
         """Keep a head's weight gradient for the embedding of the same weight to add its rows to.
@@ -155,10 +162,11 @@ class SharedUses:
         """An embedding use's own dots, (K, N); None without a direction."""
         if self.val_rows:
             return self._embedding_form(ids, grad, ids, grad)
-        if self.direction is None:
+        if self.given is None:
             return None
         padding = self.padding_idx
-        dots = embedding_direction_dot(self.direction, ids, _accumulated(grad), padding_idx=padding)
+        rows = _accumulated(grad)
+        dots = embedding_direction_dot(self.direction(), ids, rows, padding_idx=padding)
         return self.with_embedding_norms(dots, ids, grad)
 
     def with_embedding_norms(self, dots: Tensor, ids: Tensor, grad: Tensor) -> Tensor:
@@ -362,15 +370,25 @@ class SharedUses:
             column.append(2 * terms.sum())
         return bordered(dots, 2 * tokens.sum(1), _column(column))
 
+    def _head_dots(self, part: _LinearPart, val_ids: Tensor, val_grad: Tensor) -> Tensor:
+        """⟨D^emb, G_i^head⟩ of one target, (N,)."""
+        act, columns = _accumulated(part.act), _accumulated(part.train_grad)
+        slots, rows = _slots(part.val_ids, val_ids).flatten(), val_grad.flatten(0, 1)
+        found = part.val_ids.numel()
+        if len(self.val_rows) == 1:
+            direction = rows.new_zeros(found + 1, rows.shape[1]).index_add_(0, slots, rows)[:-1]
+        else:  # the ids of one target only, token by token
+            if self.padding_idx is not None:
+                here = slots < found
+                slots, rows = slots[here], rows[here]
+            columns, direction = columns[..., slots], rows
+        return linear_direction_dot(direction, act, columns)
+
     def _mixed_dots(self, part: _LinearPart, ids: Tensor, grad: Tensor) -> Tensor:
         n = ids.shape[0] - sum(self.val_rows)
-        act, grad = _accumulated(part.act), _accumulated(grad)
-        direction = grad.new_zeros(len(self.val_rows), part.val_ids.numel() + 1, grad.shape[2])
+        grad = _accumulated(grad)
         groups = zip(self._targets(ids), self._targets(grad), strict=True)
-        for k, (v_ids, v_grad) in enumerate(groups):
-            slots = _slots(part.val_ids, v_ids).flatten()
-            direction[k].index_add_(0, slots, v_grad.flatten(0, 1))
-        head_terms = linear_direction_dot(direction[:, :-1], act, _accumulated(part.train_grad))
+        head_terms = torch.stack([self._head_dots(part, *group) for group in groups])
         rows = _padded(part.val_head_grad)
         slots = _slots(part.train_ids, ids[:n])
         missing = part.train_ids.numel()

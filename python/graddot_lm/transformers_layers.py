@@ -49,7 +49,8 @@ class ExpertLinearDot(ScoredFunction):
         uses.expert_calls += 1
         step.check_samples(uses.name, step.rows)
         high = accumulator(x.dtype)
-        n, given = step.rows - sum(step.val_rows), uses.direction
+        n = step.rows - sum(step.val_rows)
+        given = None if uses.given is None else uses.direction()
         targets = len(step.val_rows) if given is None else len(given)
         dots = torch.zeros(targets, step.rows, dtype=high, device=x.device)
         norms, val_norms = dots.new_zeros(step.rows), dots.new_zeros(targets)
