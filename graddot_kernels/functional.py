@@ -19,10 +19,11 @@ from torch import Tensor
 from . import ops  # noqa: F401 (registers torch.ops.graddot)
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-# Multiply-adds of the direction route run as one large matrix product; those of the gram route
-# in two products with a short result and a Hadamard product between, which measured about this
-# much slower per multiply-add on a CPU.
-_GRAM_COST_PER_MAC = 1.3
+# What the gram route's Hadamard product and sum take for a pair of tokens, in multiply-adds of a
+# matrix product: measured on a CPU, where between widths of 512 and 2048 the two routes' rates drew
+# even. On a GPU one kernel does it all, at a guess somewhat below the library's rate.
+_GRAM_MACS_PER_PAIR = 300
+_GRAM_COST_PER_MAC_ON_GPU = 1.3
 
 
 def _check(ok: bool, name: str, got: object, expected: str) -> None:
@@ -119,7 +120,8 @@ def linear_ghost_dot(
     Returns ⟨Σ_v G_v, G_i⟩, (N,), or with `pairwise` ⟨G_v, G_i⟩, (V, N), where
     G_i = Σ_t b_it a_itᵀ. "gram" multiplies token by token, N·T·V·S·(Din+Dout) multiply-adds and
     no weight-sized tensor; "direction" forms Σ_v G_v (each G_v if pairwise) and costs
-    (N·T + V·S)·Din·Dout (V times N·T if pairwise); "auto" takes the one with fewer operations.
+    (N·T + V·S)·Din·Dout (V times N·T if pairwise); "auto" takes the one that by these
+    counts, weighed with measured rates, is faster.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
@@ -135,9 +137,13 @@ def linear_ghost_dot(
     if method == "auto":
         v, s = val_act.shape[:2]
         n, t = train_act.shape[:2]
-        gram = n * t * v * s * (d_in + d_out)
+        pairs, width = n * t * v * s, d_in + d_out
+        on_cpu = train_act.device.type == "cpu"
+        gram = pairs * (
+            width + _GRAM_MACS_PER_PAIR if on_cpu else width * _GRAM_COST_PER_MAC_ON_GPU
+        )
         by_direction = (n * t * (v if pairwise else 1) + v * s) * d_in * d_out
-        method = "gram" if gram * _GRAM_COST_PER_MAC <= by_direction else "direction"
+        method = "gram" if gram <= by_direction else "direction"
     if method == "gram":
         return torch.ops.graddot.linear_gram_dot(val_act, val_grad, train_act, train_grad, pairwise)
     if not pairwise:  # one long row, so that one product sums over the val rows

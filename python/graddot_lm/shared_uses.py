@@ -375,9 +375,9 @@ class SharedUses:
         act, columns = _accumulated(part.act), _accumulated(part.train_grad)
         slots, rows = _slots(part.val_ids, val_ids).flatten(), val_grad.flatten(0, 1)
         found = part.val_ids.numel()
-        if len(self.val_rows) == 1:
+        if len(self.val_rows) == 1 and not rows.is_cuda:  # there it would not repeat bitwise
             direction = rows.new_zeros(found + 1, rows.shape[1]).index_add_(0, slots, rows)[:-1]
-        else:  # the ids of one target only, token by token
+        else:  # token by token, and of several targets only this one's
             if self.padding_idx is not None:
                 here = slots < found
                 slots, rows = slots[here], rows[here]
