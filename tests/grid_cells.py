@@ -127,8 +127,8 @@ NOT_POSSIBLE = {
 
 
 def exact(model):
-    """A float64 copy; experts by the implementation of transformers that has float64."""
-    copied = copy.deepcopy(model).double()
+    """A float64 copy on a CPU; experts by the implementation of transformers that has float64."""
+    copied = copy.deepcopy(model).cpu().double()
     for part in copied.modules():
         if hasattr(getattr(part, "config", None), "_experts_implementation"):
             part.config._experts_implementation = "eager"
@@ -193,16 +193,24 @@ def prepared(name):
 class Cell:
     """A subject's model in a loop, with what the steps are compared with."""
 
-    def __init__(self, name, record):
-        self.subject = SUBJECTS[name]
+    def __init__(self, name, record, device="cpu"):
+        self.subject, self.device = SUBJECTS[name], device
         original, self.want = prepared(name)
-        self.model = copy.deepcopy(original)
+        self.model = copy.deepcopy(original).to(device)
         self._record, self.tolerance = record, TOLERANCE
         self.engine = None
 
+    def batch(self, numbers, *, mask=False):
+        """Rows as the engine is given them, on the model's device."""
+        on = lambda x: x if x is None else x.to(self.device)
+        inputs, labels = self.subject.batch(numbers, mask=mask)
+        if isinstance(inputs, dict):
+            return {key: on(x) for key, x in inputs.items()}, on(labels)
+        return on(inputs), on(labels)
+
     def attach(self, val=None, optimizer=None, *, mask=False, **options):
         """A new engine; val are row numbers, or several by target, that ride along."""
-        batch = functools.partial(self.subject.batch, mask=mask)
+        batch = functools.partial(self.batch, mask=mask)
         if self.engine is not None:
             self.engine.detach()
         data = None
@@ -223,7 +231,7 @@ class Cell:
 
     def direct(self, val, **options):
         """Give the engine the gradient of val, one batch a row."""
-        batches = [self.subject.batch([i]) for i in val]
+        batches = [self.batch([i]) for i in val]
         loss = lambda model, x, y: self.subject.loss(model, x, y)
         plain = self.subject.plain
         self.engine.set_directions(
@@ -234,7 +242,7 @@ class Cell:
 
     def loss(self, train, step=0, *, mask=False):
         """Announce rows and run the forward."""
-        x, y = self.subject.batch(train, mask=mask)
+        x, y = self.batch(train, mask=mask)
         self.engine.attach_train_batch(x, y, step, torch.tensor(train))
         inputs, labels = self.engine.prepare_forward_input(x, y)
         return self.subject.loss(self.model, inputs, labels, self.engine.track_loss)
@@ -274,7 +282,7 @@ class Cell:
         if not exactly and name is not None:
             return
         bound = torch.maximum(want.abs(), 0.1 * scale) if exactly else scale
-        error = ((got.double() - want).abs() / bound).max().item()
+        error = ((got.double().cpu() - want).abs() / bound).max().item()
         if name is None:
             self._record("relative_error", error)
         assert error <= self.tolerance, f"{name or 'scores'}: {error:.1e}"
@@ -284,16 +292,16 @@ class Cell:
         if isinstance(want, list):
             want = self.want.gradient(want)
         grads = {
-            n: torch.zeros_like(p) if p.grad is None else p.grad
+            n: (torch.zeros_like(p) if p.grad is None else p.grad).double().cpu()
             for n, p in self.model.named_parameters()
             if p.requires_grad
         }
         if self.tolerance == TOLERANCE:
             whole = torch.stack([g.norm() for g in want.values()]).norm()
             for n, g in grads.items():
-                error = (g.double() - want[n]).norm() / (want[n].norm() + 1e-2 * whole)
+                error = (g - want[n]).norm() / (want[n].norm() + 1e-2 * whole)
                 assert error <= TOLERANCE, f".grad of {n}: {error:.1e}"
         else:
-            got = torch.cat([g.double().flatten() for g in grads.values()])
+            got = torch.cat([g.flatten() for g in grads.values()])
             exact = torch.cat([want[n].flatten() for n in grads])
             assert (got - exact).norm() <= GRADIENT_16_BIT * exact.norm()

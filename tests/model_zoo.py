@@ -179,7 +179,7 @@ class SharedLayers(Checkpointing, SharedEverything):
     def forward(self, ids):
         again = self.maybe_again
         # A reentrant checkpoint passes gradients on only if one of its inputs needs them.
-        handle = torch.zeros((), requires_grad=True)
+        handle = torch.zeros((), device=ids.device, requires_grad=True)
         look = lambda ids, handle: self.source(ids) + 0.5 * self.target((7 * ids + 1) % 30) + handle
         x = again(look, ids, handle) + again(look, ids, handle)
         mix = lambda x: torch.tanh(self.mix(self.norm(x)))

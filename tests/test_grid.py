@@ -81,8 +81,8 @@ def autocast(cell, dtype):
         cell.model.zero_grad()
         optimizer = torch.optim.SGD(cell.model.parameters(), lr=0.0)
         cell.attach(None if given else VAL, optimizer)
-        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-        with torch.autocast("cpu", dtype):
+        scaler = torch.amp.GradScaler(cell.device, init_scale=1024.0)
+        with torch.autocast(cell.device, dtype):
             if given:
                 cell.direct(VAL, loss_scale=1024.0)
             loss = cell.loss(TRAIN)
@@ -127,7 +127,7 @@ def padding(cell):
 def evaluation(cell):
     """eval(), a forward of other rows and train(), wherever a loop may have them."""
     plain, modes = copy.deepcopy(cell.model).eval(), [m.training for m in cell.model.modules()]
-    x, y = cell.subject.batch(SHORT)
+    x, y = cell.batch(SHORT)
     with torch.no_grad():
         want = cell.subject.loss(plain, x, y)
 
@@ -176,7 +176,7 @@ def clipped_step(cell):
     clip = most / (torch.cat([g.flatten() for g in want.values()]).norm().item() + 1e-6)
     assert clip < 1
     moved = {
-        n: p.detach().double() - lr * clip * want[n]
+        n: p.detach().double().cpu() - lr * clip * want[n]
         for n, p in cell.model.named_parameters()
         if p.requires_grad
     }
@@ -186,7 +186,7 @@ def clipped_step(cell):
     cell.engine.aggregate_and_log(gradient_scale=clip)
     for n, p in cell.model.named_parameters():
         if p.requires_grad:
-            assert (p.double() - moved[n]).norm() <= 1e-6 * moved[n].norm(), n
+            assert (p.double().cpu() - moved[n]).norm() <= 1e-6 * moved[n].norm(), n
     counts = torch.tensor([cell.want.counts[i] for i in TRAIN], dtype=torch.float64)
     share = lr * clip * counts / counts.sum()
     dots, scales = (share * total(parts) for parts in cell.want.dots(VAL, TRAIN))
@@ -208,7 +208,7 @@ def attached_again(cell):
     now = [m.__dict__.get("forward") for m in cell.model.modules()]
     assert all(a is b for a, b in zip(forwards, now, strict=True))
     cell.model.zero_grad()
-    cell.subject.loss(cell.model, *cell.subject.batch(SHORT)).backward()
+    cell.subject.loss(cell.model, *cell.batch(SHORT)).backward()
     cell.check_gradient(SHORT)
     engine.attach()
     cell.model.zero_grad()

@@ -47,7 +47,9 @@ def own_counts(data, rows):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize("kind", ["gpt2", "bert", "gpt2-own-tokens", "gpt2-checkpointing"])
+@pytest.mark.parametrize(
+    "kind", ["gpt2", "bert", "gpt2-own-tokens", "gpt2-checkpointing", "gpt2-compiled"]
+)
 def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
     """A clipped SGD run; own-tokens: each process divides by the number of its own tokens."""
     name = kind.split("-")[0]
@@ -58,6 +60,8 @@ def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
         "average_tokens_across_devices": not own,
         "gradient_checkpointing": "checkpointing" in kind,
         "remove_unused_columns": kind != "bert",
+        "torch_compile": "compiled" in kind,
+        "torch_compile_backend": "aot_eager" if "compiled" in kind else None,
     }
     results = on_processes(WORLD, tmp_path / "two", run, tmp_path / "scored", name, options)
     for n, p in results[0][1].items():

@@ -135,7 +135,6 @@ class GradDotProdTrainer(Trainer):
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
             "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
-            "torch_compile": bool(args.torch_compile),
             "label_smoothing_factor": args.label_smoothing_factor != 0,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "model_init": self.model_init is not None,
