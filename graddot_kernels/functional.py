@@ -33,13 +33,15 @@ def _check(ok: bool, name: str, got: object, expected: str) -> None:
 
 
 def _check_floats(**tensors: Tensor) -> None:
+    """All of the first's dtype and device, but for a direction of fp32 beside 16 bits."""
     first_name, first = next(iter(tensors.items()))
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in _FLOATS:
             raise ValueError(f"{name} has dtype {x.dtype}; expected one of {_FLOATS}")
-        if x.dtype != first.dtype:
+        wide = name == "direction" and x.dtype == torch.float32 and first.itemsize == 2
+        if x.dtype != first.dtype and not wide:
             raise ValueError(f"{name} has dtype {x.dtype}; expected {first_name}'s, {first.dtype}")
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device}; expected {first_name}'s, {first.device}")
@@ -161,12 +163,13 @@ def linear_direction_dot(
 ) -> Tensor:
     """Dot products of given directions with every sample's weight gradient: Σ_t b_itᵀ D a_it.
 
-    direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout). Returns (N,), or
-    the terms of every token, (N, T), with `per_token`; a leading K when the direction has one.
+    direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout), one dtype, or fp32
+    directions with 16-bit samples. Returns (N,), or the terms of every token, (N, T), with
+    `per_token`; a leading K when the direction has one.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
-    _check_floats(direction=direction, act=act, grad=grad)
+    _check_floats(act=act, grad=grad, direction=direction)
     act, grad = _pair("act", act, "grad", grad)
     direction, single = _directions(direction, grad.shape[2], act.shape[2])
     dots = torch.ops.graddot.linear_direction_dot(direction, act, grad, per_token)
@@ -183,13 +186,14 @@ def linear_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     """The weight gradient of a batch together with every sample's dot with given directions.
 
-    direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout), scale a 0-dim
-    tensor. Returns scale · Σ_i G_i, (Dout, Din), and ⟨D, G_i⟩, (N,) or (K, N), not scaled; with
-    `norms` also ‖G_i‖², as the last of K + 1 rows, (2, N) for a single direction.
+    direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout), one dtype, or fp32
+    directions with 16-bit samples, for which a GPU's products still are those of 16 bits; scale a
+    0-dim tensor. Returns scale · Σ_i G_i, (Dout, Din), and ⟨D, G_i⟩, (N,) or (K, N), not scaled;
+    with `norms` also ‖G_i‖², as the last of K + 1 rows, (2, N) for a single direction.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
-    _check_floats(direction=direction, act=act, grad=grad)
+    _check_floats(act=act, grad=grad, direction=direction)
     act, grad = _pair("act", act, "grad", grad)
     direction, single = _directions(direction, grad.shape[2], act.shape[2])
     _check_scale(scale)
@@ -218,7 +222,7 @@ def linear_wgrad_dot_into(
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
-    _check_floats(direction=direction, act=act, grad=grad)
+    _check_floats(act=act, grad=grad, direction=direction)
     act, grad = _pair("act", act, "grad", grad)
     (n, _, d_in), d_out = act.shape, grad.shape[2]
     direction, single = _directions(direction, d_out, d_in)

@@ -100,7 +100,12 @@ LINEAR: dict[str, tuple[Callable[[], object], str, str]] = {
     "mixed-dtypes": (
         lambda: gk.linear_direction_dot(DIRECTION, ACT, GRAD.half()),
         "grad has dtype torch.float16",
-        "direction's, torch.float32",
+        "act's, torch.float32",
+    ),
+    "direction-too-wide": (
+        lambda: gk.linear_wgrad_dot(DIRECTION.double(), ACT.half(), GRAD.half()),
+        "direction has dtype torch.float64",
+        "act's, torch.float16",
     ),
     "integer": (
         lambda: gk.linear_joint_wgrad_dot(ACT.long(), GRAD.long(), [1]),
@@ -110,7 +115,7 @@ LINEAR: dict[str, tuple[Callable[[], object], str, str]] = {
     "device": (
         lambda: gk.linear_direction_dot(DIRECTION, ACT, GRAD.to("meta")),
         "grad is on meta",
-        "direction's, cpu",
+        "act's, cpu",
     ),
     "method": (
         lambda: gk.linear_ghost_dot(ACT, GRAD, ACT, GRAD, method="fast"),  # type: ignore[arg-type]

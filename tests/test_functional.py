@@ -121,6 +121,15 @@ def test_wgrad_dot(case: dict) -> None:
     check_wgrad_dot(make(**case))
 
 
+@pytest.mark.parametrize("t", [3, 41])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_directions_of_fp32_with_16_bit_samples(dtype: str, t: int) -> None:
+    p = make(dtype=dtype, t=t)
+    p = p._replace(direction=p.direction.float() * 1.001)
+    check_given_direction(p)
+    check_wgrad_dot(p)
+
+
 @every_case
 def test_joint_wgrad_dot_of_one_and_several_targets(case: dict) -> None:
     for val_rows in VAL_ROWS:

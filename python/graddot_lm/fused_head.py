@@ -56,7 +56,6 @@ class LinearCrossEntropyDot(ScoredFunction):
             val_rows, direction, ids, train_ids, *form, scale, weight_needed, own_ids, norms,
         )  # fmt: skip
         ctx.results, ctx.coefficient = results, coefficient
-        ctx.ids = ids, train_ids
         paired = ids.numel() + train_ids.numel() > 0
         ctx.save_for_backward(act[: act.shape[0] - sum(val_rows)] if paired else None)
         ctx.dtypes = weight.dtype, None if bias is None else bias.dtype
@@ -82,7 +81,7 @@ class LinearCrossEntropyDot(ScoredFunction):
             dots = dots.double() * factor.double()
             dots[given:] *= factor.double()
             part = ctx.saved_tensors[0], columns * factor, head_rows * factor, own_rows * factor
-            ctx.uses.head_terms(*part, *ctx.ids)
+            ctx.uses.head_terms(*part)
             result[3] = dots if ctx.needs_input_grad[3] else None
         if ctx.needs_input_grad[1]:
             weight_grad = weight_grad if unscaled else weight_grad.mul_(grad_loss)

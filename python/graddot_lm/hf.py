@@ -89,8 +89,8 @@ class GradDotProdTrainer(Trainer):
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
-    GPUs in one process, DeepSpeed, FSDP and parallelism_config, torch.compile, label smoothing, `compute_loss_func`,
-    `model_init`, auto_find_batch_size and iterable training sets.
+    GPUs in one process, DeepSpeed, FSDP and parallelism_config, label smoothing,
+    `compute_loss_func`, `model_init`, auto_find_batch_size and iterable training sets.
     """
 
     def __init__(

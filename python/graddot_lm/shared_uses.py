@@ -24,6 +24,7 @@ from graddot_kernels import (
     embedding_ghost_dot,
     linear_direction_dot,
     linear_ghost_dot,
+    linear_wgrad_dot,
 )
 from graddot_kernels.sample_dots import (
     bordered,
@@ -38,19 +39,41 @@ from .errors import GraddotError
 
 
 @dataclass
+class _Table:
+    """The ids of some tokens, (U,), and where among them each token's own is: U for the padding's.
+
+    On a CPU distinct ids. To find those of a GPU's would wait for it: there one a token, in order.
+    """
+
+    ids: Tensor
+    slots: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, padding_idx: int | None) -> "_Table":
+        if tokens.is_cuda:
+            ids = tokens.flatten()
+            slots = torch.arange(ids.numel(), device=ids.device).view(tokens.shape)
+        else:
+            ids, slots = torch.unique(tokens, return_inverse=True)
+        if padding_idx is not None:
+            slots = slots.masked_fill(tokens == padding_idx, ids.numel())
+        return cls(ids.long(), slots)
+
+
+@dataclass
 class _LinearPart:
     """What a linear use leaves for one embedding use of the same weight (Dout = num_embeddings).
 
-    The head gradient's rows matter only at ids that the embedding saw: `val_ids` (U,) with the
-    training rows' logit gradients there, (N, T, U), and `train_ids` (U',) with the val rows' head
-    gradient there, (K, U', d). For norms `train_ids` are the val rows' too, and own_rows, (N, T, d),
-    is each training sample's head gradient at its own ids.
+    The head gradient's rows matter only at ids that the embedding saw: those of the val rows, with
+    the training rows' logit gradients there, (N, T, U), and those of the training rows, with the
+    val rows' head gradient there, (K, U', d). For norms the latter are the val rows' too, and
+    own_rows, (N, T, d), is each training sample's head gradient at its own ids.
     """
 
     act: Tensor
-    val_ids: Tensor
+    val: _Table
     train_grad: Tensor
-    train_ids: Tensor
+    train: _Table
     val_head_grad: Tensor
     own_rows: Tensor | None = None
 
@@ -72,6 +95,7 @@ class SharedUses:
     num_embeddings: int = 0
     linear_calls: int = 0
     held: Tensor | None = None
+    head_tables: tuple[_Table, _Table] | None = None
     vector_calls: int = 0
     expert_calls: int = 0
     embedding_ids: list[Tensor] = field(default_factory=list)
@@ -191,7 +215,7 @@ class SharedUses:
 
     def head_ids(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """What the fused head has to keep for an embedding of the same weight: the val rows' and
-        the training rows' unique ids."""
+        the training rows' ids."""
         self._embeddings_before_head = len(self.embedding_ids)
         if len(self.embedding_ids) > 1 and self._has_pairs:
             raise GraddotError(
@@ -200,23 +224,20 @@ class SharedUses:
         if not self.embedding_ids or not self.val_rows:
             none = torch.empty(0, dtype=torch.long, device=device)
             return none, none
-        ids = self.embedding_ids[0]
+        val, train = self.head_tables = self._tables(self.embedding_ids[0])
+        return val.ids, train.ids
+
+    def _tables(self, ids: Tensor) -> tuple[_Table, _Table]:
+        """Of the val rows, and of the training rows, for norms of all rows."""
         n = ids.shape[0] - sum(self.val_rows)
-        return self._unique(ids[n:]), self._unique(ids if self.norms else ids[:n])
+        parts = ids[n:], ids if self.norms else ids[:n]
+        return _Table.of(parts[0], self.padding_idx), _Table.of(parts[1], self.padding_idx)
 
     def own_ids(self) -> Tensor | None:
         """For norms: the training rows' ids, at which the head has to keep each row's gradient."""
         return self._train(self.embedding_ids[0]) if self.norms and self.embedding_ids else None
 
-    def head_terms(
-        self,
-        act: Tensor,
-        columns: Tensor,
-        head_rows: Tensor,
-        own_rows: Tensor,
-        val_ids: Tensor,
-        train_ids: Tensor,
-    ) -> None:
+    def head_terms(self, act: Tensor, columns: Tensor, head_rows: Tensor, own_rows: Tensor) -> None:
         """What the fused head leaves for the embedding, from its backward; see `_LinearPart`."""
         self._linears_done += 1
         self._check_count(self._linears_done, self.linear_calls)
@@ -228,7 +249,8 @@ class SharedUses:
                 f"{self.name} is used by layers besides the fused head and one embedding before it;"
                 " unfuse the head"
             )
-        part = _LinearPart(act, val_ids, columns, train_ids, head_rows, own_rows)
+        val, train = self.head_tables or self._tables(self.embedding_ids[0])
+        part = _LinearPart(act, val, columns, train, head_rows, own_rows)
         self._parts.setdefault(0, []).append(part)
 
     def embedding_terms(self, ids: Tensor, grad: Tensor) -> Tensor | None:
@@ -331,22 +353,18 @@ class SharedUses:
         column = [self._embedding_dot(v, o).sum() for v, o in zip(vals, others, strict=True)]
         return bordered(dots, row, _column(column))
 
-    def _unique(self, ids: Tensor) -> Tensor:
-        unique = torch.unique(ids).long()
-        return unique if self.padding_idx is None else unique[unique != self.padding_idx]
-
     def _part(self, act: Tensor, grad: Tensor, ids: Tensor) -> _LinearPart:
         n = ids.shape[0] - sum(self.val_rows)
-        val_ids, train_ids = self._unique(ids[n:]), self._unique(ids if self.norms else ids[:n])
+        val, train = self._tables(ids)
         head_grads = [
-            (b[..., train_ids].flatten(0, 1).t() @ a.flatten(0, 1))
+            (b[..., train.ids].flatten(0, 1).t() @ a.flatten(0, 1))
             for a, b in zip(self._targets(act), self._targets(grad), strict=True)
         ]
         return _LinearPart(
             act=act[:n],
-            val_ids=val_ids,
-            train_grad=grad[:n][..., val_ids],
-            train_ids=train_ids,
+            val=val,
+            train_grad=grad[:n][..., val.ids],
+            train=train,
             val_head_grad=torch.stack(head_grads) if head_grads else act.new_empty(0),
             own_rows=linear_sample_rows(act[:n], grad[:n], ids[:n]) if self.norms else None,
         )
@@ -360,26 +378,31 @@ class SharedUses:
         tokens = (part.own_rows * _accumulated(self._train(grad))).sum(2)
         if self.padding_idx is not None:
             tokens = tokens.masked_fill(self._train(ids) == self.padding_idx, 0)
-        missing, column = part.train_ids.numel(), []
-        for k, (v_ids, v_grad) in enumerate(
-            zip(self._targets(ids), self._targets(grad), strict=True)
-        ):
+        missing, column = part.train.ids.numel(), []
+        vals = zip(self._targets(part.train.slots), self._targets(grad), strict=True)
+        for k, (slots, v_grad) in enumerate(vals):
             rows = _padded(part.val_head_grad[k])
-            slots = _slots(part.train_ids, v_ids)
             terms = embedding_direction_dot(rows, slots, _accumulated(v_grad), padding_idx=missing)
             column.append(2 * terms.sum())
         return bordered(dots, 2 * tokens.sum(1), _column(column))
 
-    def _head_dots(self, part: _LinearPart, val_ids: Tensor, val_grad: Tensor) -> Tensor:
-        """⟨D^emb, G_i^head⟩ of one target, (N,)."""
-        act, columns = _accumulated(part.act), _accumulated(part.train_grad)
-        slots, rows = _slots(part.val_ids, val_ids).flatten(), val_grad.flatten(0, 1)
-        found = part.val_ids.numel()
-        if len(self.val_rows) == 1 and not rows.is_cuda:  # there it would not repeat bitwise
-            direction = rows.new_zeros(found + 1, rows.shape[1]).index_add_(0, slots, rows)[:-1]
-        else:  # token by token, and of several targets only this one's
-            if self.padding_idx is not None:
-                here = slots < found
+    def _head_dots(
+        self, part: _LinearPart, columns: Tensor, slots: Tensor, val_grad: Tensor
+    ) -> Tensor:
+        """⟨D^emb, G_i^head⟩ of one target, (N,), given its slots in `part.val`, (V, S)."""
+        act, missing = part.act, part.val.ids.numel()
+        slots, rows = slots.flatten(), val_grad.flatten(0, 1)
+        here = None if self.padding_idx is None else slots < missing
+        if columns.is_cuda:  # its columns are its tokens
+            rows = rows if here is None else rows.masked_fill(~here[:, None], 0)
+            # Matrix products of 16 bits, but dots with rows of fp32.
+            return linear_wgrad_dot(rows, act, columns)[1]
+        act, columns = _accumulated(act), _accumulated(columns)
+        if len(self.val_rows) == 1:
+            direction = rows.new_zeros(missing + 1, rows.shape[1])
+            direction = direction.index_add_(0, slots, rows)[:-1]
+        else:  # token by token, and only this target's
+            if here is not None:
                 slots, rows = slots[here], rows[here]
             columns, direction = columns[..., slots], rows
         return linear_direction_dot(direction, act, columns)
@@ -387,12 +410,17 @@ class SharedUses:
     def _mixed_dots(self, part: _LinearPart, ids: Tensor, grad: Tensor) -> Tensor:
         n = ids.shape[0] - sum(self.val_rows)
         grad = _accumulated(grad)
-        groups = zip(self._targets(ids), self._targets(grad), strict=True)
-        head_terms = torch.stack([self._head_dots(part, *group) for group in groups])
-        rows = _padded(part.val_head_grad)
-        slots = _slots(part.train_ids, ids[:n])
-        missing = part.train_ids.numel()
-        return head_terms + embedding_direction_dot(rows, slots, grad[:n], padding_idx=missing)
+        slots, columns = torch.split(part.val.slots, self.val_rows), [part.train_grad]
+        if grad.is_cuda:
+            columns = list(torch.split(part.train_grad, [x.numel() for x in slots], 2))
+        else:
+            columns *= len(slots)
+        of_targets = zip(columns, slots, self._targets(grad), strict=True)
+        head_terms = torch.stack([self._head_dots(part, *target) for target in of_targets])
+        rows, missing = _padded(part.val_head_grad), part.train.ids.numel()
+        return head_terms + embedding_direction_dot(
+            rows, part.train.slots[:n], grad[:n], padding_idx=missing
+        )
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
@@ -411,11 +439,3 @@ def _padded(rows: Tensor) -> Tensor:
 def _column(dots: list[Tensor]) -> Tensor | None:
     """(K,); None without val rows."""
     return torch.stack(dots) if dots else None
-
-
-def _slots(unique: Tensor, ids: Tensor) -> Tensor:
-    """The position of every id in the sorted `unique`; its length for ids that are not there."""
-    missing = unique.numel()
-    slots = torch.searchsorted(unique, ids.long())
-    padded = torch.nn.functional.pad(unique, (0, 1), value=-1)
-    return slots.masked_fill(padded[slots] != ids, missing)

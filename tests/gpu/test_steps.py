@@ -5,18 +5,20 @@ import copy
 import pytest
 import torch
 from brute_force import sample_dots, tiny_gpt2, token_batch, total
-from graddot_lm import GradDotProdEngine
+from graddot_lm import GradDotProdEngine, fuse_head, unfuse_head
 from graddot_lm.background import BackgroundWriter
 from graddot_lm.store import SCORES, PartWriter, read_scores
 
 
 @pytest.mark.parametrize("given", [False, True], ids=["riding", "given"])
-def test_a_step_does_not_wait_and_its_rows_are_right(tmp_path, given):
-    """Weights are not tied: a tied head and embedding need torch.unique, which waits."""
+@pytest.mark.parametrize("head", ["untied", "tied", "fused"])
+def test_a_step_does_not_wait_and_its_rows_are_right(tmp_path, head, given):
     (tmp_path / "scores").mkdir()
     (tmp_path / "config.json").write_text("{}")
     writer = BackgroundWriter(PartWriter(tmp_path / "scores", SCORES))
-    model, val = tiny_gpt2(tied=False).cuda(), token_batch(2, 15, seed=9)
+    model, val = tiny_gpt2(tied=head != "untied").cuda(), token_batch(2, 15, seed=9)
+    if head == "fused":
+        fuse_head(model)
     val_on_gpu = tuple(x.cuda() for x in val)
     # As on the CPU, where the brute force runs: fp32 without TF32.
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -43,7 +45,7 @@ def test_a_step_does_not_wait_and_its_rows_are_right(tmp_path, given):
     engine.detach()
     writer.flush()
     rows = read_scores(tmp_path).to_pylist()
-    plain = copy.deepcopy(model).cpu()
+    plain = copy.deepcopy(unfuse_head(model) if head == "fused" else model).cpu()
     for number, batch in enumerate(batches):
         dots, scales = sample_dots(plain, batch, val)
         got = torch.tensor([row["dot"] for row in rows[3 * number : 3 * number + 3]])

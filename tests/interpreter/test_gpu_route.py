@@ -61,6 +61,7 @@ CELLS += [
     for model in ("gpt2", "gpt2-fused-head", "mixtral", "conv2d", "shared-layers")
     for loop in ("targets", "directions", "norms")
 ]
+CELLS += [("gpt2", "fp16"), ("gpt2-fused-head", "fp16")]
 
 
 @pytest.mark.parametrize("model, loop", CELLS, ids=["-".join(cell) for cell in CELLS])
