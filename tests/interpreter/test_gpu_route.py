@@ -4,13 +4,18 @@ branches that our code takes for tensors of a GPU. tests/gpu runs the same cells
 What the interpreter cannot do is left to a GPU: bf16, and 16-bit products with fp32 results.
 """
 
+import contextlib
+import importlib
 import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
+from brute_force import tiny_gpt2, token_batch
+from graddot_lm import GradDotProdEngine, fuse_head
 from grid_cells import SUBJECTS, Cell
 from test_grid import LOOPS
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from graddot_kernels import cpu_kernels, ops, torch_impl, triton_kernels
 
@@ -24,6 +29,34 @@ def _seems_on_gpu(x: torch.Tensor) -> bool:
     return ours and caller.f_code.co_name not in ONLY_ON_A_GPU
 
 
+class _Waits(TorchDispatchMode):
+    """Notes what would wait for a GPU: its values on the host, and sizes that depend on them."""
+
+    OPS = ("item", "local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal")
+    entered: "_Waits | None" = None  # for the ops' own implementations
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __enter__(self):
+        _Waits.entered = self
+        return super().__enter__()
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        name = op._schema.name.removeprefix("aten::")
+        by_mask = "index" in name and any(
+            x is not None and x.dtype == torch.bool
+            for arg in args
+            if isinstance(arg, (list, tuple))
+            for x in arg
+            if isinstance(x, (torch.Tensor, type(None)))
+        )
+        if by_mask or any(name.lstrip("_").startswith(bad) for bad in self.OPS):
+            self.found.append(name)
+        return op(*args, **(kwargs or {}))
+
+
 @pytest.fixture
 def gpu_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     """A CPU's tensors are served as a GPU's; gives the names of the launchers that ran."""
@@ -32,25 +65,29 @@ def gpu_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
     monkeypatch.setattr(cpu_kernels, "INSTRUCTION_SET", "")
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(_seems_on_gpu))
 
-    def serve(name, module):
-        launcher = getattr(torch_impl, name)
-        if "triton_kernels" in module:
-            family = module.rsplit(".", 1)[1]
-            launcher = triton_kernels.gpu_implementation(family, name, launcher)
+    def serve(name, device_module):
+        if "triton_kernels" in device_module:
+            family, plain = device_module.rsplit(".", 1)[1], getattr(torch_impl, name)
+            launcher = triton_kernels.gpu_implementation(family, name, plain)
+        elif "embedding" in name:  # the form for a GPU without the compiled extension's part for it
+            launcher = getattr(torch_impl, name)
+        else:
+            launcher = getattr(importlib.import_module(device_module), name)
 
         def run(*args):
             ran.add(name)
-            return launcher(*args)
+            # What a compiled extension does for embeddings is not to be looked into.
+            watched = _Waits.entered if "embedding" not in name else None
+            with watched or contextlib.nullcontext():
+                return launcher(*args)
 
         library.impl(name, ops._without_autocast(run), "CPU", allow_override=True)
 
     for name, devices in ops.routes.items():
-        # Embeddings in the form for a GPU without the compiled extension's part for it.
-        module = "graddot_kernels.torch_impl" if "embedding" in name else devices["CUDA"]
-        if module != devices["CPU"]:
-            serve(name, module)
+        serve(name, devices["CUDA"])
     yield ran
     library._destroy()
+    _Waits.entered = None
 
 
 # Every kind of model, and the loops whose ops differ, for the models whose layers do: the whole
@@ -68,3 +105,33 @@ CELLS += [("gpt2", "fp16"), ("gpt2-fused-head", "fp16")]
 def test_steps_of_a_gpu(model, loop, record_property, gpu_route):
     LOOPS[loop](Cell(model, record_property))
     assert any("wgrad" in name for name in gpu_route)
+
+
+def test_waits_are_found():
+    with _Waits() as waits:
+        x = torch.arange(3.0)
+        x[x > 1], x.unique(), x.sum().item(), x[[0, 1]], x.nonzero()
+    assert waits.found == ["index", "_unique2", "_local_scalar_dense", "nonzero"]
+
+
+@pytest.mark.parametrize("form", ["untied", "tied", "fused", "given", "norms"])
+def test_no_step_waits_for_a_gpu(form, gpu_route):
+    """After the first step, which is checked."""
+    model, val = tiny_gpt2(tied=form != "untied", layers=1), token_batch(2, 7, seed=9)
+    if form in ("fused", "given"):
+        fuse_head(model)
+    given = form == "given"
+    engine = GradDotProdEngine(model, None if given else val, norms=form == "norms")
+    if given:
+        engine.set_directions(engine.compute_directions([val]))
+    engine.attach(torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1)))
+    for step in range(2):
+        x, y = token_batch(3, 7, seed=step)
+        with _Waits() as waits:
+            engine.attach_train_batch(x, y, step, torch.arange(3))
+            x, y = engine.prepare_forward_input(x, y)
+            model(x, labels=y).loss.backward()
+            engine.prepare_gradients()
+            engine.aggregate_and_log()
+        model.zero_grad()
+    assert gpu_route and waits.found == []
