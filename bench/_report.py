@@ -1,6 +1,8 @@
 """What the benchmarks share: interleaved timing, and one row a run in bench/results/."""
 
+import ctypes
 import datetime
+import functools
 import json
 import platform
 import statistics
@@ -21,26 +23,76 @@ def _synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def interleave(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """The median time of every function, in seconds, over `repeats` rounds of all of them.
+@functools.cache
+def _gpu_counter() -> Callable[[], float] | None:
+    """Joules since the driver was loaded, by NVIDIA's management library; None without it."""
+    try:
+        library, handle = ctypes.CDLL("libnvidia-ml.so.1"), ctypes.c_void_p()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        identifier = f"GPU-{uuid.removeprefix('GPU-')}".encode()
+        if library.nvmlInit_v2() or library.nvmlDeviceGetHandleByUUID(
+            identifier, ctypes.byref(handle)
+        ):
+            return None
+    except (OSError, AttributeError):
+        return None
+
+    def joules() -> float:
+        millijoules = ctypes.c_ulonglong()
+        failed = library.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+        return float("nan") if failed else millijoules.value / 1000
+
+    return joules
+
+
+def joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
+    """A running count of the energy of the GPU, or of the processors by Linux's power capping
+    interface; None if the device does not report it."""
+    if torch.cuda.is_available():
+        counter = _gpu_counter()
+        return None if counter is None else counter()
+    try:
+        packages = [p.read_text() for p in powercap.glob("intel-rapl:[0-9]*/energy_uj")]
+    except PermissionError:
+        return None
+    return sum(map(int, packages)) / 1e6 if packages else None
+
+
+def time_and_energy(
+    functions: dict[str, Callable[[], object]], repeats: int
+) -> tuple[dict[str, float], dict[str, float] | None]:
+    """The median time of every function, in seconds, and its mean energy, in joules, if the device
+    reports it, over `repeats` rounds of all of them.
 
     A round runs each function once, so that a machine that slows down for a while slows all of
     them; every other round runs backwards, so that none always follows the same neighbour. One
-    round before them is not counted.
+    round before them is not counted. A GPU renews its count of energy some ten times a second: a mean
+    of shorter functions needs many rounds.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    energies: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for round_ in range(repeats + 1):
         for name in names if round_ % 2 else reversed(names):
             _synchronize()
-            start = time.perf_counter()
+            before, start = joules(), time.perf_counter()
             result = functions[name]()
             _synchronize()
-            seconds = time.perf_counter() - start
+            seconds, after = time.perf_counter() - start, joules()
             del result  # outside the time: freeing a large result is no function's own work
             if round_ > 0:
                 times[name].append(seconds)
-    return {name: statistics.median(t) for name, t in times.items()}
+                if before is not None and after is not None and after >= before:
+                    energies[name].append(after - before)
+    seconds_by_name = {name: statistics.median(t) for name, t in times.items()}
+    if not all(energies.values()):  # not reported, or a counter that began again
+        return seconds_by_name, None
+    return seconds_by_name, {name: statistics.mean(e) for name, e in energies.items()}
+
+
+def interleave(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+    """`time_and_energy` without the energy."""
+    return time_and_energy(functions, repeats)[0]
 
 
 def _cpu_name() -> str:

@@ -1,6 +1,6 @@
 """`make bench-methods`: every way to the scores side by side, as N, V, T and K grow.
 
-Interleaved in one run, medians. Stock is Hugging Face's own step without scores, on N rows and on
+Interleaved in one run, medians, with the energy where the device reports it. Stock is Hugging Face's own step without scores, on N rows and on
 N+V rows; Regular is ours without scores; GradDotProd ours with them; then naive (one backward a
 sample), torch.func's vmap(grad), the two-matmul ghost form with hooks, a direction product with a
 cached validation gradient, and Opacus' per-sample gradients where it is installed. Every method's
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _report import append_row, interleave
+from _report import append_row, time_and_energy
 from graddot_lm import GradDotProdEngine, fuse_head
 from graddot_lm.models import ARCHITECTURES
 from rivals import (
@@ -141,10 +141,11 @@ def measure(
     bench = Bench(architecture, shape, device)  # type: ignore[arg-type]
     bench.check()
     steps = {name: lambda name=name: bench.run(name) for name in bench.methods}
-    seconds = interleave(steps, repeats)
+    seconds, energy = time_and_energy(steps, repeats)
     memory = {name: peak_memory(bench, name) for name in steps}
     row = {"architecture": architecture, "sweep": sweep, "repeats": repeats}
-    row |= dict(zip("NVTK", shape, strict=True)) | {"seconds": seconds, "memory_mib": memory}
+    row |= dict(zip("NVTK", shape, strict=True)) | {"seconds": seconds}
+    row |= {"memory_mib": memory, "joules": energy}
     append_row("methods", row)
     ours = seconds["GradDotProd"]
     cells = "  ".join(f"{name} {s / ours:.2f}" for name, s in seconds.items())

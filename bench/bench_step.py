@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _report import append_row, interleave
+from _report import append_row, interleave, time_and_energy
 from graddot_lm import GradDotProdEngine, fuse_head, unfuse_head
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -202,7 +202,7 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
     check(case)
     for method in case.methods:
         case.methods[method]()
-    seconds = interleave(case.methods, repeats)
+    seconds, energy = time_and_energy(case.methods, repeats)
     row = {"naive_over_step": seconds["naive"] / seconds["graddot"]}
     for other in seconds.keys() - {"graddot", "naive"}:
         row[f"step_over_{other}"] = seconds["graddot"] / seconds[other]
@@ -210,7 +210,8 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
         memory = {m: peak_memory(shape, m) for m in ("stock_n", "regular_nv", "graddot")}
         for other in ("stock_n", "regular_nv"):
             row[f"mem_over_{other}"] = memory["graddot"] / memory[other]
-    append_row("step", {"shape": shape, "repeats": repeats, **row, "seconds": seconds})
+    measured = {"seconds": seconds, "joules": energy}
+    append_row("step", {"shape": shape, "repeats": repeats, **row, **measured})
     return row
 
 
