@@ -1,12 +1,12 @@
 """`make bench-methods`: every way to the scores side by side, as N, V, T and K grow.
 
 Interleaved in one run, medians, with the energy where the device reports it. Stock is Hugging
-Face's own step without scores, on N rows and on
-N+V rows; Regular is ours without scores; GradDotProd ours with them; then naive (one backward a
-sample), torch.func's vmap(grad), the two-matmul ghost form with hooks, a direction product with a
-cached validation gradient, and Opacus' per-sample gradients where it is installed. Every method's
-scores are checked against the naive way's before anything is timed. Weights are untied and there is
-no dropout. Rows go to bench/results/methods.jsonl; `bench/draw.py` draws them into docs/.
+Face's own step without scores, on N rows and on N+V rows; Regular is ours without scores;
+GradDotProd ours with them; then naive (one backward a sample), torch.func's vmap(grad), the
+two-matmul ghost form with hooks, a direction product with a cached validation gradient, and Opacus'
+per-sample gradients where it is installed. Every method's scores are checked against the naive way's
+before anything is timed. Weights are untied and there is no dropout. Rows go to
+bench/results/methods.jsonl; `bench/draw.py` draws them into docs/.
 """
 
 import argparse

@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import Counter
 
 import numpy as np
 import pytest
@@ -20,26 +19,7 @@ from graddot_lm.run_directory import RunDirectory
 from graddot_lm.store import SCORES, PartWriter, read_scores
 from test_store import CONFIG, check_after_kill, die_before_call, expect_steps, rows, start
 from test_store import state_at as state
-from torch.utils._python_dispatch import TorchDispatchMode
-
-# Operations that make the host wait for a GPU. Not among them: those whose result's shape depends
-# on values, which a tied head and embedding need (torch.unique of their ids).
-WAITING = {"aten::_local_scalar_dense", "aten::is_nonzero", "aten::equal", "aten::nonzero"}
-
-
-class Waits(TorchDispatchMode):
-    """Counts operations by name, and those that would wait."""
-
-    def __init__(self):
-        super().__init__()
-        self.seen = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[func.name().split(".")[0]] += 1
-        return func(*args, **(kwargs or {}))
-
-    def waiting(self):
-        return {name: count for name, count in self.seen.items() if name in WAITING}
+from waits import VALUES, Waits
 
 
 class Ignore:
@@ -61,8 +41,8 @@ def step(engine, optimizer, number, *, scaler=None, **forward):
     return scores
 
 
-# A head that is fused looks at two numbers, on CPUs alone: whether labels are tokens, and whether
-# the loss was scaled.
+# A head that is fused looks at two numbers, on CPUs alone: whether labels are tokens, and whether the
+# loss was scaled. A GPU's branches and ops are seen in tests/interpreter/test_gpu_route.py.
 CASES = {
     "tied": ({}, {}, 0),
     "untied": ({"tied": False}, {"per_parameter": True}, 0),
@@ -94,10 +74,10 @@ def test_no_step_but_the_first_waits(case):
     for number in range(3):
         with Waits() as waits:
             step(engine, optimizer, number, scaler=scaler, **setting.get("forward", {}))
-        found.append(sum(waits.waiting().values()))
-        assert waits.seen["aten::native_layer_norm_backward"], "the backward is not seen"
+        found.append(sum(waits.waiting(VALUES).values()))
+        assert waits.seen["native_layer_norm_backward"], "the backward is not seen"
     assert found[0] > expected, "the first step's checks are not seen"
-    assert found[1:] == [expected, expected], waits.waiting()
+    assert found[1:] == [expected, expected], waits.waiting(VALUES)
 
 
 def test_val_rows_are_moved_to_the_training_rows_once():

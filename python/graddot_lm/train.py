@@ -109,7 +109,11 @@ class Trainer:
 
     def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         x, y = batch
-        return x.to(self.device), y.to(self.device)
+        if (
+            self.device.type == "cuda"
+        ):  # from other memory a copy waits for what the GPU does before
+            x, y = x.pin_memory(), y.pin_memory()
+        return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager:
         dtype = DTYPES[self.args.train_dtype]
@@ -123,19 +127,19 @@ class Trainer:
             out = model(x, labels=y)
         return out.loss, out.token_losses.mean(1)
 
-    def _backward(self, x: Tensor, y: Tensor, tag: Any) -> Tensor:
-        """Forward and backward of one batch; mean loss of each training row, (N,)."""
+    def _forward(self, x: Tensor, y: Tensor, tag: Any) -> tuple[Tensor, Tensor]:
+        """What to call `_backward` with, and the mean loss of each training row, (N,)."""
         n = len(x)
-        if self.engine is None:
-            loss, losses = self._losses(x, y)
-            loss.backward()
-        else:
+        if self.engine is not None:
             self.engine.attach_train_batch(x, y, self.step, tag)
             x, y = self.engine.prepare_forward_input(x, y)
-            loss, losses = self._losses(x, y)
-            loss.backward()
+        loss, losses = self._losses(x, y)
+        return loss, losses[:n]
+
+    def _backward(self, loss: Tensor) -> None:
+        loss.backward()
+        if self.engine is not None:
             self.engine.prepare_gradients()
-        return losses[:n]
 
     def _one_step(self) -> float:
         """Train on the next batch, log its scores; the mean training loss."""
@@ -144,8 +148,10 @@ class Trainer:
         lr = learning_rate(self.step, self.args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        losses = self._backward(*self._to_device(self.data.get(ids)), ids)
-        loss = self._agreed(losses)
+        total, losses = self._forward(*self._to_device(self.data.get(ids)), ids)
+        report = self._report(losses)
+        self._backward(total)
+        loss = self._agreed(*report)
         if not math.isfinite(loss) and self.args.on_nan == "stop":
             self.processes.fail(self._nan_message(loss))
         if self.args.grad_clip > 0:
@@ -161,15 +167,29 @@ class Trainer:
             self.engine.aggregate_and_log(columns)
         return loss
 
-    def _agreed(self, losses: Tensor) -> float:
-        """The mean loss over all processes, which at the same time learn of each other's signals,
-        and whether one of them could not save its rows."""
+    def _report(self, losses: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+        """What this process tells the others after a forward, summed; on the host once the event
+        is over. Sent off before the backward, so that nobody waits for a GPU to finish that."""
         assert self.run_dir is not None
         rank, world = self.processes.rank, self.processes.world
         report = torch.zeros(2 + world, dtype=torch.float64, device=self.device)
         report[0], report[1] = losses.mean() / world, self.run_dir.failed
         report[2 + rank] = self._signal
-        loss, failed, *signals = self.processes.summed(report).tolist()
+        report = self.processes.summed(report)
+        if not report.is_cuda:
+            return report, None
+        report = report.to("cpu", non_blocking=True)
+        there = torch.cuda.Event(blocking=True)
+        there.record()
+        return report, there
+
+    def _agreed(self, report: Tensor, there: torch.cuda.Event | None) -> float:
+        """The mean loss over all processes, which at the same time learn of each other's signals,
+        and whether one of them could not save its rows."""
+        assert self.run_dir is not None
+        if there is not None:
+            there.synchronize()
+        loss, failed, *signals = report.tolist()
         if failed:
             self.processes.together(self.run_dir.check)
         self.stop_signal = int(max(signals))
@@ -355,13 +375,13 @@ class Trainer:
 
         def scored() -> None:
             self.engine = engine
-            self._backward(*batch, None)
+            self._backward(self._forward(*batch, None)[0])
             engine.aggregate_and_log()
             self.engine = None
 
         methods: dict[str, Callable[[], object]] = {
-            "regular_n": lambda: self._backward(*batch, None),
-            "regular_nv": lambda: self._backward(*joint, None),
+            "regular_n": lambda: self._backward(self._forward(*batch, None)[0]),
+            "regular_nv": lambda: self._backward(self._forward(*joint, None)[0]),
             "graddot": scored,
         }
         seconds: dict[str, list[float]] = {name: [] for name in methods}
@@ -369,6 +389,8 @@ class Trainer:
             for name, method in methods.items():
                 start = time.perf_counter()
                 method()
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
                 seconds[name].append(time.perf_counter() - start)
                 self.optimizer.zero_grad(set_to_none=True)
         self.engine = engine

@@ -15,7 +15,7 @@ from brute_force import tiny_gpt2, token_batch
 from graddot_lm import GradDotProdEngine, fuse_head
 from grid_cells import SUBJECTS, Cell
 from test_grid import LOOPS
-from torch.utils._python_dispatch import TorchDispatchMode
+from waits import SHAPES, VALUES, Waits
 
 from graddot_kernels import cpu_kernels, ops, torch_impl, triton_kernels
 
@@ -27,34 +27,6 @@ def _seems_on_gpu(x: torch.Tensor) -> bool:
     caller = sys._getframe(1)
     ours = caller.f_globals["__name__"].startswith(("graddot_kernels", "graddot_lm"))
     return ours and caller.f_code.co_name not in ONLY_ON_A_GPU
-
-
-class _Waits(TorchDispatchMode):
-    """Notes what would wait for a GPU: its values on the host, and sizes that depend on them."""
-
-    OPS = ("item", "local_scalar_dense", "nonzero", "unique", "masked_select", "bincount", "equal")
-    entered: "_Waits | None" = None  # for the ops' own implementations
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-
-    def __enter__(self):
-        _Waits.entered = self
-        return super().__enter__()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        name = op._schema.name.removeprefix("aten::")
-        by_mask = "index" in name and any(
-            x is not None and x.dtype == torch.bool
-            for arg in args
-            if isinstance(arg, (list, tuple))
-            for x in arg
-            if isinstance(x, (torch.Tensor, type(None)))
-        )
-        if by_mask or any(name.lstrip("_").startswith(bad) for bad in self.OPS):
-            self.found.append(name)
-        return op(*args, **(kwargs or {}))
 
 
 @pytest.fixture
@@ -77,7 +49,7 @@ def gpu_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         def run(*args):
             ran.add(name)
             # What a compiled extension does for embeddings is not to be looked into.
-            watched = _Waits.entered if "embedding" not in name else None
+            watched = Waits.current if "embedding" not in name else None
             with watched or contextlib.nullcontext():
                 return launcher(*args)
 
@@ -87,7 +59,7 @@ def gpu_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
         serve(name, devices["CUDA"])
     yield ran
     library._destroy()
-    _Waits.entered = None
+    Waits.current = None
 
 
 # Every kind of model, and the loops whose ops differ, for the models whose layers do: the whole
@@ -108,10 +80,11 @@ def test_steps_of_a_gpu(model, loop, record_property, gpu_route):
 
 
 def test_waits_are_found():
-    with _Waits() as waits:
+    with Waits() as waits:
         x = torch.arange(3.0)
         x[x > 1], x.unique(), x.sum().item(), x[[0, 1]], x.nonzero()
-    assert waits.found == ["index", "_unique2", "_local_scalar_dense", "nonzero"]
+    names = {"index by a mask", "_unique2", "_local_scalar_dense", "nonzero"}
+    assert set(waits.waiting(VALUES | SHAPES)) == names
 
 
 @pytest.mark.parametrize("form", ["untied", "tied", "fused", "given", "norms"])
@@ -127,11 +100,11 @@ def test_no_step_waits_for_a_gpu(form, gpu_route):
     engine.attach(torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1)))
     for step in range(2):
         x, y = token_batch(3, 7, seed=step)
-        with _Waits() as waits:
+        with Waits() as waits:
             engine.attach_train_batch(x, y, step, torch.arange(3))
             x, y = engine.prepare_forward_input(x, y)
             model(x, labels=y).loss.backward()
             engine.prepare_gradients()
             engine.aggregate_and_log()
         model.zero_grad()
-    assert gpu_route and waits.found == []
+    assert gpu_route and not waits.waiting(VALUES | SHAPES)
