@@ -1,4 +1,5 @@
-"""`make exactness`: the relative errors that the tests measured, as docs/exactness.md.
+"""`make exactness`: the relative errors that the tests measured, as docs/exactness.md; those of models
+in loops also as README.md's table.
 
 Runs the tests that record one and fails if any test does.
 """
@@ -30,14 +31,11 @@ HEAD = """# Measured errors
 
 The largest relative error of the scores in each test, against a float64 brute force with one
 backward a sample, as `make exactness` wrote it. fp32 and fp64 are relative to the dot or a tenth of
-its Cauchy-Schwarz scale; bf16 and fp16 to that scale; norms are relative, cosines absolute. Models that compute in fp32 whatever their
-parameters are (RMS norms, losses) have fp64 errors around 1e-8.
+its Cauchy-Schwarz scale; bf16 and fp16 to that scale; norms are relative, cosines absolute. Models
+that compute in fp32 whatever their parameters are (RMS norms, losses) have fp64 errors around 1e-8.
+The table of models in loops is in README.md.
 """
-GRID_HEAD = """
-Every model in every loop: fp32, but for bf16 and fp16, which are autocast with a `GradScaler`. Every
-cell checks the gradient, too, and those of fp32 every parameter's dots. *held*: a direction that is
-given, and stays for several micro-batches.
-"""
+GRID_BEGIN, GRID_END = "<!-- written by `make exactness` -->\n", "<!-- end -->\n"
 
 
 def properties(report: Path) -> Iterator[tuple[tuple[str, str], dict[str, list[str]]]]:
@@ -65,16 +63,26 @@ def grid_table(report: Path) -> list[str]:
     for _, found in properties(report):
         if "cell" in found:
             model, loop = found["cell"][0].split("/")
+            for coverage in found.get("coverage", []):
+                rows.setdefault(model, {})["scored"] = coverage
             reason = found.get("not_possible", [""])[0]
             if reason and reason not in reasons:
                 reasons.append(reason)
             text = f"({reasons.index(reason) + 1})" if reason else ""
-            error = text or f"{max(map(float, found['relative_error'])):.0e}"
+            error = text or f"{max(map(float, found['relative_error'])):.0e}".replace("e-0", "e-")
             rows.setdefault(model, {})[loop] = error
     loops = list(next(iter(rows.values())))
     lines = ["| | " + " | ".join(loops) + " |", "|---" * (len(loops) + 1) + "|"]
     lines += [f"| {m} | " + " | ".join(cells[c] for c in loops) + " |" for m, cells in rows.items()]
-    return [*lines, "", *(f"({i + 1}) Not possible: {text}." for i, text in enumerate(reasons))]
+    notes = [f"({i + 1}) not possible: {text}" for i, text in enumerate(reasons)]
+    return [*lines, "", "; ".join(notes) + "."]
+
+
+def write_grid(lines: list[str]) -> None:
+    readme = ROOT / "README.md"
+    before, rest = readme.read_text().split(GRID_BEGIN)
+    after = rest.split(GRID_END)[1]
+    readme.write_text(before + GRID_BEGIN + "\n".join(lines) + "\n" + GRID_END + after)
 
 
 def models_table(errors: dict[tuple[str, str], float]) -> list[str]:
@@ -112,10 +120,11 @@ def main() -> int:
         if done.returncode:
             return done.returncode
         errors, grid = recorded(report), grid_table(report)
-    parts = [HEAD, "## Models in loops", GRID_HEAD, *grid, "\n## Models by precision\n"]
-    parts += [*models_table(errors), "\n## Other tests\n", *loops_table(errors)]
+    write_grid(grid)
+    parts = [HEAD, "## Models by precision\n", *models_table(errors)]
+    parts += ["\n## Other tests\n", *loops_table(errors)]
     (ROOT / "docs" / "exactness.md").write_text("\n".join(parts) + "\n")
-    print(f"docs/exactness.md: {len(errors)} recorded errors")
+    print(f"docs/exactness.md and README.md: {len(errors)} recorded errors")
     return 0
 
 

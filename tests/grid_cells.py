@@ -191,13 +191,14 @@ def prepared(name):
 
 
 class Cell:
-    """A subject's model in a loop, with what the steps are compared with."""
+    """A subject's model in a loop, with what the steps are compared with. `called` is what the loop
+    calls: the model, or something around it."""
 
     def __init__(self, name, record, device="cpu"):
         self.subject, self.device = SUBJECTS[name], device
         original, self.want = prepared(name)
-        self.model = copy.deepcopy(original).to(device)
-        self._record, self.tolerance = record, TOLERANCE
+        self.model = self.called = copy.deepcopy(original).to(device)
+        self.record, self.tolerance = record, TOLERANCE
         self.engine = None
 
     def batch(self, numbers, *, mask=False):
@@ -245,7 +246,7 @@ class Cell:
         x, y = self.batch(train, mask=mask)
         self.engine.attach_train_batch(x, y, step, torch.tensor(train))
         inputs, labels = self.engine.prepare_forward_input(x, y)
-        return self.subject.loss(self.model, inputs, labels, self.engine.track_loss)
+        return self.subject.loss(self.called, inputs, labels, self.engine.track_loss)
 
     def step(self, train, step=0, *, factor=1.0, mask=False):
         (self.loss(train, step, mask=mask) * factor).backward()
@@ -284,7 +285,7 @@ class Cell:
         bound = torch.maximum(want.abs(), 0.1 * scale) if exactly else scale
         error = ((got.double().cpu() - want).abs() / bound).max().item()
         if name is None:
-            self._record("relative_error", error)
+            self.record("relative_error", error)
         assert error <= self.tolerance, f"{name or 'scores'}: {error:.1e}"
 
     def check_gradient(self, want):

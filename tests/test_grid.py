@@ -8,6 +8,8 @@ for those of transformers, a loss on the outputs for the others.
 
 import copy
 import functools
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,11 +29,16 @@ from grid_cells import (
     Cell,
 )
 from loop_steps import Store
+from process_group import on_processes
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.nn.parallel import DistributedDataParallel
 
 
 def plain_step(cell):
-    cell.attach(VAL)
+    coverage = cell.attach(VAL).coverage()
+    assert not coverage.excluded and coverage.share == 1
+    cell.record("coverage", f"{len(coverage.covered)}, {coverage.share:.0%}")
     cell.step(TRAIN)
     cell.check_scores(VAL, TRAIN)
     cell.check_gradient(TRAIN)
@@ -230,6 +237,43 @@ def norms(cell):
     cell.check_norms([VAL], TRAIN)
 
 
+def compiled(cell):
+    """By torch.compile as a whole, from the second step on: the first is checked."""
+    for given in (False, True):
+        torch.compiler.reset()
+        cell.called = torch.compile(cell.model, backend="aot_eager")
+        cell.attach(None if given else VAL)
+        if given:
+            cell.direct(VAL)
+        for rows in (TRAIN, MORE, TRAIN):
+            cell.model.zero_grad()
+            cell.step(rows)
+            cell.check_scores(VAL, rows)
+            cell.check_gradient(rows)
+        assert counters["stats"]["calls_captured"] > 0
+
+
+def two_processes(cell):
+    """Each with rows of its own, by DistributedDataParallel."""
+
+    def part(rank, world):
+        errors = []
+        cell.record = lambda _, error: errors.append(error)
+        # Experts that no row of a process uses have no gradient there.
+        cell.called = DistributedDataParallel(cell.model, find_unused_parameters=True)
+        cell.attach(VAL, global_mean=True)
+        rows = TRAIN[rank::world]
+        cell.step(rows)
+        cell.check_scores(VAL, rows)
+        cell.check_gradient(TRAIN)
+        return errors
+
+    with tempfile.TemporaryDirectory() as folder:
+        for errors in on_processes(2, Path(folder), part):
+            for error in errors:
+                cell.record("relative_error", error)
+
+
 LOOPS = {  # bench/exactness.py makes a table of them
     "step": plain_step,
     "targets": targets,
@@ -246,6 +290,8 @@ LOOPS = {  # bench/exactness.py makes a table of them
     "clipping": clipped_step,
     "attached-again": attached_again,
     "norms": norms,
+    "compiled": compiled,
+    "two-processes": two_processes,
 }
 
 
