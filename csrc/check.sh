@@ -1,10 +1,12 @@
 #!/bin/sh
-# Checks of the compiled code that need no Python test runner: the core's unit test under
-# sanitizers, the CUDA kernels compiled for every architecture (where nvcc is installed), and that
-# the library needs nothing outside LibTorch's stable ABI, libc and libstdc++.
+# Checks of the compiled code: the core's unit tests under sanitizers; the CUDA kernels run as plain
+# C++, by the same unit test and by the tests of the embedding ops, and compiled for every
+# architecture (where nvcc is installed); and that the library needs nothing outside LibTorch's
+# stable ABI, libc and libstdc++.
 # Usage: csrc/check.sh [build-folder], with the Python that has torch first on PATH.
 set -eu
 cd "$(dirname "$0")/.."
+source=$PWD
 mkdir -p "${1:-build/check}"
 build=$(cd "${1:-build/check}" && pwd)
 cuda=OFF
@@ -12,9 +14,17 @@ if command -v nvcc >/dev/null 2>&1 || [ -x /usr/local/cuda/bin/nvcc ]; then cuda
 
 cmake -S . -B "$build" -DGRADDOT_OUTPUT_DIR="$build" -DGRADDOT_CHECK_CUDA=$cuda \
   -DPython_EXECUTABLE="$(command -v python)" >/dev/null
-cmake --build "$build" --target test_embedding test_dense _C -j 2 >/dev/null
+cmake --build "$build" -j 2 \
+  --target test_embedding test_dense test_cuda_on_host cuda_on_host _C >/dev/null
 "$build/test_embedding"
 "$build/test_dense"
+echo "The CUDA kernels as plain C++ (their stacks draw a warning from the address sanitizer):"
+"$build/test_cuda_on_host"
+for file in $(cd graddot_kernels && find . -name '*.py'); do
+  install -D -m 644 "graddot_kernels/$file" "$build/cuda_on_host/graddot_kernels/$file"
+done
+(cd "$build/cuda_on_host" && python -m pytest -c "$source/pyproject.toml" \
+  "$source/tests/test_embedding.py" -k "not number_of_threads")
 
 # "U name" and "U name@VERSION", by the only origins that every torch from 2.11 on offers.
 nm -D --undefined-only "$build/_C.abi3.so" >"$build/symbols"

@@ -255,25 +255,32 @@ class Solver {
       work.val_grad = {grad, p_.val_grad.row_stride, p_.val_grad.col_stride};
       work.val_cols = static_cast<int>(ids.cols);
       work.val = val_.sort(ids, p_.padding_idx, stream);
-      match_segments(work.train, work.val, num_tokens_, p_.num_embeddings, match_, stream);
+      match_segments(work.train, work.val, num_tokens_, match_, stream);
       work.match = match_;
     }
     return val_row + rows;
   }
 
+  // Enough thread blocks for every team to have one item, were all segments of the kernel's kind as
+  // short as they can be, and at most what fills the largest GPUs several times: teams stride.
   void launch(const SegmentWork& work, cudaStream_t stream) const {
-    // Enough thread blocks to fill the largest GPUs several times; the kernels stride.
-    const int64_t grid = std::min<int64_t>(num_tokens_ * blocks_, 4096);
-    segment_kernel<T, 1><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(work);
-    segment_kernel<T, kTeamWarps><<<static_cast<unsigned>(grid), kThreads, 0, stream>>>(work);
+    const int64_t short_items = num_tokens_ * blocks_;
+    const int64_t long_items =
+        (num_tokens_ + p_.val_ids.rows * p_.val_ids.cols) / (kLongSegment + 1) * blocks_;
+    const auto grid = [](int64_t thread_blocks) {
+      return std::clamp<int64_t>(thread_blocks, 1, 4096);
+    };
+    launch_kernel(stream, grid((short_items + kTeamWarps - 1) / kTeamWarps), kThreads,
+                  segment_kernel<T, 1>, work);
+    launch_kernel(stream, grid(long_items), kThreads, segment_kernel<T, kTeamWarps>, work);
   }
 
   void sum_partials(int64_t k, cudaStream_t stream) const {
     const int64_t terms = (p_.per_token ? 1 : p_.ids.cols) * blocks_;
     const int64_t count = p_.per_token ? num_tokens_ : p_.ids.rows;
     const int threads = terms <= 32 ? 32 : kThreads;
-    sum_kernel<<<static_cast<unsigned>(count), threads, 0, stream>>>(
-        partials_, terms, static_cast<Sum<T>*>(p_.dots) + k * count);
+    launch_kernel(stream, count, threads, sum_kernel<Sum<T>>, partials_, terms,
+                  static_cast<Sum<T>*>(p_.dots) + k * count);
   }
 
   const EmbeddingProblem& p_;

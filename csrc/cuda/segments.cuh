@@ -14,6 +14,20 @@ namespace graddot {
 
 constexpr int kThreads = 256;
 
+// A launch by function call: the kernels also run, as plain C++, where there is no GPU
+// (tests/csrc/cuda_on_host). Errors are left to cudaGetLastError.
+template <class... P, class... A>
+void launch_kernel(cudaStream_t stream, int64_t blocks, int threads, void (*kernel)(P...),
+                   const A&... args) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.stream = stream;
+  cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+inline int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
 // Device memory handed out in order; without memory, only counted.
 class Arena {
  public:
@@ -92,8 +106,8 @@ class TokenSorter {
 
   Segments sort(const IdMatrix& ids, int64_t padding_idx, cudaStream_t stream) const {
     const int size = static_cast<int>(ids.rows * ids.cols);
-    const auto grid = static_cast<unsigned>((size + kThreads - 1) / kThreads);
-    make_keys<<<grid, kThreads, 0, stream>>>(ids, padding_idx, num_embeddings_, keys_, tokens_);
+    launch_kernel(stream, blocks_for(size), kThreads, make_keys, ids, padding_idx, num_embeddings_,
+                  keys_, tokens_);
     for (const Step step : {&TokenSorter::sort_pairs, &TokenSorter::encode, &TokenSorter::scan}) {
       size_t bytes = temporary_bytes_;
       (this->*step)(temporary_, bytes, size, stream);
@@ -128,8 +142,7 @@ class TokenSorter {
   char* temporary_;
 };
 
-static __global__ void match_kernel(Segments train, Segments val, int64_t num_embeddings,
-                                    int* match) {
+static __global__ void match_kernel(Segments train, Segments val, int* match) {
   const int i = blockIdx.x * blockDim.x + threadIdx.x;
   if (i >= *train.size) {
     return;
@@ -144,15 +157,13 @@ static __global__ void match_kernel(Segments train, Segments val, int64_t num_em
       high = middle;
     }
   }
-  const bool found = id < num_embeddings && low < *val.size && val.ids[low] == id;
-  match[i] = found ? low : -1;
+  match[i] = low < *val.size && val.ids[low] == id ? low : -1;
 }
 
 // The val segment of every train segment's id, -1 for none.
 static void match_segments(const Segments& train, const Segments& val, int64_t capacity,
-                           int64_t num_embeddings, int* match, cudaStream_t stream) {
-  const auto grid = static_cast<unsigned>((capacity + kThreads - 1) / kThreads);
-  match_kernel<<<grid, kThreads, 0, stream>>>(train, val, num_embeddings, match);
+                           int* match, cudaStream_t stream) {
+  launch_kernel(stream, blocks_for(capacity), kThreads, match_kernel, train, val, match);
 }
 
 }  // namespace graddot
