@@ -8,6 +8,7 @@ devices, on top of the other ops.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -22,6 +23,11 @@ from .sample_dots import linear_sample_rows, squares
 # enough to fill it. Every training chunk reads all directions: many of them allow as many logits as
 # a quarter of their own size.
 _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
+
+# On a CPU, the last call's table of directions, as flat memory. Freed, it goes back to the operating
+# system, whose pages for the next cost 4 % of a step. The step's peak of memory has it in any case; the
+# logits' buffer is larger, and to keep both would raise the peak.
+_kept: dict[torch.dtype, Tensor] = {}
 
 
 class _Chunk(NamedTuple):
@@ -76,6 +82,7 @@ class _Head:
         direction: Tensor | None, val_ids: Tensor, loss: tuple[int, float, float],
         scale: Tensor | None, weight_needed: bool, own_ids: Tensor | None, norms: bool,
     ) -> None:  # fmt: skip
+        self.kept: Tensor | None = None
         self.act, self.weight, self.bias, self.labels = act, weight.to(act.dtype), bias, labels
         self.val_ids, self.loss, self.scale = val_ids, loss, scale
         self.vocab, self.width = weight.shape
@@ -101,7 +108,7 @@ class _Head:
         self.joint = direction is None and k > 0 and act.dtype == dtype and not act.is_cuda
         self.joint &= 0 < rows * t <= max(self.limit, k * self.width)
         if direction is None:
-            direction = self._large(self.losses, 0 if self.joint else k, self.vocab, self.width)
+            direction = self._direction(0 if self.joint else k, self.vocab, self.width)
         self.direction = direction
         held = self.vocab if weight_needed and not self.joint else 0
         self.weight_grad = self._large(self.losses, held, self.width)
@@ -123,6 +130,20 @@ class _Head:
         new = like.new_empty(shape)
         cpu_kernels.advise_huge_pages(new)
         return new
+
+    def _direction(self, *shape: int) -> Tensor:
+        """Memory for the directions, with what the last call left in it."""
+        size = math.prod(shape)
+        if self.losses.device.type != "cpu" or size == 0:  # a GPU's allocator keeps what is freed
+            return self.losses.new_empty(shape)
+        # Taken out, so that a call in another thread makes its own.
+        kept = _kept.pop(self.losses.dtype, None)
+        if kept is None or not size <= kept.numel() <= 2 * size:
+            del kept
+            with torch.inference_mode(False):  # else a training step could not write to it
+                kept = self._large(torch.empty(0, dtype=self.losses.dtype), size)
+        self.kept = kept
+        return kept[:size].view(shape)
 
     def gradient_of_logits(self, chunk: _Chunk) -> Tensor:
         """(rows, tokens, vocab) of the chunk, in the buffer; losses and act_grad on the way."""
@@ -259,6 +280,8 @@ def linear_cross_entropy(
         head.run_train()
         if train_ids.numel():
             head.direction_rows = head.direction[:, train_ids]
+    if head.kept is not None:
+        _kept[head.kept.dtype] = head.kept
     return (
         head.losses, head.act_grad, head.weight_grad, head.bias_rows, head.dots,
         head.columns, head.direction_rows, head.own_rows,

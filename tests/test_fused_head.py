@@ -224,6 +224,26 @@ def test_given_directions(tied):
         assert relative(p.grad / 5, want_grad[name]) <= 1e-10, name
 
 
+def test_the_table_of_directions_is_kept(monkeypatch):
+    monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", 40)
+    monkeypatch.setattr(fused_head, "_kept", {})
+    head, hidden, labels = problem()
+    none, scale = torch.empty(0, dtype=torch.long), torch.ones(())
+
+    def dots() -> Tensor:
+        return torch.ops.graddot.linear_cross_entropy(
+            hidden.detach(), head.weight.detach(), None, labels, [1, 1], None, none, none, -100, 0.0,
+            0.0, scale, True, None, False,
+        )[4]  # fmt: skip
+
+    with torch.inference_mode():  # whose tensors nothing outside may write to
+        want = dots().clone()
+    table = fused_head._kept[torch.float32]
+    table.fill_(float("nan"))
+    assert torch.equal(dots(), want)
+    assert fused_head._kept[torch.float32] is table
+
+
 def test_engine_without_head_scores():
     """The head excluded, and frozen: everything else is still exact."""
     train, val = token_batch(3, 9, seed=1), token_batch(2, 9, seed=2)
