@@ -59,7 +59,7 @@ def joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
 
 
 def time_and_energy(
-    functions: dict[str, Callable[[], object]], repeats: int
+    functions: dict[str, Callable[[], object]], repeats: int, *, settle: bool = False
 ) -> tuple[dict[str, float], dict[str, float] | None]:
     """The median time of every function, in seconds, and its mean energy, in joules, if the device
     reports it, over `repeats` rounds of all of them.
@@ -67,13 +67,16 @@ def time_and_energy(
     A round runs each function once, so that a machine that slows down for a while slows all of
     them; every other round runs backwards, so that none always follows the same neighbour. One
     round before them is not counted. A GPU renews its count of energy some ten times a second: a mean
-    of shorter functions needs many rounds.
+    of shorter functions needs many rounds. `settle` runs a function once more, uncounted, right before
+    it is timed: for functions that find what they held the last time, unless another was between.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
     energies: dict[str, list[float]] = {name: [] for name in functions}
     names = list(functions)
     for round_ in range(repeats + 1):
         for name in names if round_ % 2 else reversed(names):
+            if settle:
+                functions[name]()
             _synchronize()
             before, start = joules(), time.perf_counter()
             result = functions[name]()
@@ -90,9 +93,11 @@ def time_and_energy(
     return seconds_by_name, {name: statistics.mean(e) for name, e in energies.items()}
 
 
-def interleave(functions: dict[str, Callable[[], object]], repeats: int) -> dict[str, float]:
+def interleave(
+    functions: dict[str, Callable[[], object]], repeats: int, *, settle: bool = False
+) -> dict[str, float]:
     """`time_and_energy` without the energy."""
-    return time_and_energy(functions, repeats)[0]
+    return time_and_energy(functions, repeats, settle=settle)[0]
 
 
 def _cpu_name() -> str:

@@ -19,6 +19,7 @@ using graddot::LinearTile;
 constexpr int kBlockOut = kLanes == 8 ? 6 : 12;
 constexpr int kBlockIn = 2 * kLanes;
 constexpr int64_t kBlock = kBlockOut * kBlockIn;
+constexpr int64_t kCacheLine = 64 / sizeof(float);
 // Floats of packed grad that stay in the second-level cache while the act panels pass by.
 constexpr int64_t kGradPanel = 32 * 1024;
 
@@ -73,20 +74,35 @@ void pack(const float* rows, int64_t token_stride, int64_t tokens, int64_t cols,
   }
 }
 
-inline void multiply(const float* grad, const float* act, int64_t tokens, Sums& sums) {
-  for (int i = 0; i < kBlockOut; ++i) {
-    sums[i][0] = sums[i][1] = Vector{};
-  }
-#pragma GCC unroll 4
-  for (int64_t t = 0; t < tokens; ++t, grad += kBlockOut, act += kBlockIn) {
-    const Vector left = load(act), right = load(act + kLanes);
+inline void multiply_token(const float* grad, const float* act, Sums& sums) {
+  const Vector left = load(act), right = load(act + kLanes);
 #pragma GCC unroll 12
-    for (int i = 0; i < kBlockOut; ++i) {
-      const Vector g = all(grad[i]);
-      sums[i][0] += g * left;
-      sums[i][1] += g * right;
-    }
+  for (int i = 0; i < kBlockOut; ++i) {
+    const Vector g = all(grad[i]);
+    sums[i][0] += g * left;
+    sums[i][1] += g * right;
   }
+}
+
+// Block (i, j) of the sum and of the directions, which lie further away than the panels, comes near
+// meanwhile, a cache line with every token: 5 to 20 % of the time.
+inline void multiply(const float* grad, const float* act, int64_t tokens, const Target& to,
+                     int64_t i, int64_t j, Sums& sums) {
+  for (int o = 0; o < kBlockOut; ++o) {
+    sums[o][0] = sums[o][1] = Vector{};
+  }
+  int64_t t = 0;
+  const auto multiply_and_fetch = [&](const float* line, int64_t floats) {
+    for (const int64_t end = smaller(t + floats / kCacheLine, tokens); t < end; ++t) {
+      __builtin_prefetch(line);
+      line += kCacheLine;
+      multiply_token(grad + t * kBlockOut, act + t * kBlockIn, sums);
+    }
+  };
+  multiply_and_fetch(to.sum.at(i, j), kBlock);
+  multiply_and_fetch(to.directions.at(i, j), to.directions.count * kBlock);
+#pragma GCC unroll 4
+  for (; t < tokens; ++t) multiply_token(grad + t * kBlockOut, act + t * kBlockIn, sums);
 }
 
 // Dots are summed over the blocks in double, lane by lane: they may cancel.
@@ -142,8 +158,10 @@ void add_row(const LinearProblem& p, int64_t row, const LinearTile& tile, const 
     for (int64_t j = 0; j < in; j += kBlockIn) {
       for (int64_t i = 0; i < out; i += kBlockOut) {
         Sums sums;
-        multiply(grad_panels + i * p.tokens, act_panels + j * p.tokens, p.tokens, sums);
-        write(sums, to, (begin - tile.out_begin + i) / kBlockOut, j / kBlockIn);
+        const int64_t block_i = (begin - tile.out_begin + i) / kBlockOut, block_j = j / kBlockIn;
+        multiply(grad_panels + i * p.tokens, act_panels + j * p.tokens, p.tokens, to, block_i,
+                 block_j, sums);
+        write(sums, to, block_i, block_j);
       }
     }
   }

@@ -24,9 +24,9 @@ from .sample_dots import linear_sample_rows, squares
 # a quarter of their own size.
 _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
 
-# On a CPU, the last call's table of directions, as flat memory. Freed, it goes back to the operating
-# system, whose pages for the next cost 4 % of a step. The step's peak of memory has it in any case; the
-# logits' buffer is larger, and to keep both would raise the peak.
+# On a CPU, the last call's table of directions, or the logits in its place, as flat memory. Freed, it
+# goes back to the operating system, whose pages for the next cost 4 % of a step. The step's peak of
+# memory has it in any case; to keep the logits' buffer as well would raise the peak.
 _kept: dict[torch.dtype, Tensor] = {}
 
 
@@ -108,7 +108,8 @@ class _Head:
         self.joint = direction is None and k > 0 and act.dtype == dtype and not act.is_cuda
         self.joint &= 0 < rows * t <= max(self.limit, k * self.width)
         if direction is None:
-            direction = self._direction(0 if self.joint else k, self.vocab, self.width)
+            directions = 0 if self.joint else k
+            direction = self._memory_kept(self.losses, directions, self.vocab, self.width)
         self.direction = direction
         held = self.vocab if weight_needed and not self.joint else 0
         self.weight_grad = self._large(self.losses, held, self.width)
@@ -120,7 +121,8 @@ class _Head:
         # Rows that begin at a cache line: the products of an odd vocabulary took a fifth longer.
         line = 64 // act.itemsize
         padded = -(-self.vocab // line) * line
-        self.logits = self._large(act, min(self.limit, rows * t), padded)[:, : self.vocab]
+        memory = self._memory_kept if self.joint else self._large
+        self.logits = memory(act, min(self.limit, rows * t), padded)[:, : self.vocab]
         self.row_grad: Tensor | None = None
         if self.norms and self.limit < t:
             self.row_grad = self._large(self.losses, self.vocab, self.width)
@@ -131,17 +133,17 @@ class _Head:
         cpu_kernels.advise_huge_pages(new)
         return new
 
-    def _direction(self, *shape: int) -> Tensor:
-        """Memory for the directions, with what the last call left in it."""
+    def _memory_kept(self, like: Tensor, *shape: int) -> Tensor:
+        """A table of like's dtype, with what the last call left in it."""
         size = math.prod(shape)
-        if self.losses.device.type != "cpu" or size == 0:  # a GPU's allocator keeps what is freed
-            return self.losses.new_empty(shape)
+        if like.device.type != "cpu" or size == 0:  # a GPU's allocator keeps what is freed
+            return like.new_empty(shape)
         # Taken out, so that a call in another thread makes its own.
-        kept = _kept.pop(self.losses.dtype, None)
+        kept = _kept.pop(like.dtype, None)
         if kept is None or not size <= kept.numel() <= 2 * size:
             del kept
             with torch.inference_mode(False):  # else a training step could not write to it
-                kept = self._large(torch.empty(0, dtype=self.losses.dtype), size)
+                kept = self._large(torch.empty(0, dtype=like.dtype), size)
         self.kept = kept
         return kept[:size].view(shape)
 

@@ -224,8 +224,9 @@ def test_given_directions(tied):
         assert relative(p.grad / 5, want_grad[name]) <= 1e-10, name
 
 
-def test_the_table_of_directions_is_kept(monkeypatch):
-    monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", 40)
+@pytest.mark.parametrize("chunk", [40, 10**6], ids=["directions", "logits"])
+def test_a_table_is_kept(chunk, monkeypatch):
+    monkeypatch.setitem(fused_head._CHUNK_ELEMENTS, "cpu", chunk)
     monkeypatch.setattr(fused_head, "_kept", {})
     head, hidden, labels = problem()
     none, scale = torch.empty(0, dtype=torch.long), torch.ones(())
