@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import os
 
 import torch
 from torch import Tensor
@@ -52,13 +51,9 @@ class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
 
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024
-# Smaller ones than this glibc may keep for the next of their size, with their pages.
-_TRIMMED = 32 * 1024 * 1024
 
 for _function in ("linear_wgrad_dot", "cross_entropy_grad", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
-
-_malloc_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
 
 
 def available(x: Tensor) -> bool:
@@ -72,17 +67,6 @@ def advise_huge_pages(x: Tensor) -> None:
         library.graddot_advise_huge_pages(
             ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.numel() * x.itemsize)
         )
-
-
-def return_free_memory(x: Tensor) -> None:
-    """Give freed memory, which the C library holds in pieces, back to the operating system.
-
-    For when tables of x's size are about to be made, which these pieces are too small for. Where
-    such tables are small, getting the memory again costs more than it is worth: 7 to 15 % of a step
-    of a GPT-2 of width 128. With a C library that has no such call, nothing happens.
-    """
-    if _malloc_trim is not None and x.device.type == "cpu" and x.numel() * x.itemsize >= _TRIMMED:
-        _malloc_trim(0)
 
 
 def _unit_stride(x: Tensor) -> Tensor:

@@ -93,9 +93,6 @@ class _Head:
         self.act_grad = torch.zeros_like(act, memory_format=torch.contiguous_format)
         self.bias_rows = self.losses.new_zeros(rows if bias is not None else 0, self.vocab)
         self.columns = act.new_zeros(self.n, t, val_ids.numel())
-        # What the model's forward freed would lie beside the tables here at the step's peak of memory:
-        # 0.1 GB in a GPT-2 of 4 layers. Some milliseconds.
-        cpu_kernels.return_free_memory(weight)
         k = 0 if not weight_needed else k if direction is None else direction.shape[0]
         self.k, self.norms = k, norms and k > 0
         self.dots = self.losses.new_zeros(k, self.n)
