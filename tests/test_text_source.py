@@ -3,12 +3,11 @@
 import gzip
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 import zstandard
 from graddot_lm.errors import GraddotError
-from tokenize_checks import GOOD, content, document, jsonl, small_bpe, tokenize
+from tokenize_checks import GOOD, content, jsonl, small_bpe, tokenize
 
 
 @pytest.fixture(scope="module")
@@ -86,26 +85,3 @@ def test_input_errors(tmp_path, bpe):
     for name, message in cases.items():
         with pytest.raises(GraddotError, match=message):
             tokenize(f"{tmp_path}/{name}", tmp_path / "out", bpe)
-
-
-def test_hub_dataset_is_streamed(tmp_path, bpe, monkeypatch):
-    (tmp_path / "a.jsonl").write_bytes(jsonl(range(40)))
-    rows = datasets.Dataset.from_list([document(n) for n in range(40)])
-    asked = []
-
-    def load_dataset(name, split, streaming):
-        asked.append((name, split, streaming))
-        return rows.to_iterable_dataset()
-
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    tokenize("some/pile", tmp_path / "hub", bpe, dataset_split="test")
-    tokenize(tmp_path / "a.jsonl", tmp_path / "file", bpe)
-    assert asked == [("some/pile", "test", True)]
-    assert content(tmp_path / "hub") == content(tmp_path / "file")
-
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route to the hub")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(GraddotError, match="some/pile.*no route to the hub"):
-        tokenize("some/pile", tmp_path / "off", bpe)

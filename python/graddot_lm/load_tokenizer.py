@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,9 @@ def _hub_tokenizer(name: str) -> Tokenizer:
         except EntryNotFoundError:  # transformers converts the older formats
             return _auto_tokenizer(name).backend_tokenizer
     except Exception as error:
+        reason = textwrap.shorten(str(error) or repr(error), 200)
         raise GraddotError(
-            f"tokenizer {name!r} could not be had from the hub ({(str(error) or repr(error)).splitlines()[0]}); "
+            f"tokenizer {name!r} could not be had from the hub ({reason}); "
             "the path of a local tokenizer.json works without network"
         ) from error
 

@@ -122,12 +122,20 @@ def _hub_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
 
     try:
         stream = datasets.load_dataset(source.name, split=source.split, streaming=True)
-        for record in stream.skip(skip):
-            yield record, 0
     except Exception as error:  # datasets raises the errors of every library below it
         raise GraddotError(
             f"{source.name}: no such file or folder here, and split {source.split!r} of a dataset "
-            f"of this name could not be read from the hub: {error}"
+            f"of this name could not be had from the hub: {error}"
+        ) from error
+    number = skip
+    try:
+        for record in stream.skip(skip):
+            number += 1
+            yield record, 0
+    except Exception as error:
+        raise GraddotError(
+            f"{source.name}: the hub's dataset cannot be read beyond document {number} of split "
+            f"{source.split!r}: {error}; the same command goes on from what was written"
         ) from error
 
 

@@ -66,7 +66,7 @@ class TokenWriter:
     def _read_progress(self, path: Path) -> dict:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
-            old = state["settings"]
+            old, read_nothing = state["settings"], (state["source"], state["line"]) == (0, 0)
         except (ValueError, KeyError) as error:
             raise GraddotError(f"{path}: damaged; --overwrite starts anew") from error
         new = self.state["settings"]
@@ -75,6 +75,8 @@ class TokenWriter:
             for key in sorted({*old, *new})
             if old.get(key) != new.get(key)
         ]
+        if differing and read_nothing:
+            return self.state
         if differing:
             raise GraddotError(
                 f"{self.folder}: an unfinished run had other settings ({'; '.join(differing)}); "
