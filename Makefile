@@ -14,7 +14,7 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp 
 	@echo "Setting up $(VENV): a few minutes the first time"
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q "setuptools>=77" wheel "cmake>=3.25" ninja
+	$(BIN)/pip install -q "setuptools>=64" wheel "cmake>=3.25" ninja
 	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
 	touch $@
 
@@ -55,10 +55,11 @@ bench-options: $(VENV)/installed ## what each of the engine's options adds to a 
 exactness: $(VENV)/installed ## docs/exactness.md: the errors that the tests measured
 	$(BIN)/python bench/exactness.py
 
+# -P: what was installed, not the source tree, which has no compiled library.
 gpu-check: ## on a machine with a GPU, its own torch and nvcc: build, test, sanitize, bench
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
-	$(PYTHON) -m pytest tests/gpu
-	compute-sanitizer --error-exitcode 1 $(PYTHON) -m pytest tests/gpu \
+	$(PYTHON) -P -m pytest tests/gpu
+	compute-sanitizer --error-exitcode 1 $(PYTHON) -P -m pytest tests/gpu \
 	    -k "not repeatable and not memory and not 32_bit and not grid"
 	$(PYTHON) bench/gpu_kernels.py
 	$(PYTHON) bench/bench_step.py

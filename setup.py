@@ -33,6 +33,7 @@ class CMakeBuild(build_ext):
 
 
 setup(
+    license="Apache-2.0",
     packages=[*find_packages(include=["graddot_kernels*"]), *find_packages("python")],
     package_dir={"graddot_lm": "python/graddot_lm"},
     ext_modules=[Extension("graddot_kernels._C", sources=[], py_limited_api=True)],

@@ -19,7 +19,9 @@ def _load() -> ctypes.CDLL:
     if not PATH.exists():
         raise ImportError(
             f"graddot_kernels' compiled library is not built ({PATH} does not exist). Build it with"
-            " `pip install --no-build-isolation -e .` in the source tree (torch and cmake installed)"
+            " `pip install --no-build-isolation -e .` in the source tree (torch and cmake installed);"
+            " if graddot is installed, this is its source tree, which Python started in it finds"
+            " first: start Python elsewhere, or with -P"
         )
     try:
         return ctypes.CDLL(str(PATH))

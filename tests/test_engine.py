@@ -50,6 +50,9 @@ def check_against_brute_force(model, train, val, dtype, *, loss=lm_loss, label_s
     close(scores, total(want), TOLERANCE[dtype], total(scales))
     for name, dot in dots.items():
         close(dot, want[name], TOLERANCE[dtype], scales[name])
+    # A sample's dots by parameter as one vector: relative error in norm, whatever the angles.
+    got, exact = torch.stack([*dots.values()]).double(), torch.stack([want[n] for n in dots])
+    assert ((got - exact).norm(dim=0) <= TOLERANCE[dtype] * exact.norm(dim=0)).all()
     for name, p in model.named_parameters():
         error = (p.grad.double() - want_grad[name]).norm() / want_grad[name].norm()
         assert error <= TOLERANCE[dtype], name
