@@ -62,12 +62,18 @@ def _fake_linear_direction_dot(
     return act.new_empty(shape, dtype=_result_dtype(act))
 
 
+def _or_one_more(count: int, more: bool) -> int:
+    """count + more; a traced bool is not a number."""
+    return count + 1 if more else count
+
+
 def _fake_linear_wgrad_dot(
     direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     dtype = _result_dtype(act)
     weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=dtype)
-    return weight_grad, act.new_empty((direction.shape[0] + norms, act.shape[0]), dtype=dtype)
+    rows = _or_one_more(direction.shape[0], norms)
+    return weight_grad, act.new_empty((rows, act.shape[0]), dtype=dtype)
 
 
 def _fake_linear_wgrad_dot_into(
@@ -80,7 +86,8 @@ def _fake_linear_wgrad_dot_into(
     accumulate: bool,
     norms: bool = False,
 ) -> Tensor:
-    return act.new_empty((direction.shape[0] + norms, act.shape[0]), dtype=_result_dtype(act))
+    rows = _or_one_more(direction.shape[0], norms)
+    return act.new_empty((rows, act.shape[0]), dtype=_result_dtype(act))
 
 
 def _fake_linear_joint_wgrad_dot(
@@ -88,7 +95,8 @@ def _fake_linear_joint_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     dtype = _result_dtype(act)
     weight_grad = act.new_empty((grad.shape[2], act.shape[2]), dtype=dtype)
-    shape = len(val_rows) + norms, act.shape[0] - sum(val_rows) + norms
+    train_rows = act.shape[0] - sum(val_rows)
+    shape = _or_one_more(len(val_rows), norms), _or_one_more(train_rows, norms)
     return weight_grad, act.new_empty(shape, dtype=dtype)
 
 
@@ -164,7 +172,7 @@ def _fake_linear_cross_entropy(
         act.new_empty(act.shape),
         result((vocab if weight_needed else 0, width)),
         result((rows if bias is not None else 0, vocab)),
-        result((dots + norms, n + (norms and direction is None))),
+        result((_or_one_more(dots, norms), _or_one_more(n, norms and direction is None))),
         act.new_empty((n, t, val_ids.numel())),
         result((k, train_ids.numel() if weight_needed else 0, width)),
         result((n, 0 if own_ids is None else own_ids.shape[1], width)),

@@ -31,15 +31,24 @@ from .layers import Step
 # Numbers of engines and of calls in the graphs: never twice the same, so that a compiler does not
 # take two calls for one, or a graph in its cache on disk for that of another model.
 numbers = itertools.count(secrets.randbits(61))
+_owners: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 _sites: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _call_numbers = itertools.count()
 _calls: dict[int, "_Call"] = {}
 _keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
-def new_site(kind: type, owner: Any, *form: Any) -> int:
+def new_owner(owner: Any) -> str:
+    """The key by which traced code names an owner of sites: no object is a constant to torch 2.11,
+    and numbers may become variables."""
+    key = str(next(numbers))
+    _owners[key] = owner
+    return key
+
+
+def new_site(kind: type, owner_key: str, *form: Any) -> int:
     """The number of a new call in a graph. Runs while the compiler traces."""
-    number = next(numbers)
+    number, owner = next(numbers), _owners[owner_key]
     _sites[number] = site = kind(owner, *form)
     owner.sites.append(site)
     return number
@@ -183,7 +192,8 @@ def _layer(number, clock, inputs, parameters, needs, rows, autocast):  # type: i
         step = site.step()
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         with saved_tensors_hooks(kept.pack, kept.unpack):
-            outputs = site.run(leaves, rows)
+            # A view: torch 2.11 cannot start a backward at the edge of an autograd.Function.
+            outputs = [out.view_as(out) for out in site.run(leaves, rows)]
     edges = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
     call = _Call(step, edges, [x for x in leaves if x.requires_grad], kept.inputs)
     _own_uses(step, site.scored.module, kept.borrowed())

@@ -73,7 +73,7 @@ class ModelForward:
         self._check_reentrant = True
         self._layouts = KnownLayouts()
         # For graphs that torch.compile makes of the model.
-        self.number = next(compiled.numbers)
+        self.number, self.key = next(compiled.numbers), compiled.new_owner(self)
         self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
         self.sites: list[Any] = []
         weakref.finalize(self, run_compiled, self.number)  # a first step that was given up

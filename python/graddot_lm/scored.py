@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .compiled import new_owner
 from .compiler import uncompiled
 from .errors import GraddotError
 from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step
@@ -129,6 +130,7 @@ class ScoredForward:
         self.module, self.name, self._rule = module, name, rule
         self.begin, self._watch, self.own_forward = begin, watch, module.forward
         self.model_forward, self.sites = model_forward, []  # type: ignore[var-annotated]
+        self.key = new_owner(self)
         # What the last call in a step was like: its output is one tensor, with rows of its own.
         self.returns_tensor = self.broadcasts = False
         functools.update_wrapper(self, module.forward)

@@ -29,7 +29,7 @@ def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     if not (known and tensors and scored.returns_tensor):
         return scored.uncompiled(*args, **kwargs)
     form = tuple(None if isinstance(x, Tensor) else (x,) for x in args)
-    site = new_site(LayerSite, scored, form, tuple(kwargs))
+    site = new_site(LayerSite, scored.key, form, tuple(kwargs))
     rows = rows_of[scored.model_forward.number].shape[0] if scored.broadcasts else 0
     return _trace_call(site, scored, tensors, rows)[0]
 
@@ -41,7 +41,7 @@ def trace_head(
     tensors = [hidden, labels]
     if num_labels is not None:
         tensors.append(_as_tensor(num_labels))
-    site = new_site(HeadSite, scored, *options)
+    site = new_site(HeadSite, scored.key, *options)
     loss, losses, _ = _trace_call(site, scored, tensors, 0)
     return loss, losses.detach()
 
@@ -70,7 +70,7 @@ def trace_before(model_forward: Any, args: Any, kwargs: Mapping[str, Any]) -> No
     items = None if items is None else _as_tensor(items)
     inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     labelled = kwargs.get("labels") is not None
-    site = new_site(ForwardSite, model_forward)
+    site = new_site(ForwardSite, model_forward.key)
     torch.ops.graddot_lm.begin(site, model_forward.clock, inputs, items, labelled)
 
 
@@ -79,7 +79,8 @@ def trace_after(model_forward: Any, output: Any) -> Any:
     if not model_forward.scoring():
         return output
     outputs = list(tensors_in(output))
-    torch.ops.graddot_lm.end(new_site(ForwardSite, model_forward), model_forward.clock, outputs)
+    site = new_site(ForwardSite, model_forward.key)
+    torch.ops.graddot_lm.end(site, model_forward.clock, outputs)
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
         loss = output["loss"]
         tracked = loss + model_forward.micro.loss_scales[0].to(loss.device, loss.dtype)

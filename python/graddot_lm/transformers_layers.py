@@ -109,7 +109,10 @@ def experts(
     module: Any, scored: Scored, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """hidden (rows·T, H) or (rows, T, H), the others (rows·T, k)."""
-    if module._is_expert_parallel or module.has_post_expert_norm:
+    # Older versions of transformers do not have these attributes.
+    if getattr(module, "_is_expert_parallel", False) or getattr(
+        module, "has_post_expert_norm", False
+    ):
         raise GraddotError(f"layer {scored.name}: expert parallelism and post norms have no rule")
     rows = scored.step.as_rows(scored.name, hidden)
     flat = autocast_input(rows.flatten(0, -2))
@@ -117,6 +120,10 @@ def experts(
     order = chosen.argsort(stable=True)
     token = order // top_k_index.shape[-1]
     counts = torch.bincount(chosen, minlength=module.gate_up_proj.shape[0]).tolist()
+    if len(counts) > module.gate_up_proj.shape[0]:
+        raise GraddotError(
+            f"layer {scored.name}: tokens are routed to experts that it does not hold"
+        )
     samples = token // (flat.shape[0] // scored.rows)
 
     def linear(x: Tensor, weight: Tensor) -> Tensor:
