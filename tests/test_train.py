@@ -325,6 +325,16 @@ def test_help_explains_every_option(capsys):
             assert not line.startswith("  --") or len(line.split()) > 1, f"{command}: {line}"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_output_that_nobody_reads_to_the_end_is_no_error(unbuffered):
+    command = f"{sys.executable} -m graddot_lm.cli doctor | head -c 0; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    done = subprocess.run(
+        ["bash", "-c", command], check=False, env=environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (141, "")
+
+
 @pytest.mark.parametrize(
     "command",
     [["bash", "python/train.sh", "--help"], [sys.executable, "python/examples/ghost_mlp.py"]],

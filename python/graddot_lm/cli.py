@@ -1,6 +1,8 @@
 """The command `graddot`."""
 
 import argparse
+import os
+import select
 import sys
 from importlib import import_module
 
@@ -38,10 +40,20 @@ def main(argv: list[str] | None = None) -> int:
             sub.set_defaults(function=getattr(imported, run))
     args = parser.parse_args(argv)
     try:
-        return args.function(args)
+        status = args.function(args)
+        sys.stdout.flush()
+        return status
     except GraddotError as error:
         print(f"graddot {args.command}: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        output = select.poll()
+        output.register(sys.stdout, 0)
+        if not output.poll(0):  # an error in its place means that nobody reads
+            raise
+        # Whoever read the output has seen enough (`graddot scores … | head`).
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13  # as a shell reports SIGPIPE
 
 
 if __name__ == "__main__":
