@@ -78,15 +78,15 @@ class Trainer:
         self.val_data = TokenData(args.pile_data_dir, "val", args.val_set, args.block_size)
         # Excerpts in the report are decoded with the folder's copy: it must be the data's own.
         self.data.check_tokenizer(str(Path(args.pile_data_dir) / "tokenizer.json"))
-        vocab_size = self.data.vocab_size
-        model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
-        self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
         weights = parse_weights(args.domain_weights) if args.domain_weights else None
         self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
         self.val_batch = None
         if args.method == "GradDotProd":
             val_ids = fixed_batch(self.val_data, args.val_batch_size, args.seed)
             self.val_batch = self._to_device(self.val_data.get(val_ids))
+        vocab_size = self.data.vocab_size
+        model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
+        self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
         self.run_dir: RunDirectory | None = None
         self.step = 0  # the next to run
         self.stop_signal = 0  # that all processes know of
