@@ -56,7 +56,7 @@ class Bench:
         sizes: dict[str, Any] = ARCHITECTURES[architecture]
         config = GPT2Config(
             n_positions=t, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False,
-            tie_word_embeddings=False, attn_implementation="eager", **sizes,
+            tie_word_embeddings=False, **sizes,
         )  # fmt: skip
         self.model = GPT2LMHeadModel(config).to(device)
         self.model.loss_type = "ForCausalLM"  # what it gets anyway, but with a warning
@@ -77,13 +77,16 @@ class Bench:
 
     def _add_rivals(self) -> None:
         args = loss_of, self.train, self.val
-        for name, method in {
-            "naive": naive,
-            "vmap(grad)": vmap_grad,
-            "two matmuls": two_matmuls,
-            "cached direction": cached_direction,
-        }.items():
-            self.methods[name] = lambda m=method: m(self.model, *args)
+        # torch.func has no rule for the fused attention and would run it sample by sample.
+        eager = copy.deepcopy(self.model)
+        eager.set_attn_implementation("eager")
+        for name, method, model in (
+            ("naive", naive, self.model),
+            ("vmap(grad)", vmap_grad, eager),
+            ("two matmuls", two_matmuls, self.model),
+            ("cached direction", cached_direction, self.model),
+        ):
+            self.methods[name] = lambda method=method, model=model: method(model, *args)
         if importlib.util.find_spec("opacus") is not None:
             from opacus.grad_sample import GradSampleModule
 
