@@ -10,6 +10,8 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
+matplotlib.rcParams["svg.fonttype"] = "none"
+matplotlib.rcParams["svg.hashsalt"] = "graddot"  # the same rows draw the same file
 import matplotlib.pyplot as plt
 from _report import RESULTS, ROOT
 
@@ -42,9 +44,9 @@ def draw(key: tuple[str, str, str], rows: dict[int, dict[str, Any]]) -> str:
     base = rows[values[0]]
     fixed = ", ".join(f"{name}={base[name]}" for name in "NVTK" if name != sweep)
     axes.set_title(f"{architecture}, {fixed}, {device}")
-    axes.legend(fontsize="small")
+    axes.legend(fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
     slug = re.sub("[^a-z0-9]+", "-", f"{device} {architecture} {sweep}".lower())
-    figure.savefig(ROOT / "docs" / f"{slug}.svg", bbox_inches="tight")
+    figure.savefig(ROOT / "docs" / f"{slug}.svg", bbox_inches="tight", metadata={"Date": None})
     plt.close(figure)
     return f"docs/{slug}.svg"
 
