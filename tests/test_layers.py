@@ -76,14 +76,14 @@ class FirstRowOnly(Scale):
 
 
 class Cell(nn.Module):
-    """A child layer, and a parameter that in place cannot be followed."""
+    """A layer inside, and a parameter used where rows come second, which cannot be followed."""
 
     def __init__(self):
         super().__init__()
         self.inner, self.weight = nn.Linear(6, 6), nn.Parameter(torch.randn(6))
 
     def forward(self, x):
-        return self.inner(x) * self.weight
+        return (self.inner(x).transpose(0, 1) * self.weight).transpose(0, 1)
 
 
 @pytest.mark.parametrize(

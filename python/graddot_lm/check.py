@@ -193,8 +193,12 @@ def _own(x: Any) -> Any:
 
 
 def _exact_copy(module: nn.Module) -> nn.Module:
-    """In float64, experts by the implementation of transformers that has it."""
+    """In float64, experts by the implementation of transformers that has it. The parameters are
+    moved a little: behind a gate that begins with zero no gradient would show what is wrong."""
     copied = copy.deepcopy(module).double()
+    generator = torch.Generator().manual_seed(0)
+    for p in copied.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p.device)
     for part in copied.modules():
         if hasattr(getattr(part, "config", None), "_experts_implementation"):
             part.config._experts_implementation = "eager"  # type: ignore[union-attr]

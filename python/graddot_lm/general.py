@@ -1,29 +1,29 @@
 """The rule for layers that have none: their own forward, with their parameters scored in it.
 
-Two ways, tried in this order. *In place*: the layer's forward runs as it is; where it calls
-F.linear, F.embedding or F.layer_norm with a parameter of its own, the scored operation runs
-instead, and a parameter of shape (1, ...) that is added or concatenated to every sample (a class
-token, a table of positions) becomes one copy a row. *Row by row*: the forward is mapped over the
-samples, each with its own copy of the parameters, those of the layers inside included; the backward
-then holds a gradient of every sample, so they must be small. Whichever is proven against autograd on the layer's first
-input is used; a layer for which neither is, is refused with the reasons.
+Two ways, tried in this order. *In place*: the layer's forward runs as it is, with the layer's own
+parameters followed through it (following.py); the layers inside have their own rules. *Row by row*:
+the forward is mapped over the samples, each with its own copy of the parameters, those of the
+layers inside included; the backward then holds a gradient of every sample, so they must be small.
+Whichever is proven against autograd on the layer's first input is used; a layer for which neither
+is, is refused with the reasons.
 """
 
 import contextlib
+import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import GraddotError
-from .scored import Scored, ScoredForward, own_parameters
+from .following import Following, too_large
+from .scored import Scored, ScoredForward
 
 Rule = Callable[..., Any]
-LARGEST = 2**22  # elements of a layer whose gradient may be held for every sample
+LARGEST = 2**22  # elements whose gradient may be held for every sample of a layer
 
 
 class ProvenRule:
@@ -33,8 +33,8 @@ class ProvenRule:
     several rows comes after batches of one.
     """
 
-    def __init__(self, ways: dict[str, Rule], *, any_size: bool = True) -> None:
-        self._ways, self._any_size = ways, any_size
+    def __init__(self, ways: dict[str, Rule]) -> None:
+        self._ways = ways
         self._proven: dict[Any, Rule] = {}
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
@@ -50,15 +50,8 @@ class ProvenRule:
     def _prove(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Rule:
         from .check import prove  # check.py attaches rules, this one among them
 
-        size = sum(p.numel() for p in module.parameters() if p.requires_grad)
         reasons = []
         for name, way in self._ways.items():
-            if way is row_by_row and size > LARGEST and not self._any_size:
-                reasons.append(
-                    f"{name}: its {size:,} elements are too many to hold a gradient of every"
-                    f" sample; register_layer({type(module).__name__}) allows it"
-                )
-                continue
             try:
                 prove(module, scored, way, args, kwargs)
                 return way
@@ -73,21 +66,29 @@ class ProvenRule:
 
 
 def general_rule(*, any_size: bool = False) -> ProvenRule:
-    """For a layer of which nothing is known; any_size lets `row_by_row` hold large gradients."""
-    return ProvenRule({"in place": in_place, "row by row": row_by_row}, any_size=any_size)
+    """For a layer of which nothing is known; any_size lets it hold large gradients by row."""
+    largest = math.inf if any_size else LARGEST
+    return ProvenRule(
+        {
+            "in place": functools.partial(in_place, largest),
+            "row by row": functools.partial(row_by_row, largest),
+        }
+    )
 
 
-def in_place(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
-    """The layer's forward with its own F.linear, F.embedding and F.layer_norm calls scored."""
-    own = own_parameters(module)
-    tables = {n: p for n, p in own.items() if p.dim() >= 2 and p.shape[0] == 1}
-    rows = {n: scored.per_sample(p).squeeze(1) for n, p in tables.items()}
-    with _replaced(module, rows), _OwnCalls(scored, {id(p) for p in own.values()}):
-        return scored.own_forward(*args, **kwargs)
+def in_place(largest: float, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+    """The layer's forward with the parameters that it uses followed (following.py)."""
+    following = Following(module, scored, (args, kwargs), largest)
+    with following.running():
+        out = scored.own_forward(*args, **kwargs)
+    return following.as_rows(out, one_for_all=True)
 
 
-def row_by_row(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+def row_by_row(largest: float, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
     """The forward mapped over the samples, each with its own copy of all parameters inside."""
+    size = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    if size > largest:
+        raise too_large(module, size)
     own = {n: scored.per_sample(p) for n, p in module.named_parameters() if p.requires_grad}
     leaves, spec = tree_flatten((args, kwargs))
     leaves = [None if _is_new_cache(module, scored, x) else x for x in leaves]
@@ -165,37 +166,3 @@ def _plain_children(module: nn.Module) -> Iterator[None]:
     finally:
         for child, forward in scored.items():
             child.forward = forward
-
-
-class _OwnCalls(TorchFunctionMode):
-    """Runs the scored operation where a layer's parameter is the weight of a functional call."""
-
-    def __init__(self, scored: Scored, own: set[int]) -> None:
-        super().__init__()
-        self._scored, self._own = scored, own
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = kwargs or {}
-        weight_at = {F.linear: 1, F.embedding: 1, F.layer_norm: 2}.get(func)
-        if weight_at is not None:
-            weight = args[weight_at] if len(args) > weight_at else kwargs.get("weight")
-            if id(weight) in self._own:
-                call = {F.linear: self._linear, F.embedding: self._embedding}
-                return call.get(func, self._layer_norm)(*args, **kwargs)
-        return func(*args, **kwargs)
-
-    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        return self._scored.linear(input, weight, bias)
-
-    def _embedding(  # type: ignore[no-untyped-def]
-        self, input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
-        scale_grad_by_freq=False, sparse=False,
-    ):  # fmt: skip
-        if max_norm is not None or scale_grad_by_freq or sparse:
-            raise GraddotError("max_norm, scale_grad_by_freq and sparse are not supported")
-        return self._scored.embedding(input, weight, padding_idx)
-
-    def _layer_norm(  # type: ignore[no-untyped-def]
-        self, input, normalized_shape, weight=None, bias=None, eps=1e-5
-    ):
-        return self._scored.layer_norm(input, list(normalized_shape), weight, bias, eps)

@@ -242,7 +242,7 @@ class PerSampleDot(ScoredFunction):
     @staticmethod
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        row_grads = grad_out.flatten(1).to(accumulator(grad_out.dtype))
+        row_grads = grad_out.reshape(len(grad_out), -1).to(accumulator(grad_out.dtype))
         grad, dots = vector_grad(ctx.step, ctx.uses, row_grads)
         dots = dots if ctx.needs_input_grad[1] else None
         return grad.view(ctx.shape).to(ctx.dtype), dots, None, None
@@ -261,11 +261,10 @@ class LinearDot(ScoredFunction):
         ctx.transposed = transposed
         note_uses(ctx, step, names, weight, bias, vector=False)
         b = None if bias is None else bias.to(x.dtype)
-        if not transposed:
-            return F.linear(x, w, b)
-        flat = x.reshape(-1, x.shape[-1])
-        out = flat @ w if b is None else torch.addmm(b, flat, w)
-        return out.view(*x.shape[:-1], w.shape[1])
+        flat = x.flatten(0, -2)
+        out = F.linear(flat, w.t() if transposed else w, b)
+        # No view, which a function's output that is modified in place (an activation) may not be.
+        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[1]])
 
     @staticmethod
     @without_autocast

@@ -16,9 +16,9 @@ from .convolutions import conv_rule
 from .distributed import layer_type
 from .errors import GraddotError
 from .general import ProvenRule, Rule, general_rule
-from .norms import rms_norm_form, rms_norm_rule
+from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
 from .scored import Scored, has_own_forward, own_parameters
-from .transformers_layers import experts, is_experts, is_relative_bias, relative_bias
+from .transformers_layers import experts, is_experts, is_relative_bias
 
 
 def _linear(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
@@ -109,13 +109,22 @@ def _batch_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
     return scored.own_forward(x)
 
 
+def _norm_or_general(
+    form: RMSNormForm, general: Rule, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any
+) -> Any:
+    """A layer known as an RMS norm of its first argument may take more, such as a gate."""
+    if len(args) == 1 and all(x is None for x in kwargs.values()):
+        return rms_norm_rule(form, module, scored, *args)
+    return general(module, scored, *args, **kwargs)
+
+
 def rule_for(module: nn.Module) -> Rule | None:
     """The rule for a module; None for one without trainable parameters of its own to score."""
     registered = _registered.get(layer_type(module))
     if registered is not None:
         return registered
     if is_relative_bias(module):
-        return relative_bias
+        return general_rule()
     if not own_parameters(module):
         return _batch_norm if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
     for base, rule in _TABLE.items():
@@ -127,4 +136,4 @@ def rule_for(module: nn.Module) -> Rule | None:
     form = rms_norm_form(module)
     if form is None:
         return general_rule(any_size=layer_type(module) in _registered)
-    return functools.partial(rms_norm_rule, form)
+    return functools.partial(_norm_or_general, form, general_rule())

@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -56,12 +56,18 @@ class Scored:
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
     ) -> Tensor:
         """x @ weight.T + bias for x (rows, ..., Din), weight (Dout, Din), or (Din, Dout) transposed."""
-        act = autocast_input(self.step.as_rows(self.name, x))
+        act = self.step.as_rows(self.name, x)
+        return self.shaped(self.linear_of_rows(act, weight, bias, transposed=transposed))
+
+    def linear_of_rows(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
+    ) -> Tensor:
+        """The same of an x that is known to have the rows as its first dimension."""
+        act = autocast_input(x)
         names = self.name_of(weight), "" if bias is None else self.name_of(bias)
         sinks = self.step.sink(weight), self.step.sink(bias)
         with torch.autocast(act.device.type, enabled=False):
-            out = LinearDot.apply(act, weight, bias, *sinks, self.step, names, transposed)
-        return self.shaped(out)
+            return LinearDot.apply(act, weight, bias, *sinks, self.step, names, transposed)
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
         """weight[ids] for ids (rows, ...), or the same for every row and (1, T) or (T,)."""
@@ -75,6 +81,14 @@ class Scored:
         if same:
             return self._broadcast(out)
         return out.view(*ids.shape, -1)
+
+    def table(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
+        """weight[ids] for ids of any shape, the same for every row, as (rows, *ids.shape, d)."""
+        step, rows = self.step, ids.flatten().expand(self.rows, -1)
+        out = EmbeddingDot.apply(
+            rows, weight, step.sink(weight), step, self.name_of(weight), padding_idx, True
+        )
+        return out.unflatten(1, ids.shape) if ids.dim() else out.squeeze(1)
 
     def layer_norm(
         self, x: Tensor, shape: list[int], weight: Tensor, bias: Tensor | None, eps: float
@@ -116,6 +130,10 @@ class Scored:
 class ScoredForward:
     """Stands in the place of a layer's forward: by its rule in a step, the layer's own otherwise."""
 
+    around: ClassVar[Any] = (
+        None  # what follows the parameters of the layer that calls (following.py)
+    )
+
     def __init__(
         self,
         module: nn.Module,
@@ -141,8 +159,16 @@ class ScoredForward:
         step = self.begin(self.module, self.name)
         if step is None:
             return self.own_forward(*args, **kwargs)
+        if self.around is not None and self.around.without_rows((args, kwargs)):
+            return self.own_forward(*args, **kwargs)
         scored = Scored(self.module, self.name, step, self.own_forward)
-        out = self._rule(self.module, scored, *args, **kwargs)
+        around, ScoredForward.around = ScoredForward.around, None
+        try:
+            if around is not None:
+                args, kwargs = around.as_rows((args, kwargs))
+            out = self._rule(self.module, scored, *args, **kwargs)
+        finally:
+            ScoredForward.around = around
         self.returns_tensor = isinstance(out, Tensor)
         if step.rows > 1:
             self.broadcasts = scored.broadcasts

@@ -1,0 +1,276 @@
+"""Parameters followed through a layer's forward, so that each row uses a copy of its own.
+
+Followed are the layer's own parameters, and those of layers inside that it uses without calling
+them. What is computed from them and from constants alone is followed too, and computed once a copy,
+by torch.vmap, only where it meets a tensor that has rows: that one call is then mapped over the
+rows. Where a parameter is the weight of F.linear, F.embedding, F.layer_norm or a matmul, the scored
+operation runs instead, which needs no copies.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+
+from .errors import GraddotError
+from .scored import Scored, ScoredForward
+
+ONLY_THE_TYPE = {"to", "type_as"}  # of a second tensor
+EXPANDS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "stack", "cat"}
+TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class Following(TorchFunctionMode):
+    """Active while a layer's own forward runs in a step."""
+
+    def __init__(self, module: nn.Module, scored: Scored, arguments: Any, largest: float) -> None:
+        """largest: elements of the copies of one row that a call may hold, where it has less."""
+        super().__init__()
+        self._module, self._scored, self._largest = module, scored, largest
+        # By id; the tensors are held, so that no id is taken again.
+        self._own = {id(p): p for p in module.parameters() if p.requires_grad}
+        self._transposed: dict[int, Tensor] = {}
+        self._followed: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
+        self._expanded: set[int] = set()  # those with the rows in their first dimension
+        for p in self._own.values():
+            self._follow(p, lambda p=p: scored.per_sample(p))  # type: ignore[misc]
+        # Known ones, because a constant may happen to be as long as the batch.
+        constants = [*module.parameters(), *module.buffers()]
+        constants += [x for part in module.modules() for x in _tensors(vars(part).values())]
+        constants += [x for x in tree_leaves(arguments) if _is_tensor(x) and not scored.has_rows(x)]
+        self._constants = {id(x): x for x in constants if id(x) not in self._own}
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        before, ScoredForward.around = ScoredForward.around, self
+        try:
+            with self:
+                yield
+        finally:
+            ScoredForward.around = before
+
+    def as_rows(self, values: Any, *, one_for_all: bool = False) -> Any:
+        """What is followed and was expanded to the rows, with entry i from copy i; with
+        one_for_all also what may be, (1, ...)."""
+
+        def one(x: Tensor) -> Tensor:
+            if id(x) in self._expanded:
+                return self._by_row(x)
+            single = one_for_all and id(x) in self._followed and x.shape[:1] == (1,)
+            return self._copies(x).squeeze(1) if single else x
+
+        return tree_map_only(Tensor, one, values)
+
+    def without_rows(self, values: Any) -> bool:
+        """Whether all tensors are followed, and not expanded to the rows, or constants."""
+        tensors = [x for x in tree_leaves(values) if _is_tensor(x)]
+        one = lambda x: id(x) in self._constants or id(x) in self._followed
+        return all(one(x) and id(x) not in self._expanded for x in tensors)
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        if ScoredForward.around is not self:  # inside of a layer that is scored by itself
+            return func(*args, **kwargs)
+        tensors = list(_tensors((*args, *kwargs.values())))
+        if getattr(func, "__name__", "") in ONLY_THE_TYPE:
+            del tensors[1:]
+        others = [x for x in tensors if id(x) not in self._followed]
+        variable = [x for x in others if id(x) not in self._constants]
+        if len(others) == len(tensors):
+            out = func(*args, **kwargs)
+            if not variable:
+                self._constants |= {
+                    id(x): x for x in _tensors((out,)) if not self._is_expanded(func, x, tensors)
+                }
+            elif out is None or out is tensors[0]:  # which was written to
+                self._constants.pop(id(tensors[0]), None)
+            return out
+        scored = self._scored_operation(func, args, kwargs)
+        if scored is not None:
+            return scored
+        if (
+            variable and func is F.scaled_dot_product_attention
+        ):  # under vmap a mask gets no gradient
+            args, kwargs = self.as_rows((args, kwargs), one_for_all=True)
+            return func(*args, **kwargs)
+        if variable:
+            return self._mapped(func, args, kwargs, variable)
+        out = func(*args, **kwargs)
+        self._follow_result(out, func, args, kwargs)
+        return out
+
+    def _follow(self, x: Tensor, copies: Callable[[], Tensor]) -> None:
+        """copies() is x once for every row, (rows, *x.shape); it is called once at most."""
+        made: list[Tensor] = []
+
+        def once() -> Tensor:
+            if not made:
+                made.append(copies())
+            return made[0]
+
+        self._followed[id(x)] = x, once
+
+    def _follow_result(self, out: Any, func: Any, args: Any, kwargs: Any) -> None:
+        """Results of what is followed, as such."""
+        leaves, spec = tree_flatten((args, kwargs))
+        at = [i for i, x in enumerate(leaves) if id(x) in self._followed]
+        sources = [leaves[i] for i in at]
+        if any(out is x for x in sources):
+            return
+        made = [self._followed[id(x)][1] for x in sources]
+        if func in TRANSPOSES and id(sources[0]) in self._own and sources[0].dim() == 2:
+            self._transposed[id(out)] = sources[0]
+        results: list[Tensor] = []
+
+        def copied(*copies: Tensor) -> list[Tensor]:
+            filled = list(leaves)
+            for i, x in zip(at, copies, strict=True):
+                filled[i] = x
+            inner_args, inner_kwargs = tree_unflatten(filled, spec)
+            return list(_tensors((func(*inner_args, **inner_kwargs),)))
+
+        def result(k: int, dtype: torch.dtype) -> Tensor:
+            if not results:
+                copies = [make() for make in made]
+                results.extend(torch.vmap(copied, randomness="different")(*copies))
+            return results[k].to(dtype)  # autocast does not reach every operation under vmap
+
+        for k, x in enumerate(_tensors((out,))):
+            if self._is_expanded(func, x, sources):
+                self._expanded.add(id(x))
+            self._follow(x, lambda k=k, dtype=x.dtype: result(k, dtype))  # type: ignore[misc]
+
+    def _is_expanded(self, func: Any, out: Tensor, sources: Iterable[Tensor]) -> bool:
+        """Whether the first dimension of func's result is that of the rows."""
+        if out.dim() == 0 or out.shape[0] == 0 or out.shape[0] % self._scored.rows:
+            return False
+        same = [x for x in sources if x.shape[:1] == out.shape[:1]]
+        expands = getattr(func, "__name__", "") in EXPANDS and not same
+        return expands or any(id(x) in self._expanded for x in same)
+
+    def _copies(self, x: Tensor) -> Tensor:
+        """(rows, *x.shape) of what is followed."""
+        return self._followed[id(x)][1]()
+
+    def _by_row(self, x: Tensor) -> Tensor:
+        """What was expanded to the rows, with entry i from copy i."""
+        rows = self._scored.rows
+        entries = self._copies(x).unflatten(1, (rows, -1)).diagonal(dim1=0, dim2=1)
+        return entries.movedim(-1, 0).flatten(0, 1)
+
+    def _mapped(self, func: Any, args: Any, kwargs: Any, variable: list[Tensor]) -> Any:
+        """A call with tensors that have rows, row by row, with copy i of what is followed for row i.
+
+        A call that cannot be mapped runs as it is, and is found by the proof of the layer.
+        """
+        rows = self._scored.rows
+        if not all(x.dim() > 0 and x.shape[0] % rows == 0 for x in variable):
+            return func(*args, **kwargs)
+        largest = max(self._largest, max(x.numel() for x in variable) // rows)
+        by_id = {id(x): x.unflatten(0, (rows, -1)) for x in variable}
+        leaves, spec = tree_flatten((args, kwargs))
+        at, mapped = [], []
+        for i, x in enumerate(leaves):
+            if id(x) in by_id:
+                at.append(i)
+                mapped.append(by_id[id(x)])
+            elif id(x) in self._followed:
+                at.append(i)
+                expanded = id(x) in self._expanded
+                if x.numel() > largest and not expanded:
+                    raise too_large(self._module, x.numel())
+                mapped.append(
+                    self._by_row(x).unflatten(0, (rows, -1)) if expanded else self._copies(x)
+                )
+
+        def one(*values: Tensor) -> Any:
+            filled = list(leaves)
+            for i, x in zip(at, values, strict=True):
+                filled[i] = x
+            inner_args, inner_kwargs = tree_unflatten(filled, spec)
+            return func(*inner_args, **inner_kwargs)
+
+        kind = variable[0].device.type
+        in_place = getattr(func, "__name__", "").startswith("__i") or func.__name__[-1] == "_"
+        if torch.is_autocast_enabled(kind) and not in_place:  # see row_by_row
+            dtype = functools.reduce(torch.promote_types, (x.dtype for x in mapped))
+            mapped = [x.to(dtype) if x.is_floating_point() else x for x in mapped]
+        with torch.autocast(kind, enabled=False):
+            out = torch.vmap(one, randomness="different")(*mapped)
+        return tree_map_only(Tensor, lambda x: x.flatten(0, 1), out)
+
+    def _scored_operation(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
+        """The call's result by a scored operation; None if there is none for it."""
+        if func in MATMULS and len(args) == 2:
+            return self._linear(args[0], args[1], matmul=True)
+        if func is F.linear:
+            return self._linear(*args, **kwargs)
+        if func is F.embedding:
+            return self._embedding(*args, **kwargs)
+        return self._norm(*args, **kwargs) if func is F.layer_norm else None
+
+    def _linear(
+        self, input: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: bool = False
+    ) -> Tensor | None:
+        transposed = id(weight) in self._transposed
+        weight = self._transposed.get(id(weight), weight)
+        rows = self._scored.rows
+        own = id(weight) in self._own and weight.dim() == 2
+        known = id(input) in self._followed or id(input) in self._constants
+        if not own or known or input.dim() < 2 or input.shape[0] % rows or self._is_computed(bias):
+            return None
+        act = input if input.shape[0] == rows else input.unflatten(0, (rows, -1))
+        out = self._scored.linear_of_rows(act, weight, bias, transposed=transposed != matmul)
+        return out if input.shape[0] == rows else out.flatten(0, 1)
+
+    def _is_computed(self, x: Tensor | None) -> bool:
+        return id(x) in self._followed and id(x) not in self._own
+
+    def _embedding(  # type: ignore[no-untyped-def]
+        self, input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
+        scale_grad_by_freq=False, sparse=False,
+    ):  # fmt: skip
+        if id(weight) not in self._own:
+            return None
+        if max_norm is not None or scale_grad_by_freq or sparse:
+            raise GraddotError("max_norm, scale_grad_by_freq and sparse are not supported")
+        if id(input) not in self._constants:
+            return self._scored.embedding(input, weight, padding_idx)
+        out = F.embedding(input, weight, padding_idx)
+        self._follow(out, lambda: self._scored.table(input, weight, padding_idx))
+        return out
+
+    def _norm(  # type: ignore[no-untyped-def]
+        self, input, normalized_shape, weight=None, bias=None, eps=1e-5
+    ):
+        known = id(input) in self._followed or id(input) in self._constants
+        if id(weight) not in self._own or known or self._is_computed(bias):
+            return None
+        return self._scored.layer_norm(input, list(normalized_shape), weight, bias, eps)
+
+
+def too_large(module: nn.Module, size: int) -> GraddotError:
+    return GraddotError(
+        f"its {size:,} elements are too many to hold a gradient of every sample;"
+        f" register_layer({type(module).__name__}) allows it"
+    )
+
+
+def _is_tensor(x: Any) -> bool:
+    return isinstance(x, Tensor)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among values, and in lists and tuples among them."""
+    for x in values:
+        if isinstance(x, Tensor):
+            yield x
+        elif isinstance(x, (list, tuple)):
+            yield from _tensors(x)

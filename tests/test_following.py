@@ -1,0 +1,227 @@
+"""Parameters that a layer uses in its own forward, around large layers inside of it."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, sample_dots, total
+from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from loop_steps import same_gradients
+from test_engine import close, run_step
+from torch import nn
+
+
+class Block(nn.Module):
+    """A layer inside, and tensors of the case that its forward uses beside it."""
+
+    def __init__(self, forward, **tensors):
+        super().__init__()
+        self.inner, self._forward = nn.Linear(6, 6), forward
+        for name, x in tensors.items():
+            keep = self.register_buffer if name.isupper() else self.register_parameter
+            keep(name, x if name.isupper() else nn.Parameter(x))
+
+    def forward(self, x):
+        return self._forward(self, x)
+
+
+def _state_space(m, x):
+    step = F.softplus(m.inner(x) + m.dt)
+    decay = torch.exp(step[..., None] * -torch.exp(m.log.float())[None, None])
+    return (decay * x[..., None]).sum(-1) + x * m.d[None, None]
+
+
+def _sinks(m, x):
+    sinks = m.s.reshape(1, -1, 1, 1).expand(len(x), -1, x.shape[1], -1)
+    scores = (x[:, None] @ m.inner(x)[:, None].mT).expand(-1, 2, -1, -1)
+    weights = torch.cat([scores, sinks], -1).softmax(-1)[..., :-1]
+    return (weights @ x[:, None]).sum(1)
+
+
+def _masked(m, x):
+    mask = (x[..., :1] > 0).to(x)
+    return m.inner(x) * (1 - mask) + m.t.expand(len(x), x.shape[1], -1) * mask
+
+
+def _in_pieces(m, x):
+    shift, scale = m.t[None].chunk(2, dim=1)
+    return m.inner(x) * (1 + scale) + shift
+
+
+def _written(m, x):
+    out = torch.zeros(x.shape).to(x)
+    out[:, :2] = m.inner(x)[:, :2]
+    return out * m.w
+
+
+def _bias_of_positions(m, x):
+    ids = torch.arange(x.shape[1])
+    bias = F.embedding((ids[:, None] - ids).abs(), m.w).permute(2, 0, 1)[None]
+    q, k = m.inner(x)[:, None], x[:, None]
+    return F.scaled_dot_product_attention(q, k, k, attn_mask=bias).sum(1)
+
+
+def _resampled(m, x):
+    return m.inner(x) + F.interpolate(m.t.mT, size=x.shape[1], mode="linear").mT
+
+
+ZERO, N = torch.zeros, functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
+CASES = {
+    "gain": (lambda m, x: m.inner(x) * m.w, {"w": N(6)}),
+    "gate-of-zero": (lambda m, x: x + m.a * m.inner(x * m.b), {"a": ZERO(()), "b": N(6)}),
+    "gate-of-inputs": (lambda m, x: torch.lerp(x, m.inner(x), m.w.sigmoid()), {"w": N(6)}),
+    "gates-in-one": (lambda m, x: m.w[0] * x + m.w[1] * m.inner(x), {"w": N(2)}),
+    "gates-unbound": (lambda m, x: sum(w * m.inner(x) for w in m.w), {"w": N(2)}),
+    "in-pieces": (_in_pieces, {"t": N(2, 6)}),
+    "written-to": (lambda m, x: m.inner(x).mul_(m.w).add_(m.b), {"w": N(6), "b": N(1, 5, 6)}),
+    "written-buffer": (_written, {"w": N(6)}),
+    "flattened": (lambda m, x: (m.inner(x.flatten(0, 1)) * m.w).view(x.shape), {"w": N(6)}),
+    "as-the-input": (lambda m, x: m.inner(x) * m.w.to(x) + m.w.type_as(x), {"w": N(6)}),
+    "where": (lambda m, x: torch.where(x[..., :1] > 0, m.t, m.inner(x)), {"t": N(6)}),
+    "mask-token": (_masked, {"t": N(1, 1, 6)}),
+    "class-token": (
+        lambda m, x: m.inner(torch.cat([m.c.expand(len(x), -1, -1), x], 1) + m.p[:, :6]),
+        {"c": N(1, 1, 6), "p": N(1, 9, 6)},
+    ),
+    "table": (lambda m, x: m.inner(x) + m.p[: x.shape[1]], {"p": N(9, 6)}),
+    "table-resampled": (_resampled, {"t": N(1, 3, 6)}),
+    "table-through-a-layer": (
+        lambda m, x: x + m.inner(m.p[:, : x.shape[1]]),
+        {"p": N(1, 9, 6)},
+    ),
+    "queries": (lambda m, x: m.inner(m.q.expand(len(x), -1, -1)) * x[:, :3], {"q": N(1, 3, 6)}),
+    "queries-repeated": (
+        lambda m, x: m.inner(m.q[None].repeat(len(x), 1, 1)) * x[:, :3],
+        {"q": N(3, 6)},
+    ),
+    "pooling": (
+        lambda m, x: F.scaled_dot_product_attention(m.q.expand(len(x), -1, -1), m.inner(x), x),
+        {"q": N(1, 3, 6)},
+    ),
+    "relative-bias": (_bias_of_positions, {"w": N(9, 1)}),
+    "sinks": (_sinks, {"s": N(2)}),
+    "state-space": (_state_space, {"log": N(6, 3), "d": N(6), "dt": N(6)}),
+    "matmul": (lambda m, x: m.inner(x) @ m.w + m.b, {"w": N(6, 3), "b": N(3)}),
+    "matmul-transposed": (lambda m, x: torch.matmul(m.inner(x), m.w.T), {"w": N(3, 6)}),
+    "matmul-flattened": (lambda m, x: (m.inner(x).flatten(0, 1) @ m.w).view(x.shape), {"w": N(6, 6)}),
+    "linear": (lambda m, x: F.linear(m.inner(x), m.w.t(), m.b), {"w": N(6, 3), "b": N(3)}),
+    "linear-computed": (lambda m, x: F.linear(m.inner(x), m.w.square()), {"w": N(6, 6)}),
+    "linear-inside": (lambda m, x: F.linear(x, m.inner.weight, m.inner.bias) * m.w, {"w": N(6)}),
+    "einsum": (lambda m, x: torch.einsum("btd,dk->btk", m.inner(x), m.w), {"w": N(6, 3)}),
+    "convolution": (
+        lambda m, x: F.conv1d(m.inner(x).mT, m.w, m.b, padding=1, groups=6).mT,
+        {"w": N(6, 1, 3), "b": N(6)},
+    ),
+    "layer-norm": (lambda m, x: F.layer_norm(m.inner(x), (6,), m.w, m.b), {"w": N(6), "b": N(6)}),
+    "layer-norm-computed": (lambda m, x: F.layer_norm(m.inner(x), (6,), m.w + 1), {"w": N(6)}),
+    "rms-norm": (lambda m, x: F.rms_norm(m.inner(x), (6,), m.w), {"w": N(6)}),
+    # Constants, which are as long as the batch in some step.
+    "buffer": (lambda m, x: m.inner(x) + m.w * m.B[: x.shape[1]], {"w": N(6), "B": N(9, 6)}),
+    "range": (
+        lambda m, x: m.inner(x) + m.w * torch.arange(x.shape[1])[:, None].to(x),
+        {"w": N(6)},
+    ),
+}  # fmt: skip
+
+
+def block(name):
+    torch.manual_seed(0)
+    forward, tensors = CASES[name]
+    return Block(forward, **{name: x.clone() for name, x in tensors.items()})
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """Gradients of every sample are allowed for a case's own parameters, not for all in a block."""
+    monkeypatch.setattr("graddot_lm.general.LARGEST", 36)
+
+
+def data(rows, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 5, 6, generator=g), torch.randint(3, (rows,), generator=g)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_parameters_are_followed(name):
+    check_layer(block(name), data(4)[0])
+
+
+def test_a_table_alone():
+    check_layer(Block(lambda m, x: m.p[:, : x.shape[1]], p=N(1, 9, 6)), data(4)[0])
+
+
+class Pooled(nn.Module):
+    def __init__(self, name):
+        super().__init__()
+        self.first, self.block = nn.Linear(6, 6), block(name)
+        self.head = nn.Linear(self.block(data(1)[0]).shape[-1], 3)
+
+    def forward(self, x):
+        return self.head(self.block(self.first(x)).mean(1))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batches_as_long_as_any_other_dimension(name):
+    """What is proven with one number of rows must hold where it is also that of tokens, of
+    features or of anything else."""
+    model = Pooled(name).double()
+    val = data(1, seed=1)
+    val = val[0].double(), val[1]
+    engine = GradDotProdEngine(model, val, label_shift=0)
+    engine.attach()
+    for n in (3, 4, 5, 2, 8, 1):
+        x, y = data(n, seed=n)
+        x = x.double()
+        dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
+        want = gradient(model, x, y, loss=F.cross_entropy)
+        engine.attach_train_batch(x, y, n, None)
+        joint, labels = engine.prepare_forward_input(x, y)
+        engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
+        engine.prepare_gradients()
+        tolerance = 1e-6 if name == "state-space" else 1e-10  # which computes in fp32
+        same_gradients(model, want, tolerance)
+        close(engine.aggregate_and_log(), total(dots), tolerance, total(scales))
+        model.zero_grad()
+
+
+AUTOCAST = ["gain", "state-space", "einsum", "convolution", "relative-bias", "written-to", "sinks"]
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+def test_autocast(name):
+    model, train, val = Pooled(name), data(3), data(1, seed=1)
+    dots, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, _ = run_step(model, train, val, loss=F.cross_entropy, label_shift=0)
+    assert ((scores - total(dots)).abs() / total(scales)).max() <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["gain", "class-token", "state-space"])
+def test_compiled(name):
+    model, train, val = Pooled(name), data(3), data(1, seed=1)
+    dots, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+    engine = GradDotProdEngine(model, val, label_shift=0)
+    engine.attach()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    for step in range(3):
+        engine.attach_train_batch(*train, step, None)
+        joint, labels = engine.prepare_forward_input(*train)
+        engine.track_loss(F.cross_entropy(compiled(joint), labels)).backward()
+        engine.prepare_gradients()
+        close(engine.aggregate_and_log(), total(dots), 1e-5, total(scales))
+        model.zero_grad()
+
+
+def test_what_is_too_large_is_refused_with_what_to_do():
+    layer = Block(lambda m, x: torch.einsum("btd,dk->btk", x, m.w), w=N(6, 7))
+    with pytest.raises(GraddotError, match=r"in place: its 42 elements are too .*\n.*its 84 elem"):
+        check_layer(layer, data(4)[0])
+
+
+def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
+    layer = Block(lambda m, x: (m.inner(x).mT.transpose(0, 1) * m.w).transpose(0, 1), w=N(5))
+    with pytest.raises(GraddotError, match="in place: .*differs.*\n.*row by row: its 47 elements"):
+        check_layer(layer, data(4)[0])
+    monkeypatch.setattr("graddot_lm.general.LARGEST", 100)
+    check_layer(layer, data(4)[0])
