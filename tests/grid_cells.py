@@ -13,6 +13,7 @@ from model_zoo import (
     VOCAB,
     Convolutions2d,
     SharedLayers,
+    TimeFirst,
     bert,
     causal,
     lora,
@@ -108,11 +109,13 @@ SUBJECTS = {
     "phi": Subject(lambda: causal("Phi"), **CAUSAL),
     "lora": Subject(lora, **CAUSAL),
     "mixtral": Subject(lambda: grouped("Mixtral", num_local_experts=4), **CAUSAL),
+    "gpt-oss": Subject(lambda: grouped("GptOss", num_local_experts=4), **CAUSAL),
     "bert": Subject(bert),
     "t5": Subject(t5),
     "vit": Subject(vit, rows="images"),
     "conv2d": Subject(lambda: shaken(Convolutions2d()), rows="images", plain=True),
     "shared-layers": Subject(SharedLayers, plain=True, vocab=30, **CAUSAL),
+    "nn.Transformer": Subject(lambda: shaken(TimeFirst()), plain=True, vocab=30, **CAUSAL),
 }
 
 # By (model, loop): why there is no such cell.
@@ -120,6 +123,7 @@ NOT_POSSIBLE = {
     ("vit", "padding"): "images have no padding",
     ("conv2d", "padding"): "images have no padding",
     ("shared-layers", "padding"): "it takes no mask",
+    ("nn.Transformer", "padding"): "it takes no mask",
 }
 
 

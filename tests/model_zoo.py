@@ -111,6 +111,26 @@ def deepseek_v3():
     )  # fmt: skip
 
 
+def aria():
+    """Experts whose weights are stored the other way round."""
+    torch.manual_seed(0)
+    config = transformers.AriaTextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=32, pad_token_id=0,
+        moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1, experts_implementation="eager",
+    )  # fmt: skip
+    return shaken(transformers.AriaTextForCausalLM(config))
+
+
+def nemotron_h():
+    """Mamba 2, attention, and experts without a gate."""
+    return moe(
+        "NemotronH", layers_block_type=["mamba", "moe", "attention"], n_routed_experts=4,
+        moe_intermediate_size=12, moe_shared_expert_intermediate_size=12, moe_latent_size=8,
+        mamba_num_heads=4, mamba_head_dim=8, n_groups=2, ssm_state_size=4,
+    )  # fmt: skip
+
+
 def qwen3_next():
     return moe(
         "Qwen3Next", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12,
@@ -148,6 +168,9 @@ LANGUAGE_MODELS = {
     "lora": lora,
     "t5-untied": lambda: Shifted(t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu")),
     "mixtral": lambda: moe("Mixtral", num_local_experts=4),
+    "gpt-oss": lambda: moe("GptOss", num_local_experts=4),
+    "aria": aria,
+    "nemotron-h": nemotron_h,
     "qwen2-moe": lambda: moe(
         "Qwen2Moe", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12
     ),
@@ -263,7 +286,61 @@ def vit():
     return shaken(transformers.ViTForImageClassification(config))
 
 
+class TimeFirst(Checkpointing):
+    """A language model that works on (T, rows), as PyTorch's own examples do."""
+
+    def __init__(self, positions=lambda T, rows: torch.arange(T)[:, None].expand(T, rows)):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.positions = nn.Embedding(30, 16), nn.Embedding(32, 16)
+        layer = nn.TransformerEncoderLayer(16, 2, 24, 0.0)
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.norm, self.head = nn.RMSNorm(16), nn.Linear(16, 30)
+        self.position_ids = positions
+
+    def forward(self, ids):
+        ids = ids.t()
+        positions = self.positions(self.position_ids(*ids.shape)).view(len(ids), -1, 16)
+        x = self.tokens(ids) + positions
+        mask = nn.Transformer.generate_square_subsequent_mask(len(ids), dtype=x.dtype)
+        x = self.maybe_again(lambda x: self.layers(x, mask=mask, is_causal=True), x)
+        return self.head(self.norm(x)).transpose(0, 1)
+
+
+class OfPixels(nn.Module):
+    """The logits that a model of transformers has of its pixels."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(pixel_values=x).logits
+
+
+def swin_v2():
+    """Windows of an image, (rows·windows, tokens, d)."""
+    torch.manual_seed(0)
+    config = transformers.Swinv2Config(
+        image_size=16, patch_size=2, embed_dim=8, depths=[2, 1], num_heads=[2, 2], window_size=4,
+        drop_path_rate=0.0, num_labels=5,
+    )  # fmt: skip
+    return shaken(OfPixels(transformers.Swinv2ForImageClassification(config)))
+
+
+def timesformer():
+    """Frames of a film, (rows·frames, channels, height, width)."""
+    torch.manual_seed(0)
+    config = transformers.TimesformerConfig(
+        image_size=16, patch_size=8, num_frames=3, hidden_size=16, intermediate_size=24,
+        num_hidden_layers=2, num_attention_heads=2, drop_path_rate=0, num_labels=5,
+    )  # fmt: skip
+    return shaken(OfPixels(transformers.TimesformerForVideoClassification(config)))
+
+
 OTHER_MODELS = {
+    "swin-v2": (swin_v2, (3, 16, 16)),
+    "timesformer": (timesformer, (3, 3, 16, 16)),
     "vit": (vit, (3, 8, 8)),
     "conv2d": (lambda: shaken(Convolutions2d()), (3, 9, 9)),
     "conv1d": (lambda: shaken(Convolutions1d()), (6, 12)),

@@ -347,19 +347,6 @@ def test_a_forward_replaced_on_the_instance_is_refused():
     _refused(model, "0.weight: its forward was replaced on the instance")
 
 
-def test_rows_in_the_second_dimension_are_refused():
-    class TokensFirst(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.attention = nn.MultiheadAttention(6, 2)
-
-        def forward(self, x):
-            x = x.transpose(0, 1)
-            return self.attention(x, x, x)[0].transpose(0, 1)
-
-    _refused(TokensFirst(), "layer attention gets an input")
-
-
 class SharedWithNorm(nn.Module):
     def __init__(self):
         super().__init__()

@@ -78,7 +78,9 @@ def test_a_recurrence_of_its_own_is_refused():
         run_step(model, train, val)
 
 
-@pytest.mark.parametrize("name", ["llama", "gemma2", "qwen3", "mixtral", "t5", "opt", "bert"])
+@pytest.mark.parametrize(
+    "name", ["llama", "gemma2", "qwen3", "mixtral", "gpt-oss", "t5", "opt", "bert"]
+)
 def test_bf16(name, record_property):
     """bf16 parameters: scores within 2e-2 of their Cauchy-Schwarz scale."""
     model = LANGUAGE_MODELS[name]()
@@ -90,12 +92,12 @@ def test_bf16(name, record_property):
     assert error <= 2e-2
 
 
-@pytest.mark.parametrize("name", ["llama", "t5", "mixtral", "bert", "lora"])
+@pytest.mark.parametrize("name", ["llama", "t5", "mixtral", "gpt-oss", "bert", "lora"])
 def test_check_layer_proves_whole_models(name):
     check_layer(LANGUAGE_MODELS[name](), token_batch(3, 7, VOCAB, seed=1)[0])
 
 
-@pytest.mark.parametrize("name", ["opt", "mixtral", "bare-parameters"])
+@pytest.mark.parametrize("name", ["opt", "mixtral", "gpt-oss", "bare-parameters"])
 def test_first_batch_of_one_row(name, record_property):
     """A given direction and one training row, in layers that see tokens without their rows; then
     more rows of the same length, about which the first batch says nothing."""
@@ -149,11 +151,12 @@ def test_losses_that_are_no_mean_over_labelled_tokens_are_refused():
         step(model)
 
 
-def test_experts_in_their_default_implementation(record_property):
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])
+def test_experts_in_their_default_implementation(kind, record_property):
     """transformers groups the experts' products (fp32 and bf16 only); the scores are the same."""
     train, val = token_batch(4, 11, VOCAB, seed=1), token_batch(2, 11, VOCAB, seed=2)
     eager, grouped = (
-        moe("Mixtral", num_local_experts=4, experts_implementation=name)
+        moe(kind, num_local_experts=4, experts_implementation=name)
         for name in ("eager", "grouped_mm")
     )
     dots, scales = sample_dots(eager, train, val)

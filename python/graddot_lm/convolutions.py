@@ -19,7 +19,8 @@ from .scored import Scored, autocast_input
 
 
 class ConvDot(ScoredFunction):
-    """A convolution of groups=1 in one or two dimensions, x (rows, Din, *size), zero padding.
+    """A convolution of groups=1 in one or two dimensions, zero padding, x (rows, Din, *size), or
+    (rows·T, Din, *size) with several images a row.
 
     The patches exist in the backward only, for one layer at a time.
     """
@@ -44,14 +45,15 @@ class ConvDot(ScoredFunction):
                 options["stride"], options["padding"], options["dilation"],
                 False, [0] * (x.dim() - 2), 1, [True, False, False],
             )[0]  # fmt: skip
-        grad = grad_out.flatten(2).transpose(1, 2)
+        by_row = lambda x: x.reshape(step.rows, -1, x.shape[2])
+        grad = by_row(grad_out.flatten(2).transpose(1, 2))
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
             bias_grad, dots = vector_grad(step, ctx.bias_uses, row_grads)
             result[2] = bias_grad.to(ctx.bias_dtype)
             result[4] = dots if ctx.needs_input_grad[4] else None
         if ctx.uses is not None:
-            act = _patches(x, weight.shape[2:], options)
+            act = by_row(_patches(x, weight.shape[2:], options))
             weight_grad, dots = linear_grad(step, ctx.uses, act, grad)
             result[1] = weight_grad.view(weight.shape).to(weight.dtype)
             result[3] = dots if ctx.needs_input_grad[3] else None
@@ -70,7 +72,7 @@ def _patches(x: Tensor, kernel: torch.Size, options: dict[str, Any]) -> Tensor:
 def conv_rule(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
     """The rule of nn.Conv1d and nn.Conv2d with groups=1."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
-    if x.dim() != len(module.kernel_size) + 2 or x.shape[0] != scored.rows:
+    if x.dim() != len(module.kernel_size) + 2 or not scored.has_rows(x):
         raise GraddotError(
             f"layer {scored.name} got an input of shape {tuple(x.shape)}; expected {scored.rows}"
             " rows (training rows, then validation rows) of (channels, *size)"

@@ -166,6 +166,11 @@ def cross_entropy(
     sinks, names = (None, None), ("", "")
     if step is not None:
         name = head.__dict__["forward"].name
+        if hidden.shape[0] == hidden.shape[1] and "second" in step.layouts.values():
+            raise GraddotError(
+                f"the head {name} got as many tokens as rows, {hidden.shape[0]}, in a model that has"
+                " the rows as the second dimension elsewhere; use another number of rows"
+            )
         hidden = step.as_rows(name, hidden)
         sinks = step.sink(head.weight), step.sink(head.bias)
         names = f"{name}.weight", f"{name}.bias"

@@ -38,6 +38,7 @@ class ProvenRule:
         self._proven: dict[Any, Rule] = {}
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+        scored.require_rows_first()
         kinds = [
             scored.has_rows(x) if isinstance(x, Tensor) else None
             for x in tree_flatten((args, kwargs))[0]

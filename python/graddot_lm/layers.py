@@ -89,36 +89,52 @@ class Step:
         known = layout in ("rows", "unseen")
         return known and x.dim() >= enough and x.shape[0] == self.rows
 
+    def _is_same(self, name: str) -> bool:
+        """Whether a layer's input is the same for every row, so that its output gets rows first."""
+        same = self.layouts.get(name) == "same"
+        if same and "second" in self.layouts.values():
+            raise GraddotError(
+                f"layer {name} got an input without rows, in a model that elsewhere has them as the"
+                " second dimension; expand the input over the rows, as (T, rows)"
+            )
+        return same
+
     def as_rows(self, name: str, x: Tensor) -> Tensor:
         """A layer's input with the rows as its first dimension: (rows, ..., D).
 
-        Takes (rows, ..., D); (rows·T, D) where the rows were seen to lie one after the other; and
-        (1, ..., D) or (T, D), the same for every row, which is expanded.
+        Takes (rows, ..., D); (T, rows, ..., D), or (rows·T, ..., D) with the rows one after the
+        other, where they were seen to lie so; and (1, ..., D) or (T, D), the same for every row,
+        which is expanded.
         """
+        same = self._is_same(name)
         if self._has_rows_first(name, x, 2):
             return x
         tokens = self.row_tokens(name)
-        if tokens and x.dim() == 2 and x.shape[0] == self.rows * tokens:
-            return x.view(self.rows, -1, x.shape[1])
-        same = self.layouts.get(name) == "same"
+        if tokens and x.dim() >= 2 and x.shape[0] == self.rows * tokens:
+            return x.unflatten(0, (self.rows, tokens))
+        if self.layouts.get(name) == "second" and x.dim() >= 3 and x.shape[1] == self.rows:
+            return x.transpose(0, 1)
         if same and x.dim() >= 2 and (x.shape[0] == 1 or x.dim() == 2):
             return x.expand(self.rows, *(x.shape[1:] if x.shape[0] == 1 else x.shape))
         raise GraddotError(
             f"layer {name} got an input of shape {tuple(x.shape)}; expected {self.rows} rows"
             " (training rows, then validation rows) as the first dimension. Layers that mix"
-            " or flatten samples cannot be scored."
+            " samples cannot be scored."
         )
 
     def id_rows(self, name: str, ids: Tensor) -> Tensor:
-        """Ids of (rows, ...), or of (1, T) or (T,), the same for every row, as (rows, ...)."""
+        """Ids of (rows, ...), or as `as_rows` takes them, or of (1, T) or (T,), the same for every
+        row, as (rows, ...)."""
+        same = self._is_same(name)
+        if self.layouts.get(name) == "second" and ids.dim() >= 2 and ids.shape[1] == self.rows:
+            return ids.transpose(0, 1)
         if ids.dim() == 2 and ids.shape[0] == 1:  # there are two rows at least
             return ids.expand(self.rows, ids.shape[1])
         if self._has_rows_first(name, ids, 1):
             return ids
         tokens = self.row_tokens(name)
-        if tokens and ids.dim() == 1 and ids.shape[0] == self.rows * tokens:
-            return ids.view(self.rows, -1)
-        same = self.layouts.get(name) == "same"
+        if tokens and ids.dim() >= 1 and ids.shape[0] == self.rows * tokens:
+            return ids.unflatten(0, (self.rows, tokens))
         if same and ids.dim() == 1:
             return ids.expand(self.rows, ids.shape[0])
         raise GraddotError(

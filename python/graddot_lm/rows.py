@@ -40,7 +40,8 @@ class NoDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-# "rows" (rows, ..., D); "same" for every row; T where a row's T tokens lie together, (rows·T, D).
+# "rows" (rows, ..., D); "second" (T, rows, ..., D); "same" for every row; T where a row's T tokens
+# lie together, (rows·T, ..., D).
 Layout = str | int
 _OUTPUTS = " outputs"  # beside the layers' names
 
@@ -191,12 +192,18 @@ def _mixed(name: str, shape: torch.Size, rows: int, left_out: int) -> str:
 
 
 def _with_rows(whole: list[_Digest], part: list[_Digest], rows: int, later: int) -> list[int]:
-    """Which outputs have rows as their first dimension; a state or a mask may do otherwise."""
+    """Which outputs have rows as their first or second dimension; a mask may do otherwise."""
     return [
         i
         for i, (x, y) in enumerate(zip(whole, part, strict=False))
-        if (x.shape[0], y.shape[0]) == (rows, later) and x.shape[1:] == y.shape[1:]
+        for at in (0, 1)
+        if _differ_at(at, x.shape, y.shape) and (x.shape[at], y.shape[at]) == (rows, later)
     ]
+
+
+def _differ_at(at: int, a: torch.Size, b: torch.Size) -> bool:
+    """Whether one dimension is all in which two shapes differ."""
+    return len(a) == len(b) and [i for i in range(len(a)) if a[i] != b[i]] == [at]
 
 
 def _digests(
@@ -259,31 +266,34 @@ def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
     if not whole.shape.numel() or not part.shape.numel():  # tokens picked from the batch: none
         return None
     if whole.shape == part.shape:
-        return "same" if _close(whole, part.values, 0) else None
-    tokens = whole.shape[0] // rows
-    kept = whole.shape[0] - rows // 2 * tokens
-    if whole.shape[1:] != part.shape[1:] or whole.shape[0] % rows or part.shape[0] != kept:
-        return None
-    if not _close(whole, part.values, whole.shape[0] - kept):
-        return None
-    return "rows" if tokens == 1 else tokens
+        return "same" if _close(whole.values, part.values, whole.tolerance) else None
+    for at in (0, 1):
+        if not _differ_at(at, whole.shape, part.shape) or at >= whole.values.dim():
+            continue
+        tokens = whole.shape[at] // rows
+        kept = whole.shape[at] - rows // 2 * tokens
+        if whole.shape[at] % rows or part.shape[at] != kept or (at and tokens > 1):
+            return None
+        later = whole.values.narrow(at, whole.shape[at] - kept, kept)
+        if not _close(later, part.values, whole.tolerance):
+            return None
+        return "second" if at else "rows" if tokens == 1 else tokens
+    return None
 
 
 def _layout_of_one(whole: _Digest) -> Layout:
-    """The layout of a single row's input: its tokens (T, D) or (T,), or the row itself."""
-    flat = len(whole.shape) in (1, 2) and whole.shape[0] != 1
-    return whole.shape[0] if flat else "rows"
+    """The layout of a single row's input: its tokens (T, ..., D) or (T,), or the row itself."""
+    return whole.shape[0] if len(whole.shape) and whole.shape[0] != 1 else "rows"
 
 
 def _equal(a: list[_Digest], b: list[_Digest]) -> bool:
     return len(a) == len(b) and all(
-        x.shape == y.shape and _close(x, y.values, 0) for x, y in zip(a, b, strict=True)
+        x.shape == y.shape and _close(x.values, y.values, x.tolerance)
+        for x, y in zip(a, b, strict=True)
     )
 
 
-def _close(whole: _Digest, part: Tensor, start: int) -> bool:
-    """Whether the part is what the whole has from its start-th entry on."""
-    values = whole.values[start:]
+def _close(values: Tensor, part: Tensor, tolerance: float) -> bool:
     if not values.is_floating_point():
         return torch.equal(values, part)
-    return bool((values - part).norm() <= whole.tolerance * values.norm())
+    return bool((values - part).norm() <= tolerance * values.norm())

@@ -12,25 +12,29 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .attention import multihead_attention
 from .convolutions import conv_rule
 from .distributed import layer_type
 from .errors import GraddotError
 from .general import ProvenRule, Rule, general_rule
 from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
-from .scored import Scored, has_own_forward, own_parameters
+from .scored import Scored, any_layout, has_own_forward, own_parameters
 from .transformers_layers import experts, is_experts, is_relative_bias
 
 
+@any_layout
 def _linear(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
     assert isinstance(module, (nn.Linear, Conv1D))
     return scored.linear(x, module.weight, module.bias, transposed=isinstance(module, Conv1D))
 
 
+@any_layout
 def _embedding(module: nn.Module, scored: Scored, ids: Tensor) -> Tensor:
     assert isinstance(module, nn.Embedding)
     return scored.embedding(ids, module.weight, module.padding_idx)
 
 
+@any_layout
 def _layer_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
     shape = list(module.normalized_shape)
@@ -44,6 +48,7 @@ _TABLE: dict[type[nn.Module], Rule] = {
     nn.LayerNorm: _layer_norm,
     nn.Conv1d: conv_rule,
     nn.Conv2d: conv_rule,
+    nn.MultiheadAttention: multihead_attention,
 }
 _registered: dict[type[nn.Module], Rule | None] = {}
 
@@ -100,6 +105,7 @@ def mixes_samples(module: nn.Module) -> bool:
     return batch_norm and (module.training or module.running_mean is None)
 
 
+@any_layout
 def _batch_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
     """A frozen BatchNorm: nothing to score, but it must not mix samples."""
     if mixes_samples(module):
@@ -109,6 +115,7 @@ def _batch_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
     return scored.own_forward(x)
 
 
+@any_layout
 def _norm_or_general(
     form: RMSNormForm, general: Rule, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any
 ) -> Any:

@@ -39,6 +39,15 @@ class Scored:
         tokens = self.step.row_tokens(self.name)
         return x.dim() > 0 and x.shape[0] in (self.rows, self.rows * tokens)
 
+    def require_rows_first(self) -> None:
+        """Raise GraddotError if the layer may be used where the rows are the second dimension."""
+        layouts = self.step.layouts
+        if "second" in layouts.values() and layouts.get(self.name) in ("second", "same", None):
+            raise GraddotError(
+                f"layer {self.name} got an input with the rows as its second dimension, or none in"
+                " a model that has them there; its rule needs them as the first (batch_first)"
+            )
+
     def name_of(self, parameter: Tensor) -> str:
         return self._names.get(id(parameter), self.name)
 
@@ -75,19 +84,27 @@ class Scored:
         if not weight.requires_grad:
             return F.embedding(ids, weight, padding_idx)
         same = rows.shape != ids.shape and rows.numel() != ids.numel()
-        out = EmbeddingDot.apply(
-            rows, weight, self.step.sink(weight), self.step, self.name_of(weight), padding_idx, same
-        )
+        out = self.embedding_of_rows(rows, weight, padding_idx, same=same)
         if same:
             return self._broadcast(out)
+        if self.step.layouts.get(self.name) == "second":
+            return out.transpose(0, 1)
         return out.view(*ids.shape, -1)
+
+    def embedding_of_rows(
+        self, ids: Tensor, weight: Tensor, padding_idx: int | None = None, *, same: bool = False
+    ) -> Tensor:
+        """The same of ids (rows, ...) that are known to have the rows as their first dimension;
+        same for every row, if so."""
+        if not weight.requires_grad:
+            return F.embedding(ids, weight, padding_idx)
+        step, name = self.step, self.name_of(weight)
+        return EmbeddingDot.apply(ids, weight, step.sink(weight), step, name, padding_idx, same)  # type: ignore[no-any-return]
 
     def table(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
         """weight[ids] for ids of any shape, the same for every row, as (rows, *ids.shape, d)."""
-        step, rows = self.step, ids.flatten().expand(self.rows, -1)
-        out = EmbeddingDot.apply(
-            rows, weight, step.sink(weight), step, self.name_of(weight), padding_idx, True
-        )
+        rows = ids.flatten().expand(self.rows, -1)
+        out = self.embedding_of_rows(rows, weight, padding_idx, same=True)
         return out.unflatten(1, ids.shape) if ids.dim() else out.squeeze(1)
 
     def layer_norm(
@@ -106,9 +123,12 @@ class Scored:
         return self.shaped(out)
 
     def shaped(self, out: Tensor) -> Tensor:
-        """Rows that came one after the other leave so."""
-        if self.step.layouts.get(self.name) == "same":
+        """An output (rows, ...) with the rows where the layer's input had them."""
+        layout = self.step.layouts.get(self.name)
+        if layout == "same":
             return self._broadcast(out)
+        if layout == "second":
+            return out.transpose(0, 1)
         return out.flatten(0, 1) if self.step.row_tokens(self.name) else out
 
     def _broadcast(self, out: Tensor) -> Tensor:
@@ -125,6 +145,12 @@ class Scored:
         if self.step.first and out.requires_grad:
             out.register_hook(check)
         return out
+
+
+def any_layout(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a rule whose layer may get the rows as its second dimension, (T, rows, ...)."""
+    rule.any_layout = True  # type: ignore[attr-defined]
+    return rule
 
 
 class ScoredForward:
@@ -162,6 +188,8 @@ class ScoredForward:
         if self.around is not None and self.around.without_rows((args, kwargs)):
             return self.own_forward(*args, **kwargs)
         scored = Scored(self.module, self.name, step, self.own_forward)
+        if not getattr(getattr(self._rule, "func", self._rule), "any_layout", False):
+            scored.require_rows_first()
         around, ScoredForward.around = ScoredForward.around, None
         try:
             if around is not None:

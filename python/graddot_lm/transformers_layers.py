@@ -19,27 +19,30 @@ from .scored import Scored, autocast_input, own_parameters
 
 
 class ExpertLinearDot(ScoredFunction):
-    """One linear layer an expert: tokens (S, Din) sorted by expert, weight (E, Dout, Din).
+    """One linear layer an expert: tokens (S, Din) sorted by expert, weight (E, Dout, Din), or
+    (E, Din, Dout) transposed.
 
     counts: tokens of each expert, adding up to S. samples (S,): the row each token is of.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, sink, step, name, counts, samples):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, sink, step, name, transposed, counts, samples):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight, samples)
-        ctx.step, ctx.counts = step, counts
+        ctx.step, ctx.counts, ctx.transposed = step, counts, transposed
         ctx.uses = step.uses(name, weight)
-        parts = zip(x.split(counts), weight.to(x.dtype), strict=True)
-        return torch.cat([tokens @ w.t() for tokens, w in parts])
+        by_expert = weight.to(x.dtype) if transposed else weight.to(x.dtype).mT
+        return torch.cat([tokens @ w for tokens, w in zip(x.split(counts), by_expert, strict=True)])
 
     @staticmethod
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight, samples = ctx.saved_tensors
-        step, result = ctx.step, [None] * 7
+        step, result = ctx.step, [None] * 9
         split = lambda t: t.split(ctx.counts)
         if ctx.needs_input_grad[0]:
-            parts = zip(split(grad_out), weight.to(grad_out.dtype), strict=True)
+            by_expert = weight.to(grad_out.dtype)
+            by_expert = by_expert.mT if ctx.transposed else by_expert
+            parts = zip(split(grad_out), by_expert, strict=True)
             result[0] = torch.cat([grad @ w for grad, w in parts])
         if not ctx.needs_input_grad[1]:
             return tuple(result)
@@ -59,6 +62,8 @@ class ExpertLinearDot(ScoredFunction):
             zip(*map(split, (x, grad_out, samples)), strict=True)
         ):
             if rows.numel():
+                if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
+                    act, grad = grad, act
                 act, grad = act.to(high), grad.to(high)
                 directions = _directions(step, act, grad, rows) if given is None else given[:, e]
                 train = rows < n
@@ -97,12 +102,14 @@ def _directions(step: Step, act: Tensor, grad: Tensor, rows: Tensor) -> list[Ten
 
 
 def is_experts(module: nn.Module) -> bool:
-    """Experts as `use_experts_implementation` of transformers defines them, without biases."""
-    parameters = {n: p for n, p in module.named_parameters() if p.dim() == 3}
-    gated = getattr(module, "has_gate", None) and getattr(module, "_apply_gate", None)
-    plain = not getattr(module, "has_bias", True) and not getattr(module, "is_transposed", True)
-    known = len(parameters) == len(list(module.parameters())) == 2
-    return bool(gated and plain and known and {"gate_up_proj", "down_proj"} == set(parameters))
+    """Experts as `use_experts_implementation` of transformers defines them."""
+    gated, biased = getattr(module, "has_gate", None), getattr(module, "has_bias", None)
+    activation = "_apply_gate" if gated else "act_fn"
+    if not hasattr(module, activation) or not hasattr(module, "is_transposed"):
+        return False
+    names = {"gate_up_proj" if gated else "up_proj", "down_proj"}
+    names |= {f"{name}_bias" for name in names} if biased else set()
+    return {name for name, _ in module.named_parameters()} == names
 
 
 def experts(
@@ -116,24 +123,35 @@ def experts(
         raise GraddotError(f"layer {scored.name}: expert parallelism and post norms have no rule")
     rows = scored.step.as_rows(scored.name, hidden)
     flat = autocast_input(rows.flatten(0, -2))
+    number = module.down_proj.shape[0]
     chosen = top_k_index.flatten()
     order = chosen.argsort(stable=True)
     token = order // top_k_index.shape[-1]
-    counts = torch.bincount(chosen, minlength=module.gate_up_proj.shape[0]).tolist()
-    if len(counts) > module.gate_up_proj.shape[0]:
+    counts = torch.bincount(chosen, minlength=number).tolist()
+    if len(counts) > number:
         raise GraddotError(
             f"layer {scored.name}: tokens are routed to experts that it does not hold"
         )
     samples = token // (flat.shape[0] // scored.rows)
 
-    def linear(x: Tensor, weight: Tensor) -> Tensor:
+    def linear(x: Tensor, weight: str) -> Tensor:
         x, step = autocast_input(x), scored.step
-        name = scored.name_of(weight)
+        w, bias = getattr(module, weight), getattr(module, f"{weight}_bias", None)
         with torch.autocast(x.device.type, enabled=False):
-            return ExpertLinearDot.apply(x, weight, step.sink(weight), step, name, counts, samples)
+            out = ExpertLinearDot.apply(
+                x, w, step.sink(w), step, scored.name_of(w), module.is_transposed, counts, samples
+            )
+            if bias is None:
+                return out  # type: ignore[no-any-return]
+            # Every row looks up as many experts' biases; they are added in the experts' order.
+            biases = scored.embedding_of_rows(chosen.unflatten(0, (scored.rows, -1)), bias)
+            return out + biases.flatten(0, 1)[order].to(out.dtype)  # type: ignore[no-any-return]
 
-    out = linear(module._apply_gate(linear(flat[token], module.gate_up_proj)), module.down_proj)
-    out = out * top_k_weights.flatten()[order, None]
+    if module.has_gate:
+        inner = module._apply_gate(linear(flat[token], "gate_up_proj"))
+    else:
+        inner = module.act_fn(linear(flat[token], "up_proj"))
+    out = linear(inner, "down_proj") * top_k_weights.flatten()[order, None]
     return (
         torch.zeros_like(hidden)
         .view_as(flat)
