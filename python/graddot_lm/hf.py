@@ -69,6 +69,13 @@ class _ScoreCallback(TrainerCallback):
 class GradDotProdTrainer(Trainer):
     """transformers.Trainer with scores in `output_dir`/scores, Parquet parts of `store.SCORES`.
 
+    Also to be mixed into another subclass of Trainer. That of TRL for supervised fine-tuning uses
+    the head's weight in a function of its own, in which no layer can be scored; the model's loss is
+    the same (loss_type="nll"):
+
+        class ScoredSFTTrainer(GradDotProdTrainer, SFTTrainer):
+            compute_loss = Trainer.compute_loss
+
     One row a training sample a step: step (from 0), sample_id (its index in train_dataset),
     n_tokens, dot, lr and value, which takes account of gradient accumulation, clipping, each
     parameter group's own learning rate, and steps that a GradScaler skipped. With several
@@ -80,7 +87,8 @@ class GradDotProdTrainer(Trainer):
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
             of the evaluation batch size, or a dict {target name: dataset}. It is run in
-            evaluation mode, without dropout, and not used for training.
+            evaluation mode, without dropout, and not used for training. By default eval_dataset,
+            as the trainer has prepared it.
         val_interval: optimizer steps between two computations of the validation gradient.
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
@@ -103,6 +111,7 @@ class GradDotProdTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        val_dataset = self.eval_dataset if val_dataset is None else val_dataset
         if val_dataset is None or val_interval < 1:
             raise GraddotError(
                 f"val_dataset is {val_dataset!r} and val_interval {val_interval}; expected a"
