@@ -235,6 +235,7 @@ import numpy as np
 from graddot_lm.background import BackgroundWriter, WriterThread
 from graddot_lm.store import SCORES, PartWriter
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
 thread = WriterThread()
 writer = BackgroundWriter(PartWriter(Path(sys.argv[1]) / "scores", SCORES), thread)
 for step in range(4):

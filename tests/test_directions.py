@@ -247,6 +247,40 @@ def test_dots_by_token(close):
     same_gradients(model, {n: sum(g[n] for g in grads) / 2 for n in grads[0]}, 1e-10)
 
 
+def test_documents_packed_into_rows(close):
+    """What a document's tokens have between them is its share of the row's mean times the score of
+    its own mean loss, when attention stays inside of documents."""
+    model = tiny_gpt2().double()
+    lengths, T = [[4, 7, 5], [9, 3, 4]], 16
+    ids, _ = token_batch(2, T, seed=1)
+    labels, positions = ids.clone(), torch.empty(2, T, dtype=torch.long)
+    apart = torch.full((2, 1, T, T), True)
+    documents = []
+    for row, parts in enumerate(lengths):
+        for end, length in zip(torch.tensor(parts).cumsum(0).tolist(), parts, strict=True):
+            own = slice(end - length, end)
+            positions[row, own], labels[row, end - length] = torch.arange(length), -100
+            apart[row, 0, own, own] = torch.ones(length, length, dtype=torch.bool).triu(1)
+            documents.append((row, own, length - 1))
+    mask = torch.zeros(2, 1, T, T, dtype=torch.float64).masked_fill_(apart, -1e300)
+    val = token_batch(3, 11, seed=2)
+    direction = gradient(model, *val)
+    engine = attached(model, per_token=True)
+    engine.set_directions(direction)
+    batch = {"input_ids": ids, "position_ids": positions, "attention_mask": mask}
+    engine.attach_train_batch(batch, labels, 0, None)
+    engine.track_loss(lm_loss(model(**batch).logits, labels)).backward()
+    engine.prepare_gradients()
+    dots = engine.token_dots()
+    got = torch.stack([dots[row, own].sum() for row, own, _ in documents])
+    alone = [
+        gradient(model, ids[row, own][None], labels[row, own][None]) for row, own, _ in documents
+    ]
+    scores = torch.stack([sum((direction[n] * g[n]).sum() for n in direction) for g in alone])
+    shares = torch.tensor([count / (T - 3) for _, _, count in documents], dtype=torch.float64)
+    close(got, scores * shares, 1e-10)
+
+
 def test_dots_by_token_that_do_not_exist_are_refused():
     model = tiny_bert().float()
     batch = padded(3, [9, 9, 9], seed=1)
