@@ -162,6 +162,7 @@ LANGUAGE_MODELS = {
     "gpt-neo": gpt_neo,
     "opt": opt,
     "phi": lambda: causal("Phi"),
+    "hand-written": lambda: shaken(HandWritten()),
     "phi3": lambda: causal("Phi3"),
     "bert": lambda: WithMask(bert()),
     "t5": lambda: Shifted(t5()),
@@ -305,6 +306,56 @@ class TimeFirst(Checkpointing):
         mask = nn.Transformer.generate_square_subsequent_mask(len(ids), dtype=x.dtype)
         x = self.maybe_again(lambda x: self.layers(x, mask=mask, is_causal=True), x)
         return self.head(self.norm(x)).transpose(0, 1)
+
+
+class CastLinear(nn.Linear):
+    """Parameters of one dtype for inputs of another, as in hand-written mixed precision."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype), None if self.bias is None else self.bias.to(x))
+
+
+class GatedBlock(nn.Module):
+    """Attention and MLP around which scalars train, with values that come from a table."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        linear = lambda a, b: CastLinear(a, b, bias=False)
+        self.heads, self.qkv, self.out = heads, linear(width, 3 * width), linear(width, width)
+        self.up, self.down = linear(width, 4 * width), linear(4 * width, width)
+        self.gate, self.lambdas = linear(4, heads), nn.Parameter(torch.tensor([1.0, 0.7, 0.5]))
+
+    def forward(self, x, values):
+        norm = lambda x: F.rms_norm(x, x.shape[-1:])
+        q, k, v = (y.unflatten(2, (self.heads, -1)) for y in self.qkv(norm(x)).chunk(3, -1))
+        if values is not None:
+            gate = 2 * torch.sigmoid(self.gate(x[..., :4]))[..., None]
+            v = v + self.lambdas[2] * gate * values.view(v.shape)
+        q, k, v = (y.transpose(1, 2) for y in (norm(q), norm(k), v))
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+        x = x + self.lambdas[0] * self.out(mixed)
+        return x + self.lambdas[1] * self.down(F.relu(self.up(norm(x))).square())
+
+
+class HandWritten(nn.Module):
+    """What people train records with: a GPT whose own scalars weigh the layers' inputs, a table of
+    values, capped logits of a padded vocabulary."""
+
+    def __init__(self, width=16, layers=2, vocab=VOCAB):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.values = nn.Embedding(vocab, width), nn.Embedding(vocab, width)
+        self.blocks = nn.ModuleList(GatedBlock(width, 2) for _ in range(layers))
+        self.of_x, self.of_first = (nn.Parameter(torch.linspace(0.5, 1, layers)) for _ in range(2))
+        self.head, self.vocab = CastLinear(width, vocab + 3), vocab
+
+    def forward(self, ids):
+        x = first = F.rms_norm(self.tokens(ids), (self.tokens.embedding_dim,))
+        for i, block in enumerate(self.blocks):
+            x = self.of_x[i] * x + self.of_first[i] * first
+            x = block(x, self.values(ids) if i else None)
+        logits = self.head(F.rms_norm(x, x.shape[-1:]))[..., : self.vocab]
+        return 15 * torch.tanh(logits / 15)
 
 
 class OfPixels(nn.Module):

@@ -106,6 +106,11 @@ CASES = {
     "matmul-transposed": (lambda m, x: torch.matmul(m.inner(x), m.w.T), {"w": N(3, 6)}),
     "matmul-flattened": (lambda m, x: (m.inner(x).flatten(0, 1) @ m.w).view(x.shape), {"w": N(6, 6)}),
     "linear": (lambda m, x: F.linear(m.inner(x), m.w.t(), m.b), {"w": N(6, 3), "b": N(3)}),
+    "linear-cast": (
+        lambda m, x: F.linear(m.inner(x), m.w.float().to(x), m.b.float().type_as(x)),
+        {"w": N(8, 6), "b": N(8)},
+    ),
+    "matmul-cast": (lambda m, x: m.inner(x) @ m.w.float().T.to(x), {"w": N(8, 6)}),
     "linear-computed": (lambda m, x: F.linear(m.inner(x), m.w.square()), {"w": N(6, 6)}),
     "linear-inside": (lambda m, x: F.linear(x, m.inner.weight, m.inner.bias) * m.w, {"w": N(6)}),
     "einsum": (lambda m, x: torch.einsum("btd,dk->btk", m.inner(x), m.w), {"w": N(6, 3)}),
@@ -123,6 +128,9 @@ CASES = {
         {"w": N(6)},
     ),
 }  # fmt: skip
+
+
+FP32 = ["state-space", "linear-cast", "matmul-cast"]  # which compute in it
 
 
 def block(name):
@@ -179,13 +187,22 @@ def test_batches_as_long_as_any_other_dimension(name):
         joint, labels = engine.prepare_forward_input(x, y)
         engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
         engine.prepare_gradients()
-        tolerance = 1e-6 if name == "state-space" else 1e-10  # which computes in fp32
+        tolerance = 1e-6 if name in FP32 else 1e-10
         same_gradients(model, want, tolerance)
         close(engine.aggregate_and_log(), total(dots), tolerance, total(scales))
         model.zero_grad()
 
 
-AUTOCAST = ["gain", "state-space", "einsum", "convolution", "relative-bias", "written-to", "sinks"]
+AUTOCAST = [
+    "linear-cast",
+    "gain",
+    "state-space",
+    "einsum",
+    "convolution",
+    "relative-bias",
+    "written-to",
+    "sinks",
+]
 
 
 @pytest.mark.parametrize("name", AUTOCAST)

@@ -22,6 +22,7 @@ from .errors import GraddotError
 from .scored import Scored, ScoredForward
 
 ONLY_THE_TYPE = {"to", "type_as"}  # of a second tensor
+CASTS = {*ONLY_THE_TYPE, "type", "float", "double", "half", "bfloat16"}
 EXPANDS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "stack", "cat"}
 TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
@@ -36,7 +37,7 @@ class Following(TorchFunctionMode):
         self._module, self._scored, self._largest = module, scored, largest
         # By id; the tensors are held, so that no id is taken again.
         self._own = {id(p): p for p in module.parameters() if p.requires_grad}
-        self._transposed: dict[int, Tensor] = {}
+        self._forms: dict[int, tuple[Tensor, bool]] = {}  # casts of one's own, or transposed
         self._followed: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
         self._expanded: set[int] = set()  # those with the rows in their first dimension
         for p in self._own.values():
@@ -125,8 +126,12 @@ class Following(TorchFunctionMode):
         if any(out is x for x in sources):
             return
         made = [self._followed[id(x)][1] for x in sources]
-        if func in TRANSPOSES and id(sources[0]) in self._own and sources[0].dim() == 2:
-            self._transposed[id(out)] = sources[0]
+        own, transposed = self._form(sources[0])
+        if own is not None and own.dim() <= 2 and isinstance(out, Tensor):
+            if func in TRANSPOSES and own.dim() == 2:
+                self._forms[id(out)] = own, not transposed
+            elif getattr(func, "__name__", "") in CASTS and out.device == own.device:
+                self._forms[id(out)] = own, transposed
         results: list[Tensor] = []
 
         def copied(*copies: Tensor) -> list[Tensor]:
@@ -219,16 +224,23 @@ class Following(TorchFunctionMode):
     def _linear(
         self, input: Tensor, weight: Tensor, bias: Tensor | None = None, matmul: bool = False
     ) -> Tensor | None:
-        transposed = id(weight) in self._transposed
-        weight = self._transposed.get(id(weight), weight)
+        own, transposed = self._form(weight)
         rows = self._scored.rows
-        own = id(weight) in self._own and weight.dim() == 2
         known = id(input) in self._followed or id(input) in self._constants
-        if not own or known or input.dim() < 2 or input.shape[0] % rows or self._is_computed(bias):
+        if own is None or own.dim() != 2 or known or input.dim() < 2 or input.shape[0] % rows:
             return None
+        if bias is not None:
+            form = self._form(bias)[0]
+            bias = bias if form is None else form
+            if self._is_computed(bias):
+                return None
         act = input if input.shape[0] == rows else input.unflatten(0, (rows, -1))
-        out = self._scored.linear_of_rows(act, weight, bias, transposed=transposed != matmul)
+        out = self._scored.linear_of_rows(act, own, bias, transposed=transposed != matmul)
         return out if input.shape[0] == rows else out.flatten(0, 1)
+
+    def _form(self, x: Tensor) -> tuple[Tensor | None, bool]:
+        """The layer's own parameter that x is, or is a cast of, and whether it is transposed."""
+        return self._forms.get(id(x), (self._own.get(id(x)), False))
 
     def _is_computed(self, x: Tensor | None) -> bool:
         return id(x) in self._followed and id(x) not in self._own
@@ -237,14 +249,15 @@ class Following(TorchFunctionMode):
         self, input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
         scale_grad_by_freq=False, sparse=False,
     ):  # fmt: skip
-        if id(weight) not in self._own:
+        own, transposed = self._form(weight)
+        if own is None or transposed:
             return None
         if max_norm is not None or scale_grad_by_freq or sparse:
             raise GraddotError("max_norm, scale_grad_by_freq and sparse are not supported")
         if id(input) not in self._constants:
-            return self._scored.embedding(input, weight, padding_idx)
+            return self._scored.embedding(input, own, padding_idx).to(weight.dtype)
         out = F.embedding(input, weight, padding_idx)
-        self._follow(out, lambda: self._scored.table(input, weight, padding_idx))
+        self._follow(out, lambda: self._scored.table(input, own, padding_idx).to(weight.dtype))
         return out
 
     def _norm(  # type: ignore[no-untyped-def]
