@@ -94,8 +94,10 @@ def cases() -> list[Case]:
         Case("gram tma", gram, "gram", {"TMA": True}, unit=acts, dtypes=("bf16",), tma=True),
         Case("direction", direction, "direction", {}, unit=(*sides, "dir_sx")),
         Case("direction t", direction, "direction", {}, unit=(*sides, "dir_sy"), dtypes=("bf16",)),
-        Case("norm", norm.norm_kernel, "norm", {}, unit=("normed_sd", "grad_sd"), hot=False,
-             dtypes=("bf16", "fp32")),
+        Case("norm", norm.norm_kernel, "norm", {"MEAN": False, "RSTD": False},
+             unit=("x_sd", "grad_sd"), hot=False, dtypes=("bf16", "fp32")),
+        Case("norm mean rstd", norm.norm_kernel, "norm", {"MEAN": True, "RSTD": True},
+             unit=("x_sd", "grad_sd"), hot=False, dtypes=("bf16", "fp32")),
         Case("cross entropy", cross_entropy.cross_entropy_kernel, "cross_entropy", {},
              dtypes=("bf16", "fp32")),
         Case("combine", linear_wgrad.combine_kernel, "norm",
@@ -131,6 +133,7 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
         blocks = {"p_val_act": tile.rows, "p_val_grad": tile.rows}
         blocks |= {"p_act": tile.cols, "p_grad": tile.cols}
     fp32 = {"p_out", "p_dots", "p_bias", "p_scale", "p_parts", "p_weight", "p_losses"}
+    fp32 |= {"p_mean", "p_rstd"}
     scalars = {"smoothing": "fp32", "z_loss": "fp32", "p_labels": "*i64"}
     signature, attributes = {}, {}
     for i, name in enumerate(case.kernel.arg_names):

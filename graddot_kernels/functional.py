@@ -394,24 +394,40 @@ def embedding_joint_wgrad_dot(
     )
 
 
-def norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def norm_sample_grads(
+    normed: Tensor, grad: Tensor, *, mean: Tensor | None = None, rstd: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Per-sample gradients of a norm layer's weight, Σ_t b⊙x̂, and bias, Σ_t b; (N, d) each.
 
     normed (N, T, d) is the normalised input x̂ before weight and bias, grad (N, T, d) the loss
-    gradient at the layer's output. They are small enough to keep: dots with any direction,
-    norms and cosines are one matrix product away.
+    gradient at the layer's output. With mean or rstd, (N, T) fp32 (fp64 for fp64 input), normed is
+    the layer's input x instead, and x̂ = (x - mean) · rstd is made on the way. The results are small
+    enough to keep: dots with any direction, norms and cosines are one matrix product away.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
     _check_floats(normed=normed, grad=grad)
-    return _norm_sample_grads("", normed, grad)
+    high = torch.float64 if normed.dtype == torch.float64 else torch.float32
+    for name, x in (("mean", mean), ("rstd", rstd)):
+        if x is not None:
+            _check(
+                x.shape == normed.shape[:-1], name, x, f"{tuple(normed.shape[:-1])}, a token one"
+            )
+            if x.dtype != high or x.device != normed.device:
+                raise ValueError(
+                    f"{name} has dtype {x.dtype} on {x.device}; expected {high} on {normed.device}"
+                )
+    return _norm_sample_grads("", normed, grad, mean, rstd)
 
 
-def _norm_sample_grads(prefix: str, normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _norm_sample_grads(
+    prefix: str, normed: Tensor, grad: Tensor, *statistics: Tensor | None
+) -> tuple[Tensor, Tensor]:
     rows, grads = _pair(f"{prefix}normed", normed, f"{prefix}grad", grad)
     expected = f"{tuple(normed.shape)}, {prefix}normed's shape"
     _check(grad.shape == normed.shape, f"{prefix}grad", grad, expected)
-    return torch.ops.graddot.norm_sample_grads(rows, grads)
+    by_row = (None if x is None else x.reshape(rows.shape[:2]) for x in statistics)
+    return torch.ops.graddot.norm_sample_grads(rows, grads, *by_row)
 
 
 def norm_ghost_dot(

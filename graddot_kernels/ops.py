@@ -30,7 +30,10 @@ def _without_autocast(function):  # type: ignore[no-untyped-def]
 
     @functools.wraps(function)
     def wrapped(first: Tensor, *args):  # type: ignore[no-untyped-def]
-        with torch.autocast(first.device.type, enabled=False):
+        kind = first.device.type
+        if not torch.is_autocast_enabled(kind):  # entering the context takes longer than small ops
+            return function(first, *args)
+        with torch.autocast(kind, enabled=False):
             return function(first, *args)
 
     return wrapped
@@ -179,7 +182,9 @@ def _fake_linear_cross_entropy(
     )
 
 
-def _fake_norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _fake_norm_sample_grads(
+    x: Tensor, grad: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     shape, dtype = (grad.shape[0], grad.shape[2]), _result_dtype(grad)
     return grad.new_empty(shape, dtype=dtype), grad.new_empty(shape, dtype=dtype)
 
@@ -269,7 +274,8 @@ _define(
     cuda=fused_head.linear_cross_entropy,
 )
 _define(
-    "norm_sample_grads(Tensor normed, Tensor grad) -> (Tensor, Tensor)",
+    "norm_sample_grads(Tensor x, Tensor grad, Tensor? mean=None, Tensor? rstd=None)"
+    " -> (Tensor, Tensor)",
     fake=_fake_norm_sample_grads,
     cpu=torch_impl.norm_sample_grads,
     cuda=gpu_implementation("norm", "norm_sample_grads", torch_impl.norm_sample_grads),

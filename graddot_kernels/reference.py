@@ -125,8 +125,13 @@ def embedding_joint_wgrad_dot(
     return embedding_wgrad_dot(direction, ids[:n], grad[:n], padding_idx, scale)
 
 
-def norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Per-sample gradients of a norm's weight, Σ_t b⊙x̂, and bias, Σ_t b, each (N, d)."""
+def norm_sample_grads(
+    x: Tensor, grad: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Per-sample gradients of a norm's weight, Σ_t b⊙x̂, and bias, Σ_t b, each (N, d), where
+    x̂ = (x - mean) · rstd with mean and rstd (N, T)."""
+    normed = x if mean is None else x - mean[..., None]
+    normed = normed if rstd is None else normed * rstd[..., None]
     return (grad * normed).sum(1), grad.sum(1)
 
 

@@ -346,7 +346,13 @@ def embedding_joint_wgrad_dot(
     return _embedding_weight_grad(ids[:n], grad[:n], num_embeddings, padding_idx, scale), dots
 
 
-def norm_sample_grads(normed: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def norm_sample_grads(
+    x: Tensor, grad: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Σ_t b⊙x̂ and Σ_t b, (N, d) each."""
-    grad = _accumulated(grad)
-    return (grad * _accumulated(normed)).sum(1), grad.sum(1)
+    grad, normed = _accumulated(grad), _accumulated(x)
+    if mean is not None:
+        normed = normed - mean[..., None]
+    if rstd is not None:
+        normed = normed * rstd[..., None] if mean is None else normed.mul_(rstd[..., None])
+    return (grad * normed).sum(1), grad.sum(1)

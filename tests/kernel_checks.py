@@ -88,8 +88,14 @@ def check_wgrad(
     check_direction(dots, direction, act, grad, False, tolerance)
 
 
-def check_norm(got: tuple[Tensor, Tensor], normed: Tensor, grad: Tensor) -> None:
-    weight, bias = reference.norm_sample_grads(normed.double(), grad.double())
-    magnitude = reference.norm_sample_grads(normed.double().abs(), grad.double().abs())
+def check_norm(
+    got: tuple[Tensor, Tensor], x: Tensor, grad: Tensor, *statistics: Tensor | None
+) -> None:
+    """statistics: mean and rstd, where x is not normalised."""
+    exact = [None if y is None else y.double() for y in statistics]
+    weight, bias = reference.norm_sample_grads(x.double(), grad.double(), *exact)
+    mean, rstd = (None if y is None else y.abs() for y in exact or (None, None))
+    mean = None if mean is None else -mean
+    magnitude = reference.norm_sample_grads(x.double().abs(), grad.double().abs(), mean, rstd)
     assert_within(got[0], weight, magnitude[0], FP32_ERROR)
     assert_within(got[1], bias, magnitude[1], FP32_ERROR)

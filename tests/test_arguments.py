@@ -149,6 +149,16 @@ LINEAR: dict[str, tuple[Callable[[], object], str, str]] = {
     ),
 }
 NORM: dict[str, tuple[Callable[[], object], str, str]] = {
+    "mean-shape": (
+        lambda: gk.norm_sample_grads(ACT, ACT, mean=x(2, 3)),
+        "mean has shape (2, 3)",
+        "(2, 4), a token one",
+    ),
+    "rstd-dtype": (
+        lambda: gk.norm_sample_grads(ACT, ACT, rstd=x(2, 4, dtype=HALF)),
+        "rstd has dtype torch.float16",
+        "torch.float32 on cpu",
+    ),
     "normed-1d": (lambda: gk.norm_sample_grads(x(3), x(3)), "normed has shape (3,)", "(N, T, D)"),
     "width": (
         lambda: gk.norm_sample_grads(ACT, GRAD),

@@ -158,6 +158,17 @@ def test_norms(case: dict) -> None:
         gk.norm_sample_grads(p.act, p.grad), (weight, bias), sizes, strict=True
     ):
         assert_within(got, want, size, tolerance)
+    high = torch.promote_types(p.act.dtype, torch.float32)
+    mean, rstd = p.act.to(high).mean(-1), p.act.to(high).square().mean(-1).add(1).rsqrt()
+    rows_of = lambda x: rows(x.double())
+    statistics = [y.reshape(rows(p.act).shape[:2]).double() for y in (mean, rstd)]
+    got = gk.norm_sample_grads(p.act, p.grad, mean=mean, rstd=rstd)
+    want = reference.norm_sample_grads(rows_of(p.act), rows_of(p.grad), *statistics)
+    sizes = reference.norm_sample_grads(
+        rows_of(p.act).abs(), rows_of(p.grad).abs(), -statistics[0].abs(), statistics[1]
+    )
+    for one, exact, size in zip(got, want, sizes, strict=True):
+        assert_within(one, exact, size, tolerance)
     weight_dots, bias_dots = weight @ val[0].sum(0), bias @ val[1].sum(0)
     bound = sum(x @ y.sum(0) for x, y in zip(sizes, val_sizes, strict=True))
     args = p.val_act, p.val_grad, p.act, p.grad
@@ -385,5 +396,6 @@ def test_opcheck_of_both_routes_and_every_dtype() -> None:
             (ops.linear_wgrad_dot, (p.direction, p.act, p.grad, None, True)),
             (ops.linear_joint_wgrad_dot, (*joint(p), [1, 2], None, True)),
             (ops.norm_sample_grads, (p.act, p.act)),
+            (ops.norm_sample_grads, (p.act, p.act, p.act[..., 0].float(), p.act[..., 1].float())),
         ):  # compiled with dynamic shapes in test_compile, where fp32 stands for all
             torch.library.opcheck(op.default, args, test_utils=("test_schema", "test_faketensor"))

@@ -68,11 +68,9 @@ class _Proof:
         self._name, self._rows = name, rows
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
         device = next(self._scored.parameters()).device
-        zeros = torch.zeros(1, rows - 1, dtype=torch.float64, device=device)
-        self._leaves = {n: zeros.clone().requires_grad_() for n in parameters}
-        sinks = {id(p): self._leaves[n] for n, p in parameters.items()}
         scale = torch.ones((), dtype=torch.float64, device=device)
-        step = Step(rows, [1], scale, sinks, layouts=dict(layouts))
+        names = {id(p): n for n, p in parameters.items()}
+        self._step = step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
         self._tokens = step.row_tokens(name)
         for key, part in self._scored.named_modules():
             part_rule = rule if part is self._scored else rule_for(part)
@@ -156,13 +154,15 @@ class _Proof:
         total = {n: torch.stack([s[n] for s in train]).sum(0) for n in val}
         largest = lambda grads: max((g.norm().item() for g in grads.values()), default=0.0)
         floor = 1e-2 * largest(total)  # some gradients are zero but for rounding
+        self._step.dot_held_rows()
         for n, p in self._scored.named_parameters():
             if n not in val:
                 continue
             got = torch.zeros_like(p) if p.grad is None else p.grad
             self._close(f"training gradient of {n}", got, total[n], floor)
-            sink = self._leaves[n].grad
-            dots = self._leaves[n].detach() if sink is None else sink
+            dots = self._step.collected(n)
+            if dots is None:
+                dots = val[n].new_zeros(1, len(train))
             for i, sample in enumerate(train):
                 size = (val[n].norm() * sample[n].norm()).item()
                 size = max(size, 1e-4 * largest(val) * largest(sample))

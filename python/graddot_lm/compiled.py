@@ -230,24 +230,20 @@ def _layer_backward(number, call_number, grads, inputs, parameters, needs):  # t
         )
     step = call.step
     own = site.parameters()
-    sinks = {id(sink): sink for p in own if (sink := step.sink(p)) is not None}
-    wanted = [*call.leaves, *own, *sinks.values()]
+    wanted = [*call.leaves, *own]
     call.inputs += inputs
     with _with_autograd(inputs[0].device, None):
         used = [i for i, edge in enumerate(call.outputs) if edge is not None]
         edges, grads = [call.outputs[i] for i in used], [grads[i] for i in used]
         found = list(torch.autograd.grad(edges, wanted, grads, allow_unused=True))
     call.inputs.clear()
-    for sink, dots in zip(sinks.values(), found[len(wanted) - len(sinks) :], strict=True):
-        if dots is not None:
-            sink.grad = dots if sink.grad is None else sink.grad + dots
     for at, parameter in enumerate(own, len(call.leaves)):
         uses = step.shared.get(id(parameter))
         if found[at] is None and uses is not None and uses.held is not None:
             found[at], uses.held = uses.held, None  # the graph adds up the uses itself
     results = [
         torch.zeros_like(x) if grad is None else grad.to(x.dtype)
-        for x, grad in zip(wanted, found[: len(wanted) - len(sinks)], strict=False)
+        for x, grad in zip(wanted, found, strict=True)
     ]
     borrowed = {_storage(x) for x in (*inputs, *grads)} - {0}
     returned = _returned(results, borrowed)

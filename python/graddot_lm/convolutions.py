@@ -11,6 +11,7 @@ from .layers import (
     ScoredFunction,
     accumulator,
     linear_grad,
+    no_autocast,
     note_uses,
     vector_grad,
     without_autocast,
@@ -26,10 +27,10 @@ class ConvDot(ScoredFunction):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, options):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, step, options):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.options = options
-        note_uses(ctx, step, names, weight, bias, vector=False)
+        note_uses(ctx, step, weight, bias, vector=False)
         w = weight.to(x.dtype)
         b = None if bias is None else bias.to(x.dtype)
         return (F.conv1d if x.dim() == 3 else F.conv2d)(x, w, b, **options)
@@ -38,7 +39,7 @@ class ConvDot(ScoredFunction):
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        step, options, result = ctx.step, ctx.options, [None] * 8
+        step, options, result = ctx.step, ctx.options, [None] * 5
         if ctx.needs_input_grad[0]:
             result[0] = torch.ops.aten.convolution_backward(
                 grad_out, x, weight.to(grad_out.dtype), None,
@@ -49,14 +50,11 @@ class ConvDot(ScoredFunction):
         grad = by_row(grad_out.flatten(2).transpose(1, 2))
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
-            bias_grad, dots = vector_grad(step, ctx.bias_uses, row_grads)
-            result[2] = bias_grad.to(ctx.bias_dtype)
-            result[4] = dots if ctx.needs_input_grad[4] else None
+            result[2] = vector_grad(step, ctx.bias_uses, row_grads).to(ctx.bias_dtype)
         if ctx.uses is not None:
             act = by_row(_patches(x, weight.shape[2:], options))
-            weight_grad, dots = linear_grad(step, ctx.uses, act, grad)
+            weight_grad = linear_grad(step, ctx.uses, act, grad)
             result[1] = weight_grad.view(weight.shape).to(weight.dtype)
-            result[3] = dots if ctx.needs_input_grad[3] else None
         return tuple(result)
 
 
@@ -84,8 +82,5 @@ def conv_rule(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
         padding = (0,) * len(module.kernel_size)
     act = autocast_input(x)
     options = {"stride": module.stride, "padding": padding, "dilation": module.dilation}
-    weight, bias = module.weight, module.bias
-    sinks = scored.step.sink(weight), scored.step.sink(bias)
-    names = scored.name_of(weight), "" if bias is None else scored.name_of(bias)
-    with torch.autocast(act.device.type, enabled=False):
-        return ConvDot.apply(act, weight, bias, *sinks, scored.step, names, options)
+    with no_autocast(act.device.type):
+        return ConvDot.apply(act, module.weight, module.bias, scored.step, options)

@@ -300,18 +300,12 @@ class GradDotProdEngine:
                 )
             tokens = labels.shape[1]
         n = len(train)
-        sink = (targets + 1, n + bool(val_rows)) if self.norms else (targets, n * (tokens or 1))
-        zeros = lambda *shape: torch.zeros(
-            shape, dtype=torch.float64, device=first.device, requires_grad=True
-        )
-        # In an order that runs repeat.
-        leaves = {leaf: zeros(*sink) for leaf in dict.fromkeys(leaf_of.values())}
+        shape = (targets + 1, n + bool(val_rows)) if self.norms else (targets, n * (tokens or 1))
         dtype = torch.promote_types(first.dtype, torch.float32)
         step = Step(
             rows=len(labels),
             val_rows=val_rows,
             scale=torch.ones((), dtype=dtype, device=first.device),
-            sinks={},
             tokens=tokens,
             sharded=distributed.is_sharded(self._parameters.values()),
             first=self._forward.is_first,
@@ -323,8 +317,10 @@ class GradDotProdEngine:
             sample_ids=batch_idx,
             labels=labels,
             leaf_of=leaf_of,
-            leaves=leaves,
-            loss_scales=[zeros()],
+            dots_shape=shape,
+            loss_scales=[
+                torch.zeros((), dtype=torch.float64, device=first.device, requires_grad=True)
+            ],
             loss_reduction=self._loss.reduction,
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,

@@ -36,16 +36,14 @@ class LinearCrossEntropyDot(ScoredFunction):
     """coefficient · Σ losses, and the losses. The gradients are made in the forward."""
 
     @staticmethod
-    def forward(
-        ctx, act, weight, bias, weight_sink, bias_sink, labels, coefficient, form, step, names
-    ):  # type: ignore[no-untyped-def]
+    def forward(ctx, act, weight, bias, labels, coefficient, form, step):  # type: ignore[no-untyped-def]
         weight_needed = ctx.needs_input_grad[1]
         val_rows: list[int] = [] if step is None else step.val_rows
         ctx.step = ctx.uses = ctx.bias_uses = direction = None
         ids = train_ids = labels.new_empty(0)
         own_ids, norms = None, False
         if step is not None:
-            note_uses(ctx, step, names, weight, bias, vector=False)
+            note_uses(ctx, step, weight, bias, vector=False)
         if ctx.uses is not None:
             direction = None if ctx.uses.given is None else ctx.uses.direction()
             ids, train_ids = ctx.uses.head_ids(labels.device)
@@ -68,7 +66,7 @@ class LinearCrossEntropyDot(ScoredFunction):
             raise GraddotError("a second backward through the fused head; run its forward again")
         act_grad, weight_grad, bias_rows, dots, columns, head_rows, own_rows = ctx.results
         ctx.results, step = None, ctx.step
-        result = [None] * 10
+        result = [None] * 7
         # A factor of 1, the usual one, needs no pass over the table; a GPU's is not worth a wait.
         unscaled = not grad_loss.is_cuda and float(grad_loss) == 1
         factor = grad_loss * ctx.coefficient.to(grad_loss.dtype)
@@ -82,7 +80,7 @@ class LinearCrossEntropyDot(ScoredFunction):
             dots[given:] *= factor.double()
             part = ctx.saved_tensors[0], columns * factor, head_rows * factor, own_rows * factor
             ctx.uses.head_terms(*part)
-            result[3] = dots if ctx.needs_input_grad[3] else None
+            step.collect(ctx.uses.leaf, dots)
         if ctx.needs_input_grad[1]:
             weight_grad = weight_grad if unscaled else weight_grad.mul_(grad_loss)
             if ctx.uses is None or not ctx.uses.hold(weight_grad):
@@ -91,8 +89,7 @@ class LinearCrossEntropyDot(ScoredFunction):
             rows = bias_rows * factor
             bias_grad = rows.sum(0)
             if ctx.bias_uses is not None:
-                bias_grad, bias_dots = vector_grad(step, ctx.bias_uses, rows)
-                result[4] = bias_dots if ctx.needs_input_grad[4] else None
+                bias_grad = vector_grad(step, ctx.bias_uses, rows)
             result[2] = bias_grad.to(ctx.dtypes[1])
         return tuple(result)
 
@@ -163,7 +160,6 @@ def cross_entropy(
     mean = reduction == "mean" and num_labels is None
     scored = getattr(head.__dict__.get("forward"), "graddot_head", None)
     step = scored(counts, mean) if scored is not None and torch.is_grad_enabled() else None
-    sinks, names = (None, None), ("", "")
     if step is not None:
         name = head.__dict__["forward"].name
         if hidden.shape[0] == hidden.shape[1] and "second" in step.layouts.values():
@@ -172,8 +168,6 @@ def cross_entropy(
                 " the rows as the second dimension elsewhere; use another number of rows"
             )
         hidden = step.as_rows(name, hidden)
-        sinks = step.sink(head.weight), step.sink(head.bias)
-        names = f"{name}.weight", f"{name}.bias"
     coefficient = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == "mean":
         total = counts.sum().clamp(min=1) if num_labels is None else num_labels
@@ -184,9 +178,7 @@ def cross_entropy(
     if not torch.is_grad_enabled():
         losses = _losses(act, head, labels, form)
         return losses.sum() * coefficient.to(losses.dtype), losses
-    return LinearCrossEntropyDot.apply(
-        act, head.weight, head.bias, *sinks, labels, coefficient, form, step, names
-    )  # type: ignore[no-any-return]
+    return LinearCrossEntropyDot.apply(act, head.weight, head.bias, labels, coefficient, form, step)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()

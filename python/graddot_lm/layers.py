@@ -1,29 +1,34 @@
-"""Layers whose backward also returns every training sample's dot product with the val gradient.
+"""Layers whose backward also gives every training sample's dot product with the val gradient.
 
-Pretend that sample i runs with weights W + ε_i·D, D the gradient of the val rows. Then ∂L/∂ε_i is
-⟨D, G_i⟩: the score is the gradient of a leaf. Each function below takes such a `sink`, (K, N), that
-its forward ignores, and returns the dots as the sink's gradient; autograd adds the uses up. The
-weight gradient that they return is that of the training rows, in the scale of training alone.
+The functions replace a layer's forward while a step is active. The weight gradient that they return
+is that of the training rows, in the scale of training alone; the dots, (K, N) a use of a parameter,
+are collected by the step, which adds them up. Rows of the joint batch come first in every
+activation: N training rows, then val_rows[k] rows of target k.
 
-The functions replace a layer's forward while a step is active. Rows of the joint batch come first
-in every activation: N training rows, then val_rows[k] rows of target k.
+What a step does for every layer is paid for in time of the host as much as of the device: a GPU
+runs through a small layer faster than it can be told to. So dots are not added one by one, and those
+of biases and norms, which are small, are made for many parameters at once.
 """
 
+import contextlib
 import functools
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from graddot_kernels import norm_sample_grads
 from graddot_kernels.sample_dots import bordered
 
 from .errors import GraddotError
 from .recompute import made_of
-from .shared_uses import SharedUses
+from .shared_uses import SharedUses, vector_form
 
 _ops = torch.ops.graddot
+
+_DOTS_TOGETHER = 32  # dots of as many uses are added up at once
+_ROWS_TOGETHER = 2**20  # elements of row gradients that wait to be dotted together
 
 
 @dataclass
@@ -31,19 +36,20 @@ class Step:
     """One micro-batch: what the layers need to know about the rows that run through them.
 
     scale is M / n_train (0-dim): it turns the training rows' part of the joint loss's gradient
-    into the gradient of the training loss. sinks maps id(parameter) to the leaf that collects its
-    dots; a parameter without one is trained but not scored. With given directions, (K, *shape) by
-    id(parameter), there are no val_rows; with `tokens`, T, every token of a row is then scored as
-    a sample of its own, and a sink is (K, N·T). With `norms` a sink has one more row, ‖G_i‖², and
-    with val_rows one more column, ‖D_k‖². layouts says by layer name how its input holds the rows,
-    as `rows.find_layouts` saw it; first is True in the step that saw it. Of sharded weights a
-    layer's backward may only use its own.
+    into the gradient of the training loss. names has the layers' parameters by id(parameter), and
+    leaf_of what their dots are collected for; a parameter without a leaf is trained but not scored.
+    With given directions, (K, *shape) by id(parameter), there are no val_rows; with `tokens`, T,
+    every token of a row is then scored as a sample of its own, and dots are (K, N·T). With `norms`
+    dots have one more row, ‖G_i‖², and with val_rows one more column, ‖D_k‖². layouts says by layer
+    name how its input holds the rows, as `rows.find_layouts` saw it; first is True in the step that
+    saw it. Of sharded weights a layer's backward may only use its own.
     """
 
     rows: int
     val_rows: list[int]
     scale: Tensor
-    sinks: dict[int, Tensor]
+    names: dict[int, str] = field(default_factory=dict)
+    leaf_of: dict[int, str] = field(default_factory=dict)
     directions: dict[int, Tensor] = field(default_factory=dict)
     tokens: int | None = None
     sharded: bool = False
@@ -51,6 +57,65 @@ class Step:
     first: bool = False
     norms: bool = False
     shared: dict[int, SharedUses] = field(default_factory=dict)
+    _dots: dict[str, list[Tensor]] = field(default_factory=dict)
+    _rows: dict[str, list[Tensor]] = field(default_factory=dict)
+    _held: int = 0  # elements of _rows
+    _scales: Tensor | None = None
+
+    @property
+    def train_rows(self) -> int:
+        return self.rows - sum(self.val_rows)
+
+    def scales(self, rows: int, dtype: torch.dtype) -> Tensor:
+        """scale once a training row, (rows,): with it their scaled sum is one operation."""
+        if self._scales is None or len(self._scales) != rows or self._scales.dtype != dtype:
+            self._scales = self.scale.to(dtype).repeat(rows)
+        return self._scales
+
+    def collect(self, leaf: str | None, dots: Tensor) -> None:
+        """Dots of one use of a parameter."""
+        if leaf is None:
+            return
+        found = self._dots.setdefault(leaf, [])
+        found.append(dots)
+        if len(found) == _DOTS_TOGETHER:
+            found[:] = [torch.stack(found).sum(0, dtype=torch.float64)]
+
+    def collect_rows(self, leaf: str | None, row_grads: Tensor, *, borrowed: bool) -> None:
+        """Row gradients (rows, d) of a vector, whose dots are made with those of others: copied if
+        they are borrowed and somebody else may write there until then."""
+        if leaf is None:
+            return
+        if row_grads.numel() > _ROWS_TOGETHER:
+            self._dot_rows(leaf, row_grads)
+            return
+        found = self._rows.setdefault(leaf, [])
+        found.append(row_grads.clone() if borrowed else row_grads)
+        self._held += row_grads.numel()
+        if self._held > _ROWS_TOGETHER:
+            self.dot_held_rows()
+
+    def dot_held_rows(self) -> None:
+        """Make the dots of all row gradients that wait for it."""
+        for leaf, found in self._rows.items():
+            self._dot_rows(leaf, found[0] if len(found) == 1 else torch.cat(found, 1))
+        self._rows, self._held = {}, 0
+
+    def _dot_rows(self, leaf: str, row_grads: Tensor) -> None:
+        self.collect(leaf, vector_form(row_grads, row_grads, self.val_rows, self.norms))
+
+    def collected(self, leaf: str) -> Tensor | None:
+        """The sum of all dots collected for a leaf, fp64; None where there are none."""
+        found = self._dots.get(leaf)
+        if not found:
+            return None
+        return (
+            found[0].double() if len(found) == 1 else torch.stack(found).sum(0, dtype=torch.float64)
+        )
+
+    @property
+    def has_dots(self) -> bool:
+        return bool(self._dots or self._rows)
 
     def as_samples(self, x: Tensor) -> Tensor:
         """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
@@ -66,16 +131,22 @@ class Step:
                 " leave per_token out, or exclude the parameter"
             )
 
-    def uses(self, name: str, parameter: Tensor) -> SharedUses:
+    def uses(self, parameter: Tensor) -> SharedUses:
         key = id(parameter)
-        if key not in self.shared:
+        found = self.shared.get(key)
+        if found is None:
+            if key not in self.names:
+                raise GraddotError(
+                    f"a rule used a parameter of shape {tuple(parameter.shape)} that its layer does"
+                    " not hold; a rule scores the parameters of its own module"
+                )
             direction = self.directions.get(key)
             scored = bool(self.val_rows) or direction is not None
-            self.shared[key] = SharedUses(name, self.val_rows, direction, self.norms and scored)
-        return self.shared[key]
-
-    def sink(self, parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else self.sinks.get(id(parameter))
+            found = self.shared[key] = SharedUses(
+                self.names[key], self.val_rows, direction, self.norms and scored,
+                self.leaf_of.get(key),
+            )  # fmt: skip
+        return found
 
     def row_tokens(self, name: str) -> int:
         """T of a layer whose input has the tokens of each row one after the other, else 0."""
@@ -145,52 +216,51 @@ class Step:
         )
 
 
-def _add(dots: Tensor, cross_terms: Tensor | None) -> Tensor:
-    return dots if cross_terms is None else dots + cross_terms
-
-
-def vector_grad(step: Step, uses: SharedUses, row_grads: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The training gradient (d,) and dots (K, N) of a bias or norm weight from its row gradients.
-
-    No dots where directions are given and the parameter, not scored, has none.
-    """
-    n = step.rows - sum(step.val_rows)
-    dots, cross_terms = None, uses.vector_terms(row_grads)
+def vector_grad(
+    step: Step, uses: SharedUses, row_grads: Tensor, *, borrowed: bool = False
+) -> Tensor:
+    """The training gradient (d,) of a bias or norm weight from its row gradients; the step collects
+    its dots. borrowed as in `Step.collect_rows`."""
+    cross_terms = uses.vector_terms(row_grads)
+    if cross_terms is not None:
+        step.collect(uses.leaf, cross_terms)
+    train = row_grads
     if step.val_rows:
-        dots = _add(uses.vector_form(row_grads, row_grads), cross_terms)
+        step.collect_rows(uses.leaf, row_grads, borrowed=borrowed)
+        train = row_grads[: step.train_rows]
     elif uses.given is not None:
         step.check_samples(uses.name, row_grads.shape[0])
         dots = uses.direction().flatten(1).to(row_grads.dtype) @ row_grads.t()
-        if uses.norms:
-            dots = _add(bordered(dots, row_grads.square().sum(1)), cross_terms)
-    return row_grads[: n if step.val_rows else None].sum(0).mul_(step.scale), dots
+        step.collect(uses.leaf, bordered(dots, row_grads.square().sum(1)) if uses.norms else dots)
+    return torch.mv(train.t(), step.scales(len(train), train.dtype))
 
 
-def linear_grad(
-    step: Step, uses: SharedUses, act: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The training gradient (Dout, Din) and dots (K, N) of a weight from (rows, T, Din) and
-    (rows, T, Dout); no dots as in `vector_grad`."""
+def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> Tensor:
+    """The training gradient (Dout, Din) of a weight from (rows, T, Din) and (rows, T, Dout); the
+    step collects its dots."""
     cross_terms = uses.linear_terms(act, grad)
+    if cross_terms is not None:
+        step.collect(uses.leaf, cross_terms)
     if step.val_rows:
         weight_grad, dots = _ops.linear_joint_wgrad_dot(
             act, grad, step.val_rows, step.scale, uses.norms
         )
-        return weight_grad, _add(dots, cross_terms)
-    if uses.given is not None:
+    elif uses.given is not None:
         step.check_samples(uses.name, act.shape[0])
         direction = uses.direction().flatten(2)  # a convolution's has its kernel's dimensions
         weight_grad, dots = _ops.linear_wgrad_dot(direction, act, grad, step.scale, uses.norms)
-        return weight_grad, _add(dots, cross_terms)
-    return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale), None
+    else:
+        return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale)
+    step.collect(uses.leaf, dots)
+    return weight_grad
 
 
-def _embedding_grad(
-    step: Step, uses: SharedUses, ids: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor | None]:
-    """The training gradient (num_embeddings, d) and dots (K, N) of a table; no dots as above."""
+def _embedding_grad(step: Step, uses: SharedUses, ids: Tensor, grad: Tensor) -> Tensor:
+    """The training gradient (num_embeddings, d) of a table; the step collects its dots."""
     padding = -1 if uses.padding_idx is None else uses.padding_idx
     cross_terms = uses.embedding_terms(ids, grad)
+    if cross_terms is not None:
+        step.collect(uses.leaf, cross_terms)
     dots: Tensor | None
     if uses.held is not None:
         step.check_samples(uses.name, ids.shape[0])
@@ -211,7 +281,16 @@ def _embedding_grad(
             grad, ids, uses.num_embeddings, padding, False
         )
         weight_grad, dots = weight_grad.mul_(step.scale), None
-    return weight_grad, None if dots is None else _add(dots, cross_terms)
+    if dots is not None:
+        step.collect(uses.leaf, dots)
+    return weight_grad
+
+
+def no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for a kind of device. Entering its context costs more than some layers."""
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def without_autocast(backward):  # type: ignore[no-untyped-def]
@@ -219,7 +298,7 @@ def without_autocast(backward):  # type: ignore[no-untyped-def]
 
     @functools.wraps(backward)
     def wrapped(ctx, grad_out):  # type: ignore[no-untyped-def]
-        with torch.autocast(grad_out.device.type, enabled=False):
+        with no_autocast(grad_out.device.type):
             return backward(ctx, grad_out)
 
     return wrapped
@@ -229,19 +308,19 @@ class ScoredFunction(torch.autograd.Function):
     """Base of the functions that score the parameters they take."""
 
 
-def note_uses(ctx, step, names, weight, bias, *, vector):  # type: ignore[no-untyped-def]
+def note_uses(ctx, step, weight, bias, *, vector):  # type: ignore[no-untyped-def]
     """ctx.uses and ctx.bias_uses of a layer's weight, needs_input_grad[1], a vector or a matrix,
     and bias, [2]; None where no gradient is needed. In the forward, so that uses are counted."""
     ctx.step, ctx.uses, ctx.bias_uses = step, None, None
     if ctx.needs_input_grad[1]:
-        ctx.uses = step.uses(names[0], weight)
+        ctx.uses = step.uses(weight)
         if vector:
             ctx.uses.count_vector()
         else:
             ctx.uses.count_linear()
     if bias is not None and ctx.needs_input_grad[2]:
         ctx.bias_dtype = bias.dtype
-        ctx.bias_uses = step.uses(names[1], bias)
+        ctx.bias_uses = step.uses(bias)
         ctx.bias_uses.count_vector()
 
 
@@ -249,9 +328,9 @@ class PerSampleDot(ScoredFunction):
     """A parameter as (rows, *shape), a copy for every row: scores whatever is computed with it."""
 
     @staticmethod
-    def forward(ctx, parameter, sink, step, name):  # type: ignore[no-untyped-def]
+    def forward(ctx, parameter, step):  # type: ignore[no-untyped-def]
         ctx.step, ctx.shape, ctx.dtype = step, parameter.shape, parameter.dtype
-        ctx.uses = step.uses(name, parameter)
+        ctx.uses = step.uses(parameter)
         ctx.uses.count_vector()
         return parameter.expand(step.rows, *parameter.shape)
 
@@ -259,23 +338,22 @@ class PerSampleDot(ScoredFunction):
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         row_grads = grad_out.reshape(len(grad_out), -1).to(accumulator(grad_out.dtype))
-        grad, dots = vector_grad(ctx.step, ctx.uses, row_grads)
-        dots = dots if ctx.needs_input_grad[1] else None
-        return grad.view(ctx.shape).to(ctx.dtype), dots, None, None
+        grad = vector_grad(ctx.step, ctx.uses, row_grads, borrowed=True)
+        return grad.view(ctx.shape).to(ctx.dtype), None
 
 
 class LinearDot(ScoredFunction):
     """A linear layer; `transposed` when the weight is stored (Din, Dout), as HF Conv1D does."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, transposed):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, step, transposed):  # type: ignore[no-untyped-def]
         w = weight.to(x.dtype)
         sources: tuple[Tensor | None, ...] = ()
         if ctx.needs_input_grad[1]:
             ctx.make_input, sources = made_of(x, weight.shape[1 if transposed else 0])
         ctx.save_for_backward(weight, *sources)
         ctx.transposed = transposed
-        note_uses(ctx, step, names, weight, bias, vector=False)
+        note_uses(ctx, step, weight, bias, vector=False)
         b = None if bias is None else bias.to(x.dtype)
         flat = x.flatten(0, -2)
         out = F.linear(flat, w.t() if transposed else w, b)
@@ -286,26 +364,21 @@ class LinearDot(ScoredFunction):
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         weight, *sources = ctx.saved_tensors
-        step, result = ctx.step, [None] * 8
+        step, result = ctx.step, [None] * 5
         if ctx.needs_input_grad[0]:
             w = weight.to(grad_out.dtype)
             result[0] = grad_out @ (w.t() if ctx.transposed else w)
         grad = step.as_samples(grad_out)
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
-            bias_grad, result[4] = vector_grad(step, ctx.bias_uses, row_grads)
-            result[2] = bias_grad.to(ctx.bias_dtype)
+            result[2] = vector_grad(step, ctx.bias_uses, row_grads).to(ctx.bias_dtype)
         if ctx.uses is not None:
             act = step.as_samples(ctx.make_input(*sources))
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
-            weight_grad, result[3] = linear_grad(step, ctx.uses, act, grad)
+            weight_grad = linear_grad(step, ctx.uses, act, grad)
             if not ctx.uses.hold(weight_grad):
                 result[1] = weight_grad.to(weight.dtype)
-        if not ctx.needs_input_grad[3]:
-            result[3] = None
-        if not ctx.needs_input_grad[4]:
-            result[4] = None
         return tuple(result)
 
 
@@ -313,7 +386,7 @@ class EmbeddingDot(ScoredFunction):
     """An embedding; `same` when the ids were the same for every row, as position ids are."""
 
     @staticmethod
-    def forward(ctx, ids, weight, sink, step, name, padding_idx, same):  # type: ignore[no-untyped-def]
+    def forward(ctx, ids, weight, step, padding_idx, same):  # type: ignore[no-untyped-def]
         if same:
             out = F.embedding(ids[0], weight, padding_idx).expand(step.rows, -1, -1)
         else:
@@ -321,7 +394,7 @@ class EmbeddingDot(ScoredFunction):
         ids = ids.reshape(step.rows, -1)
         ctx.save_for_backward(ids)
         ctx.step, ctx.dtype = step, weight.dtype
-        ctx.uses = step.uses(name, weight)
+        ctx.uses = step.uses(weight)
         ctx.uses.num_embeddings, ctx.uses.padding_idx = weight.shape[0], padding_idx
         ctx.uses.count_embedding(ids)
         return out
@@ -332,44 +405,41 @@ class EmbeddingDot(ScoredFunction):
         (ids,) = ctx.saved_tensors
         grad = ctx.step.as_samples(grad_out)
         ids = ids.reshape(grad.shape[:2])
-        weight_grad, dots = _embedding_grad(ctx.step, ctx.uses, ids, grad)
-        dots = dots if ctx.needs_input_grad[2] else None
-        return None, weight_grad.to(ctx.dtype), dots, None, None, None, None
+        weight_grad = _embedding_grad(ctx.step, ctx.uses, ids, grad)
+        return None, weight_grad.to(ctx.dtype), None, None, None
 
 
 class LayerNormDot(ScoredFunction):
     """A layer norm with weight and optional bias."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, weight_sink, bias_sink, step, names, shape, eps):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, bias, step, shape, eps):  # type: ignore[no-untyped-def]
         out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
         ctx.save_for_backward(x, mean, rstd, weight, bias)
         ctx.shape = shape
-        note_uses(ctx, step, names, weight, bias, vector=True)
+        note_uses(ctx, step, weight, bias, vector=True)
         return out
 
     @staticmethod
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        result = [None] * 9
+        result = [None] * 6
         if ctx.needs_input_grad[0]:
             result[0] = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
-        normed = ((x - mean) * rstd).to(grad_out.dtype)
-        normed, grads = (y.flatten(-len(ctx.shape)) for y in (normed, grad_out))
-        weight_rows, bias_rows = norm_sample_grads(
-            ctx.step.as_samples(normed), ctx.step.as_samples(grads)
+        samples, grads = (ctx.step.as_samples(y.flatten(-len(ctx.shape))) for y in (x, grad_out))
+        weight_rows, bias_rows = _ops.norm_sample_grads(
+            samples, grads, *(y.reshape(samples.shape[:2]) for y in (mean, rstd))
         )
         for uses, rows, parameter, at in (
             (ctx.uses, weight_rows, weight, 1),
             (ctx.bias_uses, bias_rows, bias, 2),
         ):
             if uses is not None:
-                grad, dots = vector_grad(ctx.step, uses, rows)
+                grad = vector_grad(ctx.step, uses, rows)
                 result[at] = grad.view(parameter.shape).to(parameter.dtype)
-                result[at + 2] = dots if ctx.needs_input_grad[at + 2] else None
         return tuple(result)
 
 

@@ -53,12 +53,14 @@ class ModelForward:
         self._suspended: MicroBatch | None = None  # while the model is evaluated in its midst
         self._parameters = parameters
         names = {id(p): name for name, p in parameters.items()}
-        self._owned = {  # by module; a tied parameter has one name in all of them
-            module_name: {
-                key: names[id(p)]
-                for key, p in module.named_parameters(remove_duplicate=False)
-                if id(p) in names
-            }
+        # By module: where the parameters are that it holds, and their names in the model; a tied
+        # one has one name in all places, and a frozen one none.
+        self._places = {
+            module_name: [
+                (part, part_name, {key: names.get(id(p)) for key, p in part._parameters.items()})
+                for part_name, part in module.named_modules(prefix=module_name)
+                if part._parameters
+            ]
             for module_name, module in model.named_modules()
         }
         rules = {name: rule_for(module) for name, module in model.named_modules()}
@@ -96,7 +98,7 @@ class ModelForward:
         if any(isinstance(forward, ScoredForward) for forward in forwards):
             raise GraddotError("another engine is attached to the model; detach() it first")
         for name, _ in self.model.named_modules():
-            if name not in self._owned:
+            if name not in self._places:
                 raise GraddotError(f"module {name} is new since the engine was made; make it last")
         for name, module in self.model.named_modules():
             rule = self._rules.get(name)
@@ -154,7 +156,8 @@ class ModelForward:
         micro = self.micro
         if micro is None or not micro.forwarded:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
-        if all(leaf.grad is None for leaf in micro.leaves.values()):
+        micro.step.dot_held_rows()
+        if not micro.step.has_dots:
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
         if len(micro.loss_factors()) > 1:
             raise GraddotError(
@@ -218,18 +221,23 @@ class ModelForward:
 
     def _resolve(self, micro: MicroBatch, module: nn.Module, name: str) -> None:
         """Give a layer's parameters, as they are in this forward, what goes by their names."""
-        for key, parameter in module.named_parameters(remove_duplicate=False):
-            owned = self._owned[name].get(key)
-            if owned is None:
-                if parameter.requires_grad:
-                    raise GraddotError(f"{name}.{key} was frozen when the engine was made")
-                continue
-            known = self._parameters[owned]
-            distributed.check_plain(owned, parameter, known)
-            if owned in micro.leaf_of:
-                micro.step.sinks[id(parameter)] = micro.leaves[micro.leaf_of[owned]]
-                if self.directions is not None:
-                    micro.step.directions[id(parameter)] = self.directions[id(known)]
+        step = micro.step
+        for part, part_name, owned_names in self._places[name]:
+            for key, parameter in part._parameters.items():
+                owned = owned_names.get(key)
+                if parameter is None or id(parameter) in step.names:
+                    continue
+                if owned is None:
+                    if parameter.requires_grad:
+                        raise GraddotError(f"{part_name}.{key} was frozen when the engine was made")
+                    continue
+                known = self._parameters[owned]
+                distributed.check_plain(owned, parameter, known)
+                step.names[id(parameter)] = owned
+                if owned in micro.leaf_of:
+                    step.leaf_of[id(parameter)] = micro.leaf_of[owned]
+                    if self.directions is not None:
+                        step.directions[id(parameter)] = self.directions[id(known)]
         if self.is_first:
             self._whole.update(distributed.plain_parameters(self.model))
 

@@ -71,10 +71,10 @@ class RMSNormDot(ScoredFunction):
     """An RMS norm: the module's own forward, and a backward in at least fp32."""
 
     @staticmethod
-    def forward(ctx, x, weight, sink, step, name, form, original):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, step, form, original):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight)
         ctx.step, ctx.form = step, form
-        ctx.uses = step.uses(name, weight)
+        ctx.uses = step.uses(weight)
         ctx.uses.count_vector()
         return original(x)
 
@@ -93,17 +93,15 @@ class RMSNormDot(ScoredFunction):
             x_grad = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
             x_grad = x_grad.to(x.dtype)
         rows, _ = norm_sample_grads(step.as_samples(normed), step.as_samples(grad))
-        weight_grad, dots = vector_grad(step, ctx.uses, rows)
-        dots = dots if ctx.needs_input_grad[2] else None
-        return x_grad, weight_grad.to(weight.dtype), dots, None, None, None, None
+        weight_grad = vector_grad(step, ctx.uses, rows)
+        return x_grad, weight_grad.to(weight.dtype), None, None, None
 
 
 def rms_norm_rule(form: RMSNormForm, module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
     """The rule of a norm of this form."""
     step, weight = scored.step, next(module.parameters())
-    act, name = step.as_rows(scored.name, x), scored.name_of(weight)
-    sink = step.sink(weight)
-    out = RMSNormDot.apply(act, weight, sink, step, name, form, scored.own_forward)
+    act = step.as_rows(scored.name, x)
+    out = RMSNormDot.apply(act, weight, step, form, scored.own_forward)
     if not step.sharded:
         remember(out, lambda x, _: scored.own_forward(x), act, weight)
     return scored.shaped(out)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .compiled import new_owner
 from .compiler import uncompiled
 from .errors import GraddotError
-from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step
+from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step, no_autocast
 from .recompute import remember
 from .tracing import trace_layer
 
@@ -24,15 +24,10 @@ class Scored:
     layer's own forward.
     """
 
-    def __init__(
-        self, module: nn.Module, name: str, step: Step, own_forward: Callable[..., Any]
-    ) -> None:
+    def __init__(self, name: str, step: Step, own_forward: Callable[..., Any]) -> None:
         self.name, self.step, self.own_forward = name, step, own_forward
         self.rows = step.rows
         self.broadcasts = False  # whether the layer's output got rows that its input had not
-        self._names = {
-            id(p): f"{name}.{key}" if name else key for key, p in module.named_parameters()
-        }
 
     def has_rows(self, x: Tensor) -> bool:
         """Whether a tensor's first dimension holds the samples."""
@@ -48,9 +43,6 @@ class Scored:
                 " a model that has them there; its rule needs them as the first (batch_first)"
             )
 
-    def name_of(self, parameter: Tensor) -> str:
-        return self._names.get(id(parameter), self.name)
-
     def per_sample(self, parameter: Tensor) -> Tensor:
         """The parameter as (rows, *shape), row i to be used for sample i alone.
 
@@ -58,8 +50,7 @@ class Scored:
         """
         if not parameter.requires_grad:
             return parameter.expand(self.rows, *parameter.shape)
-        step, name = self.step, self.name_of(parameter)
-        return PerSampleDot.apply(parameter, step.sink(parameter), step, name)
+        return PerSampleDot.apply(parameter, self.step)
 
     def linear(
         self, x: Tensor, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False
@@ -73,10 +64,8 @@ class Scored:
     ) -> Tensor:
         """The same of an x that is known to have the rows as its first dimension."""
         act = autocast_input(x)
-        names = self.name_of(weight), "" if bias is None else self.name_of(bias)
-        sinks = self.step.sink(weight), self.step.sink(bias)
-        with torch.autocast(act.device.type, enabled=False):
-            return LinearDot.apply(act, weight, bias, *sinks, self.step, names, transposed)
+        with no_autocast(act.device.type):
+            return LinearDot.apply(act, weight, bias, self.step, transposed)
 
     def embedding(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
         """weight[ids] for ids (rows, ...), or the same for every row and (1, T) or (T,)."""
@@ -98,8 +87,7 @@ class Scored:
         same for every row, if so."""
         if not weight.requires_grad:
             return F.embedding(ids, weight, padding_idx)
-        step, name = self.step, self.name_of(weight)
-        return EmbeddingDot.apply(ids, weight, step.sink(weight), step, name, padding_idx, same)  # type: ignore[no-any-return]
+        return EmbeddingDot.apply(ids, weight, self.step, padding_idx, same)  # type: ignore[no-any-return]
 
     def table(self, ids: Tensor, weight: Tensor, padding_idx: int | None = None) -> Tensor:
         """weight[ids] for ids of any shape, the same for every row, as (rows, *ids.shape, d)."""
@@ -114,9 +102,7 @@ class Scored:
         act = self.step.as_rows(self.name, x)
         if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
             act = act.to(weight.dtype)
-        names = self.name_of(weight), "" if bias is None else self.name_of(bias)
-        sinks = self.step.sink(weight), self.step.sink(bias)
-        out = LayerNormDot.apply(act, weight, bias, *sinks, self.step, names, shape, eps)
+        out = LayerNormDot.apply(act, weight, bias, self.step, shape, eps)
         if not self.step.sharded:
             again = lambda x, w, b: torch.native_layer_norm(x, shape, w, b, eps)[0]
             remember(out, again, act, weight, bias)
@@ -187,7 +173,7 @@ class ScoredForward:
             return self.own_forward(*args, **kwargs)
         if self.around is not None and self.around.without_rows((args, kwargs)):
             return self.own_forward(*args, **kwargs)
-        scored = Scored(self.module, self.name, step, self.own_forward)
+        scored = Scored(self.name, step, self.own_forward)
         if not getattr(getattr(self._rule, "func", self._rule), "any_layout", False):
             scored.require_rows_first()
         around, ScoredForward.around = ScoredForward.around, None

@@ -30,7 +30,7 @@ class MicroBatch:
     sample_ids: Any
     labels: Tensor  # (rows, ...) of the joint batch
     leaf_of: dict[str, str]  # by parameter name
-    leaves: dict[str, Tensor]  # a `Step`'s sinks; their gradients are raw dots and squared norms
+    dots_shape: tuple[int, int]  # of the raw dots and squared norms that the step collects
     # 0-dim leaves, one for each loss tracked; the gradient of the one that was used is the factor
     # that the loss was multiplied by. The first is for a loss inside of a compiled graph.
     loss_scales: list[Tensor]
@@ -49,7 +49,12 @@ class MicroBatch:
     @property
     def n(self) -> int:
         """Training rows."""
-        return self.step.rows - sum(self.step.val_rows)
+        return self.step.train_rows
+
+    @property
+    def leaves(self) -> list[str]:
+        """All leaves, in an order that runs repeat."""
+        return list(dict.fromkeys(self.leaf_of.values()))
 
     def loss_factors(self) -> list[Tensor]:
         """The same of each tracked loss that was used."""
@@ -91,8 +96,8 @@ class MicroBatch:
         return dots if targets is None else dots * targets[:, None, None]
 
     def _raw(self, leaf: str) -> Tensor:
-        leaf_tensor = self.leaves[leaf]
-        return torch.zeros_like(leaf_tensor) if leaf_tensor.grad is None else leaf_tensor.grad
+        dots, scale = self.step.collected(leaf), self.step.scale
+        return scale.new_zeros(self.dots_shape, dtype=torch.float64) if dots is None else dots
 
     def _factors(self) -> tuple[Tensor, Tensor | None]:
         """What turns gradients of the joint loss into those of mean losses: for each training

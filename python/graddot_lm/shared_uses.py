@@ -91,6 +91,7 @@ class SharedUses:
     val_rows: list[int]
     given: Tensor | None = None
     norms: bool = False
+    leaf: str | None = None  # of the step, which collects the dots for it; None: not scored
     padding_idx: int | None = None
     num_embeddings: int = 0
     linear_calls: int = 0
@@ -288,22 +289,15 @@ class SharedUses:
         terms = None
         if self._vectors:
             other = torch.stack(self._vectors).sum(0)
-            terms = self.vector_form(other, row_grads) + self.vector_form(row_grads, other)
+            terms = self._vector_form(other, row_grads) + self._vector_form(row_grads, other)
         self._vectors.append(row_grads)
         return terms
 
-    def vector_form(self, direction_rows: Tensor, sample_rows: Tensor) -> Tensor:
-        """Dots of one use's val rows with another's (or the same's) training rows, (K, N), with
-        norms' border. Of row gradients (N + ΣV, d)."""
-        samples = self._train(sample_rows)
-        summed = lambda x: self._stacked([rows.sum(0) for rows in self._targets(x)], samples.t())
-        direction = summed(direction_rows)  # (K, d)
-        dots = direction @ samples.t()
-        if not self.norms:
-            return dots
-        row = (self._train(direction_rows) * samples).sum(1)
-        column = (direction * summed(sample_rows)).sum(1) if self.val_rows else None
-        return bordered(dots, row, column)
+    def _vector_form(self, direction_rows: Tensor, sample_rows: Tensor) -> Tensor:
+        if self.val_rows:
+            return vector_form(direction_rows, sample_rows, self.val_rows, self.norms)
+        dots = self._stacked([], sample_rows)
+        return bordered(dots, (direction_rows * sample_rows).sum(1))
 
     def _linear_pair(
         self, act: Tensor, grad: Tensor, other_act: Tensor, other_grad: Tensor
@@ -312,7 +306,7 @@ class SharedUses:
         return self._linear_form(*one, *other) + self._linear_form(*other, *one)
 
     def _linear_form(self, val_act: Tensor, val_grad: Tensor, act: Tensor, grad: Tensor) -> Tensor:
-        """As `vector_form`, of a linear weight."""
+        """As `vector_form`, of a linear weight; without val rows the dots are 0."""
         train = self._train(act), self._train(grad)
         vals = list(zip(self._targets(val_act), self._targets(val_grad), strict=True))
         dots = self._stacked([linear_ghost_dot(*val, *train) for val in vals], train[0])
@@ -336,7 +330,7 @@ class SharedUses:
     def _embedding_form(
         self, val_ids: Tensor, val_grad: Tensor, ids: Tensor, grad: Tensor
     ) -> Tensor:
-        """As `vector_form`, of a table."""
+        """The same of a table."""
         train = self._train(ids), self._train(grad)
         vals = zip(self._targets(val_ids), self._targets(val_grad), strict=True)
         dots = self._stacked([self._embedding_dot(val, train) for val in vals], train[1])
@@ -421,6 +415,27 @@ class SharedUses:
         return head_terms + embedding_direction_dot(
             rows, part.train.slots[:n], grad[:n], padding_idx=missing
         )
+
+
+def vector_form(
+    direction_rows: Tensor, sample_rows: Tensor, val_rows: list[int], norms: bool
+) -> Tensor:
+    """Dots of one use's val rows with another's (or the same's) training rows, (K, N), with norms'
+    border. Of row gradients (N + ΣV, d) of one vector, or of several side by side."""
+    n = sample_rows.shape[0] - sum(val_rows)
+
+    def summed(x: Tensor) -> Tensor:  # (K, d)
+        groups = [x[n:]] if len(val_rows) == 1 else torch.split(x[n:], val_rows)
+        sums = [rows.sum(0, keepdim=True) if len(rows) > 1 else rows for rows in groups]
+        return sums[0] if len(sums) == 1 else torch.cat(sums)
+
+    samples, direction = sample_rows[:n], summed(direction_rows)
+    dots = direction @ samples.t()
+    if not norms:
+        return dots
+    row = (direction_rows[:n] * samples).sum(1)
+    column = (direction * summed(sample_rows)).sum(1)
+    return bordered(dots, row, column)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:

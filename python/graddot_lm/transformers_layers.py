@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graddot_kernels.sample_dots import bordered
 
 from .errors import GraddotError
-from .layers import ScoredFunction, Step, accumulator, without_autocast
+from .layers import ScoredFunction, Step, accumulator, no_autocast, without_autocast
 from .scored import Scored, autocast_input, own_parameters
 
 
@@ -26,10 +26,10 @@ class ExpertLinearDot(ScoredFunction):
     """
 
     @staticmethod
-    def forward(ctx, x, weight, sink, step, name, transposed, counts, samples):  # type: ignore[no-untyped-def]
+    def forward(ctx, x, weight, step, transposed, counts, samples):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x, weight, samples)
         ctx.step, ctx.counts, ctx.transposed = step, counts, transposed
-        ctx.uses = step.uses(name, weight)
+        ctx.uses = step.uses(weight)
         by_expert = weight.to(x.dtype) if transposed else weight.to(x.dtype).mT
         return torch.cat([tokens @ w for tokens, w in zip(x.split(counts), by_expert, strict=True)])
 
@@ -37,7 +37,7 @@ class ExpertLinearDot(ScoredFunction):
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight, samples = ctx.saved_tensors
-        step, result = ctx.step, [None] * 9
+        step, result = ctx.step, [None] * 6
         split = lambda t: t.split(ctx.counts)
         if ctx.needs_input_grad[0]:
             by_expert = weight.to(grad_out.dtype)
@@ -52,7 +52,7 @@ class ExpertLinearDot(ScoredFunction):
         uses.expert_calls += 1
         step.check_samples(uses.name, step.rows)
         high = accumulator(x.dtype)
-        n = step.rows - sum(step.val_rows)
+        n = step.train_rows
         given = None if uses.given is None else uses.direction()
         targets = len(step.val_rows) if given is None else len(given)
         dots = torch.zeros(targets, step.rows, dtype=high, device=x.device)
@@ -80,7 +80,7 @@ class ExpertLinearDot(ScoredFunction):
         dots = dots[:, :n]
         if uses.norms:
             dots = bordered(dots, norms[:n], val_norms if given is None else None)
-        result[2] = dots if ctx.needs_input_grad[2] else None
+        step.collect(uses.leaf, dots)
         return tuple(result)
 
 
@@ -137,10 +137,8 @@ def experts(
     def linear(x: Tensor, weight: str) -> Tensor:
         x, step = autocast_input(x), scored.step
         w, bias = getattr(module, weight), getattr(module, f"{weight}_bias", None)
-        with torch.autocast(x.device.type, enabled=False):
-            out = ExpertLinearDot.apply(
-                x, w, step.sink(w), step, scored.name_of(w), module.is_transposed, counts, samples
-            )
+        with no_autocast(x.device.type):
+            out = ExpertLinearDot.apply(x, w, step, module.is_transposed, counts, samples)
             if bias is None:
                 return out  # type: ignore[no-any-return]
             # Every row looks up as many experts' biases; they are added in the experts' order.

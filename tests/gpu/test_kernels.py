@@ -120,9 +120,13 @@ def test_public_wgrad_and_joint(t: int, dtype: torch.dtype) -> None:
 @DTYPES
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 1024, 768), (5, 77, 1601), (2, 4096, 64)])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    normed = random(*shape, dtype=dtype, device="cuda")
+    x = random(*shape, dtype=dtype, device="cuda")
     grad = random(*shape, dtype=dtype, device="cuda", seed=1)
-    check_norm(gk.norm_sample_grads(normed, grad), normed, grad)
+    check_norm(gk.norm_sample_grads(x, grad), x, grad)
+    mean, rstd = (
+        random(*shape[:2], dtype=torch.float32, device="cuda", seed=seed) for seed in (2, 3)
+    )
+    check_norm(gk.norm_sample_grads(x, grad, mean=mean, rstd=rstd), x, grad, mean, rstd)
 
 
 def test_tf32_only_when_allowed() -> None:

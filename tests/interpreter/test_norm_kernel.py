@@ -14,8 +14,11 @@ SHAPES = [(1, 1, 1), (1, 1, 33), (3, 8, 16), (2, 9, 17), (5, 70, 40), (0, 3, 4),
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("shape", SHAPES, ids=["n={}-t={}-d={}".format(*s) for s in SHAPES])
 def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    normed, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
-    check_norm(norm_sample_grads(normed, grad), normed, grad)
+    x, grad = random(*shape, dtype=dtype), random(*shape, dtype=dtype, seed=1)
+    check_norm(norm_sample_grads(x, grad), x, grad)
+    mean, rstd = (random(*shape[:2], dtype=torch.float32, seed=seed) for seed in (2, 3))
+    for statistics in ((mean, rstd), (None, rstd), (mean.t().contiguous().t(), None)):
+        check_norm(norm_sample_grads(x, grad, *statistics), x, grad, *statistics)
 
 
 def test_strides_and_repeat() -> None:
