@@ -238,7 +238,9 @@ def test_what_is_too_large_is_refused_with_what_to_do():
 
 def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
     layer = Block(lambda m, x: (m.inner(x).mT.transpose(0, 1) * m.w).transpose(0, 1), w=N(5))
-    with pytest.raises(GraddotError, match="in place: .*differs.*\n.*row by row: its 47 elements"):
+    with pytest.raises(
+        GraddotError, match="in place: .*does not hold.*\n.*row by row: its 47 elements"
+    ):
         check_layer(layer, data(4)[0])
     monkeypatch.setattr("graddot_lm.general.LARGEST", 100)
     check_layer(layer, data(4)[0])

@@ -2,20 +2,22 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .errors import GraddotError
-from .general import Rule
+from .general import Rule, caller_rule
 from .layers import Step
 from .rows import Layout, NoDropout, find_layouts, take_rows
 from .rules import rule_for
 from .scored import Scored, ScoredForward
+from .verify import tensors_in
 
+WayType = TypeVar("WayType", bound=Rule)
 TOLERANCE = 1e-5  # of the norm: many layers compute in fp32 whatever their input is
 
 
@@ -40,14 +42,64 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     _Proof(module, "", first.shape[0], layouts, rule_for(module)).run(inputs, kwargs)
 
 
-def prove(module: nn.Module, scored: Scored, rule: Rule, args: Any, kwargs: Any) -> None:
-    """check_layer of one rule on a few rows of what a layer got in a step."""
-    rows = scored.rows
-    index = sorted({0, min(1, rows - 1), rows - 1}) if rows > 1 else [0, 0]
-    tokens = scored.step.row_tokens(scored.name)
-    few = lambda x: take_rows(x.detach(), index, rows, tokens)
-    args, kwargs = tree_map_only(Tensor, few, (args, kwargs))
-    _Proof(module, scored.name, len(index), scored.step.layouts, rule).run(args, kwargs)
+def prove(
+    module: nn.Module, scored: Scored, make: Callable[[], WayType], args: Any, kwargs: Any
+) -> WayType:
+    """check_layer of a rule that `make` makes, on a few rows of what a layer got in a step; returns
+    the rule. The number of rows is none that a dimension of the layer may be taken for."""
+    rows, tokens = scored.rows, scored.step.row_tokens(scored.name)
+    error: GraddotError | None = None
+    for count in _unlike(module, scored, args, kwargs)[:2]:
+        few = [i % rows for i in range(count - 1)] + [rows - 1]
+        try:
+            return _prove_on(module, scored, make, few, tokens, args, kwargs)
+        except GraddotError as failed:
+            error = error or failed
+    assert error is not None
+    raise error
+
+
+def _prove_on(
+    module: nn.Module,
+    scored: Scored,
+    make: Callable[[], WayType],
+    index: list[int],
+    tokens: int,
+    args: Any,
+    kwargs: Any,
+) -> WayType:
+    def proof(rule: Rule, index: list[int], **options: Any) -> None:
+        few = lambda x: take_rows(x.detach(), index, scored.rows, tokens)
+        inputs = tree_map_only(Tensor, few, (args, kwargs))
+        proof = _Proof(module, scored.name, len(index), scored.step.layouts, rule)
+        proof.run(*inputs, **options)
+
+    rule = make()
+    try:
+        proof(rule, index)
+    except _UnevenNumber:
+        # Rows that are all the same weigh the same, whatever a loss's labels: that is for the
+        # number, and the distinct rows are for what else is returned.
+        rule = make()
+        proof(rule, index, numbers=False)
+        proof(make(), index[-1:] * len(index))
+    return rule
+
+
+def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[int]:
+    """Small primes that divide no dimension of the layer's parameters, buffers and inputs."""
+    tensors = [*module.parameters(), *module.buffers()]
+    sizes = {size for x in tensors for size in x.shape}
+    for x in tree_flatten((args, kwargs))[0]:
+        if isinstance(x, Tensor):
+            sizes |= set(x.shape[1:] if scored.has_rows(x) else x.shape)
+    sizes |= {scored.step.row_tokens(scored.name)} | {size + 1 for size in sizes}
+    primes = [3, 5, 7, 11, 13, 17]
+    return [p for p in primes if all(size == 0 or size % p for size in sizes)] or primes[-1:]
+
+
+class _UnevenNumber(GraddotError):
+    """A number that a layer returns is neither the mean nor the sum of its rows' own."""
 
 
 class _Proof:
@@ -72,33 +124,57 @@ class _Proof:
         names = {id(p): n for n, p in parameters.items()}
         self._step = step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
         self._tokens = step.row_tokens(name)
+        # Layers that a model's engine follows beyond those that need it, are followed here, too.
+        more = {
+            key
+            for key, part in module.named_modules()
+            if isinstance(part.__dict__.get("forward"), ScoredForward)
+        }
         for key, part in self._scored.named_modules():
             part_rule = rule if part is self._scored else rule_for(part)
+            if part_rule is None and key in more:
+                part_rule = caller_rule()
             if part_rule is not None:
                 full = ".".join(filter(None, (name, key)))
                 part.forward = ScoredForward(part, full, part_rule, lambda *_: step)
 
-    def run(self, args: Any, kwargs: Any) -> None:
+    def run(self, args: Any, kwargs: Any, *, numbers: bool = True) -> None:
+        """numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
         with _exactly():
-            scored_in, scored_out = self._call(self._scored, (args, kwargs))
-            joint_out = [self._with_rows(x) for x in self._call(self._plain, (args, kwargs))[1]]
+            scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
+            joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
+            joint_out = [self._with_rows(x) for x in joint_out]
             generator = torch.Generator().manual_seed(0)
             weights = [
                 torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
                 for x in joint_out
             ]
+            scored_out = [self._with_rows(x) for x in scored_out]
             self._compare_shapes(scored_out, joint_out)
-            self._backward(scored_out, weights)
-            samples = []
+            calls = []
             for i in range(self._rows):
                 one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
-                inputs, out = self._call(self._plain, tree_map_only(Tensor, one, (args, kwargs)))
-                own = lambda x, i=i: take_rows(x, [i], self._rows, x.shape[0] // self._rows)
+                alone = tree_map_only(Tensor, one, (args, kwargs))
+                calls.append(self._call(self._plain, alone, numbers))
+            parts = [
+                self._part(k, x, [out[k] for _, out in calls]) for k, x in enumerate(joint_out)
+            ]
+            for k, x in enumerate(joint_out):
+                if not x.dim():
+                    self._close(f"output {k}", scored_out[k], x)
+            self._backward(scored_out, weights)
+            samples = []
+            for i, (inputs, out) in enumerate(calls):
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
+                own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
                 for k, x in enumerate(out):
-                    self._close(f"output {k} of sample {i} alone and", x, own(joint_out[k]))
-                    self._close(f"output {k} of sample {i}", own(scored_out[k]), x)
+                    if x.dim():
+                        self._close(f"output {k} of sample {i} alone and", x, own(joint_out[k]))
+                        self._close(f"output {k} of sample {i}", own(scored_out[k]), x)
                 self._plain.zero_grad(set_to_none=True)
-                self._backward(out, [own(w) for w in weights])
+                self._backward(
+                    out, [own(w) if w.dim() else w * p for w, p in zip(weights, parts, strict=True)]
+                )
                 samples.append(_gradients(self._plain))
                 for k, (x, whole) in enumerate(zip(inputs, scored_in, strict=True)):
                     if x.grad is not None and whole.shape != x.shape:
@@ -106,12 +182,28 @@ class _Proof:
                         self._close(f"gradient of input {k}, sample {i},", got, x.grad)
             self._compare_gradients(samples)
 
+    def _part(self, k: int, joint: Tensor, alone: list[Tensor]) -> float:
+        """By what a sample's own output k enters the joint one: 1, or a mean's 1 / rows."""
+        if joint.dim():
+            return 1.0
+        total = torch.stack([x.detach() for x in alone]).sum()
+        for part in (1 / self._rows, 1.0):
+            if torch.allclose(joint, part * total, rtol=TOLERANCE, atol=0):
+                return part
+        raise _UnevenNumber(
+            f"{self._title()}: output {k}, a number, is {float(joint):.6g}, which is neither the mean"
+            f" nor the sum, {float(total):.6g}, of what it is for its {self._rows} rows alone"
+        )
+
     def _with_rows(self, x: Tensor) -> Tensor:
         """An output (1, ...) that is broadcast over the rows, as a scored layer gives it."""
-        return x.expand(self._rows, *x.shape[1:]) if x.shape[0] == 1 else x
+        return x.expand(self._rows, *x.shape[1:]) if x.shape[:1] == (1,) else x
 
-    def _call(self, module: nn.Module, arguments: Any) -> tuple[list[Tensor], list[Tensor]]:
-        """Floating-point inputs as leaves, and the outputs that depend on anything."""
+    def _call(
+        self, module: nn.Module, arguments: Any, numbers: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Floating-point inputs as leaves, and the outputs that depend on anything; of those without
+        dimensions the ones that have a gradient, if any."""
 
         def leaf(x: Tensor) -> Tensor:
             x = x.detach()
@@ -125,19 +217,32 @@ class _Proof:
         except GraddotError:
             raise
         except Exception as error:  # whatever the layer's own code raises is the reason
-            message = str(error).strip().splitlines() or [""]
-            raise GraddotError(f"{type(error).__name__}: {message[0]}") from error
+            raise GraddotError(_first_line(error)) from error
         leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
-        outputs = [x for x in tree_flatten(_plain(out))[0] if isinstance(x, Tensor)]
+        outputs = list(tensors_in(out))
+        if not outputs and out is not None:
+            raise GraddotError(
+                f"{self._title()}: returned a {type(out).__name__}, in which no tensor was found"
+            )
         return (
             [x for x in leaves if x.requires_grad],
-            [x for x in outputs if x.is_floating_point() and x.dim() > 0],
+            [
+                x
+                for x in outputs
+                if x.is_floating_point() and (x.dim() or numbers and x.requires_grad)
+            ],
         )
 
     def _backward(self, outputs: list[Tensor], weights: list[Tensor]) -> None:
         used = [(x * w).sum() for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
-        if used:
+        if not used:
+            return
+        try:
             torch.stack(used).sum().backward()
+        except GraddotError:
+            raise
+        except Exception as error:  # as above
+            raise GraddotError(f"its backward: {_first_line(error)}") from error
 
     def _compare_shapes(self, scored: list[Tensor], joint: list[Tensor]) -> None:
         got, want = [tuple(x.shape) for x in scored], [tuple(x.shape) for x in joint]
@@ -146,7 +251,7 @@ class _Proof:
                 f"{self._title()}: outputs of shapes {got}; its forward's are {want}"
             )
         for shape in want:
-            if shape[0] % self._rows:
+            if shape and shape[0] % self._rows:
                 raise GraddotError(f"{self._title()}: an output of shape {shape} has no rows")
 
     def _compare_gradients(self, samples: list[dict[str, Tensor]]) -> None:
@@ -211,8 +316,9 @@ def _gradients(module: nn.Module) -> dict[str, Tensor]:
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable.items()}
 
 
-def _plain(out: Any) -> Any:
-    return dict(out) if isinstance(out, Mapping) else out
+def _first_line(error: Exception) -> str:
+    message = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {message[0]}"
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ operation runs instead, which needs no copies.
 
 import contextlib
 import functools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -21,20 +22,39 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from .errors import GraddotError
 from .scored import Scored, ScoredForward
 
+WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 ONLY_THE_TYPE = {"to", "type_as"}  # of a second tensor
 CASTS = {*ONLY_THE_TYPE, "type", "float", "double", "half", "bfloat16"}
-EXPANDS = {"expand", "broadcast_to", "repeat", "tile", "repeat_interleave", "stack", "cat"}
 TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
+# What was decided in a forward, by function and number of its call: for each result whether its
+# first dimension is that of the rows; None of a call that met rows.
+Calls = dict[tuple[str, int], tuple[bool, ...] | None]
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
 
 class Following(TorchFunctionMode):
     """Active while a layer's own forward runs in a step."""
 
-    def __init__(self, module: nn.Module, scored: Scored, arguments: Any, largest: float) -> None:
-        """largest: elements of the copies of one row that a call may hold, where it has less."""
+    def __init__(
+        self,
+        module: nn.Module,
+        scored: Scored,
+        arguments: Any,
+        largest: float,
+        known: Calls,
+    ) -> None:
+        """largest: elements of the copies of one row that a call may hold, where it has less.
+        known: what was decided where this was proven; if nothing, this is that proof, whose number
+        of rows divides no other dimension."""
         super().__init__()
         self._module, self._scored, self._largest = module, scored, largest
+        self.calls: Calls = {}
+        self._known, self._counts, self._last = known, Counter[str](), ("", 0)
+        # What calls that the proof does not have made and is as long as the rows; and the calls in
+        # which it matters whether it has rows.
+        self._unsure: dict[int, Tensor] = {}
+        self.doubts: list[str] = []
+        self._with_graph = torch.is_grad_enabled()
         # By id; the tensors are held, so that no id is taken again.
         self._own = {id(p): p for p in module.parameters() if p.requires_grad}
         self._forms: dict[int, tuple[Tensor, bool]] = {}  # casts of one's own, or transposed
@@ -80,32 +100,79 @@ class Following(TorchFunctionMode):
         if ScoredForward.around is not self:  # inside of a layer that is scored by itself
             return func(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
-        if getattr(func, "__name__", "") in ONLY_THE_TYPE:
+        name = getattr(func, "__name__", "")
+        if name in ONLY_THE_TYPE:
             del tensors[1:]
         others = [x for x in tensors if id(x) not in self._followed]
         variable = [x for x in others if id(x) not in self._constants]
-        if len(others) == len(tensors):
+        if len(others) < len(tensors):
+            self._check_not_written(name, tensors, kwargs)
+        without_gradient = self._with_graph and not torch.is_grad_enabled()
+        if len(others) == len(tensors) or without_gradient:
             out = func(*args, **kwargs)
             if not variable:
-                self._constants |= {
-                    id(x): x for x in _tensors((out,)) if not self._is_expanded(func, x, tensors)
-                }
+                results = list(_tensors((out,)))
+                cast = bool(tensors) and name in CASTS
+                expanded = (False,) * len(results) if cast else self._decided(name, results)
+                for x, has_rows in zip(results, expanded, strict=True):
+                    if not has_rows and id(x) not in self._followed:
+                        self._constants[id(x)] = x
+                    elif has_rows and self._is_new():
+                        self._unsure[id(x)] = x
             elif out is None or out is tensors[0]:  # which was written to
                 self._constants.pop(id(tensors[0]), None)
+            elif all(id(x) in self._unsure for x in variable):
+                self._unsure |= {id(x): x for x in _tensors((out,))}
             return out
+        if variable:
+            self.doubts += [name for x in variable if id(x) in self._unsure]
+            self.calls[self._next(name)] = None
         scored = self._scored_operation(func, args, kwargs)
         if scored is not None:
             return scored
         if (
             variable and func is F.scaled_dot_product_attention
         ):  # under vmap a mask gets no gradient
-            args, kwargs = self.as_rows((args, kwargs), one_for_all=True)
+            args, kwargs = self._with_mask_of_rows(args, kwargs)
             return func(*args, **kwargs)
         if variable:
             return self._mapped(func, args, kwargs, variable)
         out = func(*args, **kwargs)
         self._follow_result(out, func, args, kwargs)
         return out
+
+    def _check_not_written(self, name: str, tensors: list[Tensor], kwargs: Any) -> None:
+        """Raise if a call with something followed writes where that, or a constant, is."""
+        in_place = (name[-1:] == "_" and name[-2:] != "__") or name in WRITES
+        target = kwargs.get("out", tensors[0] if in_place else None)
+        if not isinstance(target, Tensor):
+            return
+        alone = (
+            id(target) in self._own and not torch.is_grad_enabled()
+        )  # as code that clips weights
+        if not alone and (id(target) in self._followed or id(target) in self._constants):
+            raise GraddotError(
+                f"{name} writes into a tensor that was computed from its parameters, or into one"
+                " without rows; write out of place"
+            )
+
+    def _with_mask_of_rows(self, args: Any, kwargs: Any) -> Any:
+        """Attention's arguments with rows: a followed mask that is broadcast over the rows, (T, S),
+        (heads, T, S) or (1, heads, T, S), as each row's own, (rows or rows·windows, heads, T, S)."""
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        query = args[0] if args else kwargs["query"]
+        followed = (
+            mask is not None and id(mask) in self._followed and id(mask) not in self._expanded
+        )
+        if followed and (mask.dim() < query.dim() or len(mask) == 1):
+            own = self._copies(mask)  # (rows, *mask.shape)
+            own = own.squeeze(1) if mask.dim() == query.dim() else own
+            while own.dim() < query.dim():
+                own = own.unsqueeze(1)
+            own = own.repeat_interleave(len(query) // len(own), 0)
+            args = (*args[:3], own, *args[4:])
+            kwargs = {name: x for name, x in kwargs.items() if name != "attn_mask"}
+        return self.as_rows((args, kwargs), one_for_all=True)
 
     def _follow(self, x: Tensor, copies: Callable[[], Tensor]) -> None:
         """copies() is x once for every row, (rows, *x.shape); it is called once at most."""
@@ -147,18 +214,38 @@ class Following(TorchFunctionMode):
                 results.extend(torch.vmap(copied, randomness="different")(*copies))
             return results[k].to(dtype)  # autocast does not reach every operation under vmap
 
-        for k, x in enumerate(_tensors((out,))):
-            if self._is_expanded(func, x, sources):
+        outputs, name = list(_tensors((out,))), getattr(func, "__name__", "")
+        if name in CASTS:
+            expanded: tuple[bool, ...] = (id(sources[0]) in self._expanded,)
+        else:
+            expanded = self._decided(name, outputs)
+        for k, (x, has_rows) in enumerate(zip(outputs, expanded, strict=True)):
+            if has_rows:
                 self._expanded.add(id(x))
+                self.doubts += [name] * self._is_new()
             self._follow(x, lambda k=k, dtype=x.dtype: result(k, dtype))  # type: ignore[misc]
 
-    def _is_expanded(self, func: Any, out: Tensor, sources: Iterable[Tensor]) -> bool:
-        """Whether the first dimension of func's result is that of the rows."""
-        if out.dim() == 0 or out.shape[0] == 0 or out.shape[0] % self._scored.rows:
-            return False
-        same = [x for x in sources if x.shape[:1] == out.shape[:1]]
-        expands = getattr(func, "__name__", "") in EXPANDS and not same
-        return expands or any(id(x) in self._expanded for x in same)
+    def _decided(self, name: str, outputs: list[Tensor]) -> tuple[bool, ...]:
+        """Whether the first dimension of each result of a call without rows is that of the rows: as
+        was decided in the proof, else by its length. Casts, which depend on dtypes that the proof
+        does not have, leave things as they are."""
+        rows = self._scored.rows
+        fits = tuple(x.dim() > 0 and x.shape[0] > 0 and x.shape[0] % rows == 0 for x in outputs)
+        known = self._known.get(self._next(name))
+        decided = fits
+        if known is not None and len(known) == len(fits):
+            decided = known if all(x or not y for x, y in zip(fits, known, strict=True)) else fits
+        self.calls[self._last] = decided
+        return decided
+
+    def _is_new(self) -> bool:
+        """Whether the last decision was of a call that the proof does not have."""
+        return bool(self._known) and self._last not in self._known
+
+    def _next(self, name: str) -> tuple[str, int]:
+        self._counts[name] += 1
+        self._last = name, self._counts[name]
+        return self._last
 
     def _copies(self, x: Tensor) -> Tensor:
         """(rows, *x.shape) of what is followed."""
@@ -171,13 +258,14 @@ class Following(TorchFunctionMode):
         return entries.movedim(-1, 0).flatten(0, 1)
 
     def _mapped(self, func: Any, args: Any, kwargs: Any, variable: list[Tensor]) -> Any:
-        """A call with tensors that have rows, row by row, with copy i of what is followed for row i.
-
-        A call that cannot be mapped runs as it is, and is found by the proof of the layer.
-        """
+        """A call with tensors that have rows, row by row, with copy i of what is followed for row i."""
         rows = self._scored.rows
-        if not all(x.dim() > 0 and x.shape[0] % rows == 0 for x in variable):
-            return func(*args, **kwargs)
+        for x in variable:
+            if x.dim() == 0 or x.shape[0] % rows:
+                raise GraddotError(
+                    f"{func.__name__} of its parameters and of a tensor of shape {tuple(x.shape)},"
+                    f" whose first dimension does not hold {rows} rows"
+                )
         largest = max(self._largest, max(x.numel() for x in variable) // rows)
         by_id = {id(x): x.unflatten(0, (rows, -1)) for x in variable}
         leaves, spec = tree_flatten((args, kwargs))

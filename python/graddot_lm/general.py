@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import GraddotError
-from .following import Following, too_large
+from .following import Calls, Following, too_large
 from .scored import Scored, ScoredForward
 
 Rule = Callable[..., Any]
@@ -27,35 +27,36 @@ LARGEST = 2**22  # elements whose gradient may be held for every sample of a lay
 
 
 class ProvenRule:
-    """The first way of several that is proven for one layer.
+    """The first way of several that is proven for one layer; ways make what is proven, by name.
 
-    Proven again when the layer's mode or its arguments' kind changes, and when the first batch of
-    several rows comes after batches of one.
+    Proven again when the layer's mode or its arguments' kind changes, when the first batch of
+    several rows comes after batches of one, and when the layer does with its parameters what it did
+    not do in the proof.
     """
 
-    def __init__(self, ways: dict[str, Rule]) -> None:
+    def __init__(self, ways: dict[str, Callable[[], Rule]]) -> None:
         self._ways = ways
         self._proven: dict[Any, Rule] = {}
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
         scored.require_rows_first()
-        kinds = [
-            scored.has_rows(x) if isinstance(x, Tensor) else None
-            for x in tree_flatten((args, kwargs))[0]
-        ]
+        kinds = [_kind(scored, x) for x in tree_flatten((args, kwargs))[0]]
         key = (module.training, scored.rows == 1, *kinds)
-        if key not in self._proven:
-            self._proven[key] = self._prove(module, scored, args, kwargs)
-        return self._proven[key](module, scored, *args, **kwargs)
+        way = self._proven.get(key)
+        if way is None:
+            way = self._proven[key] = self._prove(module, scored, args, kwargs)
+        out = way(module, scored, *args, **kwargs)
+        if isinstance(way, InPlace):
+            way.check(module, scored, args, kwargs)
+        return out
 
     def _prove(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Rule:
         from .check import prove  # check.py attaches rules, this one among them
 
         reasons = []
-        for name, way in self._ways.items():
+        for name, make in self._ways.items():
             try:
-                prove(module, scored, way, args, kwargs)
-                return way
+                return prove(module, scored, make, args, kwargs)
             except GraddotError as error:
                 reasons.append(f"{name}: {error}")
         raise GraddotError(
@@ -71,18 +72,71 @@ def general_rule(*, any_size: bool = False) -> ProvenRule:
     largest = math.inf if any_size else LARGEST
     return ProvenRule(
         {
-            "in place": functools.partial(in_place, largest),
-            "row by row": functools.partial(row_by_row, largest),
+            "in place": lambda: InPlace(largest),
+            "row by row": lambda: functools.partial(row_by_row, largest),
         }
     )
 
 
-def in_place(largest: float, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
-    """The layer's forward with the parameters that it uses followed (following.py)."""
-    following = Following(module, scored, (args, kwargs), largest)
-    with following.running():
-        out = scored.own_forward(*args, **kwargs)
-    return following.as_rows(out, one_for_all=True)
+def caller_rule() -> ProvenRule:
+    """For a module without parameters to score, around a layer whose input has no rows: what that
+    returns is followed, as it is, to where it meets rows."""
+    return ProvenRule({"in place": lambda: InPlace(LARGEST)})
+
+
+def _kind(scored: Scored, x: Any) -> Any:
+    """What of an argument a proof is for: a layer may do another thing for another flag."""
+    if isinstance(x, Tensor):
+        return scored.has_rows(x)
+    return x if isinstance(x, (bool, str)) else None
+
+
+class InPlace:
+    """The layer's forward with the parameters that it uses followed (following.py).
+
+    The first call is the proof's. What was decided in it, call by call, holds for all later ones:
+    that a table has as many entries as the batch has rows means nothing.
+    """
+
+    def __init__(self, largest: float) -> None:
+        self._largest = largest
+        self._known: Calls = {}
+        self._proven: list[Calls] = []
+        self._last: Calls = {}
+        self._doubts: list[str] = []
+
+    def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+        following = Following(module, scored, (args, kwargs), self._largest, self._known)
+        with following.running():
+            out = scored.own_forward(*args, **kwargs)
+        rows = following.as_rows(out, one_for_all=True)
+        if rows is not out and isinstance(out, Tensor) and out.shape[:1] == (1,):
+            rows = scored.expanded(rows)
+        self._last, self._doubts = following.calls, following.doubts
+        if not self._proven:
+            self._known = dict(self._last)
+            self._proven.append(self._last)
+        return rows
+
+    def check(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> None:
+        """After a call: if it did something new, prove that, and that it was done as in the proof."""
+        if self._last in self._proven:
+            return
+        from .check import prove
+
+        proof = prove(module, scored, lambda: InPlace(self._largest), args, kwargs)._known
+        differ = [call[0] for call, x in self._last.items() if proof.get(call, x) != x]
+        if differ or self._doubts:
+            raise GraddotError(
+                f"layer {scored.name or '(itself)'} of type {type(module).__name__} did something new"
+                f" with its parameters ({(differ + self._doubts)[0]}), in a batch of {scored.rows}"
+                " rows in which it cannot be told whether a dimension is that of the rows; use"
+                " another number of rows"
+            )
+        for call, decided in proof.items():
+            agreed = self._known.get(call, decided) == decided
+            self._known[call] = decided if agreed else None
+        self._proven.append(self._last)
 
 
 def row_by_row(largest: float, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:

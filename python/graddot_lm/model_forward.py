@@ -5,6 +5,7 @@ how the rows lie in every layer's input, and check in the first step that all is
 """
 
 import contextlib
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from . import compiled, distributed
@@ -20,13 +22,18 @@ from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .errors import GraddotError
+from .general import caller_rule
 from .layers import ScoredFunction, Step
-from .rows import KnownLayouts, check_loss, find_layouts
+from .rows import KnownLayouts, check_loss, check_outputs, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
 from .tracing import rows_of, trace_after, trace_before
 from .verify import LabelCheck, check_parameter_uses, tensors_in
+
+# Finished micro-batches after which the next is checked like the first: what a model does may
+# depend on its data, and a check costs a few forward passes.
+CHECKED_AFTER = {10**k for k in range(1, 10)}
 
 
 class ModelForward:
@@ -68,7 +75,11 @@ class ModelForward:
         self._forwards: dict[str, ScoredForward] = {}
         self._attached: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
-        # The first step's checks, and what they found.
+        # The first step's checks, made again now and then, and what they found.
+        self._finished = 0
+        self._probing = self._followed_whole = False
+        self._postponed: tuple[MicroBatch, Any, Any] | None = None
+        self._inputs: tuple[Any, Any] = ((), {})
         self._whole: dict[str, nn.Parameter] = {}
         self._label_check: LabelCheck | None = None
         self._reentrant: ReentrantCheck | None = None
@@ -101,14 +112,16 @@ class ModelForward:
             if name not in self._places:
                 raise GraddotError(f"module {name} is new since the engine was made; make it last")
         for name, module in self.model.named_modules():
-            rule = self._rules.get(name)
-            if rule is not None:
-                self._attached.append((module, module.__dict__.get("forward")))
-                module.forward = self._scored_forward(module, name, rule)  # type: ignore[method-assign]
+            if name in self._rules:
+                self._attach_layer(module, name)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
+
+    def _attach_layer(self, module: nn.Module, name: str) -> None:
+        self._attached.append((module, module.__dict__.get("forward")))
+        module.forward = self._scored_forward(module, name, self._rules[name])  # type: ignore[method-assign]
 
     def _scored_forward(
         self, module: nn.Module, name: str, rule: Callable[..., Any]
@@ -141,13 +154,13 @@ class ModelForward:
         self.micro, self.logged_unapplied = micro, False
         labels = micro.labels
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
-        unseen = self._layouts.is_new(self._mode(len(labels)), labels.shape[1:])
+        unseen = self._layouts.is_new(self._mode(len(labels), [labels]), labels.shape[1:])
         if self.is_first or unseen:
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
 
     @property
     def is_first(self) -> bool:
-        """Whether no forward of a step has ended so far."""
+        """Whether the next step is checked: no forward of a step has ended since that was due."""
         return self._label_check is None
 
     def finish(self) -> MicroBatch:
@@ -175,12 +188,17 @@ class ModelForward:
         if self._reentrant is not None:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
-        self.micro = None
+        self._finished += 1
+        if self._finished in CHECKED_AFTER:
+            self._label_check = None
+        self.micro, self._whole = None, {}
         return micro
 
     def give_up(self) -> None:
         """Forget the micro-batch under way."""
         run_compiled()
+        if self.micro is not None and self.micro.step.first:
+            self._label_check = None  # what was not finished was not checked
         self.micro = None
         if self._reentrant is not None:
             self._reentrant.remove()
@@ -200,6 +218,8 @@ class ModelForward:
         """The loss, whose later scaling shows in a leaf of the micro-batch under way."""
         if self.micro is None:
             return loss
+        if self.micro.step.first and self._whole:
+            check_parameter_uses(loss, self._whole)
         leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
         self.micro.loss_scales.append(leaf)
         return loss + leaf.to(loss.dtype)
@@ -302,6 +322,8 @@ class ModelForward:
     @uncompiled("graddot: the beginning of a step")
     def _before_running(self, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self.micro
+        if self._probing:
+            return
         if micro is None:
             self.logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
             return
@@ -316,7 +338,15 @@ class ModelForward:
                 " in time; checkpoint parts of it, or pass use_reentrant=False"
             )
         self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
+        self._followed_whole = False
         self._find_layouts(micro, args, kwargs)
+        if micro.step.first:
+            self._inputs = args, kwargs
+        if self._followed_whole:
+            # The forward that PyTorch is about to call is the one that was there before: it runs
+            # outside of the step, and the new one after it.
+            self.micro, self._postponed = None, (micro, args, kwargs)
+            return
         micro.running = True
 
     def begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
@@ -325,7 +355,7 @@ class ModelForward:
         if micro is None:
             raise GraddotError("a compiled model ran outside of the step that it was compiled for")
         shapes = [x.shape[1:] for x in inputs]
-        layouts = self._layouts.of(self._mode(micro.step.rows), shapes)
+        layouts = self._layouts.of(self._mode(micro.step.rows, inputs), shapes)
         if layouts is None:
             raise GraddotError(
                 f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
@@ -353,16 +383,27 @@ class ModelForward:
             counts = self.loss.count(micro.labels, self.loss.shift_by(self.model))
         self._use_counts(micro, counts)
 
-    def _mode(self, rows: int) -> tuple[bool, bool]:
-        """Layouts are learnt for each: in a batch of one row little can be told apart."""
-        return self.model.training, rows == 1
+    def _mode(self, rows: int, inputs: list[Tensor]) -> tuple[Any, ...]:
+        """Layouts are learnt for each: in a batch of one row little can be told apart, and where an
+        input has as many tokens as the batch has rows, or a multiple of it, one may be taken for
+        the other. (Not of a sharded model, whose processes have to run it equally often.)"""
+        if rows == 1 or distributed.is_sharded(self._parameters.values()):
+            return self.model.training, rows == 1
+        alike = [[(s > 0 and s % rows == 0) + (s == rows) for s in x.shape[1:]] for x in inputs]
+        if not any(map(any, alike)):
+            return self.model.training, False
+        return self.model.training, False, rows, str(alike)
 
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was."""
-        mode = self._mode(micro.step.rows)
-        shapes = [x.shape[1:] for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        layouts = self._layouts.of(mode, shapes)
-        if layouts is None:
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        mode, shapes = self._mode(micro.step.rows, inputs), [x.shape[1:] for x in inputs]
+        known = None if micro.step.first else self._layouts.of(mode, shapes)
+        if known is not None:
+            micro.step.layouts.update(known)
+            return
+        problem: GraddotError | None = None
+        while True:
             names = {id(module): name for name, module in self.model.named_modules()}
             layers = {names[id(module)]: module for module, _ in self._attached}
             with self.set_aside():
@@ -370,12 +411,63 @@ class ModelForward:
                     self.model, layers, args, kwargs, micro.step.rows,
                     on_layer=functools.partial(self._resolve, micro),
                 )  # fmt: skip
-                fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
-                if micro.step.first and kwargs.get("labels") is not None and not fused:
-                    weights = micro.counts if micro.loss_reduction == "mean" else None
-                    check_loss(self.model, args, kwargs, micro.step.rows, weights)
-            self._layouts.learn(mode, shapes, layouts)
-        micro.step.layouts.update(layouts)
+            micro.step.layouts.update(layouts)
+            try:
+                self._check_outputs(micro, args, kwargs)
+                break
+            except GraddotError as error:
+                problem = problem or error
+                if not self._follow_callers(layouts):
+                    raise problem from error
+        self._layouts.learn(mode, shapes, layouts)
+
+    def _follow_callers(self, layouts: Mapping[str, Any]) -> bool:
+        """Follow what layers return whose input has no rows through the modules around them, one
+        more each time this is called. False if there is none left."""
+        new = set()
+        for name in (name for name, layout in layouts.items() if layout == "same"):
+            while name and (
+                name in self._rules or not _has_forward(self.model.get_submodule(name))
+            ):
+                name = name.rpartition(".")[0]
+            if name not in self._rules:
+                new.add(name)
+        for name in new:
+            self._rules[name] = caller_rule()
+            self._attach_layer(self.model.get_submodule(name), name)
+        self._followed_whole |= "" in new
+        return bool(new)
+
+    def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
+        """Run the model once as it was and once with its layers scored, in a step of no account."""
+        step = dataclasses.replace(micro.step, shared={}, _dots={}, _rows={}, _held=0)
+        trial = dataclasses.replace(micro, step=step, running=True)
+
+        def plain() -> Any:
+            with self.set_aside():
+                return self.model(*args, **kwargs)
+
+        def scored() -> Any:
+            self.micro, self._probing = trial, True
+            try:
+                # With gradients, as in the step that this rehearses, which nobody around is to see.
+                with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+                    return self.model(*args, **kwargs)
+            finally:
+                self.micro, self._probing = micro, False
+
+        check_outputs(plain, scored)
+
+    def _check_numbers(self, micro: MicroBatch, output: Any) -> None:
+        """Losses that the model returns must be those of its rows."""
+        (args, kwargs), self._inputs = self._inputs, ((), {})
+        fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
+        outputs = enumerate(tensors_in(output))
+        numbers = [k for k, x in outputs if x.dim() == 0 and x.requires_grad]
+        if numbers and not fused:
+            weights = micro.counts if micro.loss_reduction == "mean" else None
+            with self.set_aside():
+                check_loss(self.model, args, kwargs, micro.step.rows, weights, numbers)
 
     def end_compiled(self) -> None:
         """The end of a forward inside a compiled graph."""
@@ -390,12 +482,23 @@ class ModelForward:
             run_compiled()
             raise
 
+    def _run_postponed(self) -> Any:
+        assert self._postponed is not None
+        (self.micro, args, kwargs), self._postponed = self._postponed, None
+        self.micro.running = self._probing = True
+        try:
+            return self.model(*args, **kwargs)
+        finally:
+            self._probing = False
+
     def _end(self, output: Any) -> Any:
         if self._suspended is not None:
             self.micro, self._suspended = self._suspended, None
             return output
+        if self._postponed is not None and not self._probing:
+            output = self._run_postponed()
         micro = self.micro
-        if micro is None or not micro.running:
+        if micro is None or not micro.running or self._probing:
             return output
         micro.running = False
         if output is None:  # the forward raised, and may be tried again
@@ -406,7 +509,8 @@ class ModelForward:
         if self.is_first:
             whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
             check_parameter_uses(output, whole)
-            self._whole = {}
+            self._whole = whole
+            self._check_numbers(micro, output)
             self._label_check = LabelCheck(output, micro.labels, micro.counts)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
             self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
@@ -415,3 +519,8 @@ class ModelForward:
         if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
             output["loss"] = self.tracked(output["loss"])  # type: ignore[index]
         return output
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called; a ModuleList cannot."""
+    return type(module).forward is not nn.Module.forward

@@ -26,10 +26,15 @@ _DROPOUTS = {
 
 
 class NoDropout(TorchFunctionMode):
-    """Dropout does nothing, whatever the mode of the module that calls it."""
+    """Dropout does nothing, whatever the mode of the module that calls it; nor do random depths,
+    which compare uniform numbers with a rate: what keeps a layer is drawn."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
+        if func in (torch.rand, torch.rand_like):
+            return func(*args, **kwargs).fill_(1 - 2**-7)
+        if func is Tensor.bernoulli_:
+            return args[0].fill_(1)
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
@@ -138,12 +143,63 @@ def find_layouts(
     return {n: layout for n, layout in found.items() if layout is not None and n != _OUTPUTS}
 
 
-def check_loss(model: nn.Module, args: Any, kwargs: Any, rows: int, weights: Tensor | None) -> None:
+def check_outputs(plain: Callable[[], Any], scored: Callable[[], Any]) -> None:
+    """Raise GraddotError if a model with its layers scored does not return what it did before.
+
+    Where a layer's input has no rows its output gets them, (rows, ...) in place of (1, ...), or of
+    (T, ...), which code that does more than to broadcast it takes for something else.
+    """
+
+    def outputs(run: Callable[[], Any], seed: int) -> list[_Digest]:
+        torch.manual_seed(seed)
+        return [_digest(x) for x in tensors_in(run())]
+
+    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        want = outputs(plain, 0)
+        try:
+            got = outputs(scored, 0)
+        except GraddotError:
+            raise
+        except Exception as error:  # the model's own code may raise anything
+            raise GraddotError(
+                "the model does not run with its layers scored"
+                f" ({type(error).__name__}: {error}). {_EXPANDED}"
+            ) from error
+        if _same(got, want) or not _same(outputs(plain, 1), want):  # random by itself: not judged
+            return
+    raise GraddotError(f"the model's outputs change when its layers are scored. {_EXPANDED}")
+
+
+def _same(got: list[_Digest], want: list[_Digest]) -> bool:
+    return len(got) == len(want) and all(
+        x.shape == y.shape and _close(x.values, y.values, y.tolerance / 10)
+        for x, y in zip(got, want, strict=True)
+    )
+
+
+_EXPANDED = (
+    "A layer whose input has no rows, such as position ids of shape (T,), returns (rows, T, ...)"
+    " while it is scored; give it ids of shape (1, T), or use its output by broadcasting only"
+)
+
+
+def check_loss(
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    rows: int,
+    weights: Tensor | None,
+    numbers: list[int],
+) -> None:
     """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
 
-    weights (rows,) are the rows' labelled tokens for a loss that is their mean, None for a sum. An
-    auxiliary loss of a mixture of experts or class weights make a loss that is neither.
+    numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
+    tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
+    class weights or a comparison of samples make a loss that is neither.
     """
+    p = next(model.parameters())
+    rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
+    tolerance = 2e-2 if rounded else 1e-4
     half = rows // 2
     parts = [list(range(rows)), list(range(half)), list(range(half, rows))]
     losses = []
@@ -152,27 +208,31 @@ def check_loss(model: nn.Module, args: Any, kwargs: Any, rows: int, weights: Ten
             few = lambda x, part=part: take_rows(x, part, rows)
             part_args, part_kwargs = tree_map_only(Tensor, few, (args, kwargs))
             out = model(*part_args, **part_kwargs)
-            loss = out.get("loss") if isinstance(out, Mapping) else None
-            if not isinstance(loss, Tensor) or loss.dim():
-                return
-            if out.get("aux_loss") is not None:
+            if isinstance(out, Mapping) and out.get("aux_loss") is not None:
                 raise GraddotError(
                     f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
                     " batch, as that which balances experts, in which no row has a part of its"
                     " own; pass output_router_logits=False"
                 )
-            losses.append(loss.double())
-    if rows == 1:
+            found = list(tensors_in(out))
+            losses.append([found[k].double() for k in numbers])
+    if rows > 1:
+        for of_one in zip(*losses, strict=True):
+            _check_number(torch.stack(of_one), rows, weights, tolerance)
+
+
+def _check_number(losses: Tensor, rows: int, weights: Tensor | None, tolerance: float) -> None:
+    """Of a loss of all rows, of the first half and of the others, (3,)."""
+    if (losses == losses[0]).all():  # no loss of rows, such as a temperature
         return
+    half = rows // 2
     shares = losses[0].new_ones(2)
     if weights is not None:
         shares = torch.stack([weights[:half].sum(), weights[half:].sum()]).to(losses[0])
         shares = shares / shares.sum()
     # The mean of a half without labels is NaN.
-    want = torch.where(shares == 0, 0, shares * torch.stack(losses[1:])).sum()
-    p = next(model.parameters())
-    rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
-    if (losses[0] - want).abs() > (2e-2 if rounded else 1e-4) * want.abs():
+    want = torch.where(shares == 0, 0, shares * losses[1:]).sum()
+    if not (losses[0] - want).abs() <= tolerance * want.abs():
         how = "sum" if weights is None else f"mean, weighted {shares.tolist()} by labelled tokens,"
         raise GraddotError(
             f"the model's loss is {float(losses[0]):.6g}, but those of the first {half} and the"
@@ -193,12 +253,18 @@ def _mixed(name: str, shape: torch.Size, rows: int, left_out: int) -> str:
 
 def _with_rows(whole: list[_Digest], part: list[_Digest], rows: int, later: int) -> list[int]:
     """Which outputs have rows as their first or second dimension; a mask may do otherwise."""
-    return [
-        i
-        for i, (x, y) in enumerate(zip(whole, part, strict=False))
-        for at in (0, 1)
-        if _differ_at(at, x.shape, y.shape) and (x.shape[at], y.shape[at]) == (rows, later)
-    ]
+    found = []
+    for i, (x, y) in enumerate(zip(whole, part, strict=False)):
+        if x.shape[:2] == (rows, rows) and y.shape[:2] == (later, later):
+            raise GraddotError(
+                f"the model has an output of shape {tuple(x.shape)}, with an entry for every pair of"
+                f" its {rows} rows, as a contrastive loss compares them: samples have no loss of"
+                " their own there"
+            )
+        for at in (0, 1):
+            if _differ_at(at, x.shape, y.shape) and (x.shape[at], y.shape[at]) == (rows, later):
+                found.append(i)
+    return found
 
 
 def _differ_at(at: int, a: torch.Size, b: torch.Size) -> bool:
@@ -220,8 +286,8 @@ def _digests(
         def see(module: nn.Module, args: Any, kwargs: Any) -> None:
             on_layer(module, name)
             x = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
-            if x is not None:
-                found.setdefault(name, []).append(_digest(x))
+            # A layer without an input gives the same for every row.
+            found.setdefault(name, []).append(_digest(torch.zeros(1) if x is None else x))
 
         return see
 

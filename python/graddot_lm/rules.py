@@ -132,14 +132,19 @@ def rule_for(module: nn.Module) -> Rule | None:
         return registered
     if is_relative_bias(module):
         return general_rule()
-    if not own_parameters(module):
+    lists = (nn.ParameterList, nn.ParameterDict)  # which have no forward of their own
+    listed = [part for part in module.children() if isinstance(part, lists)]
+    if not own_parameters(module) and not any(map(own_parameters, listed)):
         return _batch_norm if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
     for base, rule in _TABLE.items():
         if isinstance(module, base) and type(module).forward is base.forward:
-            grouped = rule is conv_rule and getattr(module, "groups", 1) > 1
-            return general_rule(any_size=True) if grouped else rule
+            if rule is not conv_rule:
+                return rule
+            own = type(module)._conv_forward is not base._conv_forward  # type: ignore[attr-defined]
+            general = own or module.groups > 1  # type: ignore[operator]
+            return general_rule(any_size=True) if general else rule
     if is_experts(module):
-        return ProvenRule({"experts": experts})
+        return ProvenRule({"experts": lambda: experts})
     form = rms_norm_form(module)
     if form is None:
         return general_rule(any_size=layer_type(module) in _registered)

@@ -75,7 +75,7 @@ class Scored:
         same = rows.shape != ids.shape and rows.numel() != ids.numel()
         out = self.embedding_of_rows(rows, weight, padding_idx, same=same)
         if same:
-            return self._broadcast(out)
+            return self.expanded(out)
         if self.step.layouts.get(self.name) == "second":
             return out.transpose(0, 1)
         return out.view(*ids.shape, -1)
@@ -112,12 +112,12 @@ class Scored:
         """An output (rows, ...) with the rows where the layer's input had them."""
         layout = self.step.layouts.get(self.name)
         if layout == "same":
-            return self._broadcast(out)
+            return self.expanded(out)
         if layout == "second":
             return out.transpose(0, 1)
         return out.flatten(0, 1) if self.step.row_tokens(self.name) else out
 
-    def _broadcast(self, out: Tensor) -> Tensor:
+    def expanded(self, out: Tensor) -> Tensor:
         """An output whose rows are the same, checked in the first step to be used row by row."""
 
         def check(grad: Tensor) -> None:

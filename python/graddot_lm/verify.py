@@ -3,7 +3,9 @@
 Both look at the autograd graph or at one gradient once, and cost nothing afterwards.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,7 +15,8 @@ from .layers import ScoredFunction
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
-    """Every tensor in a model's output: a tensor, a tuple or list, or a mapping of them."""
+    """Every tensor in a model's output: a tensor, a tuple or list, or a mapping, dataclass or
+    namespace of them."""
     if isinstance(output, Tensor):
         yield output
     elif isinstance(output, Mapping):
@@ -22,6 +25,11 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
     elif isinstance(output, (tuple, list)):
         for value in output:
             yield from tensors_in(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from tensors_in(getattr(output, field.name, None))
+    elif isinstance(output, SimpleNamespace):
+        yield from tensors_in(vars(output))
 
 
 def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None:
@@ -30,6 +38,11 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
     Such a use (a weight read by another module's forward, say) would be missing from the scores,
     and its gradient would be that of training and validation rows together.
     """
+    if output is not None and next(tensors_in(output), None) is None:
+        raise GraddotError(
+            f"the model returned a {type(output).__name__}, in which no tensor was found, so that it"
+            " cannot be checked; return tensors, or a tuple, mapping or dataclass of them"
+        )
     by_id = {id(p): name for name, p in names.items()}
     stack = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
     seen = set(stack)
