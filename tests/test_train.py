@@ -282,6 +282,17 @@ BAD = [
     ("--domain_weights poems=1", "poems"),
     ("--method Regular --measure_overhead 3", "needs --method GradDotProd"),
     ("--method Regular --norms", "--norms needs --method GradDotProd"),
+    ("--weight_decay -0.1", "--weight_decay is -0.1; it must be a number of at least 0"),
+    ("--grad_clip nan", "--grad_clip is nan"),
+    ("--learning_rate -1", "--learning_rate is -1.0"),
+    ("--learning_rate inf", "--learning_rate is inf"),
+    ("--warmup_step -1", "--warmup_step is -1; it must be at least 0"),
+    ("--measure_overhead -2", "--measure_overhead is -2"),
+    ("--train_set ,", "--train_set names no domain"),
+    ("--val_set ,", "--val_set names no domain"),
+    ("--device foo", "--device is 'foo'; it must be cpu, cuda, or one GPU"),
+    ("--device cuda:99", "--device is 'cuda:99', which cannot be used here"),
+    ("--device meta", "--device is 'meta', which cannot be used here"),
 ]
 
 

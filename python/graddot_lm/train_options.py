@@ -1,6 +1,7 @@
 """The options of `graddot train`: their help, their checks, and their record in config.json."""
 
 import argparse
+import math
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,16 @@ def check(args: argparse.Namespace) -> None:
     for name in positive.split():
         if getattr(args, name) < 1:
             raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for name in ("warmup_step", "measure_overhead"):
+        if getattr(args, name) < 0:
+            raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+    for name in ("learning_rate", "weight_decay", "grad_clip"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise GraddotError(f"--{name} is {value}; it must be a number of at least 0")
+    for name in ("train_set", "val_set"):
+        if getattr(args, name) == []:
+            raise GraddotError(f"--{name} names no domain; name some, separated by commas, or all")
     if args.method == "GradDotProd" and args.val_batch_size < 1:
         raise GraddotError(
             f"--val_batch_size is {args.val_batch_size}; scores need at least one validation sample"
