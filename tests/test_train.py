@@ -138,10 +138,28 @@ def test_regular_moves_the_weights_alike(tokens, tmp_path):
         assert (tensor - regular[name]).norm() <= 1e-9 * tensor.norm(), name
 
 
-def test_value_is_the_learning_rate_times_the_share_times_the_dot(tokens, tmp_path):
-    assert train(tokens, tmp_path) == 0
+@pytest.mark.parametrize("grad_clip", ["0", "0.7", "1000"])
+def test_value_is_the_learning_rate_times_the_share_times_the_dot_as_clipped(
+    tokens, tmp_path, monkeypatch, grad_clip
+):
+    """What clipping multiplied the gradient by is seen on the gradient itself."""
+    factors, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def noted(parameters, *args):
+        parameters = list(parameters)
+        flat = lambda: torch.cat([p.grad.flatten() for p in parameters]).double()
+        before = flat().norm()
+        result = clip(parameters, *args)
+        factors.append((flat().norm() / before).item())
+        return result
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    assert train(tokens, tmp_path, f"--grad_clip {grad_clip}") == 0
+    factors = factors or [1.0] * 8
+    assert len(factors) == 8 and all((f < 0.9) == (grad_clip == "0.7") for f in factors)
     for row in read_scores(tmp_path / "run").to_pylist():
-        assert row["value"] == pytest.approx(row["lr"] * row["dot"] / 4, rel=1e-12)
+        plain = row["lr"] * row["dot"] / 4
+        assert row["value"] == pytest.approx(plain * factors[row["step"]], rel=1e-6)
 
 
 def test_bfloat16(tokens, tmp_path):

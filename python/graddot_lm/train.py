@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
-from .distributed import gathered, load_model, load_optimizer, shard
+from .distributed import gathered, load_model, load_optimizer, shard, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .models import DTYPES, build_gpt2
@@ -154,8 +154,7 @@ class Trainer:
         loss = self._agreed(*report)
         if not math.isfinite(loss) and self.args.on_nan == "stop":
             self.processes.fail(self._nan_message(loss))
-        if self.args.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        clipped = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.engine is not None:
@@ -164,8 +163,15 @@ class Trainer:
                 "offset": self.data.offset_of(ids),
                 "loss": losses.float(),
             }
-            self.engine.aggregate_and_log(columns)
+            self.engine.aggregate_and_log(columns, gradient_scale=clipped)
         return loss
+
+    def _clip(self) -> float | Tensor:
+        """Clip the gradients; what they were multiplied by, where they are, so nobody waits."""
+        if self.args.grad_clip == 0:
+            return 1.0
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        return (self.args.grad_clip / (whole(norm).double() + 1e-6)).clamp(max=1.0)
 
     def _report(self, losses: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """What this process tells the others after a forward, summed; on the host once the event
