@@ -17,8 +17,9 @@ from brute_force import gradient, norm, sample_dots, total
 from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.data import TokenData, fixed_batch
+from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
 from graddot_lm.models import build_gpt2
-from graddot_lm.settings import read_config
+from graddot_lm.settings import read_config, write_config
 from graddot_lm.store import read_scores
 from graddot_lm.train import Trainer
 
@@ -219,7 +220,37 @@ def test_resume_with_other_settings_is_refused(tokens, tmp_path, capsys):
     assert "learning_rate: 0.0006 before, 0.1 now" in error and "batch_size: 4 before" in error
     assert train(tokens, tmp_path) == 2  # without --resume
     assert "holds a run" in capsys.readouterr().err
+    assert train(tokens, tmp_path, "--resume --max_steps 9") == 2
+    assert "only a run with --lr_schedule constant can be extended" in capsys.readouterr().err
+    assert train(tokens, tmp_path, "--resume --method Regular") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert 'method: "GradDotProd" before, "Regular" now' in "\n".join(error[:4])
+    assert max(map(len, error)) < 200, "a list of all parameters"
     assert read_scores(tmp_path / "run").equals(before)
+
+
+def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, capsys, monkeypatch):
+    """The data's fingerprint decides, not where it lies; an older config.json says less of it."""
+    constant = "--lr_schedule constant"
+    assert train(tokens, tmp_path / "whole", constant) == 0
+    assert train(tokens, tmp_path / "moved", f"{constant} --max_steps 4 --resume") == 0
+    assert f"no run at {tmp_path}/moved/run yet: starting one" in capsys.readouterr().err
+    config = read_config(tmp_path / "moved" / "run")
+    for name in ("tokenizer_sha256", "val_sample_ids"):
+        del config[name]
+    write_config(tmp_path / "moved" / "run", {**config, "device": "cuda"})
+    shutil.copytree(tokens, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert train("elsewhere", tmp_path / "moved", f"{constant} --resume") == 0
+    assert "no run at" not in capsys.readouterr().err
+    assert_same_run(tmp_path / "whole", tmp_path / "moved")
+    config = read_config(tmp_path / "moved" / "run")
+    assert config["data_dir"] == str(tmp_path / "elsewhere") and config["val_sample_ids"]
+    meta = json.loads((tmp_path / "elsewhere" / "meta.json").read_text())
+    meta["domains"][0]["val"]["documents"] += 1
+    (tmp_path / "elsewhere" / "meta.json").write_text(json.dumps(meta))
+    assert train("elsewhere", tmp_path / "moved", f"{constant} --resume") == 2
+    assert "data_fingerprint" in capsys.readouterr().err
 
 
 def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkeypatch):
@@ -235,9 +266,33 @@ def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkey
     assert train(tokens, tmp_path) == 2
     error = capsys.readouterr().err
     assert "training loss is nan at step 5" in error and "--on_nan continue" in error
+    assert "Scores up to step 4 and the checkpoint step-2 are in" in error
     assert load_checkpoint(latest_checkpoint(tmp_path / "run")).step == 2
     assert set(read_scores(tmp_path / "run")["step"].to_pylist()) == set(range(5))
     assert train(tokens, tmp_path / "on", "--on_nan continue") == 0
+
+
+@pytest.mark.parametrize(
+    "step, extra, words",
+    [
+        (0, "", "Nothing was saved in"),
+        (2, "", "Scores up to step 1 and no checkpoint yet are in"),
+        (1, "--method Regular", "Metrics up to step 0 and no checkpoint yet are in"),
+    ],
+)
+def test_a_nan_loss_is_not_said_to_keep_what_there_is_not(
+    tokens, tmp_path, capsys, monkeypatch, step, extra, words
+):
+    losses = Trainer._losses
+
+    def poisoned(self, x, y):
+        total, each = losses(self, x, y)
+        return total, each * (float("nan") if self.step == step else 1)
+
+    monkeypatch.setattr(Trainer, "_losses", poisoned)
+    assert train(tokens, tmp_path, extra) == 2
+    error = capsys.readouterr().err
+    assert f"training loss is nan at step {step}. {words}" in error and "step -1" not in error
 
 
 def test_a_part_that_cannot_be_saved_stops_the_run_at_the_next_step(
@@ -277,6 +332,34 @@ def test_eval_only_writes_nothing(tokens, tmp_path, capsys):
     assert train(tokens, tmp_path) == 0
     assert train(tokens, tmp_path, "--eval_only --resume") == 0
     assert "after 8 steps" in capsys.readouterr().out
+    options = "--train_set sums --val_set sums --batch_size 2 --method Regular"
+    assert train(tokens, tmp_path, f"--eval_only --resume {options}") == 0, "free to differ"
+
+
+def test_eval_only_wants_the_model_and_the_tokenizer_of_the_run(tokens, tmp_path, capsys):
+    assert train(tokens, tmp_path, "--max_steps 1") == 0
+    other = tmp_path / "other"
+    shutil.copytree(tokens, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    meta = json.loads((other / "meta.json").read_text())
+    meta["tokenizer"]["sha256"] = tokenizer_sha256(load_tokenizer(str(other)))
+    (other / "meta.json").write_text(json.dumps(meta))
+    cases = [
+        (other, "", "tokenizer_sha256: "),
+        (tokens, "--block_size 16", "block_size: 24 before, 16 now"),
+        (tokens, "--architecture GPT2-Small", 'architecture: "GPT2-Tiny" before, "GPT2-Small" now'),
+    ]
+    for data, extra, words in cases:
+        assert train(data, tmp_path, f"--eval_only --resume {extra}") == 2
+        assert words in capsys.readouterr().err
+    config = read_config(tmp_path / "run")
+    del config["tokenizer_sha256"]  # as older runs have it
+    write_config(tmp_path / "run", config)
+    assert train(tokens, tmp_path, "--eval_only --resume") == 0
+    assert train(tokens, tmp_path / "no", "--eval_only --resume") == 2
+    assert "not a run's directory" in capsys.readouterr().err
 
 
 def test_overhead_is_recorded(tokens, tmp_path, capsys):
