@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, norm, sample_dots, total
-from graddot_lm import cli
+from graddot_lm import cli, report
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.data import TokenData, fixed_batch
 from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
@@ -445,6 +445,33 @@ def test_output_that_nobody_reads_to_the_end_is_no_error(unbuffered):
         ["bash", "-c", command], check=False, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_output_that_there_is_no_room_for_is_one_line(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "graddot_lm.cli", "doctor"],
+            check=False,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    message = "graddot doctor: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.parametrize("where", ["import_module", "report.run"])
+def test_ctrl_c_is_one_line(monkeypatch, capsys, where):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    owner, name = (report, "run") if where == "report.run" else (cli, where)
+    monkeypatch.setattr(owner, name, interrupted)
+    assert cli.main(["scores", "run"]) == 130
+    assert capsys.readouterr().err == "graddot: interrupted\n"
 
 
 @pytest.mark.parametrize(
