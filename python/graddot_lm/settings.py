@@ -23,6 +23,11 @@ def read_config(run: str | Path) -> dict:
         raise GraddotError(f"{path}: cannot be read: {error}") from error
 
 
+def recorded_config(folder: str | Path) -> dict:
+    """The same; empty for scores that lie in a folder without, as those of the Trainer."""
+    return read_config(folder) if (Path(folder) / "config.json").exists() else {}
+
+
 def write_config(run: Path, config: Mapping) -> None:
     """Write it, whole or not at all. Raises GraddotError."""
     write_atomic(run / "config.json", (json.dumps(config, indent=2) + "\n").encode())
