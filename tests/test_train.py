@@ -362,6 +362,29 @@ def test_eval_only_wants_the_model_and_the_tokenizer_of_the_run(tokens, tmp_path
     assert "not a run's directory" in capsys.readouterr().err
 
 
+def test_the_report_shows_the_validation_sequences(tokens, tmp_path, capsys):
+    assert train(tokens, tmp_path, "--max_steps 1 --val_set sums,prose") == 0
+    data = TokenData(tokens, "val", ["sums", "prose"], 24)
+    ids = fixed_batch(data, 2, seed=7).tolist()
+    assert read_config(tmp_path / "run")["val_sample_ids"] == ids
+    text = load_tokenizer(str(tokens)).decode(data.token_ids(ids[0]).tolist())
+    place = f"{data.domain_of(ids)[0]:<6}  {data.offset_of(ids)[0]:>6}  "
+    assert cli.main(["scores", str(tmp_path / "run"), "--top", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "validation sequences, which the scores are about (the first 1 of 2):" in out
+    assert place + report.escape(text) in out
+    assert cli.main(["scores", str(tmp_path / "run")]) == 0
+    assert "(all 2):" in capsys.readouterr().out
+    meta = tokens / "meta.json"
+    kept = meta.read_text()
+    try:  # other data in the same place, whose training samples lie alike
+        meta.write_text(kept.replace('"seed": 0', '"seed": 1'))
+        assert cli.main(["scores", str(tmp_path / "run")]) == 0
+    finally:
+        meta.write_text(kept)
+    assert "validation sequences" not in capsys.readouterr().out
+
+
 def test_overhead_is_recorded(tokens, tmp_path, capsys):
     assert train(tokens, tmp_path, "--measure_overhead 1") == 0
     measured = read_config(tmp_path / "run")["measured"]
