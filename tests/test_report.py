@@ -148,6 +148,13 @@ def test_json_and_csv(run_path, rows, tmp_path, capsys):
     assert {row["domain"] for row in table} == set(DOMAINS)
 
 
+def test_pandas_reads_the_folder_of_scores(run_path, rows):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.read_parquet(run_path / "scores")
+    assert frame["step"].tolist() == rows["step"].tolist()
+    assert frame["dot"].tolist() == rows["dot"].tolist()
+
+
 def test_no_sequences_are_shown_if_none_are_wanted(run_path, capsys):
     assert call(run_path, "--top", 0) == 0
     out = capsys.readouterr().out
