@@ -1,11 +1,29 @@
-"""The README's own example runs as it stands."""
+"""The README's own snippets run as they stand, one after the other."""
 
+import importlib.util
+import re
+import textwrap
 from pathlib import Path
 
 README = Path(__file__).parent.parent / "README.md"
 
 
-def test_first_example_runs(capsys):
-    code = README.read_text().split("```python\n")[1].split("```")[0]
-    exec(compile(code, "README.md", "exec"), {})  # noqa: S102 (our own text)
+def snippets() -> list[str]:
+    """The Python ones, also inside of a list."""
+    found = re.findall(
+        r"^( *)```python\n(.*?)^\1```$", README.read_text(), re.MULTILINE | re.DOTALL
+    )
+    return [textwrap.dedent(code) for _, code in found]
+
+
+def test_snippets_run(capsys):
+    namespace: dict = {"__name__": "readme"}
+    ran = 0
+    for code in snippets():
+        if "from trl" in code and importlib.util.find_spec("trl") is None:
+            continue
+        exec(compile(code, "README.md", "exec"), namespace)  # noqa: S102 (our own text)
+        ran += 1
+    assert ran >= 4
     assert capsys.readouterr().out.count("tensor(") == 3
+    assert namespace["loss"] > 0 and namespace["dots"].shape == (4,)

@@ -7,9 +7,11 @@ import json
 import numpy as np
 import pytest
 from graddot_lm import report
+from graddot_lm.background import BackgroundWriter
 from graddot_lm.data import TokenData
 from graddot_lm.errors import GraddotError
 from graddot_lm.run_directory import RunDirectory
+from graddot_lm.store import PartWriter, scores_schema
 from graddot_lm.tokenization import FORMAT_VERSION
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -146,10 +148,27 @@ def test_json_and_csv(run_path, rows, tmp_path, capsys):
     assert {row["domain"] for row in table} == set(DOMAINS)
 
 
+def test_pandas_reads_the_folder_of_scores(run_path, rows):
+    pandas = pytest.importorskip("pandas")
+    frame = pandas.read_parquet(run_path / "scores")
+    assert frame["step"].tolist() == rows["step"].tolist()
+    assert frame["dot"].tolist() == rows["dot"].tolist()
+
+
 def test_no_sequences_are_shown_if_none_are_wanted(run_path, capsys):
     assert call(run_path, "--top", 0) == 0
     out = capsys.readouterr().out
     assert "sequences" not in out and "no text" not in out and "mean value" in out
+
+
+@pytest.mark.parametrize("top, worst", [(2, [41]), (3, []), (1, [41])])
+def test_of_few_samples_none_is_both_best_and_worst(tmp_path, top, worst):
+    run = write_run(tmp_path / "run", data_rows())
+    summary = report.summarize(run, top)
+    assert [row["sample_id"] for row in summary["best"]] == [0, 31, 41][:top]
+    assert [row["sample_id"] for row in summary["worst"]] == worst
+    none = "worst sequences: there are no others" in report.format_summary(summary)
+    assert none == (not worst)
 
 
 def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsys):
@@ -205,6 +224,40 @@ def test_of_several_targets_one_is_shown(tmp_path):
 def test_mistakes_are_named(run_path, options, words):
     with pytest.raises(GraddotError, match=words):
         call(run_path, *options)
+
+
+@pytest.mark.parametrize("place", ["scores", "."])
+@pytest.mark.parametrize("targets", [(), ("law", "code")], ids=["single", "several"])
+def test_scores_are_read_without_a_config(tmp_path, capsys, place, targets):
+    """As they lie in the Trainer's output_dir, or in the folder of a writer."""
+    schema = scores_schema(targets)
+    parts = [PartWriter(tmp_path / place, schema, rank, world=2) for rank in range(2)]
+    for rank, writer in enumerate(map(BackgroundWriter, parts)):
+        columns = {"sample_id": [3 + rank]}
+        for k, suffix in enumerate([f"_{name}" for name in targets] or [""]):
+            columns |= {f"dot{suffix}": [2.0 + k], f"value{suffix}": [1.0 + rank + k]}
+        writer.append(columns, 0)
+        writer.flush()
+        if rank == 0:
+            with pytest.raises(GraddotError, match="nothing was saved yet"):
+                call(tmp_path)
+    options = ["--target", "code"] if targets else []
+    if targets:
+        with pytest.raises(GraddotError, match="--target: the run has several, name one of law"):
+            call(tmp_path)
+    assert call(tmp_path, *options) == 0
+    out = capsys.readouterr().out
+    assert f"{tmp_path}: 2 scores of 2 samples, steps 0 to 0" in out
+    row = next(line for line in out.splitlines() if line.split()[2:3] == ["4"])
+    first = "3.000e+00" if targets else "2.000e+00"
+    assert row.split() == [first, "1", "4", "(not", "recorded)", "-", "(not", "recorded)"]
+    assert "no text shown: there is no config.json" in out
+
+
+def test_a_run_without_scores_says_so(tmp_path):
+    RunDirectory.create(tmp_path / "run", {"method": "Regular"}).close()
+    with pytest.raises(GraddotError, match="trained with --method Regular, so without scores"):
+        call(tmp_path / "run")
 
 
 def test_a_folder_without_scores_is_named(tmp_path):

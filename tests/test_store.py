@@ -267,6 +267,7 @@ def test_rows_keep_types_nulls_and_nan(tmp_path):
     [
         pytest.param({"dot": [1.0]}, 4, ValueError, "up to step 4", id="saved-step"),
         pytest.param({"dots": [1.0]}, 5, ValueError, "'dots'", id="unknown-column"),
+        pytest.param({"norm": [1.0]}, 5, ValueError, r"'norm'.*scores_schema\(targets", id="norms"),
         pytest.param({"dot": [1.0], "lr": []}, 5, ValueError, "'lr': 0", id="lengths"),
         pytest.param({"sample_id": np.array([1.5])}, 5, TypeError, "float64", id="float-id"),
     ],
@@ -277,6 +278,15 @@ def test_wrong_rows_are_refused_and_change_nothing(tmp_path, columns, step, erro
         writer.append(columns, step)
     fill(writer, 5, 5)
     expect_steps(tmp_path, 6)
+
+
+def test_a_writer_makes_its_folder(tmp_path):
+    folder = tmp_path / "run" / "scores"
+    writer = PartWriter(str(folder), SCORES)
+    fill(writer, 0, 2)
+    expect_steps(tmp_path / "run", 3)
+    with pytest.raises(GraddotError, match="part-.*cannot be written: "):
+        PartWriter(folder / "part-00000000-00000002.parquet", SCORES)
 
 
 def test_several_targets_have_columns_of_their_own(tmp_path):

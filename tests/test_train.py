@@ -14,11 +14,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, norm, sample_dots, total
-from graddot_lm import cli
+from graddot_lm import cli, report
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.data import TokenData, fixed_batch
+from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
 from graddot_lm.models import build_gpt2
-from graddot_lm.settings import read_config
+from graddot_lm.settings import read_config, write_config
 from graddot_lm.store import read_scores
 from graddot_lm.train import Trainer
 
@@ -138,10 +139,28 @@ def test_regular_moves_the_weights_alike(tokens, tmp_path):
         assert (tensor - regular[name]).norm() <= 1e-9 * tensor.norm(), name
 
 
-def test_value_is_the_learning_rate_times_the_share_times_the_dot(tokens, tmp_path):
-    assert train(tokens, tmp_path) == 0
+@pytest.mark.parametrize("grad_clip", ["0", "0.7", "1000"])
+def test_value_is_the_learning_rate_times_the_share_times_the_dot_as_clipped(
+    tokens, tmp_path, monkeypatch, grad_clip
+):
+    """What clipping multiplied the gradient by is seen on the gradient itself."""
+    factors, clip = [], torch.nn.utils.clip_grad_norm_
+
+    def noted(parameters, *args):
+        parameters = list(parameters)
+        flat = lambda: torch.cat([p.grad.flatten() for p in parameters]).double()
+        before = flat().norm()
+        result = clip(parameters, *args)
+        factors.append((flat().norm() / before).item())
+        return result
+
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", noted)
+    assert train(tokens, tmp_path, f"--grad_clip {grad_clip}") == 0
+    factors = factors or [1.0] * 8
+    assert len(factors) == 8 and all((f < 0.9) == (grad_clip == "0.7") for f in factors)
     for row in read_scores(tmp_path / "run").to_pylist():
-        assert row["value"] == pytest.approx(row["lr"] * row["dot"] / 4, rel=1e-12)
+        plain = row["lr"] * row["dot"] / 4
+        assert row["value"] == pytest.approx(plain * factors[row["step"]], rel=1e-6)
 
 
 def test_bfloat16(tokens, tmp_path):
@@ -201,7 +220,37 @@ def test_resume_with_other_settings_is_refused(tokens, tmp_path, capsys):
     assert "learning_rate: 0.0006 before, 0.1 now" in error and "batch_size: 4 before" in error
     assert train(tokens, tmp_path) == 2  # without --resume
     assert "holds a run" in capsys.readouterr().err
+    assert train(tokens, tmp_path, "--resume --max_steps 9") == 2
+    assert "only a run with --lr_schedule constant can be extended" in capsys.readouterr().err
+    assert train(tokens, tmp_path, "--resume --method Regular") == 2
+    error = capsys.readouterr().err.splitlines()
+    assert 'method: "GradDotProd" before, "Regular" now' in "\n".join(error[:4])
+    assert max(map(len, error)) < 200, "a list of all parameters"
     assert read_scores(tmp_path / "run").equals(before)
+
+
+def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, capsys, monkeypatch):
+    """The data's fingerprint decides, not where it lies; an older config.json says less of it."""
+    constant = "--lr_schedule constant"
+    assert train(tokens, tmp_path / "whole", constant) == 0
+    assert train(tokens, tmp_path / "moved", f"{constant} --max_steps 4 --resume") == 0
+    assert f"no run at {tmp_path}/moved/run yet: starting one" in capsys.readouterr().err
+    config = read_config(tmp_path / "moved" / "run")
+    for name in ("tokenizer_sha256", "val_sample_ids"):
+        del config[name]
+    write_config(tmp_path / "moved" / "run", {**config, "device": "cuda"})
+    shutil.copytree(tokens, tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    assert train("elsewhere", tmp_path / "moved", f"{constant} --resume") == 0
+    assert "no run at" not in capsys.readouterr().err
+    assert_same_run(tmp_path / "whole", tmp_path / "moved")
+    config = read_config(tmp_path / "moved" / "run")
+    assert config["data_dir"] == str(tmp_path / "elsewhere") and config["val_sample_ids"]
+    meta = json.loads((tmp_path / "elsewhere" / "meta.json").read_text())
+    meta["domains"][0]["val"]["documents"] += 1
+    (tmp_path / "elsewhere" / "meta.json").write_text(json.dumps(meta))
+    assert train("elsewhere", tmp_path / "moved", f"{constant} --resume") == 2
+    assert "data_fingerprint" in capsys.readouterr().err
 
 
 def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkeypatch):
@@ -217,9 +266,33 @@ def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkey
     assert train(tokens, tmp_path) == 2
     error = capsys.readouterr().err
     assert "training loss is nan at step 5" in error and "--on_nan continue" in error
+    assert "Scores up to step 4 and the checkpoint step-2 are in" in error
     assert load_checkpoint(latest_checkpoint(tmp_path / "run")).step == 2
     assert set(read_scores(tmp_path / "run")["step"].to_pylist()) == set(range(5))
     assert train(tokens, tmp_path / "on", "--on_nan continue") == 0
+
+
+@pytest.mark.parametrize(
+    "step, extra, words",
+    [
+        (0, "", "Nothing was saved in"),
+        (2, "", "Scores up to step 1 and no checkpoint yet are in"),
+        (1, "--method Regular", "Metrics up to step 0 and no checkpoint yet are in"),
+    ],
+)
+def test_a_nan_loss_is_not_said_to_keep_what_there_is_not(
+    tokens, tmp_path, capsys, monkeypatch, step, extra, words
+):
+    losses = Trainer._losses
+
+    def poisoned(self, x, y):
+        total, each = losses(self, x, y)
+        return total, each * (float("nan") if self.step == step else 1)
+
+    monkeypatch.setattr(Trainer, "_losses", poisoned)
+    assert train(tokens, tmp_path, extra) == 2
+    error = capsys.readouterr().err
+    assert f"training loss is nan at step {step}. {words}" in error and "step -1" not in error
 
 
 def test_a_part_that_cannot_be_saved_stops_the_run_at_the_next_step(
@@ -259,6 +332,57 @@ def test_eval_only_writes_nothing(tokens, tmp_path, capsys):
     assert train(tokens, tmp_path) == 0
     assert train(tokens, tmp_path, "--eval_only --resume") == 0
     assert "after 8 steps" in capsys.readouterr().out
+    options = "--train_set sums --val_set sums --batch_size 2 --method Regular"
+    assert train(tokens, tmp_path, f"--eval_only --resume {options}") == 0, "free to differ"
+
+
+def test_eval_only_wants_the_model_and_the_tokenizer_of_the_run(tokens, tmp_path, capsys):
+    assert train(tokens, tmp_path, "--max_steps 1") == 0
+    other = tmp_path / "other"
+    shutil.copytree(tokens, other)
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    tokenizer["model"]["merges"].pop()
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    meta = json.loads((other / "meta.json").read_text())
+    meta["tokenizer"]["sha256"] = tokenizer_sha256(load_tokenizer(str(other)))
+    (other / "meta.json").write_text(json.dumps(meta))
+    cases = [
+        (other, "", "tokenizer_sha256: "),
+        (tokens, "--block_size 16", "block_size: 24 before, 16 now"),
+        (tokens, "--architecture GPT2-Small", 'architecture: "GPT2-Tiny" before, "GPT2-Small" now'),
+    ]
+    for data, extra, words in cases:
+        assert train(data, tmp_path, f"--eval_only --resume {extra}") == 2
+        assert words in capsys.readouterr().err
+    config = read_config(tmp_path / "run")
+    del config["tokenizer_sha256"]  # as older runs have it
+    write_config(tmp_path / "run", config)
+    assert train(tokens, tmp_path, "--eval_only --resume") == 0
+    assert train(tokens, tmp_path / "no", "--eval_only --resume") == 2
+    assert "not a run's directory" in capsys.readouterr().err
+
+
+def test_the_report_shows_the_validation_sequences(tokens, tmp_path, capsys):
+    assert train(tokens, tmp_path, "--max_steps 1 --val_set sums,prose") == 0
+    data = TokenData(tokens, "val", ["sums", "prose"], 24)
+    ids = fixed_batch(data, 2, seed=7).tolist()
+    assert read_config(tmp_path / "run")["val_sample_ids"] == ids
+    text = load_tokenizer(str(tokens)).decode(data.token_ids(ids[0]).tolist())
+    place = f"{data.domain_of(ids)[0]:<6}  {data.offset_of(ids)[0]:>6}  "
+    assert cli.main(["scores", str(tmp_path / "run"), "--top", "1"]) == 0
+    out = capsys.readouterr().out
+    assert "validation sequences, which the scores are about (the first 1 of 2):" in out
+    assert place + report.escape(text) in out
+    assert cli.main(["scores", str(tmp_path / "run")]) == 0
+    assert "(all 2):" in capsys.readouterr().out
+    meta = tokens / "meta.json"
+    kept = meta.read_text()
+    try:  # other data in the same place, whose training samples lie alike
+        meta.write_text(kept.replace('"seed": 0', '"seed": 1'))
+        assert cli.main(["scores", str(tmp_path / "run")]) == 0
+    finally:
+        meta.write_text(kept)
+    assert "validation sequences" not in capsys.readouterr().out
 
 
 def test_overhead_is_recorded(tokens, tmp_path, capsys):
@@ -282,6 +406,17 @@ BAD = [
     ("--domain_weights poems=1", "poems"),
     ("--method Regular --measure_overhead 3", "needs --method GradDotProd"),
     ("--method Regular --norms", "--norms needs --method GradDotProd"),
+    ("--weight_decay -0.1", "--weight_decay is -0.1; it must be a number of at least 0"),
+    ("--grad_clip nan", "--grad_clip is nan"),
+    ("--learning_rate -1", "--learning_rate is -1.0"),
+    ("--learning_rate inf", "--learning_rate is inf"),
+    ("--warmup_step -1", "--warmup_step is -1; it must be at least 0"),
+    ("--measure_overhead -2", "--measure_overhead is -2"),
+    ("--train_set ,", "--train_set names no domain"),
+    ("--val_set ,", "--val_set names no domain"),
+    ("--device foo", "--device is 'foo'; it must be cpu, cuda, or one GPU"),
+    ("--device cuda:99", "--device is 'cuda:99', which cannot be used here"),
+    ("--device meta", "--device is 'meta', which cannot be used here"),
 ]
 
 
@@ -333,6 +468,33 @@ def test_output_that_nobody_reads_to_the_end_is_no_error(unbuffered):
         ["bash", "-c", command], check=False, env=environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_output_that_there_is_no_room_for_is_one_line(unbuffered):
+    environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "graddot_lm.cli", "doctor"],
+            check=False,
+            env=environment,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    message = "graddot doctor: the output cannot be written: No space left on device\n"
+    assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.parametrize("where", ["import_module", "report.run"])
+def test_ctrl_c_is_one_line(monkeypatch, capsys, where):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    owner, name = (report, "run") if where == "report.run" else (cli, where)
+    monkeypatch.setattr(owner, name, interrupted)
+    assert cli.main(["scores", "run"]) == 130
+    assert capsys.readouterr().err == "graddot: interrupted\n"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """The command `graddot`."""
 
 import argparse
+import errno
 import os
 import select
 import sys
@@ -24,9 +25,20 @@ COMMANDS = {
 }
 
 
+# What says of a write that there is no room for it, or no device under it.
+NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; 2 with a message for people if the input or environment is at fault."""
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:
+        print("graddot: interrupted", file=sys.stderr)
+        return 128 + 2  # as a shell reports SIGINT
+
+
+def _main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="graddot",
         description="Which training data helps and which hurts, while the model trains.",
@@ -52,8 +64,23 @@ def main(argv: list[str] | None = None) -> int:
         if not output.poll(0):  # an error in its place means that nobody reads
             raise
         # Whoever read the output has seen enough (`graddot scores … | head`).
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return 128 + 13  # as a shell reports SIGPIPE
+    except OSError as error:
+        # Files are opened by name, and what goes wrong with those of ours is a GraddotError.
+        if error.errno not in NOT_WRITTEN or error.filename is not None:
+            raise
+        print(
+            f"graddot {args.command}: the output cannot be written: {error.strerror}",
+            file=sys.stderr,
+        )
+        _discard_output()
+        return 1
+
+
+def _discard_output() -> None:
+    """Have what is left of it go nowhere, or Python would complain of it as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -30,13 +30,14 @@ class Processes:
     def start(cls, device: str) -> "Processes":
         """Join the processes that torchrun's environment names: gloo on CPUs, nccl on GPUs.
 
-        Raises GraddotError if there are fewer GPUs than processes or they cannot be reached.
+        Raises GraddotError if there is no such device, if there are fewer GPUs than processes, and
+        if the processes cannot reach each other.
         """
         world = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
         if world == 1:
-            return cls(0, 1, torch.device(device))
+            return cls(0, 1, _usable(device))
         rank, local_rank = int(os.environ["RANK"]), int(os.environ.get("LOCAL_RANK", "0"))
-        kind = torch.device(device)
+        kind = _named(device)
         if kind.type == "cuda":
             if kind.index is not None:
                 raise GraddotError(f"--device is {device}; several processes need plain cuda")
@@ -103,6 +104,28 @@ class Processes:
                 f" ({str(error).splitlines()[0][:160]})"
             )
         return None
+
+
+def _named(device: str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise GraddotError(
+            f"--device is {device!r}; it must be cpu, cuda, or one GPU as in cuda:0"
+        ) from error
+
+
+def _usable(device: str) -> torch.device:
+    """The device of this name, once it has shown that it holds a number."""
+    found = _named(device)
+    try:
+        torch.zeros(1, device=found).item()
+    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts that it has it
+        reason = str(error).splitlines()[0][:120]
+        raise GraddotError(
+            f"--device is {device!r}, which cannot be used here ({reason}); --device cpu always can"
+        ) from error
+    return found
 
 
 def seed_step(seed: int, step: int, rank: int) -> None:

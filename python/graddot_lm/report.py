@@ -19,11 +19,12 @@ from graddot_lm.data import TokenData
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import writing
 from graddot_lm.load_tokenizer import load_tokenizer
-from graddot_lm.settings import read_config
+from graddot_lm.settings import recorded_config
 from graddot_lm.store import open_rows, reading
 
 EXCERPT = 80
 MEASURES = ("value", "dot")
+NOT_RECORDED = "(not recorded)"
 Steps = tuple[int | None, int | None]
 
 
@@ -69,7 +70,7 @@ def _columns(rows: ds.Dataset, target: str | None) -> dict[str, pc.Expression]:
         raise GraddotError(f"--target {target}: unknown; known are {known}")
     suffix = "" if target is None else f"_{target}"
     columns = {name: pc.field(name) for name in ("sample_id", "offset")}
-    columns["domain"] = pc.coalesce(pc.field("domain"), pc.scalar("(not recorded)"))
+    columns["domain"] = pc.coalesce(pc.field("domain"), pc.scalar(NOT_RECORDED))
     return {**columns, **{name: pc.field(name + suffix) for name in MEASURES}}
 
 
@@ -112,13 +113,18 @@ def sample_table(
     return table.select(["sample_id", "domain", "offset", "times", *MEASURES])
 
 
+def _first(samples: pa.Table, by: str, order: str, count: int) -> list[dict[str, Any]]:
+    keys = [(by, order), ("sample_id", "ascending")]
+    picked = pc.select_k_unstable(samples, k=count, sort_keys=keys) if count else []
+    return samples.take(picked).to_pylist() if count else []
+
+
 def _extremes(samples: pa.Table, by: str, top: int) -> dict[str, list[dict[str, Any]]]:
-    found = {}
-    for name, order in (("best", "descending"), ("worst", "ascending")):
-        keys = [(by, order), ("sample_id", "ascending")]
-        picked = pc.select_k_unstable(samples, k=top, sort_keys=keys) if top else []
-        found[name] = samples.take(picked).to_pylist() if top else []
-    return found
+    """The best and the worst samples; of few, none is both."""
+    best = _first(samples, by, "descending", top)
+    shown = {row["sample_id"] for row in best}
+    worst = [r for r in _first(samples, by, "ascending", 2 * top) if r["sample_id"] not in shown]
+    return {"best": best, "worst": worst[:top]}
 
 
 def _throughput(run: str | Path, steps: Steps) -> dict[str, Any]:
@@ -146,7 +152,8 @@ def summarize(
     `samples` is `sample_table` of the same arguments, if it is there already. Raises GraddotError
     if the directory holds no scores of these steps.
     """
-    config, rows = read_config(run), open_rows(run)
+    rows = open_rows(run)
+    config = recorded_config(run)
     columns = _columns(rows, target)
     inside = _in_steps(steps)
     finite = pc.is_finite(columns[by])
@@ -163,6 +170,7 @@ def summarize(
     distinct = dict(zip(*(column.to_pylist() for column in counts.columns), strict=True))
     extremes = _extremes(samples, by, top)
     why = _add_excerpts(config, [*extremes["best"], *extremes["worst"]])
+    validation = [] if why else _validation(config, top)
     measured = config.get("measured", {})
     return {
         "run": str(run),
@@ -174,6 +182,8 @@ def summarize(
         "samples": len(samples),
         "domains": [{**row, "samples": distinct[row["domain"]]} for row in domains.to_pylist()],
         **extremes,
+        "validation": validation,
+        "validation_samples": len(config.get("val_sample_ids", [])),
         "no_excerpts": why,
         "throughput": _throughput(run, steps),
         "overhead": measured.get("overhead"),
@@ -201,33 +211,62 @@ def escape(text: str, width: int = EXCERPT) -> str:
     return shown
 
 
+def _texts(config: dict, data: TokenData, sample_ids: Sequence[int]) -> list[str]:
+    """The beginning of each sample, to be shown. Raises GraddotError."""
+    # The copy in the data folder is the tokenizer that wrote it, whatever became of the named one.
+    own = (data.root / "tokenizer.json").exists()
+    if not own and "tokenizer" not in config:
+        raise GraddotError("config.json names no tokenizer")
+    tokenizer = load_tokenizer(str(data.root) if own else config["tokenizer"])
+    texts = []
+    for sample_id in sample_ids:
+        # A token of several characters is common, one of less than one (a byte) is not.
+        tokens = data.token_ids(sample_id)[: 4 * EXCERPT].tolist()
+        texts.append(escape(tokenizer.decode(tokens, skip_special_tokens=False)))
+    return texts
+
+
 def _add_excerpts(config: dict, samples: list[dict[str, Any]]) -> str | None:
     """Give each sample an "excerpt"; returns why there are none, if so."""
+    if not config:
+        return "there is no config.json, which would name the data"
     for key in ("data_dir", "block_size"):
         if key not in config:
             return f"config.json names no {key}"
-    folder = Path(config["data_dir"])
-    # The copy in the data folder is the tokenizer that wrote it, whatever became of the named one.
-    own = (folder / "tokenizer.json").exists()
-    if not own and "tokenizer" not in config:
-        return "config.json names no tokenizer"
+    folder = config["data_dir"]
     try:
         data = TokenData(folder, block_size=config["block_size"])
-        tokenizer = load_tokenizer(str(folder) if own else config["tokenizer"])
-        texts = []
         for sample in samples:
             sample_id = sample["sample_id"]
             place = (data.domain_of([sample_id])[0], int(data.offset_of([sample_id])[0]))
             if place != (sample["domain"], sample["offset"]):
                 return f"{folder}: sample {sample_id} is elsewhere; not the data of this run"
-            # A token of several characters is common, one of less than one (a byte) is not.
-            tokens = data.token_ids(sample_id)[: 4 * EXCERPT].tolist()
-            texts.append(escape(tokenizer.decode(tokens, skip_special_tokens=False)))
+        texts = _texts(config, data, [sample["sample_id"] for sample in samples])
     except GraddotError as error:
         return str(error)
     for sample, text in zip(samples, texts, strict=True):
         sample["excerpt"] = text
     return None
+
+
+def _validation(config: dict, top: int) -> list[dict[str, Any]]:
+    """The first `top` of the validation samples that the scores are about, with an excerpt each.
+
+    Empty if the run did not record them, or other data is in the place of theirs.
+    """
+    ids = config.get("val_sample_ids", [])[:top]
+    if not ids:
+        return []
+    try:
+        data = TokenData(config["data_dir"], "val", block_size=config["block_size"])
+        if data.fingerprint != config["data_fingerprint"]:
+            return []
+        texts = _texts(config, data, ids)
+        places = zip(ids, data.domain_of(ids), data.offset_of(ids).tolist(), texts, strict=True)
+    except GraddotError:  # `_add_excerpts` says why for the training samples
+        return []
+    names = ("sample_id", "domain", "offset", "excerpt")
+    return [dict(zip(names, place, strict=True)) for place in places]
 
 
 # From figures to text
@@ -266,10 +305,21 @@ def _samples_text(samples: list[dict[str, Any]], by: str) -> str:
     header = [f"summed {by}", "times", "sample_id", "domain", "offset", "text"]
     rows = [
         [_number(row[by]), str(row["times"]), str(row["sample_id"]), escape(row["domain"], 40)]
-        + [_number(row["offset"], "d"), row.get("excerpt", "")]
+        + [_number(row["offset"], "d"), row.get("excerpt", NOT_RECORDED)]
         for row in samples
     ]
     return _aligned(header, rows, left=[3, 5])
+
+
+def _validation_text(summary: dict[str, Any]) -> str:
+    shown, count = summary["validation"], summary["validation_samples"]
+    rows = [
+        [str(row["sample_id"]), escape(row["domain"], 40), str(row["offset"]), row["excerpt"]]
+        for row in shown
+    ]
+    table = _aligned(["sample_id", "domain", "offset", "text"], rows, left=[1, 3])
+    which = f"the first {len(shown)} of {count}" if len(shown) < count else f"all {count}"
+    return f"validation sequences, which the scores are about ({which}):\n{table}"
 
 
 def _closing_lines(summary: dict[str, Any]) -> list[str]:
@@ -309,6 +359,10 @@ def format_summary(summary: dict[str, Any]) -> str:
         if summary[name]:
             text = _samples_text(summary[name], by)
             blocks.append(f"{name} sequences, {title} summed {by} first:\n{text}")
+    if summary["best"] and not summary["worst"]:
+        blocks[-1] += "\nworst sequences: there are no others"
+    if summary["validation"]:
+        blocks.append(_validation_text(summary))
     closing = _closing_lines(summary)
     if summary["no_excerpts"] and (summary["best"] or summary["worst"]):
         closing.insert(0, f"no text shown: {summary['no_excerpts']}")
@@ -332,7 +386,11 @@ def format_report(
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `graddot scores`."""
     add = parser.add_argument
-    add("run", metavar="RUN", help="a run's directory, the one that holds config.json")
+    add(
+        "run",
+        metavar="RUN",
+        help="a run's directory, the output_dir of a Trainer, or a folder of scores",
+    )
     add(
         "--top",
         type=int,

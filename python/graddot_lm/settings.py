@@ -7,6 +7,10 @@ from pathlib import Path
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import write_atomic
 
+WIDTH = 100  # of a value in a message
+
+_NOTES = {"max_steps": "; only a run with --lr_schedule constant can be extended"}
+
 
 def read_config(run: str | Path) -> dict:
     """A run's config.json. Raises GraddotError if there is none."""
@@ -17,6 +21,11 @@ def read_config(run: str | Path) -> dict:
         raise GraddotError(f"{run}: not a run's directory, for it has no config.json") from error
     except (OSError, ValueError) as error:
         raise GraddotError(f"{path}: cannot be read: {error}") from error
+
+
+def recorded_config(folder: str | Path) -> dict:
+    """The same; empty for scores that lie in a folder without, as those of the Trainer."""
+    return read_config(folder) if (Path(folder) / "config.json").exists() else {}
 
 
 def write_config(run: Path, config: Mapping) -> None:
@@ -33,6 +42,22 @@ def _flat(config: Mapping, prefix: str = "") -> Iterator[tuple[str, str]]:
             yield f"{prefix}{key}", json.dumps(value)
 
 
+def _differing(old: Mapping[str, str], new: Mapping[str, str]) -> list[str]:
+    """A line for each setting that is not the same in both, the long ones last."""
+    lines = [
+        f"  {key}: {_shown(old.get(key))} before, {_shown(new.get(key))} now{_NOTES.get(key, '')}"
+        for key in sorted({*old, *new})
+        if old.get(key) != new.get(key)
+    ]
+    return sorted(lines, key=lambda line: len(line) > WIDTH)
+
+
+def _shown(value: str | None) -> str:
+    if value is None:
+        return "not set"
+    return value if len(value) <= WIDTH else value[: WIDTH - 1] + "…"
+
+
 def check_resume(
     run: str | Path, config: Mapping, may_differ: Sequence[str] = ("max_steps",)
 ) -> None:
@@ -41,14 +66,24 @@ def check_resume(
     `may_differ` names settings, or groups of settings, that a resumed run is free to change.
     """
     free = {*may_differ, "measured"}
-    old, new = dict(_flat(read_config(run))), dict(_flat(config))
-    differing = [
-        f"  {key}: {old.get(key, 'not set')} before, {new.get(key, 'not set')} now"
-        for key in sorted({*old, *new})
-        if old.get(key) != new.get(key) and key not in free and key.split(".")[0] not in free
-    ]
-    if differing:
+    old, new = (
+        {k: v for k, v in _flat(each) if k not in free and k.split(".")[0] not in free}
+        for each in (read_config(run), config)
+    )
+    if differing := _differing(old, new):
         raise GraddotError(
             f"{run}: cannot be resumed with other settings; repeat its own, or choose another "
             "folder:\n" + "\n".join(differing)
+        )
+
+
+def check_evaluation(run: str | Path, config: Mapping) -> None:
+    """Raise GraddotError naming each setting of `config` that the run recorded otherwise."""
+    recorded = read_config(run)
+    known = recorded.keys() & config.keys()  # an older run may not have recorded all of them
+    old, new = (dict(_flat({key: each[key] for key in known})) for each in (recorded, config))
+    if differing := _differing(old, new):
+        raise GraddotError(
+            f"{run}: its model cannot be evaluated with other settings; repeat its own:\n"
+            + "\n".join(differing)
         )

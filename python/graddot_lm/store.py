@@ -20,7 +20,7 @@ import torch
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import sync, write_atomic, writing
-from graddot_lm.settings import read_config
+from graddot_lm.settings import read_config, recorded_config
 
 SCORES = pa.schema(
     {
@@ -112,8 +112,13 @@ def _array(field: pa.Field, values: Any) -> pa.Array:
 class PartWriter:
     """Rows of one kind: gathered in memory, saved as one more part by each `flush`."""
 
-    def __init__(self, folder: Path, schema: pa.Schema, rank: int = 0, world: int = 1) -> None:
-        self.folder, self.schema = folder, schema
+    def __init__(
+        self, folder: str | Path, schema: pa.Schema, rank: int = 0, world: int = 1
+    ) -> None:
+        """Makes the folder if need be; raises GraddotError if it cannot be made."""
+        self.folder, self.schema = Path(folder), schema
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
         self._rank, self._world = rank, world
         self._batches: list[pa.RecordBatch] = []
         self._first = 0
@@ -134,7 +139,10 @@ class PartWriter:
         if step < self._last or step <= self._saved:
             raise ValueError(f"step {step}: rows up to step {self._last} were given before")
         if unknown := set(rows) - set(self.schema.names):
-            raise ValueError(f"columns {sorted(unknown)}: known are {self.schema.names}")
+            raise ValueError(
+                f"columns {sorted(unknown)}: the writer's schema has {self.schema.names}; for"
+                " several targets or norms, make it with scores_schema(targets=[...], norms=True)"
+            )
         lengths = {name: len(values) for name, values in rows.items()}
         if len(set(lengths.values())) != 1:
             raise ValueError(f"columns of different length: {lengths}")
@@ -213,13 +221,21 @@ def reading(path: str | Path) -> Iterator[None]:
 def open_rows(run: str | Path, kind: str = "scores") -> ds.Dataset:
     """All saved "scores" or "metrics" of a run, to be streamed inside `reading(run)`.
 
-    Domains come as plain strings, for each part has its own dictionary. Raises GraddotError if
-    there is no run or no row.
+    Scores may also lie in a folder that is no run's: in one named scores, as the Trainer's
+    output_dir has it, or in the folder itself, as that of a `PartWriter`. Domains come as plain
+    strings, for each part has its own dictionary. Raises GraddotError if there is no run or no row.
     """
-    read_config(run)
     folder = Path(run) / kind
+    if kind == "scores" and not folder.exists() and _parts(Path(run)):
+        folder = Path(run)
     parts = _readable(folder)
     if not parts:
+        config = recorded_config(run) if folder.exists() else read_config(run)
+        if kind == "scores" and config.get("method") == "Regular":
+            raise GraddotError(
+                f"{run}: was trained with --method Regular, so without scores; train with --method"
+                " GradDotProd in another folder"
+            )
         raise GraddotError(f"{folder}: nothing was saved yet")
     with reading(parts[0].path):
         schema = pq.read_schema(parts[0].path)

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,12 +23,13 @@ from tqdm import tqdm
 
 from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
-from .distributed import gathered, load_model, load_optimizer, shard
+from .distributed import gathered, load_model, load_optimizer, shard, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .models import DTYPES, build_gpt2
 from .processes import Processes, seed_step
 from .run_directory import RunDirectory
+from .settings import check_evaluation
 from .train_options import (
     add_arguments,  # noqa: F401 (the command line looks here)
     check,
@@ -80,10 +82,10 @@ class Trainer:
         self.data.check_tokenizer(str(Path(args.pile_data_dir) / "tokenizer.json"))
         weights = parse_weights(args.domain_weights) if args.domain_weights else None
         self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
-        self.val_batch = None
+        self.val_ids, self.val_batch = np.empty(0, np.int64), None
         if args.method == "GradDotProd":
-            val_ids = fixed_batch(self.val_data, args.val_batch_size, args.seed)
-            self.val_batch = self._to_device(self.val_data.get(val_ids))
+            self.val_ids = fixed_batch(self.val_data, args.val_batch_size, args.seed)
+            self.val_batch = self._to_device(self.val_data.get(self.val_ids))
         vocab_size = self.data.vocab_size
         model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
         self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
@@ -154,8 +156,7 @@ class Trainer:
         loss = self._agreed(*report)
         if not math.isfinite(loss) and self.args.on_nan == "stop":
             self.processes.fail(self._nan_message(loss))
-        if self.args.grad_clip > 0:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        clipped = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.engine is not None:
@@ -164,8 +165,15 @@ class Trainer:
                 "offset": self.data.offset_of(ids),
                 "loss": losses.float(),
             }
-            self.engine.aggregate_and_log(columns)
+            self.engine.aggregate_and_log(columns, gradient_scale=clipped)
         return loss
+
+    def _clip(self) -> float | Tensor:
+        """Clip the gradients; what they were multiplied by, where they are, so nobody waits."""
+        if self.args.grad_clip == 0:
+            return 1.0
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        return (self.args.grad_clip / (whole(norm).double() + 1e-6)).clamp(max=1.0)
 
     def _report(self, losses: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """What this process tells the others after a forward, summed; on the host once the event
@@ -197,24 +205,41 @@ class Trainer:
 
     def _nan_message(self, loss: float) -> str:
         assert self.run_dir is not None
+        path, rows = self.run_dir.path, "Metrics" if self.engine is None else "Scores"
+        latest = latest_checkpoint(path)
+        kept = f"Nothing was saved in {path} yet"
+        if self.step > 0:
+            last = "no checkpoint yet" if latest is None else f"the checkpoint {latest.name}"
+            kept = f"{rows} up to step {self.step - 1} and {last} are in {path}"
         return (
-            f"the training loss is {loss} at step {self.step}. Scores up to step {self.step - 1} and"
-            f" the last checkpoint in {self.run_dir.path} are kept. Lower --learning_rate or raise"
-            " --warmup_step in a new run; --on_nan continue goes on regardless"
+            f"the training loss is {loss} at step {self.step}. {kept}. Lower --learning_rate or"
+            " raise --warmup_step in a new run; --on_nan continue goes on regardless"
         )
 
     def evaluate_only(self) -> None:
         """Print the val loss of the run's last checkpoint, or of random weights; write nothing."""
-        latest = latest_checkpoint(self._path()) if self.args.resume else None
-        if self.args.resume and latest is None:
-            raise GraddotError(f"{self._path()}: no checkpoint to evaluate")
-        if latest is not None:
-            checkpoint = load_checkpoint(latest)
+        if self.args.resume:
+            checkpoint = self.processes.together(self._checkpoint_to_evaluate)
             load_model(self.model, checkpoint.state["model"])
             self.step = checkpoint.step + 1
         loss = self.evaluate()
         if self.processes.rank == 0:
             print(f"val loss {loss:.4f} after {self.step} steps")
+
+    def _checkpoint_to_evaluate(self) -> Checkpoint:
+        """The run's last one, whose model must be this one and its tokens the data's."""
+        path = self._path()
+        settings = {
+            "architecture": self.args.architecture,
+            "block_size": self.args.block_size,
+            "vocab_size": self.data.vocab_size,
+            "tokenizer_sha256": self.data.meta["tokenizer"]["sha256"],
+        }
+        check_evaluation(path, settings)
+        latest = latest_checkpoint(path)
+        if latest is None:
+            raise GraddotError(f"{path}: no checkpoint to evaluate")
+        return load_checkpoint(latest)
 
     @torch.no_grad()
     def evaluate(self) -> float:
@@ -269,12 +294,14 @@ class Trainer:
             self.engine.attach(self.optimizer)
 
     def _make_run(self) -> Checkpoint | None:
-        config = describe(self.args, self.data, self.model, self.engine, self.processes.world)
-        path, world = self._path(), self.processes.world
+        path, world, val_ids = self._path(), self.processes.world, self.val_ids.tolist()
+        config = describe(self.args, self.data, self.model, self.engine, world, val_ids)
         if self.args.resume and (path / "config.json").exists():
             may_differ = self._may_differ()
             self.run_dir, checkpoint = RunDirectory.resume(path, config, may_differ, world=world)
             return checkpoint
+        if self.args.resume:
+            print(f"no run at {path} yet: starting one", file=sys.stderr)
         self.run_dir = RunDirectory.create(path, config, world=world)
         return None
 
@@ -296,6 +323,9 @@ class Trainer:
         """Settings that a resumed run may change: none that its weights or scores depend on."""
         names = "resume eval_only results_dir measure_overhead versions commit processes parallel"
         names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
+        # Where the data lies: what it is, the tokenizer with it, data_fingerprint says. The
+        # validation samples follow from it and from settings, and older runs did not record them.
+        names += " device pile_data_dir data_dir tokenizer tokenizer_sha256 val_sample_ids"
         return names.split() + (["max_steps"] if self.args.lr_schedule == "constant" else [])
 
     # The run
@@ -368,9 +398,7 @@ class Trainer:
         engine.store = None
         ids = self.processes.share(self.sampler.next_batch())
         batch = self._to_device(self.data.get(ids))
-        val = self._to_device(
-            self.val_data.get(fixed_batch(self.val_data, self.args.val_batch_size, self.args.seed))
-        )
+        val = self._to_device(self.val_data.get(self.val_ids))
         joint = torch.cat([batch[0], val[0]]), torch.cat([batch[1], val[1]])
 
         def scored() -> None:

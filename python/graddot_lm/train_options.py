@@ -1,7 +1,9 @@
 """The options of `graddot train`: their help, their checks, and their record in config.json."""
 
 import argparse
+import math
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +158,8 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the run's last checkpoint, bit for bit as if it had not stopped",
+        help="go on from the run's last checkpoint, bit for bit as if it had not stopped; a run that"
+        " does not exist yet is started",
     )
     for name, default, text in (
         ("dot_prod_save_interval", 100, "steps between saves of the scores"),
@@ -183,6 +186,16 @@ def check(args: argparse.Namespace) -> None:
     for name in positive.split():
         if getattr(args, name) < 1:
             raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    for name in ("warmup_step", "measure_overhead"):
+        if getattr(args, name) < 0:
+            raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+    for name in ("learning_rate", "weight_decay", "grad_clip"):
+        value = getattr(args, name)
+        if not (math.isfinite(value) and value >= 0):
+            raise GraddotError(f"--{name} is {value}; it must be a number of at least 0")
+    for name in ("train_set", "val_set"):
+        if getattr(args, name) == []:
+            raise GraddotError(f"--{name} names no domain; name some, separated by commas, or all")
     if args.method == "GradDotProd" and args.val_batch_size < 1:
         raise GraddotError(
             f"--val_batch_size is {args.val_batch_size}; scores need at least one validation sample"
@@ -217,8 +230,10 @@ def describe(
     model: nn.Module,
     engine: GradDotProdEngine | None,
     processes: int,
+    val_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
-    """What config.json records: every setting, versions, commit, and what the scores cover."""
+    """What config.json records: every setting, versions, commit, and what the scores cover and are
+    about."""
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
     if not args.norms:  # as in runs from before there was the option, which can be resumed
         del settings["norms"]
@@ -227,6 +242,7 @@ def describe(
         "data_dir": str(Path(args.pile_data_dir).resolve()),
         "data_fingerprint": data.fingerprint,
         "tokenizer": str((Path(args.pile_data_dir) / "tokenizer.json").resolve()),
+        "tokenizer_sha256": data.meta["tokenizer"]["sha256"],
         "vocab_size": data.vocab_size,
         "processes": processes,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -238,6 +254,7 @@ def describe(
         "commit": _commit(),
     }
     if engine is not None:
+        record["val_sample_ids"] = list(val_ids)
         coverage = engine.coverage()
         record["coverage"] = {
             "covered": coverage.covered,
