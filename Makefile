@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 
-.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-options exactness gpu-check clean
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-options exactness gpu-check gpu-build gpu-test gpu-bench gpu-sanitize clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
@@ -55,16 +55,27 @@ bench-options: $(VENV)/installed ## what each of the engine's options adds to a 
 exactness: $(VENV)/installed ## docs/exactness.md: the errors that the tests measured
 	$(BIN)/python bench/exactness.py
 
-# -P: what was installed, not the source tree, which has no compiled library.
-gpu-check: ## on a machine with a GPU, its own torch and nvcc: build, test, sanitize, bench
+# Parts of `gpu-check`, each for itself, so that a machine lent for minutes takes them one by one;
+# `make -k gpu-check` goes on with the other parts where one fails. -P: what was installed, not the
+# source tree, which has no compiled library.
+gpu-check: gpu-test gpu-bench gpu-sanitize ## on a machine with a GPU, its own torch and nvcc
+
+gpu-build:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
-	$(PYTHON) -P -m pytest tests/gpu
-	compute-sanitizer --error-exitcode 1 $(PYTHON) -P -m pytest tests/gpu \
-	    -k "not repeatable and not memory and not 32_bit and not grid"
+
+gpu-test: gpu-build ## kernels first, which say where to look, then whole steps
+	$(PYTHON) -P -m pytest -n 4 tests/gpu/test_kernels.py
+	$(PYTHON) -P -m pytest -n 4 tests/gpu/test_steps.py tests/gpu/test_grid_on_gpu.py
+
+gpu-bench: gpu-build ## rows for bench/results/
 	$(PYTHON) bench/gpu_kernels.py
 	$(PYTHON) bench/bench_step.py
 	$(PYTHON) bench/bench_embedding.py
 	$(PYTHON) bench/bench_methods.py --architectures GPT2-Small --sweeps N V
+
+gpu-sanitize: gpu-build
+	compute-sanitizer --error-exitcode 1 $(PYTHON) -P -m pytest tests/gpu \
+	    -k "not repeatable and not memory and not 32_bit and not grid"
 
 clean:
 	rm -rf $(VENV) build *.egg-info graddot_kernels/*.so

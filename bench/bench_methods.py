@@ -121,7 +121,7 @@ class Bench:
                 continue
             # A mean over targets of one size is the score of them all.
             got = scores if scores.dim() == 1 else scores.mean(0)
-            error = ((got.cpu() - want).abs().max() / want.abs().max()).item()
+            error = ((got - want).abs().max() / want.abs().max()).item()
             if not error < 1e-3:
                 raise SystemExit(f"{name}: scores are wrong, no figures: error {error:.1e}")
 

@@ -81,13 +81,13 @@ def naive(model: nn.Module, loss: Loss, train: Batch, val: Batch) -> Tensor:
     parameters = list(model.parameters())
     directions = torch.autograd.grad(loss(model, *val), parameters)
     n = len(train[0])
-    dots = torch.zeros(n, dtype=torch.float64)
+    dots = torch.zeros(n, dtype=torch.float64, device=train[0].device)
     for i in range(n):
         grads = torch.autograd.grad(
             loss(model, train[0][i : i + 1], train[1][i : i + 1]), parameters
         )
         for p, g, d in zip(parameters, grads, directions, strict=True):
-            dots[i] += torch.dot(g.flatten(), d.flatten()).cpu()
+            dots[i] += torch.dot(g.flatten(), d.flatten())
             p.grad = g / n if i == 0 else p.grad.add_(g, alpha=1 / n)
     return dots
 
@@ -97,7 +97,7 @@ def two_matmuls(model: nn.Module, loss: Loss, train: Batch, val: Batch) -> Tenso
     dot product was first published. `.grad` is that of the joint batch."""
     n, v = len(train[0]), len(val[0])
     x, y = torch.cat([train[0], val[0]]), torch.cat([train[1], val[1]])
-    dots = torch.zeros(n, dtype=torch.float64)
+    dots = torch.zeros(n, dtype=torch.float64, device=train[0].device)
     with captured(model) as captures:
         loss(model, x, y).backward()
     t_rows, v_rows = slice(0, n), slice(n, n + v)
@@ -105,11 +105,11 @@ def two_matmuls(model: nn.Module, loss: Loss, train: Batch, val: Batch) -> Tenso
         (act, grad), (val_act, val_grad) = c.of(t_rows), c.of(v_rows)
         if isinstance(c.module, nn.Embedding):
             vocab = c.module.num_embeddings
-            dots += embedding_ghost_dot(val_act, val_grad, act, grad, vocab).cpu()
+            dots += embedding_ghost_dot(val_act, val_grad, act, grad, vocab)
             continue
         if not isinstance(c.module, nn.LayerNorm):
-            dots += linear_ghost_dot(val_act, val_grad, act, grad, method="gram").cpu()
-        dots += (c.vectors(t_rows) @ c.vectors(v_rows).sum(0)).cpu()
+            dots += linear_ghost_dot(val_act, val_grad, act, grad, method="gram")
+        dots += c.vectors(t_rows) @ c.vectors(v_rows).sum(0)
     return dots * (n + v) ** 2 / v
 
 
@@ -122,16 +122,16 @@ def cached_direction(model: nn.Module, loss: Loss, train: Batch, val: Batch) -> 
         directions = [c.module.weight.grad for c in captures]
         model.zero_grad(set_to_none=True)
         loss(model, *train).backward()
-        dots = torch.zeros(n, dtype=torch.float64)
+        dots = torch.zeros(n, dtype=torch.float64, device=train[0].device)
         for c, direction, vector in zip(captures, directions, val_vectors, strict=True):
             act, grad = c.of(slice(None))
             if isinstance(c.module, nn.Embedding):
-                dots += embedding_direction_dot(direction, act, grad).cpu()
+                dots += embedding_direction_dot(direction, act, grad)
                 continue
             if not isinstance(c.module, nn.LayerNorm):
                 side = direction.t() if isinstance(c.module, Conv1D) else direction
-                dots += linear_direction_dot(side.contiguous(), act, grad).cpu()
-            dots += (c.vectors(slice(None)) @ vector).cpu()
+                dots += linear_direction_dot(side.contiguous(), act, grad)
+            dots += c.vectors(slice(None)) @ vector
     return dots * n
 
 
@@ -146,9 +146,9 @@ def vmap_grad(model: nn.Module, loss: Loss, train: Batch, val: Batch) -> Tensor:
     loss(model, *val).backward()
     directions = {name: p.grad for name, p in model.named_parameters()}
     grads = torch.func.vmap(torch.func.grad(one), (None, 0, 0))(parameters, *train)
-    dots = torch.zeros(len(train[0]), dtype=torch.float64)
+    dots = torch.zeros(len(train[0]), dtype=torch.float64, device=train[0].device)
     for name, p in model.named_parameters():
-        dots += (grads[name].flatten(1) @ directions[name].flatten()).cpu()
+        dots += grads[name].flatten(1) @ directions[name].flatten()
         p.grad = grads[name].mean(0)
     return dots
 
@@ -167,9 +167,9 @@ def opacus_samples(sampled: Any, loss: Loss, train: Batch, val: Batch) -> Tensor
         return sampled(rows, position_ids=positions)
 
     loss(with_positions, x, y).backward()
-    dots = torch.zeros(n, dtype=torch.float64)
+    dots = torch.zeros(n, dtype=torch.float64, device=train[0].device)
     for p in sampled.parameters():
         samples = p.grad_sample.flatten(1)
-        dots += (samples[:n] @ samples[n:].mean(0)).cpu()
+        dots += samples[:n] @ samples[n:].mean(0)
         p.grad, p.grad_sample = p.grad_sample[:n].mean(0), None
     return dots
