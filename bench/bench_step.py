@@ -10,8 +10,9 @@ dots.
 On a CPU a GPT-2 of 4 layers and 50304 tokens in fp32; on a GPU GPT-2 Small in bf16.
 
 Last line: worst case over the language-model shapes, the largest ratio of each kind (of
-naive_over_step the smallest), naive_over_step_mlp, and k16_over_k1: sixteen val rows as sixteen
-targets over the same rows as one.
+naive_over_step the smallest), naive_over_step_mlp, k16_over_k1: sixteen val rows as sixteen targets
+over the same rows as one, and host_over_regular_nv: the step over Regular in a GPT-2 of 12 layers so
+narrow that little but the host's own work is left, which bounds the step on a fast GPU.
 """
 
 import argparse
@@ -40,6 +41,7 @@ if DEVICE == "cuda":
 TOLERANCE = 5e-2 if DTYPE == torch.bfloat16 else 1e-4  # of the largest score
 MLP_SHAPE = (256, 1)  # N, V; T = 1
 TARGETS_SHAPE = (8, 16, 256)
+NARROW = {"n_layer": 12, "n_embd": 16, "n_head": 2, "vocab_size": 64}
 
 
 class Case:
@@ -62,16 +64,19 @@ class Case:
         self.loss(self.x[:rows], self.y[:rows]).backward()
 
     def _graddot(self, engine: GradDotProdEngine) -> Tensor:
+        engine.attach()
+        scores = self.attached_step(engine)
+        engine.detach()
+        return scores
+
+    def attached_step(self, engine: GradDotProdEngine) -> Tensor:
         self.model.zero_grad(set_to_none=True)
         train = self.x[: self.n], self.y[: self.n]
-        engine.attach()
         engine.attach_train_batch(*train, 0, None)
         x, y = engine.prepare_forward_input(*train)
         self.loss(x, y).backward()
         engine.prepare_gradients()
-        scores = engine.aggregate_and_log()
-        engine.detach()
-        return scores
+        return engine.aggregate_and_log()
 
     def _naive(self) -> Tensor:
         parameters = list(self.model.parameters())
@@ -88,15 +93,15 @@ class Case:
 
 
 class LanguageModelCase(Case):
-    """A GPT-2 of Small's width and vocabulary."""
+    """A GPT-2 of Small's width and vocabulary, but for `sizes`."""
 
-    def __init__(self, n: int, v: int, t: int) -> None:
+    def __init__(self, n: int, v: int, t: int, **sizes: int) -> None:
         torch.manual_seed(0)
+        sizes = {"vocab_size": VOCABULARY, "n_layer": LAYERS} | sizes
         config = GPT2Config(
-            vocab_size=VOCABULARY, n_layer=LAYERS, n_positions=t, resid_pdrop=0, embd_pdrop=0,
-            attn_pdrop=0,
+            n_positions=t, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, use_cache=False,
+            bos_token_id=None, eos_token_id=None, **sizes,
         )  # fmt: skip
-        config.use_cache = False
         model = GPT2LMHeadModel(config)
         model.loss_type = "ForCausalLM"  # what it gets anyway, but with a warning
         ids = torch.randint(0, config.vocab_size, (n + v, t), device=DEVICE)
@@ -167,6 +172,20 @@ def measure_targets(repeats: int) -> dict[str, float]:
     return row
 
 
+def measure_host(repeats: int) -> dict[str, float]:
+    """Steps of a few milliseconds, so of more rounds; attached once, as a training run is."""
+    case, other = (LanguageModelCase(4, 1, 8, **NARROW) for _ in range(2))
+    check(case)
+    fuse_head(other.model)
+    other.engine.attach()
+    methods = {name: case.methods[name] for name in ("stock_nv", "regular_nv")}
+    methods["graddot"] = lambda: other.attached_step(other.engine)
+    seconds = interleave(methods, 10 * repeats, settle=True)
+    row = {"host_over_regular_nv": seconds["graddot"] / seconds["regular_nv"]}
+    append_row("step", {"shape": "host", "repeats": 10 * repeats, **row, "seconds": seconds})
+    return row
+
+
 def case_of(shape: str) -> Case:
     return mlp_case() if shape == "mlp" else LanguageModelCase(*LM_SHAPES[shape])
 
@@ -224,7 +243,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     rounds = 20 if DEVICE == "cuda" else 3
     parser.add_argument("--repeats", type=int, default=rounds, help="timed rounds of all methods")
-    shapes = [*LM_SHAPES, "mlp", "k16"]
+    shapes = [*LM_SHAPES, "mlp", "k16", "host"]
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, help="default: all")
     parser.add_argument("--memory_of", nargs=2, metavar=("SHAPE", "METHOD"), help="used by itself")
     args = parser.parse_args()
@@ -232,8 +251,9 @@ def main() -> None:
         print_peak_memory(*args.memory_of)
         return
     start = time.perf_counter()
+    apart = {"k16": measure_targets, "host": measure_host}
     rows = {
-        shape: measure_targets(args.repeats) if shape == "k16" else measure(shape, args.repeats)
+        shape: apart[shape](args.repeats) if shape in apart else measure(shape, args.repeats)
         for shape in args.shapes
     }
     for shape, row in rows.items():
@@ -247,7 +267,8 @@ def main() -> None:
         }
     if "mlp" in rows:
         worst["naive_over_step_mlp"] = rows["mlp"]["naive_over_step"]
-    worst |= rows.get("k16", {})
+    for shape in apart:
+        worst |= rows.get(shape, {})
     print(" ".join(f"{key}={value:.3f}" for key, value in worst.items()))
 
 

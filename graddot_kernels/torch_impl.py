@@ -47,6 +47,8 @@ def _scaled_(x: Tensor, scale: Tensor | None) -> Tensor:
 
 def _sum_by_group(pairs: Tensor, val_rows: list[int]) -> Tensor:
     """(V, N) row sums by consecutive groups of val_rows rows, (K, N)."""
+    if len(val_rows) == 1:
+        return pairs.sum(0, keepdim=True)
     return torch.stack([group.sum(0) for group in torch.split(pairs, val_rows)])
 
 
