@@ -25,12 +25,15 @@ def gpu_implementation(family: str, name: str, fallback: Callable[..., Any]) -> 
     if importlib.util.find_spec("triton") is None:
         return fallback
 
+    @functools.lru_cache
+    def launcher() -> Callable[..., Any]:
+        return getattr(importlib.import_module(f"{__name__}.{family}"), name)  # type: ignore[no-any-return]
+
     def run(*args: Any) -> Any:
         first = next(x for x in args if isinstance(x, Tensor))
         if first.dtype == torch.float64 or _too_old(first.device):
             return fallback(*args)
-        module = importlib.import_module(f"{__name__}.{family}")
-        return getattr(module, name)(*args)
+        return launcher()(*args)
 
     run.__module__, run.__name__ = f"{__name__}.{family}", name
     return run

@@ -9,6 +9,7 @@ The tables are reasoned, not searched: a user's first step never waits for tunin
 `make aot` compiles every row and fails where a hot kernel spills.
 """
 
+import functools
 from dataclasses import dataclass
 
 
@@ -106,6 +107,7 @@ _BOUNDARY_STEPS = 1
 _WORKSPACE_ELEMENTS = 64 * 1024 * 1024
 
 
+@functools.lru_cache(maxsize=1024)  # of a model's few shapes: the search takes as long as a launch
 def wgrad_samples(tiles: int, n: int, t: int, tile: Tile, sms: int) -> int:
     """Samples a program walks, so that tiles × groups of samples fill the chip's last wave.
 
