@@ -35,9 +35,27 @@ def test_finished_foreign_and_unwritable_outputs(tmp_path, pile, bpe):
     assert [d["name"] for d in meta["domains"]] == ["Pile-CC"]
     assert set(content(tmp_path / "out")) == {"pile-cc/train.bin", "pile-cc/val.bin"}
     with pytest.raises(GraddotError, match="holds other files"):
-        tokenize(pile, pile, bpe)
+        tokenize(tmp_path / "one.jsonl", pile, bpe)
     with pytest.raises(GraddotError, match="cannot be written"):
         tokenize(pile, tmp_path / "one.jsonl" / "out", bpe)
+
+
+def test_an_output_in_an_input_or_around_it_is_refused(tmp_path, pile, bpe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output in ("pile", "pile/sub", "pile/new/../tokens"):
+        with pytest.raises(GraddotError, match=f"--output {output}: is the input pile, or lies in"):
+            tokenize("pile", output, bpe)
+    with pytest.raises(GraddotError, match="is the input some/set, or lies in it"):
+        tokenize("some/set", "some/set/tokens", bpe)  # on the hub now, a folder the next time
+    assert not (tmp_path / "some").exists() and len(list(pile.rglob("*"))) == 5
+
+    tokenize("pile/a.jsonl", "pile/tokens", bpe)  # a file, in which nothing can lie
+    before = content(pile)
+    (pile / "tokens" / "more.jsonl").write_bytes(GOOD)
+    for source in ("pile", "pile/tokens/more.jsonl"):
+        with pytest.raises(GraddotError, match=f"the input {source}[, ].*lies in it"):
+            tokenize(source, "pile/tokens", bpe, overwrite=True)
+    assert content(pile) == before and (pile / "tokens" / "meta.json").exists()
 
 
 # Interrupted runs, in a process of their own

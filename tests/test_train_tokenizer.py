@@ -24,3 +24,7 @@ def test_train_bpe_errors(tmp_path):
         train_bpe([str(tmp_path / "a.jsonl")], 256, tmp_path / "t.json")
     with pytest.raises(GraddotError, match=r"a\.jsonl:2: 'text' is missing"):
         train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path / "t.json")
+    for source in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(GraddotError, match="--output .*a.jsonl: is the input"):
+            train_bpe([str(source)], 300, tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes().startswith(GOOD)

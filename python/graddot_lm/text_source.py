@@ -71,6 +71,24 @@ def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source
     return sources
 
 
+def check_apart(inputs: list[str], output: str) -> None:
+    """Refuse an output in an input, which the next run would read as text, or around one.
+
+    Raises GraddotError. A hub dataset's name counts as a path: once the output is in such a folder,
+    the name means the folder.
+    """
+    out = Path(output).resolve()
+    for name in inputs:
+        path = Path(name).resolve()
+        if out.is_relative_to(path):
+            fault = f"is the input {name}, or lies in it"
+        elif path.exists() and path.is_relative_to(out):
+            fault = f"the input {name} lies in it"
+        else:
+            continue
+        raise GraddotError(f"--output {output}: {fault}; choose a place apart from all --input")
+
+
 def _decompressed(raw: BinaryIO, name: str) -> Iterator[bytes]:
     """The content of `raw` in pieces; frames that follow each other are read as one stream."""
     if not name.endswith((".gz", ".zst")):

@@ -37,6 +37,7 @@ from graddot_lm.text_source import (
     BadRecordError,
     Chunk,
     Source,
+    check_apart,
     find_sources,
     parse,
     read_chunks,
@@ -214,6 +215,7 @@ def _check(args: argparse.Namespace) -> None:
 def run(args: argparse.Namespace) -> int:
     """`graddot tokenize`: write or go on writing `args.output`; returns the exit status 0."""
     _check(args)
+    check_apart(args.input, args.output)
     sources = find_sources(args.input, args.dataset_split)
     tokenizer = load_tokenizer(args.tokenizer)
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1

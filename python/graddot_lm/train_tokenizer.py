@@ -15,6 +15,7 @@ from graddot_lm.text_source import (
     TEXT_HELP,
     BadRecordError,
     Source,
+    check_apart,
     find_sources,
     parse,
     read_chunks,
@@ -32,6 +33,7 @@ def train_bpe(
     """
     if vocab_size < 257:
         raise GraddotError(f"--vocab_size {vocab_size}: must be at least 257 (all bytes, and eot)")
+    check_apart(paths, str(out_path))
     sources = find_sources(paths)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
