@@ -1,6 +1,7 @@
 """Where `graddot tokenize` finds documents: files, streams and lines that are fit or unfit."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
@@ -36,6 +37,23 @@ def test_bad_line_is_named_or_skipped(tmp_path, bpe, bad):
     meta = tokenize(file, tmp_path / "out", bpe, skip_bad_lines=True)
     assert meta["bad_lines"] == 1
     assert sum(d[s]["documents"] for d in meta["domains"] for s in ("train", "val")) == 2
+
+
+@pytest.mark.parametrize("text", [json.dumps([{"text": "a"}]), json.dumps({"text": "a"}, indent=2)])
+def test_json_over_several_lines_or_in_an_array(tmp_path, bpe, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(GraddotError, match=r"a\.json:1: one JSON object a line was expected"):
+        tokenize(tmp_path / "a.json", tmp_path / "out", bpe)
+
+
+def test_byte_order_marks_are_no_text(tmp_path, bpe):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + jsonl(range(5)) + mark + jsonl(range(5, 9)))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(range(9)))
+    (tmp_path / "only.jsonl").write_bytes(mark)
+    tokenize([tmp_path / "a.jsonl", tmp_path / "only.jsonl"], tmp_path / "marked", bpe)
+    tokenize(tmp_path / "b.jsonl", tmp_path / "plain", bpe)
+    assert content(tmp_path / "marked") == content(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])

@@ -5,6 +5,7 @@ alone, so the end of a chunk, a source and the number of records read of it, is 
 which a later process reads on.
 """
 
+import codecs
 import json
 import re
 import zlib
@@ -27,6 +28,7 @@ INPUT_HELP = (
     " hub, which is streamed"
 )
 TEXT_HELP = "key of a document's text; dots go into nested objects (default: %(default)s)"
+EXPECTED = "one JSON object a line was expected (JSON lines)"
 
 # The bytes of a line, a mapping from a hub dataset, or the BadRecordError found in its place.
 Record = Any
@@ -130,7 +132,8 @@ def _file_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
     with open(source.name, "rb") as raw:
         try:
             for line in islice(_lines(raw, source.name), skip, None):
-                yield line, raw.tell()
+                # At a file's start, and further on where files were put together.
+                yield line.removeprefix(codecs.BOM_UTF8), raw.tell()
         except BadRecordError as bad:
             yield bad, raw.tell()
 
@@ -206,9 +209,12 @@ def parse(
         except UnicodeDecodeError as error:
             raise BadRecordError(f"not UTF-8: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise BadRecordError(f"not JSON: {error}") from error
+            cause = str(error)
+            if isinstance(error, json.JSONDecodeError):  # whose line number counts in this line
+                cause = f"{error.msg}, column {error.colno}"
+            raise BadRecordError(f"{EXPECTED}; not JSON: {cause}") from error
     if not isinstance(record, dict):
-        raise BadRecordError(f"a JSON object was expected, not {type(record).__name__}")
+        raise BadRecordError(f"{EXPECTED}, not a value of type {type(record).__name__}")
     text = _column(record, text_column)
     if not isinstance(text, str):
         raise BadRecordError(f"{text_column!r} is missing or not a string")
