@@ -167,5 +167,16 @@ def test_lost_and_damaged_records_are_refused(tmp_path, pile, bpe, monkeypatch):
     assert content(out) == content(tmp_path / "whole")
 
 
+def test_a_record_from_before_damaged_files_were_listed(tmp_path, pile, bpe, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(token_writer.TokenWriter, "finish", raise_interrupt)
+        tokenize(pile, out, bpe)
+    state = json.loads((out / "progress.json").read_text())
+    del state["damaged_files"]
+    (out / "progress.json").write_text(json.dumps(state))
+    assert tokenize(pile, out, bpe)["damaged_files"] == []
+
+
 def raise_interrupt(*_):
     raise KeyboardInterrupt

@@ -10,7 +10,6 @@ import json
 import re
 import zlib
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -28,6 +27,10 @@ INPUT_HELP = (
     " hub, which is streamed"
 )
 TEXT_HELP = "key of a document's text; dots go into nested objects (default: %(default)s)"
+SKIP_HELP = (
+    "pass over malformed documents and what follows the damage in a compressed file, and say so at"
+    " the end, instead of stopping at the first"
+)
 EXPECTED = "one JSON object a line was expected (JSON lines)"
 
 # The bytes of a line, a mapping from a hub dataset, or the BadRecordError found in its place.
@@ -36,6 +39,10 @@ Record = Any
 
 class BadRecordError(GraddotError):
     """One document cannot be read; `--skip_bad_lines` passes over it."""
+
+
+class DamagedFileError(BadRecordError):
+    """A compressed file cannot be read on: with `--skip_bad_lines`, the rest of it is lost."""
 
 
 class Source(NamedTuple):
@@ -109,9 +116,9 @@ def _decompressed(raw: BinaryIO, name: str) -> Iterator[bytes]:
                 data = decoder.unused_data if decoder.eof else b""
                 decoder = None if decoder.eof else decoder
     except (zlib.error, zstandard.ZstdError) as error:
-        raise BadRecordError(f"damaged .{kind} stream: {error}") from error
+        raise DamagedFileError(f"damaged .{kind} stream: {error}") from error
     if decoder is not None or raw.tell() == 0:
-        raise BadRecordError(f"truncated .{kind} stream; fetch the file again")
+        raise DamagedFileError(f"truncated .{kind} stream; fetch the file again")
 
 
 def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
@@ -129,13 +136,16 @@ def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def _file_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
+    number = 0
     with open(source.name, "rb") as raw:
         try:
-            for line in islice(_lines(raw, source.name), skip, None):
-                # At a file's start, and further on where files were put together.
-                yield line.removeprefix(codecs.BOM_UTF8), raw.tell()
-        except BadRecordError as bad:
-            yield bad, raw.tell()
+            for number, line in enumerate(_lines(raw, source.name), 1):
+                if number > skip:
+                    # At a file's start, and further on where files were put together.
+                    yield line.removeprefix(codecs.BOM_UTF8), raw.tell()
+        except DamagedFileError as damage:
+            if number >= skip:  # else the damage itself is the last record that was read before
+                yield damage, raw.tell()
 
 
 def _hub_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
@@ -226,6 +236,26 @@ def parse(
     if domain is None:
         raise BadRecordError(f"no domain at {domain_column!r}; give --default_domain for such text")
     return text, domain
+
+
+def count_skipped(skipped: dict, name: str, line: int, bad: BadRecordError) -> None:
+    """Add to the `bad_lines` and `damaged_files` of `skipped` what `--skip_bad_lines` passes over."""
+    if isinstance(bad, DamagedFileError):
+        skipped["damaged_files"].append({"name": name, "line": line, "problem": str(bad)})
+    else:
+        skipped["bad_lines"] += 1
+
+
+def with_skipped(closing: str, skipped: dict) -> str:
+    """A command's closing line, with what `count_skipped` was told of."""
+    count = skipped["bad_lines"]
+    if count:
+        closing += f", {count:,} bad line{'s' * (count > 1)} skipped"
+    lost = [
+        f"{file['name']}: all from line {file['line']} on is lost: {file['problem']}"
+        for file in skipped["damaged_files"]
+    ]
+    return "\n".join([closing, *lost])
 
 
 def _column(record: dict, dotted: str) -> Any:

@@ -42,8 +42,8 @@ class TokenWriter:
     def __init__(self, folder: Path, settings: dict, overwrite: bool) -> None:
         self.folder = folder
         self.dtype = np.dtype(settings["dtype"]).newbyteorder("<")
-        self.state: dict = {"settings": settings, "source": 0, "line": 0, "bad_lines": 0}
-        self.state["domains"] = []
+        self.state: dict = {"settings": settings, "source": 0, "line": 0, "domains": []}
+        self.state |= {"bad_lines": 0, "damaged_files": []}
         self._pending: defaultdict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
         self._pending_bytes = 0
         self._committed = time.monotonic()
@@ -82,7 +82,7 @@ class TokenWriter:
                 f"{self.folder}: an unfinished run had other settings ({'; '.join(differing)}); "
                 "repeat them to go on, or start anew with --overwrite"
             )
-        return state
+        return {**self.state, **state}  # an older version recorded no damaged files
 
     def _cut_files(self) -> None:
         """Bring the token files to the recorded lengths; remove those that are not recorded."""
@@ -165,8 +165,8 @@ class TokenWriter:
 
     def finish(self, tokenizer: Tokenizer) -> None:
         """Declare the folder complete."""
-        meta = {**self.state["settings"], "bad_lines": self.state["bad_lines"]}
-        meta["domains"] = self.state["domains"]
+        recorded = ("bad_lines", "damaged_files", "domains")
+        meta = {**self.state["settings"], **{key: self.state[key] for key in recorded}}
         with writing(self.folder):
             write_atomic(self.folder / "tokenizer.json", tokenizer.to_str().encode())
             write_atomic(self.folder / "meta.json", f"{json.dumps(meta, indent=2)}\n".encode())

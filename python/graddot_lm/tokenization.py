@@ -33,14 +33,17 @@ from graddot_lm.load_tokenizer import (
 )
 from graddot_lm.text_source import (
     INPUT_HELP,
+    SKIP_HELP,
     TEXT_HELP,
     BadRecordError,
     Chunk,
     Source,
     check_apart,
+    count_skipped,
     find_sources,
     parse,
     read_chunks,
+    with_skipped,
 )
 from graddot_lm.token_writer import FORMAT_VERSION, SPLITS, TokenWriter
 
@@ -54,7 +57,7 @@ class Document(NamedTuple):
     domain: str = ""
     split: str = ""
     length: int = 0
-    problem: str | None = None
+    problem: BadRecordError | None = None
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ class Encoder:
                 documents.append(Document(line, domain, self.split(chunk.source, line)))
                 texts.append(text)
             except BadRecordError as bad:
-                documents.append(Document(line, problem=str(bad)))
+                documents.append(Document(line, problem=bad))
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         pieces = iter([[*encoding.ids, self.eot_token_id] for encoding in encodings])
         tokens: list[int] = []
@@ -186,10 +189,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "processes that encode; the result does not depend on it (default: %(default)s, the CPUs)",
         {"type": int, "default": os.cpu_count() or 1, "metavar": "N"},
     ),
-    "--skip_bad_lines": (
-        "count malformed documents in meta.json instead of stopping at the first",
-        {"action": "store_true"},
-    ),
+    "--skip_bad_lines": (SKIP_HELP, {"action": "store_true"}),
     "--overwrite": (
         "start anew in a folder that holds finished or unfinished token data",
         {"action": "store_true"},
@@ -275,7 +275,7 @@ def _tokenize(
                 writer.commit(source, line)
     writer.commit(source, line)
     if not total:
-        raise GraddotError(f"no document in {', '.join(args.input)}")
+        raise GraddotError(with_skipped(f"no document in {', '.join(args.input)}", writer.state))
 
 
 def _store(
@@ -292,7 +292,7 @@ def _store(
         if document.problem is not None:
             if not args.skip_bad_lines:
                 raise BadRecordError(f"{chunk.name}:{document.line}: {document.problem}")
-            writer.state["bad_lines"] += 1
+            count_skipped(writer.state, chunk.name, document.line, document.problem)
             continue
         piece = tokens[used : used + document.length]
         if used + document.length > room:
@@ -308,7 +308,4 @@ def _report(writer: TokenWriter, output: str) -> None:
     for domain in writer.state["domains"]:
         counts = (f"{domain[split]['tokens']:,} {split}" for split in SPLITS)
         print(f"{domain['name']}: {' and '.join(counts)} tokens")
-    skipped = writer.state["bad_lines"]
-    print(
-        f"{output}: {writer.tokens:,} tokens" + (f", {skipped} bad lines skipped" * bool(skipped))
-    )
+    print(with_skipped(f"{output}: {writer.tokens:,} tokens", writer.state))
