@@ -31,6 +31,7 @@ from graddot_lm.load_tokenizer import (
     load_tokenizer,
     tokenizer_sha256,
 )
+from graddot_lm.report import escape
 from graddot_lm.text_source import (
     INPUT_HELP,
     SKIP_HELP,
@@ -307,5 +308,5 @@ def _store(
 def _report(writer: TokenWriter, output: str) -> None:
     for domain in writer.state["domains"]:
         counts = (f"{domain[split]['tokens']:,} {split}" for split in SPLITS)
-        print(f"{domain['name']}: {' and '.join(counts)} tokens")
+        print(f"{escape(domain['name'])}: {' and '.join(counts)} tokens")
     print(with_skipped(f"{output}: {writer.tokens:,} tokens", writer.state))
