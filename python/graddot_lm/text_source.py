@@ -238,8 +238,13 @@ def parse(
     return text, domain
 
 
+def nothing_skipped() -> dict:
+    """What `count_skipped` adds to."""
+    return {"bad_lines": 0, "damaged_files": []}
+
+
 def count_skipped(skipped: dict, name: str, line: int, bad: BadRecordError) -> None:
-    """Add to the `bad_lines` and `damaged_files` of `skipped` what `--skip_bad_lines` passes over."""
+    """Add to `skipped` what `--skip_bad_lines` passes over."""
     if isinstance(bad, DamagedFileError):
         skipped["damaged_files"].append({"name": name, "line": line, "problem": str(bad)})
     else:

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import TEMPORARY, sync, write_atomic, writing
+from graddot_lm.text_source import nothing_skipped
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -43,7 +44,7 @@ class TokenWriter:
         self.folder = folder
         self.dtype = np.dtype(settings["dtype"]).newbyteorder("<")
         self.state: dict = {"settings": settings, "source": 0, "line": 0, "domains": []}
-        self.state |= {"bad_lines": 0, "damaged_files": []}
+        self.state |= nothing_skipped()
         self._pending: defaultdict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
         self._pending_bytes = 0
         self._committed = time.monotonic()
@@ -165,7 +166,7 @@ class TokenWriter:
 
     def finish(self, tokenizer: Tokenizer) -> None:
         """Declare the folder complete."""
-        recorded = ("bad_lines", "damaged_files", "domains")
+        recorded = (*nothing_skipped(), "domains")
         meta = {**self.state["settings"], **{key: self.state[key] for key in recorded}}
         with writing(self.folder):
             write_atomic(self.folder / "tokenizer.json", tokenizer.to_str().encode())
