@@ -109,6 +109,11 @@ class TokenWriter:
         return sum(domain[split]["tokens"] for domain in self._domains.values() for split in SPLITS)
 
     @property
+    def finished(self) -> bool:
+        """Whether the folder is complete; until then, the same settings go on with it."""
+        return (self.folder / "meta.json").exists()
+
+    @property
     def due(self) -> bool:
         """Whether it is time to commit."""
         late = time.monotonic() - self._committed >= COMMIT_SECONDS
