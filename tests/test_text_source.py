@@ -1,12 +1,15 @@
 """Where `graddot tokenize` finds documents: files, streams and lines that are fit or unfit."""
 
 import gzip
+import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import zstandard
 from graddot_lm.errors import GraddotError
+from graddot_lm.text_source import find_sources, read_chunks
 from tokenize_checks import GOOD, content, jsonl, small_bpe, tokenize
 
 
@@ -28,19 +31,41 @@ BAD_LINES = {
 
 
 @pytest.mark.parametrize("bad", BAD_LINES.values(), ids=BAD_LINES)
-def test_bad_line_is_named_or_skipped(tmp_path, bpe, bad):
+def test_bad_line_is_named_or_skipped(tmp_path, bpe, bad, capsys):
     file = tmp_path / "a.jsonl"
     file.write_bytes(GOOD + b"\n" + bad + b"\n" + GOOD)
     with pytest.raises(GraddotError, match=r"a\.jsonl:2: "):
         tokenize(file, tmp_path / "out", bpe)
     meta = tokenize(file, tmp_path / "out", bpe, skip_bad_lines=True)
-    assert meta["bad_lines"] == 1
+    assert meta["bad_lines"] == 1 and meta["damaged_files"] == []
+    assert capsys.readouterr().out.endswith(" tokens, 1 bad line skipped\n")
     assert sum(d[s]["documents"] for d in meta["domains"] for s in ("train", "val")) == 2
+
+
+@pytest.mark.parametrize("text", [json.dumps([{"text": "a"}]), json.dumps({"text": "a"}, indent=2)])
+def test_json_over_several_lines_or_in_an_array(tmp_path, bpe, text):
+    (tmp_path / "a.json").write_text(text)
+    with pytest.raises(GraddotError, match=r"a\.json:1: one JSON object a line was expected"):
+        tokenize(tmp_path / "a.json", tmp_path / "out", bpe)
+    count = len(text.splitlines())
+    skipped = f"no document in .*a.json, {count} bad line{'s' * (count > 1)} skipped$"
+    with pytest.raises(GraddotError, match=skipped):
+        tokenize(tmp_path / "a.json", tmp_path / "out", bpe, skip_bad_lines=True)
+
+
+def test_byte_order_marks_are_no_text(tmp_path, bpe):
+    mark = b"\xef\xbb\xbf"
+    (tmp_path / "a.jsonl").write_bytes(mark + jsonl(range(5)) + mark + jsonl(range(5, 9)))
+    (tmp_path / "b.jsonl").write_bytes(jsonl(range(9)))
+    (tmp_path / "only.jsonl").write_bytes(mark)
+    tokenize([tmp_path / "a.jsonl", tmp_path / "only.jsonl"], tmp_path / "marked", bpe)
+    tokenize(tmp_path / "b.jsonl", tmp_path / "plain", bpe)
+    assert content(tmp_path / "marked") == content(tmp_path / "plain")
 
 
 @pytest.mark.parametrize("ending", ["gz", "zst"])
 @pytest.mark.parametrize("damage", ["truncated", "damaged"])
-def test_broken_stream_names_the_file(tmp_path, bpe, ending, damage):
+def test_broken_stream_names_the_file_and_what_is_lost(tmp_path, bpe, ending, damage, capsys):
     # Random letters, so that half of the stream holds about half of the documents.
     letters = np.random.default_rng(0).integers(97, 123, (1500, 300), np.uint8)
     text = b"".join(b'{"text": "%s"}\n' % row.tobytes() for row in letters)
@@ -54,8 +79,17 @@ def test_broken_stream_names_the_file(tmp_path, bpe, ending, damage):
     given = {"default_domain": "x", "skip_bad_lines": True, "overwrite": True}
     meta = tokenize(inputs, tmp_path / "out", bpe, **given)
     read = sum(d[s]["documents"] for d in meta["domains"] for s in ("train", "val"))
-    assert meta["bad_lines"] == 1
     assert read == 1 if damage == "damaged" else 1 < read < 1500
+    (lost,) = meta["damaged_files"]
+    assert meta["bad_lines"] == 0 and (lost["name"], lost["line"]) == (str(file), read)
+    closing = rf" tokens\n{file}: all from line {read} on is lost: {damage} \.{ending} stream.*\n$"
+    assert re.search(closing, capsys.readouterr().out)
+
+    # A run that goes on from behind the damage does not meet it again.
+    sources = find_sources([str(file)])
+    for position, records in [(read - 1, 1), (read, 0)]:
+        (chunk,) = read_chunks(sources, 0, position)
+        assert len(chunk.records) == records and chunk.line == read
 
 
 def test_frames_that_follow_each_other_are_one_stream(tmp_path, bpe):

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from graddot_lm import text_source, token_writer
+from graddot_lm import text_source, token_writer, tokenization
 from graddot_lm.errors import GraddotError
 from tokenize_checks import GOOD, content, jsonl, small_bpe, small_pile, tokenize
 
@@ -19,6 +19,14 @@ from tokenize_checks import GOOD, content, jsonl, small_bpe, small_pile, tokeniz
 @pytest.fixture(scope="module")
 def bpe(tmp_path_factory) -> Path:
     return small_bpe(tmp_path_factory.mktemp("bpe"))
+
+
+@pytest.fixture(autouse=True)
+def sigint():
+    """A run that was interrupted leaves SIGINT ignored, for its process is about to end."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -35,26 +43,45 @@ def test_finished_foreign_and_unwritable_outputs(tmp_path, pile, bpe):
     assert [d["name"] for d in meta["domains"]] == ["Pile-CC"]
     assert set(content(tmp_path / "out")) == {"pile-cc/train.bin", "pile-cc/val.bin"}
     with pytest.raises(GraddotError, match="holds other files"):
-        tokenize(pile, pile, bpe)
+        tokenize(tmp_path / "one.jsonl", pile, bpe)
     with pytest.raises(GraddotError, match="cannot be written"):
         tokenize(pile, tmp_path / "one.jsonl" / "out", bpe)
+
+
+def test_an_output_in_an_input_or_around_it_is_refused(tmp_path, pile, bpe, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for output in ("pile", "pile/sub", "pile/new/../tokens"):
+        with pytest.raises(GraddotError, match=f"--output {output}: is the input pile, or lies in"):
+            tokenize("pile", output, bpe)
+    with pytest.raises(GraddotError, match="is the input some/set, or lies in it"):
+        tokenize("some/set", "some/set/tokens", bpe)  # on the hub now, a folder the next time
+    assert not (tmp_path / "some").exists() and len(list(pile.rglob("*"))) == 5
+
+    tokenize("pile/a.jsonl", "pile/tokens", bpe)  # a file, in which nothing can lie
+    before = content(pile)
+    (pile / "tokens" / "more.jsonl").write_bytes(GOOD)
+    for source in ("pile", "pile/tokens/more.jsonl"):
+        with pytest.raises(GraddotError, match=f"the input {source}[, ].*lies in it"):
+            tokenize(source, "pile/tokens", bpe, overwrite=True)
+    assert content(pile) == before and (pile / "tokens" / "meta.json").exists()
 
 
 # Interrupted runs, in a process of their own
 
 SCRIPT = """
-import argparse
+import argparse, signal
 from graddot_lm import text_source, token_writer, tokenization
 text_source.CHUNK_BYTES, token_writer.COMMIT_SECONDS = 20_000, 0
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
 parser = argparse.ArgumentParser()
 tokenization.add_arguments(parser)
 tokenization.run(parser.parse_args())
 """
 
 
-def start(source, out, bpe, *more) -> subprocess.Popen:
+def start(source, out, bpe, *more, **how) -> subprocess.Popen:
     words = [f"--input={source}", f"--output={out}", f"--tokenizer={bpe}", "--workers=2", *more]
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *words])
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *words], **how)
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +143,41 @@ def test_sigkill_loses_and_repeats_nothing(tmp_path, large, bpe):
     assert all("Z" in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in alive)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_ctrl_c_is_quiet_and_the_run_goes_on(tmp_path, large, bpe):
+    tokenize(large, tmp_path / "whole", bpe)
+    out = tmp_path / "out"
+    how = {"start_new_session": True, "stderr": subprocess.PIPE, "text": True}
+    # As soon as there are workers, then far into the text.
+    for more, options, hint in [(0, ["--overwrite"], " without --overwrite"), (1000, [], "")]:
+        lines = recorded_lines(out) + more
+        process = start(large, out, bpe, *options, **how)
+        wait_for((out / "progress.json").exists, process)
+        wait_for(lambda lines=lines: recorded_lines(out) >= lines, process)
+        wait_for(lambda pid=process.pid: children_of(pid), process)
+        for _ in range(3):  # to the workers too, as a terminal does, and impatiently
+            os.killpg(process.pid, signal.SIGINT)
+            time.sleep(0.05)
+        said = process.communicate(timeout=30)[1]
+        goes_on = f"the same command{hint} goes on where it was"
+        assert said == f"graddot tokenize: interrupted; {goes_on}\n"
+        assert process.returncode == 130
+        with pytest.raises(ProcessLookupError):  # no process of the group is left
+            os.killpg(process.pid, 0)
+    assert 1000 <= recorded_lines(out) < 4000
+    tokenize(large, out, bpe)
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_ctrl_c_promises_nothing_that_does_not_hold(tmp_path, pile, bpe, monkeypatch, capsys):
+    for name in ("load_tokenizer", "_report"):  # nothing begun, nothing left to do
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+            patch.setattr(tokenization, name, raise_interrupt)
+            tokenize(pile, tmp_path / "out", bpe)
+        assert ended.value.code == 130
+        assert capsys.readouterr().err == "graddot tokenize: interrupted\n"
+
+
 def test_full_disk_keeps_what_was_recorded(tmp_path, large, bpe, monkeypatch):
     tokenize(large, tmp_path / "whole", bpe)
     out = tmp_path / "out"
@@ -135,7 +197,7 @@ def test_full_disk_keeps_what_was_recorded(tmp_path, large, bpe, monkeypatch):
 
 def test_lost_and_damaged_records_are_refused(tmp_path, pile, bpe, monkeypatch):
     out = tmp_path / "out"
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(token_writer.TokenWriter, "finish", raise_interrupt)
         tokenize(pile, out, bpe)
     (out / "github" / "train.bin").unlink()
@@ -147,6 +209,17 @@ def test_lost_and_damaged_records_are_refused(tmp_path, pile, bpe, monkeypatch):
     tokenize(pile, out, bpe, overwrite=True)
     tokenize(pile, tmp_path / "whole", bpe)
     assert content(out) == content(tmp_path / "whole")
+
+
+def test_a_record_from_before_damaged_files_were_listed(tmp_path, pile, bpe, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(token_writer.TokenWriter, "finish", raise_interrupt)
+        tokenize(pile, out, bpe)
+    state = json.loads((out / "progress.json").read_text())
+    del state["damaged_files"]
+    (out / "progress.json").write_text(json.dumps(state))
+    assert tokenize(pile, out, bpe)["damaged_files"] == []
 
 
 def raise_interrupt(*_):

@@ -123,6 +123,14 @@ def test_columns_slugs_and_empty_lines(tmp_path, bpe):
     assert found == {"a-b": ["one"], "a-b-2": ["two"], "domain": ["three"], "rest": [""]}
 
 
+def test_each_domain_is_reported_on_one_line(tmp_path, bpe, capsys):
+    (tmp_path / "a.jsonl").write_text('{"text": "", "meta": {"pile_set_name": "a\\nb\\u001b[1m"}}')
+    meta = tokenize(tmp_path / "a.jsonl", tmp_path / "out", bpe, val_fraction=0)
+    assert meta["domains"][0]["name"] == "a\nb\x1b[1m"
+    lines = ["a\\nb\\x1b[1m: 1 train and 0 val tokens", f"{tmp_path}/out: 1 tokens"]
+    assert capsys.readouterr().out.splitlines() == lines
+
+
 @pytest.mark.parametrize(
     "option", [{"val_fraction": 1}, {"max_tokens": 0}, {"workers": 0}], ids=str
 )

@@ -1,5 +1,7 @@
 """`graddot train-tokenizer`."""
 
+import gzip
+
 import pytest
 from graddot_lm.errors import GraddotError
 from graddot_lm.train_tokenizer import add_bpe_arguments, run_bpe, train_bpe
@@ -18,9 +20,35 @@ def test_train_bpe_round_trips_any_text(tmp_path):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_closing_lines(tmp_path, capsys):
+    source, out = tmp_path / "a.jsonl", tmp_path / "t.json"
+    source.write_bytes(GOOD + b"\n{}\n" + GOOD)
+    damaged = tmp_path / "b.jsonl.gz"
+    damaged.write_bytes(gzip.compress(GOOD)[:-1])
+    given = {"input": [source, damaged], "output": out, "skip_bad_lines": True}
+    assert run_bpe(parse_options(add_bpe_arguments, **given, vocab_size=5000)) == 0
+    size = f"{Tokenizer.from_file(str(out)).get_vocab_size()} tokens of the 5,000 asked for"
+    assert capsys.readouterr().out.splitlines() == [
+        f"{out}: {size}: the text has nothing left to merge, 1 bad line skipped",
+        f"{damaged}: all from line 1 on is lost: truncated .gz stream; fetch the file again",
+    ]
+    assert run_bpe(parse_options(add_bpe_arguments, **given, vocab_size=260)) == 0
+    assert capsys.readouterr().out.startswith(f"{out}: 260 tokens, 1 bad line skipped\n")
+
+
 def test_train_bpe_errors(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(GOOD + b"\n{}\n")
     with pytest.raises(GraddotError, match="at least 257"):
         train_bpe([str(tmp_path / "a.jsonl")], 256, tmp_path / "t.json")
     with pytest.raises(GraddotError, match=r"a\.jsonl:2: 'text' is missing"):
         train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path / "t.json")
+    with pytest.raises(GraddotError, match="--output .*: is a folder; name a file, as .*/t"):
+        train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(GraddotError, match=r"no document in .*/empty\.jsonl$"):
+        train_bpe([str(tmp_path / "empty.jsonl")], 300, tmp_path / "t.json")
+    assert not (tmp_path / "t.json").exists()
+    for source in (tmp_path, tmp_path / "a.jsonl"):
+        with pytest.raises(GraddotError, match="--output .*a.jsonl: is the input"):
+            train_bpe([str(source)], 300, tmp_path / "a.jsonl")
+    assert (tmp_path / "a.jsonl").read_bytes().startswith(GOOD)

@@ -5,11 +5,11 @@ alone, so the end of a chunk, a source and the number of records read of it, is 
 which a later process reads on.
 """
 
+import codecs
 import json
 import re
 import zlib
 from collections.abc import Iterator
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -27,6 +27,11 @@ INPUT_HELP = (
     " hub, which is streamed"
 )
 TEXT_HELP = "key of a document's text; dots go into nested objects (default: %(default)s)"
+SKIP_HELP = (
+    "pass over malformed documents and what follows the damage in a compressed file, and say so at"
+    " the end, instead of stopping at the first"
+)
+EXPECTED = "one JSON object a line was expected (JSON lines)"
 
 # The bytes of a line, a mapping from a hub dataset, or the BadRecordError found in its place.
 Record = Any
@@ -34,6 +39,10 @@ Record = Any
 
 class BadRecordError(GraddotError):
     """One document cannot be read; `--skip_bad_lines` passes over it."""
+
+
+class DamagedFileError(BadRecordError):
+    """A compressed file cannot be read on: with `--skip_bad_lines`, the rest of it is lost."""
 
 
 class Source(NamedTuple):
@@ -71,6 +80,24 @@ def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source
     return sources
 
 
+def check_apart(inputs: list[str], output: str) -> None:
+    """Refuse an output in an input, which the next run would read as text, or around one.
+
+    Raises GraddotError. A hub dataset's name counts as a path: once the output is in such a folder,
+    the name means the folder.
+    """
+    out = Path(output).resolve()
+    for name in inputs:
+        path = Path(name).resolve()
+        if out.is_relative_to(path):
+            fault = f"is the input {name}, or lies in it"
+        elif path.exists() and path.is_relative_to(out):
+            fault = f"the input {name} lies in it"
+        else:
+            continue
+        raise GraddotError(f"--output {output}: {fault}; choose a place apart from all --input")
+
+
 def _decompressed(raw: BinaryIO, name: str) -> Iterator[bytes]:
     """The content of `raw` in pieces; frames that follow each other are read as one stream."""
     if not name.endswith((".gz", ".zst")):
@@ -89,9 +116,9 @@ def _decompressed(raw: BinaryIO, name: str) -> Iterator[bytes]:
                 data = decoder.unused_data if decoder.eof else b""
                 decoder = None if decoder.eof else decoder
     except (zlib.error, zstandard.ZstdError) as error:
-        raise BadRecordError(f"damaged .{kind} stream: {error}") from error
+        raise DamagedFileError(f"damaged .{kind} stream: {error}") from error
     if decoder is not None or raw.tell() == 0:
-        raise BadRecordError(f"truncated .{kind} stream; fetch the file again")
+        raise DamagedFileError(f"truncated .{kind} stream; fetch the file again")
 
 
 def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
@@ -109,12 +136,16 @@ def _lines(raw: BinaryIO, name: str) -> Iterator[bytes]:
 
 
 def _file_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
+    number = 0
     with open(source.name, "rb") as raw:
         try:
-            for line in islice(_lines(raw, source.name), skip, None):
-                yield line, raw.tell()
-        except BadRecordError as bad:
-            yield bad, raw.tell()
+            for number, line in enumerate(_lines(raw, source.name), 1):
+                if number > skip:
+                    # At a file's start, and further on where files were put together.
+                    yield line.removeprefix(codecs.BOM_UTF8), raw.tell()
+        except DamagedFileError as damage:
+            if number >= skip:  # else the damage itself is the last record that was read before
+                yield damage, raw.tell()
 
 
 def _hub_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
@@ -188,9 +219,12 @@ def parse(
         except UnicodeDecodeError as error:
             raise BadRecordError(f"not UTF-8: {error}") from error
         except (ValueError, RecursionError) as error:
-            raise BadRecordError(f"not JSON: {error}") from error
+            cause = str(error)
+            if isinstance(error, json.JSONDecodeError):  # whose line number counts in this line
+                cause = f"{error.msg}, column {error.colno}"
+            raise BadRecordError(f"{EXPECTED}; not JSON: {cause}") from error
     if not isinstance(record, dict):
-        raise BadRecordError(f"a JSON object was expected, not {type(record).__name__}")
+        raise BadRecordError(f"{EXPECTED}, not a value of type {type(record).__name__}")
     text = _column(record, text_column)
     if not isinstance(text, str):
         raise BadRecordError(f"{text_column!r} is missing or not a string")
@@ -202,6 +236,31 @@ def parse(
     if domain is None:
         raise BadRecordError(f"no domain at {domain_column!r}; give --default_domain for such text")
     return text, domain
+
+
+def nothing_skipped() -> dict:
+    """What `count_skipped` adds to."""
+    return {"bad_lines": 0, "damaged_files": []}
+
+
+def count_skipped(skipped: dict, name: str, line: int, bad: BadRecordError) -> None:
+    """Add to `skipped` what `--skip_bad_lines` passes over."""
+    if isinstance(bad, DamagedFileError):
+        skipped["damaged_files"].append({"name": name, "line": line, "problem": str(bad)})
+    else:
+        skipped["bad_lines"] += 1
+
+
+def with_skipped(closing: str, skipped: dict) -> str:
+    """A command's closing line, with what `count_skipped` was told of."""
+    count = skipped["bad_lines"]
+    if count:
+        closing += f", {count:,} bad line{'s' * (count > 1)} skipped"
+    lost = [
+        f"{file['name']}: all from line {file['line']} on is lost: {file['problem']}"
+        for file in skipped["damaged_files"]
+    ]
+    return "\n".join([closing, *lost])
 
 
 def _column(record: dict, dotted: str) -> Any:

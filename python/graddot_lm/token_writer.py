@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import TEMPORARY, sync, write_atomic, writing
+from graddot_lm.text_source import nothing_skipped
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
@@ -42,8 +43,8 @@ class TokenWriter:
     def __init__(self, folder: Path, settings: dict, overwrite: bool) -> None:
         self.folder = folder
         self.dtype = np.dtype(settings["dtype"]).newbyteorder("<")
-        self.state: dict = {"settings": settings, "source": 0, "line": 0, "bad_lines": 0}
-        self.state["domains"] = []
+        self.state: dict = {"settings": settings, "source": 0, "line": 0, "domains": []}
+        self.state |= nothing_skipped()
         self._pending: defaultdict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
         self._pending_bytes = 0
         self._committed = time.monotonic()
@@ -82,7 +83,7 @@ class TokenWriter:
                 f"{self.folder}: an unfinished run had other settings ({'; '.join(differing)}); "
                 "repeat them to go on, or start anew with --overwrite"
             )
-        return state
+        return {**self.state, **state}  # an older version recorded no damaged files
 
     def _cut_files(self) -> None:
         """Bring the token files to the recorded lengths; remove those that are not recorded."""
@@ -106,6 +107,11 @@ class TokenWriter:
     @property
     def tokens(self) -> int:
         return sum(domain[split]["tokens"] for domain in self._domains.values() for split in SPLITS)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the folder is complete; until then, the same settings go on with it."""
+        return (self.folder / "meta.json").exists()
 
     @property
     def due(self) -> bool:
@@ -165,8 +171,8 @@ class TokenWriter:
 
     def finish(self, tokenizer: Tokenizer) -> None:
         """Declare the folder complete."""
-        meta = {**self.state["settings"], "bad_lines": self.state["bad_lines"]}
-        meta["domains"] = self.state["domains"]
+        recorded = (*nothing_skipped(), "domains")
+        meta = {**self.state["settings"], **{key: self.state[key] for key in recorded}}
         with writing(self.folder):
             write_atomic(self.folder / "tokenizer.json", tokenizer.to_str().encode())
             write_atomic(self.folder / "meta.json", f"{json.dumps(meta, indent=2)}\n".encode())

@@ -16,6 +16,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,15 +32,20 @@ from graddot_lm.load_tokenizer import (
     load_tokenizer,
     tokenizer_sha256,
 )
+from graddot_lm.report import escape
 from graddot_lm.text_source import (
     INPUT_HELP,
+    SKIP_HELP,
     TEXT_HELP,
     BadRecordError,
     Chunk,
     Source,
+    check_apart,
+    count_skipped,
     find_sources,
     parse,
     read_chunks,
+    with_skipped,
 )
 from graddot_lm.token_writer import FORMAT_VERSION, SPLITS, TokenWriter
 
@@ -53,7 +59,7 @@ class Document(NamedTuple):
     domain: str = ""
     split: str = ""
     length: int = 0
-    problem: str | None = None
+    problem: BadRecordError | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Encoder:
                 documents.append(Document(line, domain, self.split(chunk.source, line)))
                 texts.append(text)
             except BadRecordError as bad:
-                documents.append(Document(line, problem=str(bad)))
+                documents.append(Document(line, problem=bad))
         encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         pieces = iter([[*encoding.ids, self.eot_token_id] for encoding in encodings])
         tokens: list[int] = []
@@ -185,10 +191,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         "processes that encode; the result does not depend on it (default: %(default)s, the CPUs)",
         {"type": int, "default": os.cpu_count() or 1, "metavar": "N"},
     ),
-    "--skip_bad_lines": (
-        "count malformed documents in meta.json instead of stopping at the first",
-        {"action": "store_true"},
-    ),
+    "--skip_bad_lines": (SKIP_HELP, {"action": "store_true"}),
     "--overwrite": (
         "start anew in a folder that holds finished or unfinished token data",
         {"action": "store_true"},
@@ -212,10 +215,36 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`graddot tokenize`: write or go on writing `args.output`; returns the exit status 0."""
-    _check(args)
-    sources = find_sources(args.input, args.dataset_split)
-    tokenizer = load_tokenizer(args.tokenizer)
+    """`graddot tokenize`: write or go on writing `args.output`; returns the exit status 0.
+
+    Ctrl-C ends the process with status 130, as a shell reports SIGINT.
+    """
+    writer = None
+    try:
+        _check(args)
+        check_apart(args.input, args.output)
+        sources = find_sources(args.input, args.dataset_split)
+        tokenizer = load_tokenizer(args.tokenizer)
+        settings, rules = _settings(args, sources, tokenizer)
+        writer = TokenWriter(Path(args.output), settings, args.overwrite)
+        _tokenize_in_processes(writer, sources, tokenizer, rules, args)
+        writer.finish(tokenizer)
+        _report(writer, args.output)
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # another one could only disturb the exit
+        message = "graddot tokenize: interrupted"
+        if writer and not writer.finished:
+            command = "the same command" + " without --overwrite" * args.overwrite
+            message += f"; {command} goes on where it was"
+        print(message, file=sys.stderr)
+        raise SystemExit(128 + signal.SIGINT) from None
+    return 0
+
+
+def _settings(
+    args: argparse.Namespace, sources: list[Source], tokenizer: Tokenizer
+) -> tuple[dict, dict]:
+    """All that decides the content of the token files, and the part that an Encoder needs."""
     vocab_size = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     rules = {
         "eot_token_id": end_of_text_id(tokenizer, args.tokenizer, args.eot_token),
@@ -231,7 +260,16 @@ def run(args: argparse.Namespace) -> int:
         "max_tokens": args.max_tokens,
         **rules,
     }
-    writer = TokenWriter(Path(args.output), settings, args.overwrite)
+    return settings, rules
+
+
+def _tokenize_in_processes(
+    writer: TokenWriter,
+    sources: list[Source],
+    tokenizer: Tokenizer,
+    rules: dict,
+    args: argparse.Namespace,
+) -> None:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     pool = ProcessPoolExecutor(args.workers, context, _start_worker, (tokenizer.to_str(), rules))
     try:
@@ -242,10 +280,24 @@ def run(args: argparse.Namespace) -> int:
             "with fewer --workers if memory was short"
         ) from error
     finally:
-        pool.shutdown(cancel_futures=True)
-    writer.finish(tokenizer)
-    _report(writer, args.output)
-    return 0
+        with _interrupts_held():
+            pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits till the end, for a pool half started or half shut down keeps its processes."""
+    if threading.current_thread() is not threading.main_thread():  # which alone is interrupted
+        yield
+        return
+    held: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 def _tokenize(
@@ -257,7 +309,9 @@ def _tokenize(
     limit = args.max_tokens or sys.maxsize
     source, line, total = writer.state["source"], writer.state["line"], writer.tokens
     # Workers are forked here, before anything below starts a thread.
-    pool.submit(os.getpid).result()
+    with _interrupts_held():
+        forked = pool.submit(os.getpid)
+    forked.result()
     chunks = read_chunks(sources, source, line) if total < limit else iter(())
     with tqdm(initial=total, unit="tok", unit_scale=True, disable=None) as bar:
         for chunk, documents, tokens in _encoded(pool, chunks, 3 * args.workers):
@@ -273,7 +327,7 @@ def _tokenize(
                 writer.commit(source, line)
     writer.commit(source, line)
     if not total:
-        raise GraddotError(f"no document in {', '.join(args.input)}")
+        raise GraddotError(with_skipped(f"no document in {', '.join(args.input)}", writer.state))
 
 
 def _store(
@@ -290,7 +344,7 @@ def _store(
         if document.problem is not None:
             if not args.skip_bad_lines:
                 raise BadRecordError(f"{chunk.name}:{document.line}: {document.problem}")
-            writer.state["bad_lines"] += 1
+            count_skipped(writer.state, chunk.name, document.line, document.problem)
             continue
         piece = tokens[used : used + document.length]
         if used + document.length > room:
@@ -305,8 +359,5 @@ def _store(
 def _report(writer: TokenWriter, output: str) -> None:
     for domain in writer.state["domains"]:
         counts = (f"{domain[split]['tokens']:,} {split}" for split in SPLITS)
-        print(f"{domain['name']}: {' and '.join(counts)} tokens")
-    skipped = writer.state["bad_lines"]
-    print(
-        f"{output}: {writer.tokens:,} tokens" + (f", {skipped} bad lines skipped" * bool(skipped))
-    )
+        print(f"{escape(domain['name'])}: {' and '.join(counts)} tokens")
+    print(with_skipped(f"{output}: {writer.tokens:,} tokens", writer.state))

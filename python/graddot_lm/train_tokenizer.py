@@ -12,26 +12,40 @@ from graddot_lm.files import write_atomic, writing
 from graddot_lm.load_tokenizer import END_OF_TEXT
 from graddot_lm.text_source import (
     INPUT_HELP,
+    SKIP_HELP,
     TEXT_HELP,
     BadRecordError,
     Source,
+    check_apart,
+    count_skipped,
     find_sources,
+    nothing_skipped,
     parse,
     read_chunks,
+    with_skipped,
 )
 
 
 def train_bpe(
-    paths: list[str], vocab_size: int, out_path: str | Path, text_column: str = "text"
+    paths: list[str],
+    vocab_size: int,
+    out_path: str | Path,
+    text_column: str = "text",
+    skipped: dict | None = None,
 ) -> int:
     """Train a byte-level BPE on the text of JSON-lines files and write it as a tokenizer.json.
 
     Every byte is a token, and `<|endoftext|>` is id 0, so `vocab_size` must be at least 257.
     Returns the size reached: less than `vocab_size` where the text has too few different pairs.
-    Raises GraddotError for input that `graddot tokenize` would refuse.
+    Raises GraddotError for input that `graddot tokenize` would refuse; with `skipped`, malformed
+    documents are counted there instead (`count_skipped`).
     """
     if vocab_size < 257:
         raise GraddotError(f"--vocab_size {vocab_size}: must be at least 257 (all bytes, and eot)")
+    out = Path(out_path)
+    if out.is_dir():
+        raise GraddotError(f"--output {out}: is a folder; name a file, as {out / 'tokenizer.json'}")
+    check_apart(paths, str(out))
     sources = find_sources(paths)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -42,21 +56,29 @@ def train_bpe(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=sys.stderr.isatty(),
     )
-    tokenizer.train_from_iterator(_texts(sources, text_column), trainer)
-    out = Path(out_path)
+    tokenizer.train_from_iterator(_texts(sources, text_column, skipped), trainer)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, tokenizer.to_str(pretty=True).encode())
     return tokenizer.get_vocab_size()
 
 
-def _texts(sources: list[Source], text_column: str) -> Iterator[str]:
+def _texts(sources: list[Source], text_column: str, skipped: dict | None) -> Iterator[str]:
+    none = True
     for chunk in read_chunks(sources, 0, 0):
         for line, record in chunk.records:
             try:
-                yield parse(record, text_column, "", "any")[0]
+                text, _ = parse(record, text_column, "", "any")
             except BadRecordError as bad:
-                raise BadRecordError(f"{chunk.name}:{line}: {bad}") from bad
+                if skipped is None:
+                    raise BadRecordError(f"{chunk.name}:{line}: {bad}") from bad
+                count_skipped(skipped, chunk.name, line, bad)
+                continue
+            none = False
+            yield text
+    if none:
+        names = ", ".join(source.name for source in sources)
+        raise GraddotError(with_skipped(f"no document in {names}", skipped or nothing_skipped()))
 
 
 def add_bpe_arguments(parser: argparse.ArgumentParser) -> None:
@@ -67,10 +89,16 @@ def add_bpe_arguments(parser: argparse.ArgumentParser) -> None:
     add("--output", help="the tokenizer.json to write", required=True, metavar="FILE")
     add("--vocab_size", help=size_help, type=int, required=True, metavar="N")
     add("--text_column", help=TEXT_HELP, default="text", metavar="KEY")
+    add("--skip_bad_lines", help=SKIP_HELP, action="store_true")
 
 
 def run_bpe(args: argparse.Namespace) -> int:
     """`graddot train-tokenizer`: write `args.output`; returns the exit status 0."""
-    size = train_bpe(args.input, args.vocab_size, args.output, args.text_column)
-    print(f"{args.output}: {size:,} tokens")
+    skipped = nothing_skipped()
+    counted = skipped if args.skip_bad_lines else None
+    size = train_bpe(args.input, args.vocab_size, args.output, args.text_column, counted)
+    closing = f"{args.output}: {size:,} tokens"
+    if size < args.vocab_size:
+        closing += f" of the {args.vocab_size:,} asked for: the text has nothing left to merge"
+    print(with_skipped(closing, skipped))
     return 0
