@@ -156,7 +156,7 @@ NORM: dict[str, tuple[Callable[[], object], str, str]] = {
     ),
     "rstd-dtype": (
         lambda: gk.norm_sample_grads(ACT, ACT, rstd=x(2, 4, dtype=HALF)),
-        "rstd has dtype torch.float16",
+        "rstd has dtype torch.float16 on cpu",
         "torch.float32 on cpu",
     ),
     "normed-1d": (lambda: gk.norm_sample_grads(x(3), x(3)), "normed has shape (3,)", "(N, T, D)"),

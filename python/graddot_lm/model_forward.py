@@ -456,7 +456,7 @@ class ModelForward:
             finally:
                 self.micro, self._probing = micro, False
 
-        check_outputs(plain, scored)
+        check_outputs(plain, scored, micro.step.scale.device.type)
 
     def _check_numbers(self, micro: MicroBatch, output: Any) -> None:
         """Losses that the model returns must be those of its rows."""
