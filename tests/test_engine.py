@@ -89,6 +89,24 @@ def test_gpt2_of_common_tokens_to_the_digit(tied, v, n, ragged):
         close(dot, want[name], 1e-5)
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
+@pytest.mark.parametrize("n", [1, 5])
+@pytest.mark.parametrize("v", [1, 2, 4])
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gpt2_of_common_tokens_in_bf16(tied, v, n, autocast):
+    """Total scores within 2e-2 of themselves, every parameter's of its Cauchy-Schwarz scale."""
+    model = tiny_gpt2(tied=tied)
+    train = common_tokens(*token_batch(n, 17, seed=1, ragged=True), seed=101)
+    val = common_tokens(*token_batch(v, 17, seed=2, ragged=True), seed=102)
+    want, scales = sample_dots(model, train, val)
+    stepped = model if autocast else copy.deepcopy(model).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        scores, dots = run_step(stepped, train, val)
+    close(scores, total(want), 2e-2)
+    for name, dot in dots.items():
+        assert ((dot - want[name]).abs() <= 2e-2 * scales[name]).all(), name
+
+
 def common_tokens(ids, labels, *, seed):
     """Ids drawn by rank^-2 in place of uniform ones, with their labels where there were any."""
     weights = torch.arange(1.0, 62) ** -2
