@@ -175,7 +175,7 @@ def cross_entropy(
     act = autocast_input(hidden)
     if act.dtype == torch.float16:  # p - 1[label] of a large vocabulary is below fp16's range
         act = act.float()
-    if not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or (step is not None and step.trial):
         losses = _losses(act, head, labels, form)
         return losses.sum() * coefficient.to(losses.dtype), losses
     return LinearCrossEntropyDot.apply(act, head.weight, head.bias, labels, coefficient, form, step)  # type: ignore[no-any-return]

@@ -42,7 +42,7 @@ class Step:
     every token of a row is then scored as a sample of its own, and dots are (K, N·T). With `norms`
     dots have one more row, ‖G_i‖², and with val_rows one more column, ‖D_k‖². layouts says by layer
     name how its input holds the rows, as `rows.find_layouts` saw it; first is True in the step that
-    saw it. Of sharded weights a layer's backward may only use its own.
+    saw it. A trial has no backward. Of sharded weights a layer's backward may only use its own.
     """
 
     rows: int
@@ -56,6 +56,7 @@ class Step:
     layouts: dict[str, str | int] = field(default_factory=dict)
     first: bool = False
     norms: bool = False
+    trial: bool = False
     shared: dict[int, SharedUses] = field(default_factory=dict)
     _dots: dict[str, list[Tensor]] = field(default_factory=dict)
     _rows: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -22,7 +22,7 @@ from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .errors import GraddotError
-from .general import caller_rule
+from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
 from .rows import KnownLayouts, check_loss, check_outputs, find_layouts
 from .rules import rule_for
@@ -440,7 +440,7 @@ class ModelForward:
 
     def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Run the model once as it was and once with its layers scored, in a step of no account."""
-        step = dataclasses.replace(micro.step, shared={}, _dots={}, _rows={}, _held=0)
+        step = dataclasses.replace(micro.step, trial=True, shared={}, _dots={}, _rows={}, _held=0)
         trial = dataclasses.replace(micro, step=step, running=True)
 
         def plain() -> Any:
@@ -450,8 +450,15 @@ class ModelForward:
         def scored() -> Any:
             self.micro, self._probing = trial, True
             try:
-                # With gradients, as in the step that this rehearses, which nobody around is to see.
-                with torch.enable_grad(), saved_tensors_hooks(lambda x: x, lambda x: x):
+                # With gradients where layers are followed, which heed whether there are any, as in
+                # the step that this rehearses; but nothing is kept for them, and activation
+                # checkpointing around does not see them.
+                followed = any(
+                    isinstance(rule, (ProvenRule, functools.partial))
+                    for rule in self._rules.values()
+                )
+                nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
+                with torch.set_grad_enabled(followed), nothing:
                     return self.model(*args, **kwargs)
             finally:
                 self.micro, self._probing = micro, False
