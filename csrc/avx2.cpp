@@ -4,4 +4,5 @@
 #include "instruction_sets.h"
 #include "linear_tile.h"
 
-const graddot::InstructionSet graddot::kAvx2{"AVX2", {run, scratch, kBlockOut}, cross_entropy_row};
+const graddot::InstructionSet graddot::kAvx2{
+    "AVX2", {run, scratch, pack_act, packed_size, kBlockOut}, cross_entropy_row};

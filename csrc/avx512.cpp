@@ -5,4 +5,4 @@
 #include "linear_tile.h"
 
 const graddot::InstructionSet graddot::kAvx512{
-    "AVX-512", {run, scratch, kBlockOut}, cross_entropy_row};
+    "AVX-512", {run, scratch, pack_act, packed_size, kBlockOut}, cross_entropy_row};

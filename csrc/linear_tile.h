@@ -147,11 +147,29 @@ int64_t grad_panel_rows(int64_t tokens) {
   return larger(kBlockOut, kGradPanel / larger(1, tokens) / kBlockOut * kBlockOut);
 }
 
+int64_t packed_size(const LinearProblem& p) { return round_up(p.d_in, kBlockIn) * p.tokens; }
+
+void pack_act(const LinearProblem& p, int64_t row, float* packed) {
+  pack<kBlockIn>(p.act.row(row), p.act.token_stride, p.tokens, p.d_in, packed);
+}
+
+// Packed operands: all rows' activations, or null; and memory for what is packed row by row.
+struct Panels {
+  const float* all_act;
+  float *act, *grad;
+};
+
 // A row's gradient on the tile, into or onto `to`.
 void add_row(const LinearProblem& p, int64_t row, const LinearTile& tile, const Target& to,
-             float* act_panels, float* grad_panels) {
+             const Panels& panels) {
   const int64_t in = tile.in_end - tile.in_begin, step = grad_panel_rows(p.tokens);
-  pack<kBlockIn>(p.act.row(row) + tile.in_begin, p.act.token_stride, p.tokens, in, act_panels);
+  const float* act_panels = panels.act;
+  float* grad_panels = panels.grad;
+  if (panels.all_act != nullptr) {
+    act_panels = panels.all_act + row * packed_size(p) + tile.in_begin * p.tokens;
+  } else {
+    pack<kBlockIn>(p.act.row(row) + tile.in_begin, p.act.token_stride, p.tokens, in, panels.act);
+  }
   for (int64_t begin = tile.out_begin; begin < tile.out_end; begin += step) {
     const int64_t out = smaller(step, tile.out_end - begin);
     pack<kBlockOut>(p.grad.row(row) + begin, p.grad.token_stride, p.tokens, out, grad_panels);
@@ -194,15 +212,15 @@ void pack_directions(const LinearProblem& p, const LinearTile& tile, const Block
 }
 
 // The tile of all directions, from their val rows.
-void make_directions(const LinearProblem& p, const LinearTile& tile, float* act_panels,
-                     float* grad_panels, const Blocks& directions, double* dots) {
+void make_directions(const LinearProblem& p, const LinearTile& tile, const Panels& panels,
+                     const Blocks& directions, double* dots) {
   const int64_t blocks = directions.out * blocks_in(tile);
   int64_t row = p.rows;
   for (int64_t k = 0; k < directions.count; ++k) {
     Target to{{directions.data + k * kBlock, directions.count, directions.out}, false, {}, nullptr,
               false};
     for (const int64_t end = row + p.val_rows[k]; row < end; ++row, to.add = true) {
-      add_row(p, row, tile, to, act_panels, grad_panels);
+      add_row(p, row, tile, to, panels);
     }
     for (int64_t block = 0; p.norms && block < blocks; ++block) {  // in double, as the dots are
       const float* values = to.sum.data + block * directions.count * kBlock;
@@ -236,23 +254,24 @@ void write_weight_grad(const LinearProblem& p, const LinearTile& tile, const Blo
   }
 }
 
-void run(const LinearProblem& p, const LinearTile& tile, float* memory, double* dots) {
+void run(const LinearProblem& p, const LinearTile& tile, const float* packed_act, float* memory,
+         double* dots) {
   const LinearScratch need =
       scratch(p, {0, tile.out_end - tile.out_begin, 0, tile.in_end - tile.in_begin});
   auto* lanes = reinterpret_cast<double*>(memory);
   float* act_panels = memory + need.dots;
-  float* grad_panels = act_panels + need.act;
-  const Blocks sum{grad_panels + need.grad, 1, blocks_out(tile)};
+  const Panels panels{packed_act, act_panels, act_panels + need.act};
+  const Blocks sum{panels.grad + need.grad, 1, blocks_out(tile)};
   const Blocks directions{sum.data + need.sum, p.num_directions, sum.out};
   if (p.direction != nullptr) {
     pack_directions(p, tile, directions);
   } else {
-    make_directions(p, tile, act_panels, grad_panels, directions, dots);
+    make_directions(p, tile, panels, directions, dots);
   }
   Target to{sum, false, directions, lanes, p.norms};
   for (int64_t i = 0; i < p.rows; ++i, to.add = true) {
     for (int64_t j = 0; j < p.dot_rows() * kLanes; ++j) lanes[j] = 0;
-    add_row(p, i, tile, to, act_panels, grad_panels);
+    add_row(p, i, tile, to, panels);
     for (int64_t j = 0; j < p.dot_rows() * kLanes; ++j) {
       dots[j / kLanes * p.dot_columns() + i] += lanes[j];
     }

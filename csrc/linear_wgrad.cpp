@@ -11,6 +11,9 @@ namespace {
 // A tile of the sum, of every direction and the packed activations of a sample share the last
 // level of cache; smaller tiles pack more often.
 constexpr int64_t kTileRows = 768, kTileCols = 1024, kPackedAct = 1024 * 1024;
+// Activations of all rows that are packed once for all tiles: those of a language model's head,
+// whose many tiles would each pack them again, 5 % of the time. More of them would not stay near.
+constexpr int64_t kPackedOnce = 1536 * 1024;
 // Rows below which another thread rather takes columns.
 constexpr int64_t kMinRows = 96;
 
@@ -58,13 +61,26 @@ void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& p, int64_
   const auto tiles = make_tiles(p, kernel.row_multiple, std::max<int64_t>(threads, 1));
   const auto count = static_cast<int64_t>(tiles.size());
   const LinearScratch need = kernel.scratch(p, largest(tiles));
+  // Kept, as the threads' memory below.
+  thread_local std::vector<float> packed;
+  const int64_t rows = p.all_rows(), size = kernel.packed_size(p);
+  const bool once = tiles.front().out_end < p.d_out && rows * size <= kPackedOnce;
+  if (once) {
+    packed.resize(std::max(packed.size(), static_cast<size_t>(rows * size)));
+    float* data = packed.data();
+    parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) kernel.pack_act(p, i, data + i * size);
+    });
+  }
+  const float* packed_act = once ? packed.data() : nullptr;
   std::vector<double> parts(static_cast<size_t>(count * dots));
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     // Kept: fresh megabytes for every layer of every step would cost page faults each time.
     thread_local std::vector<float> memory;
     memory.resize(std::max(memory.size(), static_cast<size_t>(need.total())));
     for (int64_t i = begin; i < end; ++i) {
-      kernel.run(p, tiles[static_cast<size_t>(i)], memory.data(), parts.data() + i * dots);
+      kernel.run(p, tiles[static_cast<size_t>(i)], packed_act, memory.data(),
+                 parts.data() + i * dots);
     }
   });
   for (int64_t i = 0; i < dots; ++i) {  // in the tiles' order, in double: they may cancel

@@ -34,6 +34,11 @@ struct LinearProblem {
   bool norms;
   float* dots;  // (K, N)
 
+  int64_t all_rows() const {
+    int64_t count = rows;
+    for (int64_t k = 0; direction == nullptr && k < num_directions; ++k) count += val_rows[k];
+    return count;
+  }
   int64_t dot_rows() const { return num_directions + norms; }
   int64_t dot_columns() const { return rows + (norms && direction == nullptr); }
 };
@@ -51,10 +56,15 @@ struct LinearScratch {
 };
 
 // The tile's part of the weight gradient, and its part of the dots added to `dots`, of their shape.
-// One function for each instruction set; `scratch` says how much memory they need.
+// One function for each instruction set; `scratch` says how much memory they need. packed_act has
+// every row's activations as `pack_act` lays them out, packed_size floats each; where it is null,
+// each tile packs its own.
 struct LinearKernel {
-  void (*run)(const LinearProblem& problem, const LinearTile& tile, float* memory, double* dots);
+  void (*run)(const LinearProblem& problem, const LinearTile& tile, const float* packed_act,
+              float* memory, double* dots);
   LinearScratch (*scratch)(const LinearProblem& problem, const LinearTile& size);
+  void (*pack_act)(const LinearProblem& problem, int64_t row, float* packed);
+  int64_t (*packed_size)(const LinearProblem& problem);
   int64_t row_multiple;  // tiles start at multiples of this
 };
 

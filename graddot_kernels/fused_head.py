@@ -111,6 +111,9 @@ class _Head:
         held = self.vocab if weight_needed and not self.joint else 0
         self.weight_grad = self._large(self.losses, held, self.width)
         self.direction_rows = direction.new_empty(len(val_rows), 0, self.width)
+        if len(direction) > 0 and act.device.type == "cpu":
+            # Beside directions the logits of a small batch would be the step's peak of memory.
+            self.limit = min(self.limit, max(1, -(-self.n // 3) * t))
         self.limit = max(self.limit, rows * t if self.joint else len(direction) * self.width // 4)
         # A norm is of a sample's chunks together: whole rows, or a buffer where that takes less.
         if self.norms and self.limit < t <= self.limit + self.width:

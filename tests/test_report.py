@@ -243,8 +243,14 @@ def test_scores_are_read_without_a_config(tmp_path, capsys, place, targets):
                 call(tmp_path)
     options = ["--target", "code"] if targets else []
     if targets:
+        assert call(tmp_path) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == f"{tmp_path}: 2 scores of 2 samples for each of 2 targets, steps 0 to 0"
+        assert lines[3].split() == ["domain", "samples", "rows", "law", "code"]
+        means = ["1.500e+00", "±", "5e-01", "2.500e+00", "±", "5e-01"]
+        assert lines[4].split() == ["(not", "recorded)", "2", "2", *means]
         with pytest.raises(GraddotError, match="--target: the run has several, name one of law"):
-            call(tmp_path)
+            call(tmp_path, "--csv", tmp_path / "samples.csv")
     assert call(tmp_path, *options) == 0
     out = capsys.readouterr().out
     assert f"{tmp_path}: 2 scores of 2 samples, steps 0 to 0" in out

@@ -27,6 +27,7 @@ ROOT = Path(__file__).parent.parent
 SIZES = "--architecture GPT2-Tiny --block_size 24 --batch_size 4 --val_batch_size 2 --max_steps 8"
 STEPS = "--warmup_step 2 --eval_interval 4 --eval_iter 2 --eval_bs 2"
 SAVES = "--dot_prod_save_interval 2 --checkpoint_interval 3 --seed 7"
+FP64 = "--model_dtype float64 --train_dtype float64"
 
 
 @pytest.fixture(scope="module")
@@ -130,10 +131,81 @@ def test_norms_are_written_and_resumed(tokens, tmp_path, capsys):
     assert cli.main(["scores", str(tmp_path / "run")]) == 0
 
 
+def test_each_domain_is_a_target_of_its_own(tokens, tmp_path, capsys):
+    """Its scores are those of a run about it alone; the report compares them, or shows one."""
+    fixed = f"--learning_rate 0 {FP64}"
+    targets = "--target_per_domain --val_set prose,sums --norms"
+    assert train(tokens, tmp_path, f"{fixed} {targets}") == 0
+    both = read_scores(tmp_path / "run")
+    for name in ("prose", "sums"):
+        assert train(tokens, tmp_path / name, f"{fixed} --val_set {name} --norms") == 0
+        alone = read_scores(tmp_path / name / "run")
+        assert both["sample_id"].equals(alone["sample_id"])
+        for column in ("dot", "value", "cosine"):
+            got = both[f"{column}_{name}"].to_numpy()
+            assert got == pytest.approx(alone[column].to_numpy(), rel=1e-10), column
+    capsys.readouterr()
+    run = str(tmp_path / "run")
+    assert cli.main(["scores", run, "--by", "dot"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "for each of 2 targets" in lines[0]
+    start = lines.index("mean dot ± standard error, by training domain (rows) and target:") + 1
+    assert lines[start].split() == ["domain", "samples", "rows", "prose", "sums"]
+    domains = both["domain"].to_numpy(zero_copy_only=False)
+    for line, domain in zip(lines[start + 1 :], ("prose", "sums", "shout"), strict=False):
+        assert line.split()[0] == domain
+        for column, target in ((3, "prose"), (6, "sums")):
+            mean = both[f"dot_{target}"].to_numpy()[domains == domain].mean()
+            assert line.split()[column] == f"{mean:.3e}"
+    assert cli.main(["scores", run, "--json"]) == 0
+    assert list(json.loads(capsys.readouterr().out)["targets"]) == ["prose", "sums"]
+    assert cli.main(["scores", run, "--target", "sums"]) == 0
+    shown = capsys.readouterr().out.split("validation sequences, which the scores are about")[1]
+    assert shown.startswith(" (all 2)") and shown.count("sums ") == 2 and "prose" not in shown
+    assert cli.main(["scores", run, "--csv", str(tmp_path / "all.csv")]) == 2
+    assert "name one of prose, sums" in capsys.readouterr().err
+    assert train(tokens, tmp_path, f"{fixed} --val_set prose,sums --norms --resume") == 2
+    assert "target_per_domain: true before, not set now" in capsys.readouterr().err
+    assert train(tokens, tmp_path, f"{fixed} {targets} --resume") == 0
+
+
+@pytest.mark.parametrize("extra", ["", "--target_per_domain --norms --grad_clip 0.7"])
+def test_accumulation_changes_neither_weights_nor_scores(tokens, tmp_path, extra):
+    runs = []
+    for steps in (1, 2, 4):
+        runs.append(tmp_path / str(steps))
+        command = f"{FP64} {extra} --gradient_accumulation_steps {steps}"
+        assert train(tokens, runs[-1], command) == 0
+    whole, rows = final_state(runs[0])["model"], read_scores(runs[0] / "run")
+    for run in runs[1:]:
+        for name, tensor in final_state(run)["model"].items():
+            assert (tensor - whole[name]).norm() <= 1e-9 * whole[name].norm(), name
+        found = read_scores(run / "run")
+        assert found.schema == rows.schema
+        for name in rows.column_names:
+            if name in ("domain", "step", "sample_id", "offset", "n_tokens"):
+                assert found[name].to_pylist() == rows[name].to_pylist(), name
+            else:
+                scale = abs(rows[name].to_numpy()).max()
+                error = abs(found[name].to_numpy() - rows[name].to_numpy()).max()
+                assert error <= (1e-6 if name == "loss" else 1e-9) * scale, name
+
+
+def test_accumulating_run_resumes_bit_exactly_with_its_overhead(tokens, tmp_path, capsys):
+    extra = "--gradient_accumulation_steps 2 --lr_schedule constant --dropout 0.1"
+    assert train(tokens, tmp_path / "whole", f"{extra} --measure_overhead 1") == 0
+    assert read_config(tmp_path / "whole" / "run")["measured"]["overhead"] > -1
+    assert train(tokens, tmp_path / "parts", f"{extra} --max_steps 5") == 0
+    assert train(tokens, tmp_path / "parts", f"{extra} --resume") == 0
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    capsys.readouterr()
+    assert train(tokens, tmp_path / "parts", "--lr_schedule constant --dropout 0.1 --resume") == 2
+    assert "gradient_accumulation_steps: 2 before, not set now" in capsys.readouterr().err
+
+
 def test_regular_moves_the_weights_alike(tokens, tmp_path):
     for method in ("GradDotProd", "Regular"):
-        extra = f"--method {method} --model_dtype float64 --train_dtype float64"
-        assert train(tokens, tmp_path / method, extra) == 0
+        assert train(tokens, tmp_path / method, f"--method {method} {FP64}") == 0
     scored, regular = (final_state(tmp_path / m)["model"] for m in ("GradDotProd", "Regular"))
     for name, tensor in scored.items():
         assert (tensor - regular[name]).norm() <= 1e-9 * tensor.norm(), name
@@ -270,6 +342,11 @@ def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkey
     assert load_checkpoint(latest_checkpoint(tmp_path / "run")).step == 2
     assert set(read_scores(tmp_path / "run")["step"].to_pylist()) == set(range(5))
     assert train(tokens, tmp_path / "on", "--on_nan continue") == 0
+    parts = "--gradient_accumulation_steps 2"
+    assert train(tokens, tmp_path / "parts", parts) == 2
+    error = capsys.readouterr().err
+    assert "the validation gradient of transformer.wte.weight is not finite at step 5" in error
+    assert "Scores up to step 4 and the checkpoint step-2 are in" in error
 
 
 @pytest.mark.parametrize(

@@ -17,11 +17,10 @@ from graddot_lm.settings import read_config
 from graddot_lm.store import open_rows, read_scores
 from graddot_lm.train import Trainer
 from process_group import PROCESSES
-from test_train import arguments, assert_same_run, tokens, train  # noqa: F401
+from test_train import FP64, arguments, assert_same_run, tokens, train  # noqa: F401
 
 TIMEOUT = 150
 STEPS = 20
-FP64 = "--model_dtype float64 --train_dtype float64"
 
 
 def _become(rank, world, port, output, command, before):
@@ -215,6 +214,25 @@ def test_regular_moves_the_weights_alike(tokens, tmp_path, record_property):  # 
     assert error <= 1e-9
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_accumulation_on_two_processes_is_that_of_one_batch(tokens, tmp_path, parallel):  # noqa: F811
+    assert train(tokens, tmp_path / "whole", FP64) == 0
+    extra = f"{FP64} --gradient_accumulation_steps 2 --parallel {parallel}"
+    codes, outputs = launch(2, tmp_path / "o", arguments(tokens, tmp_path / "parts", extra))
+    assert codes == [0, 0], outputs
+    whole, parts = (
+        load_checkpoint(latest_checkpoint(tmp_path / name / "run")).state["model"]
+        for name in ("whole", "parts")
+    )
+    for name, tensor in whole.items():
+        assert (tensor - parts[name]).norm() <= 1e-9 * tensor.norm(), name
+    key = [("step", "ascending"), ("sample_id", "ascending")]
+    one, other = (read_scores(tmp_path / n / "run").sort_by(key) for n in ("whole", "parts"))
+    for name in ("dot", "value"):
+        a, b = one[name].to_numpy(), other[name].to_numpy()
+        assert abs(a - b).max() <= 1e-9 * abs(a).max(), name
+
+
 def test_overhead_is_recorded_once(tokens, tmp_path):  # noqa: F811
     command = arguments(tokens, tmp_path, "--max_steps 2 --measure_overhead 1")
     codes, outputs = launch(2, tmp_path / "output", command)
@@ -276,7 +294,8 @@ FAILURES = [
     ("--checkpoint_interval 8", broken_flush, 0, "process 1: ", "No space left"),
     ("", broken_step, 1, "process 1 of 2: sample_id 1000000000", "the train split has ids"),
     ("", nan_step, 0, "graddot train: the training loss is nan at step 5", "Scores up to step 4"),
-    ("--batch_size 5", None, 0, "--batch_size is 5; 2 processes share it", "a multiple of 2"),
+    ("--gradient_accumulation_steps 2", nan_step, 0, "the validation gradient of", "up to step 4"),
+    ("--batch_size 5", None, 0, "--batch_size is 5; it must be a multiple of 2", "processes 2 x"),
     ("--val_set poems", None, 0, "poems", "unknown"),
 ]
 
@@ -284,7 +303,7 @@ FAILURES = [
 @pytest.mark.parametrize(
     "extra, before, where, text, more",
     FAILURES,
-    ids=["save", "flush", "data", "nan", "batch", "option"],
+    ids=["save", "flush", "data", "nan", "nan-direction", "batch", "option"],
 )
 def test_an_error_on_one_process_ends_all(tokens, tmp_path, extra, before, where, text, more):  # noqa: F811
     command = arguments(tokens, tmp_path / "results", extra)

@@ -367,7 +367,7 @@ def fixed_batch(data: TokenData, n: int, seed: int) -> np.ndarray:
     """
     if not 1 <= n <= len(data):
         raise GraddotError(
-            f"a fixed batch of {n}: the selected domains' {data.split} split has {len(data)} "
-            f"blocks of {data.block_size} tokens"
+            f"a fixed batch of {n}: the {data.split} split of {_listed(data.domains)} has "
+            f"{len(data)} blocks of {data.block_size} tokens"
         )
     return _Shuffled(data, data.domains, f"{seed}/fixed").take(0, n)

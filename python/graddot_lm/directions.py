@@ -106,8 +106,9 @@ def mean_gradient(
             p.grad = kept[name]
     if tokens == 0:
         raise GraddotError("the validation batches have no labelled token")
-    for name, gradient in total.items():
-        if not distributed.is_finite(gradient.div_(tokens)):
+    finite = distributed.are_finite([gradient.div_(tokens) for gradient in total.values()])
+    for name, is_finite in zip(total, finite, strict=True):
+        if not is_finite:
             raise GraddotError(f"the validation gradient of {name} is not finite")
     return total
 
@@ -125,7 +126,7 @@ def _backward(
         loss, weight, count = loss_of(batch)
         (loss * scale).backward()  # not autograd.grad, which reentrant checkpoints refuse
         grads = [p.grad for p in parameters.values() if p.grad is not None]
-        if scale <= 1 or all(distributed.is_finite(grad) for grad in grads):
+        if scale <= 1 or all(distributed.are_finite(grads)):
             return weight / scale, count, scale
         scale = max(1.0, scale / 16)
 

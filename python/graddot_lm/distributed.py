@@ -128,10 +128,10 @@ def stacked(tensors: Sequence[Tensor], parameter: nn.Parameter, dtype: torch.dty
     return DTensor.from_local(torch.stack(shards), mesh, behind, shape=shape, stride=stride)
 
 
-def is_finite(x: Tensor) -> bool:
-    """Whether all elements are, on all processes."""
-    norm = torch.linalg.vector_norm(x, dtype=torch.float64)
-    return bool(torch.isfinite(whole(norm)))
+def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
+    """Of each, whether all its elements are, on all processes. Waits for a device once."""
+    norms = [whole(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in tensors]
+    return torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).tolist()
 
 
 # States of sharded models, as one process would have them

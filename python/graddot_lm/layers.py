@@ -366,9 +366,6 @@ class LinearDot(ScoredFunction):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         weight, *sources = ctx.saved_tensors
         step, result = ctx.step, [None] * 5
-        if ctx.needs_input_grad[0]:
-            w = weight.to(grad_out.dtype)
-            result[0] = grad_out @ (w.t() if ctx.transposed else w)
         grad = step.as_samples(grad_out)
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
@@ -378,8 +375,12 @@ class LinearDot(ScoredFunction):
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                 act, grad = grad, act
             weight_grad = linear_grad(step, ctx.uses, act, grad)
+            del act, grad  # an input made again goes before the gradient of its size comes
             if not ctx.uses.hold(weight_grad):
                 result[1] = weight_grad.to(weight.dtype)
+        if ctx.needs_input_grad[0]:
+            w = weight.to(grad_out.dtype)
+            result[0] = grad_out @ (w.t() if ctx.transposed else w)
         return tuple(result)
 
 

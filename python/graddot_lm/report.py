@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,10 +59,14 @@ def _grouped(
     return acero.Declaration.from_sequence(nodes).to_table()
 
 
+def _targets(rows: ds.Dataset) -> list[str]:
+    """Empty where there is a single one, which has no name."""
+    return [name.removeprefix("dot_") for name in rows.schema.names if name.startswith("dot_")]
+
+
 def _columns(rows: ds.Dataset, target: str | None) -> dict[str, pc.Expression]:
     """The score columns of the target asked for, under the names that they have without one."""
-    names = rows.schema.names
-    targets = [name.removeprefix("dot_") for name in names if name.startswith("dot_")]
+    targets = _targets(rows)
     if target is None and targets:
         raise GraddotError(f"--target: the run has several, name one of {', '.join(targets)}")
     if target is not None and target not in targets:
@@ -169,8 +173,9 @@ def summarize(
     counts = samples.group_by("domain").aggregate([([], "count_all")])
     distinct = dict(zip(*(column.to_pylist() for column in counts.columns), strict=True))
     extremes = _extremes(samples, by, top)
-    why = _add_excerpts(config, [*extremes["best"], *extremes["worst"]])
-    validation = [] if why else _validation(config, top)
+    shown = [*extremes["best"], *extremes["worst"]]
+    why = _add_excerpts(config, shown) if shown else None
+    validation = _validation(config, target) if shown and not why else []
     measured = config.get("measured", {})
     return {
         "run": str(run),
@@ -182,14 +187,21 @@ def summarize(
         "samples": len(samples),
         "domains": [{**row, "samples": distinct[row["domain"]]} for row in domains.to_pylist()],
         **extremes,
-        "validation": validation,
-        "validation_samples": len(config.get("val_sample_ids", [])),
+        "validation": validation[:top],
+        "validation_samples": len(validation),
         "no_excerpts": why,
         "throughput": _throughput(run, steps),
         "overhead": measured.get("overhead"),
         "overhead_over_regular_n": measured.get("overhead_over_regular_n"),
         "coverage": config.get("coverage"),
     }
+
+
+def summarize_targets(
+    run: str | Path, by: str = "value", steps: Steps = (None, None)
+) -> dict[str, dict[str, Any]]:
+    """`summarize`, without sequences, for every target of a run that has several, by name."""
+    return {name: summarize(run, 0, by, steps, name) for name in _targets(open_rows(run))}
 
 
 def _named(steps: Steps) -> str:
@@ -249,18 +261,20 @@ def _add_excerpts(config: dict, samples: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def _validation(config: dict, top: int) -> list[dict[str, Any]]:
-    """The first `top` of the validation samples that the scores are about, with an excerpt each.
+def _validation(config: dict, target: str | None) -> list[dict[str, Any]]:
+    """The validation samples that the scores are about, with an excerpt each.
 
     Empty if the run did not record them, or other data is in the place of theirs.
     """
-    ids = config.get("val_sample_ids", [])[:top]
+    ids = config.get("val_sample_ids", [])
     if not ids:
         return []
     try:
         data = TokenData(config["data_dir"], "val", block_size=config["block_size"])
         if data.fingerprint != config["data_fingerprint"]:
             return []
+        if config.get("target_per_domain"):
+            ids = [i for i in ids if data.domain_of([i]) == [target]]
         texts = _texts(config, data, ids)
         places = zip(ids, data.domain_of(ids), data.offset_of(ids).tolist(), texts, strict=True)
     except GraddotError:  # `_add_excerpts` says why for the training samples
@@ -298,6 +312,27 @@ def _domains_text(domains: list[dict[str, Any]]) -> str:
         + [f"{row['positive']:.1%}", _number(row["summed_value"])]
         for row in domains
     ]
+    return _aligned(header, rows, left=[0])
+
+
+def _matrix_text(summaries: Mapping[str, dict[str, Any]], by: str) -> str:
+    """Mean and standard error of every training domain (rows) for every target (columns)."""
+    figures = lambda row: f"{_number(row[f'mean_{by}'])} ± {_number(row[f'error_{by}'], '.0e')}"
+    cells = {
+        (row["domain"], target): figures(row)
+        for target, summary in summaries.items()
+        for row in summary["domains"]
+    }
+    counts = {row["domain"]: row for s in summaries.values() for row in s["domains"]}
+    # In the targets' own order, so that a domain's scores for itself lie on the diagonal.
+    own = [name for name in summaries if name in counts]
+    domains = own + sorted(counts.keys() - set(own))
+    rows = [
+        [escape(name, 40), f"{counts[name]['samples']:,}", f"{counts[name]['rows']:,}"]
+        + [cells.get((name, target), "-") for target in summaries]
+        for name in domains
+    ]
+    header = ["domain", "samples", "rows", *(escape(target, 40) for target in summaries)]
     return _aligned(header, rows, left=[0])
 
 
@@ -364,9 +399,26 @@ def format_summary(summary: dict[str, Any]) -> str:
     if summary["validation"]:
         blocks.append(_validation_text(summary))
     closing = _closing_lines(summary)
-    if summary["no_excerpts"] and (summary["best"] or summary["worst"]):
+    if summary["no_excerpts"]:
         closing.insert(0, f"no text shown: {summary['no_excerpts']}")
     return "\n\n".join([*blocks, "\n".join(closing)])
+
+
+def format_targets(summaries: Mapping[str, dict[str, Any]]) -> str:
+    """`summarize_targets`' figures as text."""
+    first = next(iter(summaries.values()))
+    by, (start, end) = first["by"], first["steps"]
+    counts = f"{first['rows']:,} scores of {first['samples']:,} samples"
+    blocks = [
+        f"{first['run']}: {counts} for each of {len(summaries)} targets, steps {start} to {end}"
+    ]
+    for target, summary in summaries.items():
+        if left_out := summary["rows_left_out"]:
+            blocks[0] += f"\nleft out for {target}: {left_out:,} scores whose {by} is not finite"
+    matrix = _matrix_text(summaries, by)
+    blocks.append(f"mean {by} ± standard error, by training domain (rows) and target:\n{matrix}")
+    blocks.append("sequences that help and hurt a target: --target NAME")
+    return "\n\n".join([*blocks, "\n".join(_closing_lines(first))])
 
 
 def format_report(
@@ -377,6 +429,8 @@ def format_report(
     target: str | None = None,
 ) -> str:
     """The text that `graddot scores` prints. Raises GraddotError; see `summarize`."""
+    if target is None and _targets(open_rows(run)):
+        return format_targets(summarize_targets(run, by, steps))
     return format_summary(summarize(run, top, by, steps, target))
 
 
@@ -411,7 +465,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A:B",
         help="count steps A to B only, both included; either may be left out (default: all)",
     )
-    add("--target", metavar="NAME", help="whose scores to show, in a run with several targets")
+    add(
+        "--target",
+        metavar="NAME",
+        help="in a run with several targets, show this one's scores (default: compare all)",
+    )
     add("--json", action="store_true", help="print JSON, with more figures, in place of text")
     add(
         "--csv",
@@ -443,6 +501,11 @@ def run(args: argparse.Namespace) -> int:
     if args.top < 0:
         raise GraddotError(f"--top {args.top}: must be at least 0")
     steps = parse_steps(args.steps)
+    if args.target is None and args.csv is None and _targets(open_rows(args.run)):
+        summaries = summarize_targets(args.run, args.by, steps)
+        compared = {"run": args.run, "by": args.by, "targets": summaries}
+        print(json.dumps(_finite(compared), indent=2) if args.json else format_targets(summaries))
+        return 0
     samples = sample_table(args.run, args.by, steps, args.target)
     summary = summarize(args.run, args.top, args.by, steps, args.target, samples)
     if args.csv is not None:

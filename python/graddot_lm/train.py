@@ -10,8 +10,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ from .train_options import (
     describe,
 )
 
+Batch = tuple[Tensor, Tensor]
+
 
 def _optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.AdamW:
     """AdamW; only matrices decay, as GPT-2's recipes have it."""
@@ -57,6 +59,10 @@ def learning_rate(step: int, args: argparse.Namespace) -> float:
     return args.learning_rate * (0.55 + 0.45 * math.cos(math.pi * min(1.0, done)))
 
 
+def _joined(batches: Sequence[Batch]) -> Batch:
+    return torch.cat([x for x, _ in batches]), torch.cat([y for _, y in batches])
+
+
 class Trainer:
     """One run: model, data, optimizer, engine and the run's directory.
 
@@ -70,10 +76,12 @@ class Trainer:
     def __init__(self, args: argparse.Namespace, processes: Processes) -> None:
         self.args, self.processes = args, processes
         self.device = processes.device
-        if args.batch_size % processes.world:
+        parts = processes.world * args.gradient_accumulation_steps
+        if args.batch_size % parts:
             raise GraddotError(
-                f"--batch_size is {args.batch_size}; {processes.world} processes share it, so it"
-                f" must be a multiple of {processes.world}"
+                f"--batch_size is {args.batch_size}; it must be a multiple of {parts}: processes"
+                f" {processes.world} x --gradient_accumulation_steps"
+                f" {args.gradient_accumulation_steps}"
             )
         torch.manual_seed(args.seed)
         self.data = TokenData(args.pile_data_dir, "train", args.train_set, args.block_size)
@@ -82,10 +90,10 @@ class Trainer:
         self.data.check_tokenizer(str(Path(args.pile_data_dir) / "tokenizer.json"))
         weights = parse_weights(args.domain_weights) if args.domain_weights else None
         self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
-        self.val_ids, self.val_batch = np.empty(0, np.int64), None
-        if args.method == "GradDotProd":
-            self.val_ids = fixed_batch(self.val_data, args.val_batch_size, args.seed)
-            self.val_batch = self._to_device(self.val_data.get(self.val_ids))
+        self.val_ids = self._val_ids() if args.method == "GradDotProd" else {}
+        self.val_batches = {
+            target: self._to_device(self.val_data.get(ids)) for target, ids in self.val_ids.items()
+        }
         vocab_size = self.data.vocab_size
         model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
         self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
@@ -102,14 +110,57 @@ class Trainer:
         elif self.processes.world > 1:
             self.wrapped = DistributedDataParallel(self.model)
         self.optimizer = _optimizer(self.model, self.args)
-        if self.val_batch is not None:
+        if self.val_batches:
             self.engine = GradDotProdEngine(
-                self.model, self.val_batch, label_shift=0, norms=self.args.norms
+                self.model,
+                self._by_target(self.val_batches) if self._val_rides else None,
+                label_shift=0,
+                norms=self.args.norms,
             )
+
+    # Targets
+
+    def _val_ids(self) -> dict[str, np.ndarray]:
+        """The validation samples of every target: of each domain, or of a single one, ""."""
+        args, data = self.args, {"": self.val_data}
+        if args.target_per_domain:
+            split = lambda name: TokenData(args.pile_data_dir, "val", [name], args.block_size)
+            data = {name: split(name) for name in self.val_data.domains}
+        return {
+            target: fixed_batch(own, args.val_batch_size, args.seed) for target, own in data.items()
+        }
+
+    def _by_target(self, values: Mapping[str, Any]) -> Any:
+        """As the engine takes them: a single target has no name."""
+        return values if self.args.target_per_domain else values[""]
+
+    def _targets(self) -> list[str]:
+        """Those that have a name, which the store wants."""
+        return list(self.val_ids) if self.args.target_per_domain else []
+
+    @property
+    def _val_rides(self) -> bool:
+        """Whether the validation rows are part of every forward, not run once for several."""
+        return self.args.gradient_accumulation_steps == 1
+
+    def _direct(self) -> None:
+        """Give the engine the validation gradients at these weights, if the rows do not ride."""
+        if self.engine is None or self._val_rides:
+            return
+        self.model.eval()
+        try:
+            with self._autocast():
+                gradients = self.engine.compute_directions(
+                    {target: [batch] for target, batch in self.val_batches.items()}
+                )
+        except GraddotError as error:  # not finite, in all processes alike; scores need it
+            self.processes.fail(self._nan_message(str(error)))
+        self.model.train()
+        self.engine.set_directions(self._by_target(gradients))
 
     # Pieces of a step
 
-    def _to_device(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    def _to_device(self, batch: Batch) -> Batch:
         x, y = batch
         if (
             self.device.type == "cuda"
@@ -136,12 +187,32 @@ class Trainer:
             self.engine.attach_train_batch(x, y, self.step, tag)
             x, y = self.engine.prepare_forward_input(x, y)
         loss, losses = self._losses(x, y)
-        return loss, losses[:n]
+        return loss, losses[:n].detach()
 
     def _backward(self, loss: Tensor) -> None:
         loss.backward()
         if self.engine is not None:
             self.engine.prepare_gradients()
+
+    def _accumulate(self, batches: Sequence[Batch], tags: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """Forward and backward batch by batch, but for the last backward: what to call `_backward`
+        with, and the mean loss of each training row of all, (N,)."""
+        self._direct()
+        losses = []
+        for batch, tag in zip(batches[:-1], tags[:-1], strict=True):
+            with self._unaveraged():
+                loss, own = self._forward(*batch, tag)
+                self._backward(loss / len(batches))
+            losses.append(own)
+        loss, own = self._forward(*batches[-1], tags[-1])
+        return loss / len(batches), torch.cat([*losses, own])
+
+    def _unaveraged(self) -> AbstractContextManager:
+        """Gradients stay in their process, for the last batch's backward to average all. Sharded
+        ones do not: nobody holds a whole model's."""
+        if isinstance(self.wrapped, DistributedDataParallel):
+            return self.wrapped.no_sync()
+        return nullcontext()
 
     def _one_step(self) -> float:
         """Train on the next batch, log its scores; the mean training loss."""
@@ -150,12 +221,15 @@ class Trainer:
         lr = learning_rate(self.step, self.args)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        total, losses = self._forward(*self._to_device(self.data.get(ids)), ids)
+        parts = np.split(ids, self.args.gradient_accumulation_steps)
+        batches = [self._to_device(self.data.get(part)) for part in parts]
+        last, losses = self._accumulate(batches, parts)
         report = self._report(losses)
-        self._backward(total)
+        self._backward(last)
         loss = self._agreed(*report)
         if not math.isfinite(loss) and self.args.on_nan == "stop":
-            self.processes.fail(self._nan_message(loss))
+            message = self._nan_message(f"the training loss is {loss}")
+            self.processes.fail(f"{message}; --on_nan continue goes on regardless")
         clipped = self._clip()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -203,7 +277,7 @@ class Trainer:
         self.stop_signal = int(max(signals))
         return loss
 
-    def _nan_message(self, loss: float) -> str:
+    def _nan_message(self, problem: str) -> str:
         assert self.run_dir is not None
         path, rows = self.run_dir.path, "Metrics" if self.engine is None else "Scores"
         latest = latest_checkpoint(path)
@@ -212,8 +286,8 @@ class Trainer:
             last = "no checkpoint yet" if latest is None else f"the checkpoint {latest.name}"
             kept = f"{rows} up to step {self.step - 1} and {last} are in {path}"
         return (
-            f"the training loss is {loss} at step {self.step}. {kept}. Lower --learning_rate or"
-            " raise --warmup_step in a new run; --on_nan continue goes on regardless"
+            f"{problem} at step {self.step}. {kept}. Lower --learning_rate or raise --warmup_step"
+            " in a new run"
         )
 
     def evaluate_only(self) -> None:
@@ -294,20 +368,23 @@ class Trainer:
             self.engine.attach(self.optimizer)
 
     def _make_run(self) -> Checkpoint | None:
-        path, world, val_ids = self._path(), self.processes.world, self.val_ids.tolist()
+        path, world, targets = self._path(), self.processes.world, self._targets()
+        val_ids = [int(number) for ids in self.val_ids.values() for number in ids]
         config = describe(self.args, self.data, self.model, self.engine, world, val_ids)
         if self.args.resume and (path / "config.json").exists():
-            may_differ = self._may_differ()
-            self.run_dir, checkpoint = RunDirectory.resume(path, config, may_differ, world=world)
+            self.run_dir, checkpoint = RunDirectory.resume(
+                path, config, self._may_differ(), targets, world
+            )
             return checkpoint
         if self.args.resume:
             print(f"no run at {path} yet: starting one", file=sys.stderr)
-        self.run_dir = RunDirectory.create(path, config, world=world)
+        self.run_dir = RunDirectory.create(path, config, targets, world)
         return None
 
     def _join_run(self) -> Checkpoint | None:
         path = self._path()
-        self.run_dir = RunDirectory.join(path, self.processes.rank, self.processes.world)
+        rank, world = self.processes.rank, self.processes.world
+        self.run_dir = RunDirectory.join(path, rank, world, self._targets())
         latest = latest_checkpoint(path)
         return None if latest is None else load_checkpoint(latest)
 
@@ -397,19 +474,24 @@ class Trainer:
         engine, self.engine = self.engine, None
         engine.store = None
         ids = self.processes.share(self.sampler.next_batch())
-        batch = self._to_device(self.data.get(ids))
-        val = self._to_device(self.val_data.get(self.val_ids))
-        joint = torch.cat([batch[0], val[0]]), torch.cat([batch[1], val[1]])
+        parts = np.split(ids, self.args.gradient_accumulation_steps)
+        train = [self._to_device(self.data.get(part)) for part in parts]
+        val = [*self.val_batches.values()]
+        # The same rows in as many forwards: those that ride along with the only training batch.
+        joint = [_joined([*train, *val])] if self._val_rides else [*train, *val]
+
+        def step(batches: Sequence[Batch]) -> None:
+            self._backward(self._accumulate(batches, [None] * len(batches))[0])
 
         def scored() -> None:
             self.engine = engine
-            self._backward(self._forward(*batch, None)[0])
+            step(train)
             engine.aggregate_and_log()
             self.engine = None
 
         methods: dict[str, Callable[[], object]] = {
-            "regular_n": lambda: self._backward(self._forward(*batch, None)[0]),
-            "regular_nv": lambda: self._backward(self._forward(*joint, None)[0]),
+            "regular_n": lambda: step(train),
+            "regular_nv": lambda: step(joint),
             "graddot": scored,
         }
         seconds: dict[str, list[float]] = {name: [] for name in methods}

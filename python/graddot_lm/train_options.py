@@ -44,6 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also write each sample's gradient norm, and its cosine with the validation gradient",
     )
+    method.add_argument(
+        "--target_per_domain",
+        action="store_true",
+        help="make each domain of --val_set a target of its own, with --val_batch_size samples:"
+        " every training sample gets a score for each of them",
+    )
     method.add_argument("--dropout", type=float, default=0.0, help="dropout rate (default: 0)")
     method.add_argument(
         "--model_dtype",
@@ -112,13 +118,20 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
 def _add_step_arguments(steps: argparse._ArgumentGroup) -> None:
     for name, default, text in (
         ("batch_size", 16, "training samples a step, shared by all processes"),
-        ("val_batch_size", 1, "validation samples that ride along; the same in every step"),
+        ("val_batch_size", 1, "validation samples, which ride along; the same in every step"),
         ("max_steps", 10000, "steps of the whole run"),
         ("warmup_step", 100, "steps of linear learning-rate warm-up"),
     ):
         steps.add_argument(
             f"--{name}", type=int, default=default, help=f"{text} (default: {default})"
         )
+    steps.add_argument(
+        "--gradient_accumulation_steps",
+        type=int,
+        default=1,
+        help="parts in which a step's batch is run, one after the other, to save memory; of several"
+        " the validation gradient is computed once a step, without dropout (default: 1)",
+    )
     steps.add_argument(
         "--learning_rate", type=float, default=6e-4, help="peak learning rate (default: 6e-4)"
     )
@@ -180,8 +193,8 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
 def check(args: argparse.Namespace) -> None:
     """Complete the arguments; GraddotError for a value that makes no sense."""
     positive = (
-        "batch_size max_steps block_size dot_prod_save_interval checkpoint_interval"
-        " eval_interval eval_iter eval_bs"
+        "batch_size gradient_accumulation_steps max_steps block_size dot_prod_save_interval"
+        " checkpoint_interval eval_interval eval_iter eval_bs"
     )
     for name in positive.split():
         if getattr(args, name) < 1:
@@ -206,10 +219,9 @@ def check(args: argparse.Namespace) -> None:
         raise GraddotError(
             f"--architecture is {args.architecture!r}; it must be one of {', '.join(ARCHITECTURES)}"
         )
-    if args.norms and args.method != "GradDotProd":
-        raise GraddotError("--norms needs --method GradDotProd")
-    if args.measure_overhead and args.method != "GradDotProd":
-        raise GraddotError("--measure_overhead needs --method GradDotProd")
+    for name in ("norms", "target_per_domain", "measure_overhead"):
+        if getattr(args, name) and args.method != "GradDotProd":
+            raise GraddotError(f"--{name} needs --method GradDotProd")
     if args.run_name is None:
         args.run_name = f"{args.architecture}-{args.method}-seed{args.seed}"
 
@@ -235,8 +247,10 @@ def describe(
     """What config.json records: every setting, versions, commit, and what the scores cover and are
     about."""
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
-    if not args.norms:  # as in runs from before there was the option, which can be resumed
-        del settings["norms"]
+    added = {"norms": False, "target_per_domain": False, "gradient_accumulation_steps": 1}
+    for name, default in added.items():
+        if settings[name] == default:  # as in runs from before there was the option: they resume
+            del settings[name]
     record: dict[str, Any] = {
         **{k: str(v) if isinstance(v, Path) else v for k, v in settings.items()},
         "data_dir": str(Path(args.pile_data_dir).resolve()),

@@ -5,4 +5,4 @@
 
 extern const graddot::InstructionSet kSixteenLanes;
 const graddot::InstructionSet kSixteenLanes{
-    "sixteen lanes", {run, scratch, kBlockOut}, cross_entropy_row};
+    "sixteen lanes", {run, scratch, pack_act, packed_size, kBlockOut}, cross_entropy_row};
