@@ -203,9 +203,11 @@ def test_accumulating_run_resumes_bit_exactly_with_its_overhead(tokens, tmp_path
     assert "gradient_accumulation_steps: 2 before, not set now" in capsys.readouterr().err
 
 
-def test_regular_moves_the_weights_alike(tokens, tmp_path):
+@pytest.mark.parametrize("parts", [1, 2])
+def test_regular_moves_the_weights_alike(tokens, tmp_path, parts):
     for method in ("GradDotProd", "Regular"):
-        assert train(tokens, tmp_path / method, f"--method {method} {FP64}") == 0
+        extra = f"--method {method} {FP64} --gradient_accumulation_steps {parts}"
+        assert train(tokens, tmp_path / method, extra) == 0
     scored, regular = (final_state(tmp_path / m)["model"] for m in ("GradDotProd", "Regular"))
     for name, tensor in scored.items():
         assert (tensor - regular[name]).norm() <= 1e-9 * tensor.norm(), name
@@ -238,7 +240,9 @@ def test_value_is_the_learning_rate_times_the_share_times_the_dot_as_clipped(
 def test_bfloat16(tokens, tmp_path):
     assert train(tokens, tmp_path / "exact", "--learning_rate 0") == 0
     want = read_scores(tmp_path / "exact" / "run")["dot"].to_numpy()
-    for extra in ("--train_dtype bfloat16", "--train_dtype bfloat16 --model_dtype bfloat16"):
+    autocast = "--train_dtype bfloat16"
+    for extra in ("", "--model_dtype bfloat16", "--gradient_accumulation_steps 2"):
+        extra = f"{autocast} {extra}"
         results = tmp_path / extra.replace(" ", "")
         assert train(tokens, results, f"--learning_rate 0 {extra}") == 0
         got = read_scores(results / "run")["dot"].to_numpy()
@@ -535,6 +539,11 @@ def test_help_explains_every_option(capsys):
         assert end.value.code == 0
         for line in capsys.readouterr().out.splitlines():
             assert not line.startswith("  --") or len(line.split()) > 1, f"{command}: {line}"
+
+
+def test_the_command_begins_without_torch():
+    code = "import sys, graddot_lm.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])

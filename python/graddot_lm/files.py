@@ -23,7 +23,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        name, cause = error.filename or path, error.strerror or error
+        name, cause = Path(error.filename or path), error.strerror or error
+        if name.name.startswith(TEMPORARY):  # which people have not heard of
+            name = path
         raise GraddotError(f"{name}: cannot be written: {cause}") from error
 
 

@@ -22,7 +22,7 @@ from .batches import has_causal_lm_loss
 from .directions import adamw_direction
 from .engine import GradDotProdEngine
 from .errors import GraddotError
-from .scores import Number
+from .scores import Number, clip_factor
 from .store import PartWriter, scores_schema
 
 _INDEX = "graddot_index"
@@ -228,8 +228,7 @@ class GradDotProdTrainer(Trainer):
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
         if norm is not None:
-            factor = float(max_norm) / (torch.as_tensor(norm).double() + 1e-6)
-            self._clip = self._clip * factor.clamp(max=1.0)
+            self._clip = self._clip * clip_factor(torch.as_tensor(norm), float(max_norm))
         return norm
 
     def training_step(

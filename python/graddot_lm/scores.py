@@ -173,6 +173,11 @@ def learning_rates(
     return rates[0], by_leaf
 
 
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What `torch.nn.utils.clip_grad_norm_` multiplied gradients of this norm by, 0-dim fp64."""
+    return (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
+
+
 def _rate(lr: Number) -> Number:
     """As it is now: a scheduler changes a tensor in place."""
     return lr.detach().to(torch.float64, copy=True) if isinstance(lr, Tensor) else float(lr)

@@ -29,6 +29,7 @@ from .errors import GraddotError
 from .models import DTYPES, build_gpt2
 from .processes import Processes, seed_step
 from .run_directory import RunDirectory
+from .scores import clip_factor
 from .settings import check_evaluation
 from .train_options import (
     add_arguments,  # noqa: F401 (the command line looks here)
@@ -247,7 +248,7 @@ class Trainer:
         if self.args.grad_clip == 0:
             return 1.0
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
-        return (self.args.grad_clip / (whole(norm).double() + 1e-6)).clamp(max=1.0)
+        return clip_factor(whole(norm), self.args.grad_clip)
 
     def _report(self, losses: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
         """What this process tells the others after a forward, summed; on the host once the event
