@@ -258,7 +258,7 @@ class ModelForward:
                     step.leaf_of[id(parameter)] = micro.leaf_of[owned]
                     if self.directions is not None:
                         step.directions[id(parameter)] = self.directions[id(known)]
-        if self.is_first:
+        if self.is_first and step.sharded:  # whole ones take the place of shards as layers run
             self._whole.update(distributed.plain_parameters(self.model))
 
     def _end_layer(self, out: Any) -> None:
