@@ -231,7 +231,7 @@ def test_accumulation_is_that_of_one_batch(tokens, tmp_path, record_property, pa
     one, other = (read_scores(tmp_path / n / "run").sort_by(key) for n in ("whole", "parts"))
     for name in ("dot", "value"):
         a, b = one[name].to_numpy(), other[name].to_numpy()
-        error = abs(a - b).max() / abs(a).max()
+        error = float(abs(a - b).max() / abs(a).max())
         record_property("relative_error", error)
         assert error <= 1e-9, name
 
