@@ -8,14 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .check import check_layer
-    from .coverage import Coverage
-    from .directions import adamw_direction
-    from .engine import GradDotProdEngine
-    from .errors import GraddotError
-    from .fused_head import fuse_head, linear_cross_entropy, unfuse_head
-    from .rules import register_layer
-    from .scored import Scored
+    from .check import check_layer as check_layer
+    from .coverage import Coverage as Coverage
+    from .directions import adamw_direction as adamw_direction
+    from .engine import GradDotProdEngine as GradDotProdEngine
+    from .errors import GraddotError as GraddotError
+    from .fused_head import fuse_head as fuse_head
+    from .fused_head import linear_cross_entropy as linear_cross_entropy
+    from .fused_head import unfuse_head as unfuse_head
+    from .rules import register_layer as register_layer
+    from .scored import Scored as Scored
 
 _MODULES = {
     "Coverage": "coverage",
@@ -29,27 +31,13 @@ _MODULES = {
     "register_layer": "rules",
     "unfuse_head": "fused_head",
 }
-
-__all__ = [
-    "Coverage",
-    "GradDotProdEngine",
-    "GraddotError",
-    "Scored",
-    "adamw_direction",
-    "check_layer",
-    "fuse_head",
-    "linear_cross_entropy",
-    "register_layer",
-    "unfuse_head",
-]
+__all__ = list(_MODULES)
 
 
 def __getattr__(name: str) -> Any:
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
-    globals()[name] = value
-    return value
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
 
 
 def __dir__() -> list[str]:

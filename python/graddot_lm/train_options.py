@@ -118,7 +118,7 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
 def _add_step_arguments(steps: argparse._ArgumentGroup) -> None:
     for name, default, text in (
         ("batch_size", 16, "training samples a step, shared by all processes"),
-        ("val_batch_size", 1, "validation samples, which ride along; the same in every step"),
+        ("val_batch_size", 1, "validation samples, the same in every step"),
         ("max_steps", 10000, "steps of the whole run"),
         ("warmup_step", 100, "steps of linear learning-rate warm-up"),
     ):
