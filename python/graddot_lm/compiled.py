@@ -155,8 +155,8 @@ def _with_autograd(device: torch.device, autocast: torch.dtype | None) -> Iterat
 _library = torch.library.Library("graddot_lm", "DEF")  # noqa: TOR901
 _tags = (torch.Tag.cudagraph_unsafe,)
 _library.define(
-    "layer(int site, Tensor clock, Tensor[] inputs, Tensor[] parameters, bool[] needs, SymInt rows,"
-    " ScalarType? autocast) -> Tensor[]",
+    "layer(int site, Tensor clock, Tensor[] inputs, Tensor[] parameters, bool[] needs,"
+    " SymInt[] numbers, SymInt rows, ScalarType? autocast) -> Tensor[]",
     tags=_tags,
 )
 _library.define(
@@ -180,7 +180,7 @@ def _site(number: int) -> Any:
     return site
 
 
-def _layer(number, clock, inputs, parameters, needs, rows, autocast):  # type: ignore[no-untyped-def]
+def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  # type: ignore[no-untyped-def]
     site = _site(number)
     if any(p._backward_hooks for p in site.parameters()):
         raise GraddotError(
@@ -193,7 +193,7 @@ def _layer(number, clock, inputs, parameters, needs, rows, autocast):  # type: i
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         with saved_tensors_hooks(kept.pack, kept.unpack):
             # A view: torch 2.11 cannot start a backward at the edge of an autograd.Function.
-            outputs = [out.view_as(out) for out in site.run(leaves, rows)]
+            outputs = [out.view_as(out) for out in site.run(leaves, numbers)]
     edges = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
     call = _Call(step, edges, [x for x in leaves if x.requires_grad], kept.inputs)
     _own_uses(step, site.scored.module, kept.borrowed())
@@ -213,9 +213,9 @@ def _numbered(call: _Call) -> Tensor:
     return torch.from_numpy(memory)
 
 
-def _layer_fake(number, clock, inputs, parameters, needs, rows, autocast):  # type: ignore[no-untyped-def]
+def _layer_fake(number, clock, inputs, parameters, needs, numbers, rows, autocast):  # type: ignore[no-untyped-def]
     with torch.autocast(inputs[0].device.type, dtype=autocast, enabled=autocast is not None):
-        outputs = _site(number).shapes(inputs, rows)
+        outputs = _site(number).shapes(inputs, numbers, rows)
     own = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs]
     return [*own, torch.empty((), dtype=torch.int64)]
 
@@ -257,7 +257,8 @@ def _layer_backward_fake(number, call_number, grads, inputs, parameters, needs):
 
 
 def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
-    ctx.site, _, tensors, parameters, ctx.needs, _, _ = inputs
+    ctx.site, _, tensors, parameters, ctx.needs, numbers, _, _ = inputs
+    ctx.numbers_grad = None if numbers else []  # as torch takes an empty list for one of tensors
     ctx.inputs = len(tensors)
     ctx.save_for_backward(output[-1], *tensors, *parameters)
 
@@ -271,7 +272,7 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
         )
     )
     input_grads = [next(result) if need else None for need in ctx.needs]
-    return None, None, input_grads, list(result), None, None, None
+    return None, None, input_grads, list(result), None, ctx.numbers_grad, None, None
 
 
 def _begin(number, clock, inputs, items, labelled):  # type: ignore[no-untyped-def]

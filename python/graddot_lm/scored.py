@@ -13,7 +13,7 @@ from .compiler import uncompiled
 from .errors import GraddotError
 from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step, no_autocast
 from .recompute import remember
-from .tracing import trace_layer
+from .tracing import form_of, trace_layer
 
 
 class Scored:
@@ -161,8 +161,11 @@ class ScoredForward:
         self.begin, self._watch, self.own_forward = begin, watch, module.forward
         self.model_forward, self.sites = model_forward, []  # type: ignore[var-annotated]
         self.key = new_owner(self)
-        # What the last call in a step was like: its output is one tensor, with rows of its own.
-        self.returns_tensor = self.broadcasts = False
+        # What the last call in a step was like: the form of its output (tracing.py); which of the
+        # tensors in it had rows; whether it is one tensor that got rows of its own.
+        self.returns: Any = None
+        self.with_rows: tuple[bool, ...] = ()
+        self.broadcasts = False
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -183,13 +186,18 @@ class ScoredForward:
             out = self._rule(self.module, scored, *args, **kwargs)
         finally:
             ScoredForward.around = around
-        self.returns_tensor = isinstance(out, Tensor)
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
+        self.returns = form_of(out, tensors, numbers)
+        if numbers:  # a graph's output is tensors
+            self.returns = None
         if step.rows > 1:
             self.broadcasts = scored.broadcasts
+            self.with_rows = tuple(x.shape[:1] == (step.rows,) for x in tensors)
         self._watch(out)
         return out
 
-    @uncompiled("graddot: a scored layer with an input or output that is no tensor")
+    @uncompiled("graddot: a scored layer with an input or output that no graph can hold")
     def uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """A call that breaks the compiled graph."""
         return self(*args, **kwargs)

@@ -1,7 +1,7 @@
 """A step as torch.compile traces it: calls of the ops of compiled.py, and what these then run."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,22 +16,26 @@ from .verify import tensors_in
 # One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine:
 # the compiler takes the sizes of whatever it reaches through a module to be constant.
 rows_of: dict[int, Tensor] = {}
+TENSOR, NUMBER = "tensor", "number"  # what stands for them in a form
 
 
 def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A scored layer's call in a graph."""
     if scored.model_forward is None or not scored.model_forward.scoring():
         return scored.own_forward(*args, **kwargs)
-    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-    # No numbers: the compiler may take them for variables.
-    known = all(x is None or isinstance(x, (Tensor, bool, str)) for x in args)
-    known = known and all(isinstance(x, Tensor) for x in kwargs.values())
-    if not (known and tensors and scored.returns_tensor):
+    tensors: list[Tensor] = []
+    numbers: list[int] = []
+    form = form_of((args, tuple(kwargs.values())), tensors, numbers)
+    if form is None or not tensors or scored.returns is None:
         return scored.uncompiled(*args, **kwargs)
-    form = tuple(None if isinstance(x, Tensor) else (x,) for x in args)
-    site = new_site(LayerSite, scored.key, form, tuple(kwargs))
-    rows = rows_of[scored.model_forward.number].shape[0] if scored.broadcasts else 0
-    return _trace_call(site, scored, tensors, rows)[0]
+    site = new_site(
+        LayerSite, scored.key, form, tuple(kwargs), scored.returns, scored.with_rows, scored.broadcasts
+    )  # fmt: skip
+    # Only where an output depends on them, for then the graph is bound to them.
+    several = scored.returns != TENSOR and True in scored.with_rows
+    rows = rows_of[scored.model_forward.number].shape[0] if scored.broadcasts or several else 0
+    outputs = _trace_call(site, scored, tensors, numbers, rows)
+    return filled(scored.returns, outputs[:-1], [])
 
 
 def trace_head(
@@ -42,7 +46,7 @@ def trace_head(
     if num_labels is not None:
         tensors.append(_as_tensor(num_labels))
     site = new_site(HeadSite, scored.key, *options)
-    loss, losses, _ = _trace_call(site, scored, tensors, 0)
+    loss, losses, _ = _trace_call(site, scored, tensors, [], 0)
     return loss, losses.detach()
 
 
@@ -50,13 +54,48 @@ def _as_tensor(x: Any) -> Tensor:
     return x if isinstance(x, Tensor) else torch.full((), float(x), dtype=torch.float64)
 
 
-def _trace_call(site: int, scored: Any, tensors: list[Tensor], rows: int) -> list[Tensor]:
+def form_of(value: Any, tensors: list[Tensor], numbers: list[int]) -> Any:
+    """What is left of a value, a constant, once its tensors and integers, which the compiler may
+    take for variables, are appended to the lists. None if no graph can hold it."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return TENSOR
+    if value is None or isinstance(value, (bool, str)):
+        return (value,)
+    if isinstance(value, int):
+        numbers.append(value)
+        return NUMBER
+    if type(value) not in (tuple, list):
+        return None
+    forms = tuple(form_of(x, tensors, numbers) for x in value)
+    return None if None in forms else (type(value) is tuple, forms)
+
+
+def filled(form: Any, tensors: list[Tensor], numbers: Sequence[int]) -> Any:
+    """The value of a form; both lists are emptied."""
+    return _filled(form, list(tensors), list(numbers))
+
+
+def _filled(form: Any, tensors: list[Tensor], numbers: list[int]) -> Any:
+    if form == TENSOR:
+        return tensors.pop(0)
+    if form == NUMBER:
+        return numbers.pop(0)
+    if len(form) == 1:
+        return form[0]
+    values = [_filled(x, tensors, numbers) for x in form[1]]
+    return tuple(values) if form[0] else values
+
+
+def _trace_call(
+    site: int, scored: Any, tensors: list[Tensor], numbers: list[int], rows: int
+) -> list[Tensor]:
     parameters = [p for p in scored.module.parameters() if p.requires_grad]
     needs = [x.requires_grad for x in tensors]
     kind = tensors[0].device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return torch.ops.graddot_lm.layer(
-        site, scored.model_forward.clock, tensors, parameters, needs, rows, autocast
+        site, scored.model_forward.clock, tensors, parameters, needs, numbers, rows, autocast
     )
 
 
@@ -94,12 +133,16 @@ def trace_after(model_forward: Any, output: Any) -> Any:
 class LayerSite:
     """One call of a scored layer in a compiled graph.
 
-    arguments are None where there is a tensor, (value,) elsewhere; keywords are the names of the
-    last of the tensors.
+    arguments is the form of (positional ones, keywords' values); returns, with_rows and broadcasts
+    are those of the `ScoredForward`.
     """
 
-    def __init__(self, scored: Any, arguments: tuple[Any, ...], keywords: tuple[str, ...]) -> None:
+    def __init__(
+        self, scored: Any, arguments: Any, keywords: tuple[str, ...], returns: Any,
+        with_rows: tuple[bool, ...], broadcasts: bool,
+    ) -> None:  # fmt: skip
         self.scored, self._arguments, self._keywords = scored, arguments, keywords
+        self._returns, self._with_rows, self._broadcasts = returns, with_rows, broadcasts
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.scored.module.parameters() if p.requires_grad]
@@ -110,28 +153,37 @@ class LayerSite:
             raise GraddotError(f"compiled layer {self.scored.name} ran outside of a step")
         return step
 
-    def _called(self, function: Callable[..., Any], tensors: list[Tensor]) -> Any:
-        given = iter(tensors)
-        args = [next(given) if x is None else x[0] for x in self._arguments]
-        return function(*args, **dict(zip(self._keywords, given, strict=True)))
+    def _called(
+        self, function: Callable[..., Any], tensors: list[Tensor], numbers: Sequence[int]
+    ) -> Any:
+        args, values = filled(self._arguments, tensors, numbers)
+        return function(*args, **dict(zip(self._keywords, values, strict=True)))
 
-    def run(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+    def run(self, tensors: list[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         scored = self.scored
-        out = self._called(scored, tensors)
-        if not isinstance(out, Tensor) or scored.broadcasts != bool(rows):
+        out = self._called(scored, tensors, numbers)
+        results: list[Tensor] = []
+        if form_of(out, results, []) != self._returns or scored.broadcasts != self._broadcasts:
+            without = "without" if self._broadcasts else "with"
             raise GraddotError(
-                f"layer {scored.name} was compiled for an input {'without' if rows else 'with'} rows"
-                " and one tensor as its output, and now sees another; call torch.compiler.reset()"
+                f"layer {scored.name} was compiled for an input {without} rows and for what it then"
+                " returned, and now sees or returns another; call torch.compiler.reset()"
             )
-        return [out]
+        return results
 
-    def shapes(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+    def shapes(self, tensors: list[Tensor], numbers: Sequence[int], rows: int) -> list[Tensor]:
         with _fake_state(self.scored.module):
-            out = self._called(self.scored.own_forward, tensors)
-        if not rows:
-            return [out]
-        same = tensors[0].dim() > 1 and tensors[0].shape[0] == 1
-        return [out.new_empty((rows, *(out.shape[1:] if same else out.shape)))]
+            out = self._called(self.scored.own_forward, tensors, numbers)
+        results: list[Tensor] = []
+        form_of(out, results, [])
+        if self._broadcasts:
+            same = tensors[0].dim() > 1 and tensors[0].shape[0] == 1
+            return [x.new_empty((rows, *(x.shape[1:] if same else x.shape))) for x in results]
+        # What is the same for all rows, (1, ...), each row got a copy of where it is scored.
+        return [
+            x.new_empty((rows, *x.shape[1:])) if rows and every and x.shape[0] == 1 else x
+            for x, every in zip(results, self._with_rows, strict=True)
+        ]
 
 
 @contextlib.contextmanager
@@ -167,14 +219,14 @@ class HeadSite(LayerSite):
     def __init__(self, scored: Any, *options: Any) -> None:
         self.scored, self._options = scored, options
 
-    def run(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+    def run(self, tensors: list[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         from .fused_head import cross_entropy  # which traces calls of this
 
         hidden, labels, *num_labels = tensors
         head, total = self.scored.module, num_labels[0] if num_labels else None
         return list(cross_entropy(hidden, head, labels, total, *self._options))
 
-    def shapes(self, tensors: list[Tensor], rows: int) -> list[Tensor]:
+    def shapes(self, tensors: list[Tensor], numbers: Sequence[int], rows: int) -> list[Tensor]:
         hidden, labels, *_ = tensors
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         return [hidden.new_empty(shape, dtype=dtype) for shape in ((), labels.shape)]
