@@ -46,6 +46,13 @@ def own_counts(data, rows):
     return torch.tensor([tokens(data, row["sample_id"]) for row in rows], dtype=torch.float64)
 
 
+def tokens_by_trainer(folder, model, data, rows):
+    """What Trainer divides by: of some models, labels before or after the shift, by its version."""
+    trainer = Trainer(model=model, args=arguments(folder / "count"), data_collator=collate)
+    batch = collate([data[row["sample_id"]] for row in rows])
+    return trainer._get_num_items_in_batch([batch], torch.device("cpu"))
+
+
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
     "kind", ["gpt2", "bert", "gpt2-own-tokens", "gpt2-checkpointing", "gpt2-compiled"]
@@ -88,16 +95,16 @@ def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
     for step, state in enumerate(results[0][0]):
         snapshot.load_state_dict(state)
         rows = [[row for row in rank if row["step"] == step] for rank in by_rank]
-        counts = [own_counts(data[0], rank) for rank in rows]
-        rows = [row for rank in rows for row in rank]
+        by_process, rows = rows, [row for rank in rows for row in rank]
+        counts = [own_counts(data[0], rank) for rank in by_process]
         assert len({row["sample_id"] for row in rows}) == 2 * WORLD * accumulation == len(rows)
         dots, scales, own_grads = brute_force(snapshot, *data, [row["sample_id"] for row in rows])
         column = lambda key, rows=rows: torch.tensor([r[key] for r in rows], dtype=torch.float64)
         close(column("dot"), dots, 1e-5, scales)
         weights = torch.cat(counts) / torch.cat(counts).sum()
         if own:
-            # Trainer counts the labels of this model before they are shifted, one more a row.
-            weights = torch.cat([n / (n + 1).sum() / WORLD for n in counts])
+            totals = [tokens_by_trainer(tmp_path, snapshot, data[0], rank) for rank in by_process]
+            weights = torch.cat([n / m / WORLD for n, m in zip(counts, totals, strict=True)])
         lr = 0.02 * (1 - step / STEPS)
         factor = lr * clipping(own_grads, weights) * weights
         close(column("value"), factor * dots, 1e-4, factor * scales)
