@@ -38,19 +38,23 @@ _calls: dict[int, "_Call"] = {}
 _keys = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
 
 
-def new_owner(owner: Any) -> str:
+def new_owner(one: Any) -> str:
     """The key by which traced code names an owner of sites: no object is a constant to torch 2.11,
     and numbers may become variables."""
     key = str(next(numbers))
-    _owners[key] = owner
+    _owners[key] = one
     return key
+
+
+def owner(key: str) -> Any:
+    return _owners[key]
 
 
 def new_site(kind: type, owner_key: str, *form: Any) -> int:
     """The number of a new call in a graph. Runs while the compiler traces."""
-    number, owner = next(numbers), _owners[owner_key]
-    _sites[number] = site = kind(owner, *form)
-    owner.sites.append(site)
+    number, owned_by = next(numbers), owner(owner_key)
+    _sites[number] = site = kind(owned_by, *form)
+    owned_by.sites.append(site)
     return number
 
 

@@ -89,6 +89,7 @@ class ModelForward:
         self.number, self.key = next(compiled.numbers), compiled.new_owner(self)
         self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
         self.sites: list[Any] = []
+        self.one_row = False  # whether the batch under way has one row
         weakref.finalize(self, run_compiled, self.number)  # a first step that was given up
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelForward":
@@ -154,6 +155,7 @@ class ModelForward:
         self.micro, self.logged_unapplied = micro, False
         labels = micro.labels
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
+        self.one_row = len(labels) == 1
         unseen = self._layouts.is_new(self._mode(len(labels), [labels]), labels.shape[1:])
         if self.is_first or unseen:
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled

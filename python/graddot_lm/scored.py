@@ -13,7 +13,7 @@ from .compiler import uncompiled
 from .errors import GraddotError
 from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step, no_autocast
 from .recompute import remember
-from .tracing import form_of, trace_layer
+from .tracing import Call, form_of, trace_layer
 
 
 class Scored:
@@ -161,11 +161,10 @@ class ScoredForward:
         self.begin, self._watch, self.own_forward = begin, watch, module.forward
         self.model_forward, self.sites = model_forward, []  # type: ignore[var-annotated]
         self.key = new_owner(self)
-        # What the last call in a step was like: the form of its output (tracing.py); which of the
-        # tensors in it had rows; whether it is one tensor that got rows of its own.
-        self.returns: Any = None
-        self.with_rows: tuple[bool, ...] = ()
-        self.broadcasts = False
+        # For graphs (tracing.py): what was called how, by the arguments' form and keywords and
+        # whether the batch had one row; and whether a call left a tensor in an attribute.
+        self.calls: dict[Any, Call] = {}
+        self.keeps_tensors = False
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -180,24 +179,30 @@ class ScoredForward:
         if not getattr(getattr(self._rule, "func", self._rule), "any_layout", False):
             scored.require_rows_first()
         around, ScoredForward.around = ScoredForward.around, None
+        before = _tensor_attributes(self.module) if step.first else None
         try:
             if around is not None:
                 args, kwargs = around.as_rows((args, kwargs))
             out = self._rule(self.module, scored, *args, **kwargs)
         finally:
             ScoredForward.around = around
-        tensors: list[Tensor] = []
-        numbers: list[int] = []
-        self.returns = form_of(out, tensors, numbers)
-        if numbers:  # a graph's output is tensors
-            self.returns = None
-        if step.rows > 1:
-            self.broadcasts = scored.broadcasts
-            self.with_rows = tuple(x.shape[:1] == (step.rows,) for x in tensors)
+        if before is not None and before != _tensor_attributes(self.module):
+            self.keeps_tensors = True
+        self._record(args, kwargs, out, scored)
         self._watch(out)
         return out
 
-    @uncompiled("graddot: a scored layer with an input or output that no graph can hold")
+    def _record(self, args: Any, kwargs: dict[str, Any], out: Any, scored: Scored) -> None:
+        tensors: list[Tensor] = []
+        numbers: list[int] = []
+        returns = form_of(out, tensors, numbers)
+        if numbers:  # a graph's output is tensors
+            returns = None
+        with_rows = tuple(x.shape[:1] == (scored.rows,) for x in tensors)
+        arguments = form_of((args, tuple(kwargs.values())), [], []), tuple(kwargs), scored.rows == 1
+        self.calls[arguments] = Call(returns, with_rows, scored.broadcasts)
+
+    @uncompiled("graddot: a scored layer with an input or a result that no graph can hold")
     def uncompiled(self, *args: Any, **kwargs: Any) -> Any:
         """A call that breaks the compiled graph."""
         return self(*args, **kwargs)
@@ -206,6 +211,16 @@ class ScoredForward:
         """A copied model is a plain one: its layers must not run this model's weights."""
         copied = memo[id(self.module)]
         return type(copied).forward.__get__(copied)
+
+
+def _tensor_attributes(module: nn.Module) -> set[tuple[str, str, int]]:
+    """Where tensors are that are neither parameters nor buffers."""
+    return {
+        (name, key, id(x))
+        for name, part in module.named_modules()
+        for key, x in part.__dict__.items()
+        if isinstance(x, Tensor)
+    }
 
 
 def has_own_forward(module: nn.Module) -> bool:

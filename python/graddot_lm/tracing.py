@@ -2,13 +2,13 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .compiled import new_site
+from .compiled import new_site, owner
 from .errors import GraddotError
 from .layers import Step
 from .verify import tensors_in
@@ -16,7 +16,32 @@ from .verify import tensors_in
 # One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine:
 # the compiler takes the sizes of whatever it reaches through a module to be constant.
 rows_of: dict[int, Tensor] = {}
-TENSOR, NUMBER = "tensor", "number"  # what stands for them in a form
+
+
+class Call(NamedTuple):
+    """What a layer did with arguments of some form in a step that ran uncompiled.
+
+    returns is the form of its output, None if no graph can hold it; with_rows says which of the
+    tensors in it had rows; broadcasts, whether it is one tensor that got rows of its own.
+    """
+
+    returns: Any
+    with_rows: tuple[bool, ...]
+    broadcasts: bool
+
+
+def call_of(key: str, *arguments: Any) -> Any:
+    """The `Call` of a layer's arguments, (form, keywords, whether the batch has one row), as a
+    plain tuple, or None. For other arguments than have been seen it is the one of all that have, if
+    there is a single one. A constant in a graph; whether it still holds is seen when that runs."""
+    known = owner(key).calls
+    if arguments in known:
+        return tuple(known[arguments])
+    like = {call for (*_, one_row), call in known.items() if one_row == arguments[-1]}
+    return tuple(like.pop()) if len(like) == 1 else None
+
+
+call_of._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result
 
 
 def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -26,16 +51,19 @@ def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     tensors: list[Tensor] = []
     numbers: list[int] = []
     form = form_of((args, tuple(kwargs.values())), tensors, numbers)
-    if form is None or not tensors or scored.returns is None:
+    if form is None or not tensors or scored.keeps_tensors:
         return scored.uncompiled(*args, **kwargs)
-    site = new_site(
-        LayerSite, scored.key, form, tuple(kwargs), scored.returns, scored.with_rows, scored.broadcasts
-    )  # fmt: skip
+    arguments = form, tuple(kwargs), scored.model_forward.one_row
+    call = call_of(scored.key, *arguments)
+    if call is None or call[0] is None:
+        return scored.uncompiled(*args, **kwargs)
+    returns, with_rows, broadcasts = call
+    site = new_site(LayerSite, scored.key, arguments, call)
     # Only where an output depends on them, for then the graph is bound to them.
-    several = scored.returns != TENSOR and True in scored.with_rows
-    rows = rows_of[scored.model_forward.number].shape[0] if scored.broadcasts or several else 0
+    several = returns != 0 and True in with_rows
+    rows = rows_of[scored.model_forward.number].shape[0] if broadcasts or several else 0
     outputs = _trace_call(site, scored, tensors, numbers, rows)
-    return filled(scored.returns, outputs[:-1], [])
+    return filled(returns, outputs[:-1], [])
 
 
 def trace_head(
@@ -56,34 +84,39 @@ def _as_tensor(x: Any) -> Tensor:
 
 def form_of(value: Any, tensors: list[Tensor], numbers: list[int]) -> Any:
     """What is left of a value, a constant, once its tensors and integers, which the compiler may
-    take for variables, are appended to the lists. None if no graph can hold it."""
+    take for variables, are appended to the lists. None if no graph can hold it.
+
+    A tensor's form is its place in the list, which is one for the same tensor, since a layer may
+    ask whether two are; a number's is ~ its place, a sequence's (whether it is a tuple, forms).
+    """
+    if isinstance(value, nn.Parameter):  # the layer's own perhaps; an op would not know it again
+        return None
     if isinstance(value, Tensor):
+        for i, x in enumerate(tensors):
+            if x is value:
+                return i
         tensors.append(value)
-        return TENSOR
-    if value is None or isinstance(value, (bool, str)):
+        return len(tensors) - 1
+    if isinstance(value, bool):
+        return (True,) if value else (False,)  # one of a variable's size becomes a constant
+    if value is None or isinstance(value, str):
         return (value,)
     if isinstance(value, int):
         numbers.append(value)
-        return NUMBER
+        return ~(len(numbers) - 1)
     if type(value) not in (tuple, list):
         return None
     forms = tuple(form_of(x, tensors, numbers) for x in value)
     return None if None in forms else (type(value) is tuple, forms)
 
 
-def filled(form: Any, tensors: list[Tensor], numbers: Sequence[int]) -> Any:
-    """The value of a form; both lists are emptied."""
-    return _filled(form, list(tensors), list(numbers))
-
-
-def _filled(form: Any, tensors: list[Tensor], numbers: list[int]) -> Any:
-    if form == TENSOR:
-        return tensors.pop(0)
-    if form == NUMBER:
-        return numbers.pop(0)
+def filled(form: Any, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Any:
+    """The value of a form."""
+    if isinstance(form, int):
+        return tensors[form] if form >= 0 else numbers[~form]
     if len(form) == 1:
         return form[0]
-    values = [_filled(x, tensors, numbers) for x in form[1]]
+    values = [filled(x, tensors, numbers) for x in form[1]]
     return tuple(values) if form[0] else values
 
 
@@ -131,18 +164,10 @@ def trace_after(model_forward: Any, output: Any) -> Any:
 
 
 class LayerSite:
-    """One call of a scored layer in a compiled graph.
+    """One call of a scored layer in a compiled graph; arguments and call as in `call_of`."""
 
-    arguments is the form of (positional ones, keywords' values); returns, with_rows and broadcasts
-    are those of the `ScoredForward`.
-    """
-
-    def __init__(
-        self, scored: Any, arguments: Any, keywords: tuple[str, ...], returns: Any,
-        with_rows: tuple[bool, ...], broadcasts: bool,
-    ) -> None:  # fmt: skip
-        self.scored, self._arguments, self._keywords = scored, arguments, keywords
-        self._returns, self._with_rows, self._broadcasts = returns, with_rows, broadcasts
+    def __init__(self, scored: Any, arguments: Any, call: Any) -> None:
+        self.scored, self._arguments, self._call = scored, arguments, Call(*call)
 
     def parameters(self) -> list[nn.Parameter]:
         return [p for p in self.scored.module.parameters() if p.requires_grad]
@@ -156,33 +181,38 @@ class LayerSite:
     def _called(
         self, function: Callable[..., Any], tensors: list[Tensor], numbers: Sequence[int]
     ) -> Any:
-        args, values = filled(self._arguments, tensors, numbers)
-        return function(*args, **dict(zip(self._keywords, values, strict=True)))
+        form, keywords, _ = self._arguments
+        args, values = filled(form, tensors, numbers)
+        return function(*args, **dict(zip(keywords, values, strict=True)))
 
     def run(self, tensors: list[Tensor], numbers: Sequence[int]) -> list[Tensor]:
         scored = self.scored
         out = self._called(scored, tensors, numbers)
-        results: list[Tensor] = []
-        if form_of(out, results, []) != self._returns or scored.broadcasts != self._broadcasts:
-            without = "without" if self._broadcasts else "with"
+        if scored.calls.get(self._arguments) != self._call:
             raise GraddotError(
-                f"layer {scored.name} was compiled for an input {without} rows and for what it then"
-                " returned, and now sees or returns another; call torch.compiler.reset()"
+                f"layer {scored.name} returned something else than when it was compiled, or what it"
+                " got or returned had rows that it had not; call torch.compiler.reset()"
             )
+        results: list[Tensor] = []
+        form_of(out, results, [])
         return results
 
     def shapes(self, tensors: list[Tensor], numbers: Sequence[int], rows: int) -> list[Tensor]:
         with _fake_state(self.scored.module):
             out = self._called(self.scored.own_forward, tensors, numbers)
         results: list[Tensor] = []
-        form_of(out, results, [])
-        if self._broadcasts:
+        if form_of(out, results, []) != self._call.returns:
+            raise GraddotError(
+                f"layer {self.scored.name} returns something else for these arguments than it did"
+                " for others in an uncompiled step; decorate its forward with torch.compiler.disable"
+            )
+        if self._call.broadcasts:
             same = tensors[0].dim() > 1 and tensors[0].shape[0] == 1
             return [x.new_empty((rows, *(x.shape[1:] if same else x.shape))) for x in results]
         # What is the same for all rows, (1, ...), each row got a copy of where it is scored.
         return [
             x.new_empty((rows, *x.shape[1:])) if rows and every and x.shape[0] == 1 else x
-            for x, every in zip(results, self._with_rows, strict=True)
+            for x, every in zip(results, self._call.with_rows, strict=True)
         ]
 
 
