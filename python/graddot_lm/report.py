@@ -41,6 +41,11 @@ def _in_steps(steps: Steps) -> pc.Expression:
     return chosen
 
 
+def _counted(columns: Mapping[str, pc.Expression], by: str) -> pc.Expression:
+    """Rows that count. A step that a GradScaler skipped has values of 0 beside dots of NaN."""
+    return pc.is_finite(columns[by]) & pc.is_finite(columns["dot"])
+
+
 def _grouped(
     rows: ds.Dataset,
     chosen: pc.Expression,
@@ -103,7 +108,7 @@ def sample_table(
 ) -> pa.Table:
     """One row a sample: sample_id, domain, offset, times (rows), summed value and summed dot.
 
-    Rows whose `by` is not a finite number are left out. Raises GraddotError.
+    Rows whose dot or `by` is not a finite number are left out. Raises GraddotError.
     """
     rows = open_rows(run)
     columns = _columns(rows, target)
@@ -112,7 +117,7 @@ def sample_table(
     # A sample has one place; as further keys these two would double the time.
     aggregates += [(name, "hash_one", None, name) for name in ("domain", "offset")]
     with reading(run):
-        chosen = _in_steps(steps) & pc.is_finite(columns[by])
+        chosen = _in_steps(steps) & _counted(columns, by)
         table = _grouped(rows, chosen, columns, aggregates, ["sample_id"])
     return table.select(["sample_id", "domain", "offset", "times", *MEASURES])
 
@@ -160,14 +165,14 @@ def summarize(
     config = recorded_config(run)
     columns = _columns(rows, target)
     inside = _in_steps(steps)
-    finite = pc.is_finite(columns[by])
+    counted = _counted(columns, by)
     extent = [("step", "min", None, "first"), ("step", "max", None, "last")]
     with reading(run):
         (span,) = _grouped(rows, inside, {"step": pc.field("step")}, extent).to_pylist()
         if span["first"] is None:
             raise GraddotError(f"{run}: no scores in steps {_named(steps)}")
-        left_out = rows.count_rows(filter=inside) - rows.count_rows(filter=inside & finite)
-        domains = _domain_table(rows, inside & finite, columns, by)
+        left_out = rows.count_rows(filter=inside) - rows.count_rows(filter=inside & counted)
+        domains = _domain_table(rows, inside & counted, columns, by)
     if samples is None:
         samples = sample_table(run, by, steps, target)
     counts = samples.group_by("domain").aggregate([([], "count_all")])
@@ -388,7 +393,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     counts = f"{summary['rows']:,} scores of {summary['samples']:,} samples"
     blocks = [f"{summary['run']}: {counts}, steps {first} to {last}{target}"]
     if summary["rows_left_out"]:
-        blocks[0] += f"\nleft out: {summary['rows_left_out']:,} scores whose {by} is not finite"
+        blocks[0] += f"\nleft out: {summary['rows_left_out']:,} scores that are not finite numbers"
     blocks.append(_domains_text(summary["domains"]))
     for name, title in (("best", "highest"), ("worst", "lowest")):
         if summary[name]:
@@ -414,7 +419,7 @@ def format_targets(summaries: Mapping[str, dict[str, Any]]) -> str:
     ]
     for target, summary in summaries.items():
         if left_out := summary["rows_left_out"]:
-            blocks[0] += f"\nleft out for {target}: {left_out:,} scores whose {by} is not finite"
+            blocks[0] += f"\nleft out for {target}: {left_out:,} scores that are not finite numbers"
     matrix = _matrix_text(summaries, by)
     blocks.append(f"mean {by} ± standard error, by training domain (rows) and target:\n{matrix}")
     blocks.append("sequences that help and hurt a target: --target NAME")
