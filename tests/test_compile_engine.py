@@ -117,6 +117,43 @@ def test_fused_head_accumulation_and_targets(close):
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_fused_head_without_scores(backend, close):
+    """Regular training, evaluation in the midst of a scored step, and a label that is no token."""
+    model = fuse_head(gpt2().double())
+    call = compiled(model, backend)
+    batches = [token_batch(rows, tokens, seed=rows) for rows, tokens in ((3, 11), (3, 11), (4, 12))]
+    for ids, _ in batches:
+        want = model(ids, labels=ids)
+        (want.loss * 0.5).backward()
+        grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+        model.zero_grad(set_to_none=True)
+        got = call(ids, labels=ids)
+        (got.loss * 0.5).backward()
+        torch.testing.assert_close(got.loss, want.loss)
+        torch.testing.assert_close(got.token_losses, want.token_losses)
+        for name, p in model.named_parameters():
+            torch.testing.assert_close(p.grad, grads[name])
+        model.zero_grad(set_to_none=True)
+    assert graphs() == 2
+    engine = GradDotProdEngine(model, VAL)
+    engine.attach()
+    for i in range(2):
+        train = token_batch(3, 11, seed=i, ragged=True)
+        engine.attach_train_batch(*train, i, torch.arange(3))
+        with torch.no_grad():
+            loss = call(train[0], labels=train[0]).loss
+            torch.testing.assert_close(loss, model(train[0], labels=train[0]).loss)
+        its_loss(engine, call, *engine.prepare_forward_input(*train)).backward()
+        engine.prepare_gradients()
+        check(engine, close, train, VAL, 1e-10)
+    engine.detach()
+    wrong = batches[0][0].clone()
+    wrong[1, 2] = 61
+    with pytest.raises(RuntimeError, match="a label is no token of the fused head"):
+        call(batches[0][0], labels=wrong)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["own-head", "fused-head"])
 def test_norms(fused, close):
     """Norms and cosines, cross terms of the tied weight among them."""

@@ -67,8 +67,10 @@ class LinearCrossEntropyDot(ScoredFunction):
         act_grad, weight_grad, bias_rows, dots, columns, head_rows, own_rows = ctx.results
         ctx.results, step = None, ctx.step
         result = [None] * 7
-        # A factor of 1, the usual one, needs no pass over the table; a GPU's is not worth a wait.
-        unscaled = not grad_loss.is_cuda and float(grad_loss) == 1
+        # A factor of 1, the usual one, needs no pass over the table; a GPU's is not worth a wait,
+        # and a graph has no branches.
+        known = not (grad_loss.is_cuda or torch.compiler.is_compiling())
+        unscaled = known and float(grad_loss) == 1
         factor = grad_loss * ctx.coefficient.to(grad_loss.dtype)
         if ctx.needs_input_grad[0]:
             result[0] = act_grad.mul_(factor)
@@ -104,6 +106,9 @@ def _check_labels(hidden: Tensor, head: nn.Linear, labels: Tensor, ignore_index:
     if labels.is_cuda:  # the kernel makes the loss NaN instead: a check would wait for the device
         return
     wrong = (labels != ignore_index) & ((labels < 0) | (labels >= head.weight.shape[0]))
+    if torch.compiler.is_compiling():  # a graph has no branches
+        torch._assert_async(~wrong.any(), "a label is no token of the fused head")
+        return
     if wrong.any():
         row, t = wrong.nonzero()[0].tolist()
         raise GraddotError(

@@ -89,9 +89,10 @@ def form_of(value: Any, tensors: list[Tensor], numbers: list[int]) -> Any:
     A tensor's form is its place in the list, which is one for the same tensor, since a layer may
     ask whether two are; a number's is ~ its place, a sequence's (whether it is a tuple, forms).
     """
-    if isinstance(value, nn.Parameter):  # the layer's own perhaps; an op would not know it again
-        return None
     if isinstance(value, Tensor):
+        # A parameter is the layer's own perhaps, and an op would not know it again.
+        if type(value) is not Tensor and isinstance(value, nn.Parameter):  # the latter is slow
+            return None
         for i, x in enumerate(tensors):
             if x is value:
                 return i
