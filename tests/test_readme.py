@@ -1,9 +1,12 @@
-"""The README's own snippets run as they stand, one after the other."""
+"""The README's own snippets run as they stand, one after the other; its table is of all cells."""
 
 import importlib.util
 import re
 import textwrap
 from pathlib import Path
+
+from grid_cells import SUBJECTS
+from test_grid import LOOPS
 
 README = Path(__file__).parent.parent / "README.md"
 
@@ -27,3 +30,12 @@ def test_snippets_run(capsys):
     assert ran >= 4
     assert capsys.readouterr().out.count("tensor(") == 3
     assert namespace["loss"] > 0 and namespace["dots"].shape == (4,)
+
+
+def test_table_of_models_and_loops_is_whole():
+    """A model or loop that is new to the tests needs `make exactness` to be run again."""
+    table = README.read_text().split("<!-- written by `make exactness` -->\n")[1]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    assert lines[0] == ["scored", *LOOPS]
+    assert [line[0] for line in lines[2:]] == list(SUBJECTS)
+    assert {len(line) for line in lines[2:]} == {len(LOOPS) + 2}
