@@ -97,7 +97,7 @@ class GradDotProdTrainer(Trainer):
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
-    GPUs in one process, DeepSpeed, FSDP and parallelism_config, label smoothing,
+    GPUs in one process, DeepSpeed, FSDP and parallelism_config, label smoothing, NEFTune's noise,
     `compute_loss_func`, `model_init`, auto_find_batch_size and iterable training sets.
     """
 
@@ -145,6 +145,8 @@ class GradDotProdTrainer(Trainer):
             "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
             "label_smoothing_factor": args.label_smoothing_factor != 0,
+            # Its noise is another in every forward, also in those that check the first step.
+            "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "model_init": self.model_init is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
