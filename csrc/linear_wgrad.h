@@ -50,9 +50,9 @@ struct LinearTile {
 
 // What a thread needs to hold for any tile of `size`, in floats.
 struct LinearScratch {
-  int64_t dots, act, grad, sum, directions;
+  int64_t dots, act, grad, sums, sum, directions;
 
-  int64_t total() const { return dots + act + grad + sum + directions; }
+  int64_t total() const { return dots + act + grad + sums + sum + directions; }
 };
 
 // The tile's part of the weight gradient, and its part of the dots added to `dots`, of their shape.

@@ -287,10 +287,10 @@ def test_without_compiled_kernels(case: dict, plain) -> None:
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(
-    "shape", [(3, 60, 200, 300), (2, 300, 1100, 1700), (4, 20, 40, 3)], ids=str
+    "shape", [(3, 60, 200, 300), (2, 300, 1100, 1700), (4, 20, 40, 3), (3, 521, 70, 700)], ids=str
 )
 def test_compiled_tiles(shape: tuple[int, ...], threads: int) -> None:
-    """More than one tile, panel and thread, and their ragged ends."""
+    """More than one tile, panel, part of the tokens and thread, and their ragged ends."""
     n, t, d_in, d_out = shape
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
