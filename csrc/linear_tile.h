@@ -23,7 +23,7 @@ constexpr int64_t kCacheLine = 64 / sizeof(float);
 // Floats of packed grad that stay in the second-level cache while the act panels pass by.
 constexpr int64_t kGradPanel = 64 * 1024;
 // A long sample goes by parts of so many tokens, whose act panel stays in the first-level cache, and
-// its sums to memory between them: with 1024 tokens at once a third slower on AVX-512.
+// its sums to memory between them: with 1024 tokens at once a quarter more time on AVX-512.
 constexpr int64_t kPartTokens = 256;
 
 using Sums = Vector[kBlockOut][2];
