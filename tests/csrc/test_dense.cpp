@@ -154,8 +154,10 @@ void test_cross_entropy(CrossEntropyRow row) {
 
 int main() {
 #ifdef __x86_64__
+  using graddot::kAvx2, graddot::kAvx512;
   std::vector<const graddot::InstructionSet*> sets;
-  if (graddot::instruction_set() != nullptr) sets = {&kSixteenLanes, graddot::instruction_set()};
+  if (graddot::instruction_set() != nullptr) sets = {&kAvx2, &kSixteenLanes};
+  if (graddot::instruction_set() == &kAvx512) sets.push_back(&kAvx512);
   for (const graddot::InstructionSet* set : sets) {
     for (int i = 0; i < 150; ++i) {
       graddot::test_linear(set->linear, graddot::random_case());
