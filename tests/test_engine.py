@@ -89,16 +89,19 @@ def test_gpt2_of_common_tokens_to_the_digit(tied, v, n, ragged):
         close(dot, want[name], 1e-5)
 
 
+@pytest.mark.parametrize("power", [2, 4])
 @pytest.mark.parametrize("autocast", [False, True], ids=["parameters", "autocast"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["full", "ragged"])
 @pytest.mark.parametrize("n", [1, 5])
 @pytest.mark.parametrize("v", [1, 2, 4])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_gpt2_of_common_tokens_in_bf16(tied, v, n, autocast):
+def test_gpt2_of_common_tokens_in_bf16(tied, v, n, ragged, autocast, power):
     """Total scores, and in norm each sample's dots by parameter, within 2e-2 of themselves; single
-    ones of their Cauchy-Schwarz scale, as those of PyTorch's own bf16 gradients are."""
+    ones of their Cauchy-Schwarz scale, as those of PyTorch's own bf16 gradients are. Where samples
+    share most of their tokens, every single one is within 2e-2 of itself."""
     model = tiny_gpt2(tied=tied)
-    train = common_tokens(*token_batch(n, 17, seed=1, ragged=True), seed=101)
-    val = common_tokens(*token_batch(v, 17, seed=2, ragged=True), seed=102)
+    train = common_tokens(*token_batch(n, 17, seed=1, ragged=ragged), seed=101, power=power)
+    val = common_tokens(*token_batch(v, 17, seed=2, ragged=ragged), seed=102, power=power)
     want, scales = sample_dots(model, train, val)
     stepped = model if autocast else copy.deepcopy(model).bfloat16()
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
@@ -107,12 +110,15 @@ def test_gpt2_of_common_tokens_in_bf16(tied, v, n, autocast):
     got, exact = (torch.stack([d[name].double() for name in want]) for d in (dots, want))
     assert ((got - exact).norm(dim=0) <= 2e-2 * exact.norm(dim=0)).all()
     for name, dot in dots.items():
-        assert ((dot - want[name]).abs() <= 2e-2 * scales[name]).all(), name
+        if power == 4:
+            close(dot, want[name], 2e-2)
+        else:
+            assert ((dot - want[name]).abs() <= 2e-2 * scales[name]).all(), name
 
 
-def common_tokens(ids, labels, *, seed):
-    """Ids drawn by rank^-2 in place of uniform ones, with their labels where there were any."""
-    weights = torch.arange(1.0, 62) ** -2
+def common_tokens(ids, labels, *, seed, power=2):
+    """Ids drawn by rank^-power in place of uniform ones, with their labels where there were any."""
+    weights = torch.arange(1.0, 62) ** -power
     g = torch.Generator().manual_seed(seed)
     drawn = weights.expand(len(ids), -1).multinomial(ids.shape[1], True, generator=g)
     return drawn, torch.where(labels == -100, labels, drawn)
