@@ -318,7 +318,7 @@ def test_fused_route_by_tiles(tile_rows: int, calls: list[str], plain, monkeypat
 
 @pytest.mark.parametrize("elements", [1, 5 * 5 * 2, 5 * 5 * 3 * 2, 10**6])
 def test_gram_route_by_blocks(elements: int, calls: list[str], monkeypatch) -> None:
-    blocks = {1: 5 * (1 + 3), 50: 5 * (1 + 2), 150: 3 * (1 + 1), 10**6: 1 + 1}[elements]
+    blocks = {1: 3 * (1 + 5), 50: 2 * (1 + 5), 150: 1 + 3, 10**6: 1 + 1}[elements]
     monkeypatch.setattr(torch_impl, "_GRAM_ELEMENTS", elements)
     flattened = []
     tokens = torch_impl._tokens
