@@ -199,6 +199,8 @@ def ratios(benchmarks: list[dict]) -> dict[str, float]:
     worst: dict[str, float] = {}
     for (family, shape), seconds in medians.items():
         plain = PLAIN[family]
+        if plain not in seconds:  # left out by -k
+            continue
         own = {f: s / seconds[plain] for f, s in seconds.items() if f != plain}
         append_row(
             "micro",

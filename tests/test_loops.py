@@ -182,7 +182,7 @@ def test_a_step_after_its_values_is_refused():
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["hook", "fused"])
-def test_a_skipped_step_has_no_value(fused):
+def test_a_skipped_step_is_recorded_as_not_applied(fused):
     model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
     engine = attached(model, val, optimizer, store=store)
@@ -200,6 +200,7 @@ def test_a_skipped_step_has_no_value(fused):
         applied = not torch.equal(before, model.lm_head.weight)
         assert applied == (step != 1)
         values = store.column("value")
+        assert store.column("applied").tolist() == [float(applied)] * 2
         assert (values != 0).all() if applied else (values == 0).all()
 
 

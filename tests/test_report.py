@@ -175,18 +175,22 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsy
     broken = {name: column.copy() for name, column in rows.items()}
     broken["value"][[3, 50]] = np.nan
     broken["value"][7] = np.inf
-    broken["dot"][[9, 10]], broken["value"][[9, 10]] = np.nan, 0  # as of a step that was skipped
+    broken["dot"][[9, 10]], broken["value"][[9, 10]] = np.nan, 0
+    broken["applied"] = np.arange(len(broken["dot"])) != 20
     path = write_run(tmp_path / "run", broken)
     summary = report.summarize(path)
-    assert (summary["rows"], summary["rows_left_out"]) == (475, 5)
-    counted = np.isfinite(broken["value"]) & np.isfinite(broken["dot"])
+    assert (summary["rows"], summary["rows_left_out"]) == (474, 6)
+    counted = np.isfinite(broken["value"]) & np.isfinite(broken["dot"]) & broken["applied"]
     for name in ("value", "dot"):
         found = sum(row[f"summed_{name}"] for row in summary["domains"])
         assert close(found, broken[name][counted].sum())
     assert call(path, "--json") == 0
     assert "NaN" not in capsys.readouterr().out  # which is not JSON
-    assert "left out: 5 scores that are not finite numbers" in report.format_report(path)
-    assert report.summarize(path, by="dot")["rows_left_out"] == 2
+    assert (
+        "left out: 6 scores that are not finite numbers or of steps not taken"
+        in report.format_report(path)
+    )
+    assert report.summarize(path, by="dot")["rows_left_out"] == 3
 
 
 def test_a_single_row_has_no_standard_error(tmp_path):

@@ -314,7 +314,7 @@ def test_other_columns_than_the_rows_that_stay_have_are_refused(tmp_path):
     """As when a run of the Trainer is resumed with norms, or without."""
     folder_of_parts(tmp_path, (0, 4), (5, 9))
     for last in (9, 6):
-        with pytest.raises(GraddotError, match="'value'], and now come others, .*'cosine']"):
+        with pytest.raises(GraddotError, match="'applied'], and now come others, .*'cosine']"):
             PartWriter(tmp_path / "scores", scores_schema(norms=True)).truncate_after(last)
         expect_steps(tmp_path, 10)
     PartWriter(tmp_path / "scores", scores_schema(norms=True)).truncate_after(-1)

@@ -183,7 +183,7 @@ def test_accumulation_changes_neither_weights_nor_scores(tokens, tmp_path, extra
         found = read_scores(run / "run")
         assert found.schema == rows.schema
         for name in rows.column_names:
-            if name in ("domain", "step", "sample_id", "offset", "n_tokens"):
+            if name in ("domain", "step", "sample_id", "offset", "n_tokens", "applied"):
                 assert found[name].to_pylist() == rows[name].to_pylist(), name
             else:
                 scale = abs(rows[name].to_numpy()).max()

@@ -411,12 +411,12 @@ class GradDotProdEngine:
     ) -> Tensor:
         """Scores ⟨∇L_val, ∇L_i⟩ of the rows since the last call, (N,) or (K, N), fp64.
 
-        With a store, one row a sample is appended: step, sample_id, n_tokens, dot, lr and value,
-        norm and cosine with `norms=True`, and the further `columns` given here, (N,) each. Values
-        are those of the optimizer's step, so this comes after it, and are 0 if a GradScaler skipped
-        it; gradient_scale (a number or a 0-dim tensor) is what the gradients were multiplied by
-        before it, as by clipping. Nothing here waits for a GPU; whether the store does is its own
-        affair.
+        With a store, one row a sample is appended: step, sample_id, n_tokens, dot, lr, value
+        and applied, norm and cosine with `norms=True`, and the further `columns` given here, (N,)
+        each. Values are those of the optimizer's step, so this comes after it, and are 0, with
+        applied False, if a GradScaler skipped it; gradient_scale (a number or a 0-dim tensor) is
+        what the gradients were multiplied by before it, as by clipping. Nothing here waits for a
+        GPU; whether the store does is its own affair.
         """
         if self._forward.micro is not None:
             self.prepare_gradients()

@@ -77,8 +77,9 @@ class GradDotProdTrainer(Trainer):
             compute_loss = Trainer.compute_loss
 
     One row a training sample a step: step (from 0), sample_id (its index in train_dataset),
-    n_tokens, dot, lr and value, which takes account of gradient accumulation, clipping, each
-    parameter group's own learning rate, and steps that a GradScaler skipped. With several
+    n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and value, which takes
+    account of gradient accumulation, clipping and each parameter group's own learning rate, and is
+    0 in a step that was not taken. With several
     validation sets there is a dot_<name> and value_<name> of each. A run that resumes from a
     checkpoint drops the rows of later steps. Several processes (torchrun, DistributedDataParallel)
     each write the rows of their own samples, into one folder that all of them see; scores, values

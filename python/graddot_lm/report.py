@@ -42,8 +42,8 @@ def _in_steps(steps: Steps) -> pc.Expression:
 
 
 def _counted(columns: Mapping[str, pc.Expression], by: str) -> pc.Expression:
-    """Rows that count. A step that a GradScaler skipped has values of 0 beside dots of NaN."""
-    return pc.is_finite(columns[by]) & pc.is_finite(columns["dot"])
+    """Rows that count: of steps that the optimizer took, with finite scores."""
+    return pc.is_finite(columns[by]) & pc.is_finite(columns["dot"]) & columns["applied"]
 
 
 def _grouped(
@@ -80,6 +80,9 @@ def _columns(rows: ds.Dataset, target: str | None) -> dict[str, pc.Expression]:
     suffix = "" if target is None else f"_{target}"
     columns = {name: pc.field(name) for name in ("sample_id", "offset")}
     columns["domain"] = pc.coalesce(pc.field("domain"), pc.scalar(NOT_RECORDED))
+    # Not recorded by a writer of one's own.
+    recorded = [pc.field("applied")] if "applied" in rows.schema.names else []
+    columns["applied"] = pc.coalesce(*recorded, pc.scalar(True))
     return {**columns, **{name: pc.field(name + suffix) for name in MEASURES}}
 
 
@@ -108,7 +111,8 @@ def sample_table(
 ) -> pa.Table:
     """One row a sample: sample_id, domain, offset, times (rows), summed value and summed dot.
 
-    Rows whose dot or `by` is not a finite number are left out. Raises GraddotError.
+    Rows whose dot or `by` is not a finite number, and those of steps that the optimizer did not
+    take, are left out. Raises GraddotError.
     """
     rows = open_rows(run)
     columns = _columns(rows, target)
@@ -393,7 +397,9 @@ def format_summary(summary: dict[str, Any]) -> str:
     counts = f"{summary['rows']:,} scores of {summary['samples']:,} samples"
     blocks = [f"{summary['run']}: {counts}, steps {first} to {last}{target}"]
     if summary["rows_left_out"]:
-        blocks[0] += f"\nleft out: {summary['rows_left_out']:,} scores that are not finite numbers"
+        blocks[0] += (
+            f"\nleft out: {summary['rows_left_out']:,} scores that are not finite numbers or of steps not taken"
+        )
     blocks.append(_domains_text(summary["domains"]))
     for name, title in (("best", "highest"), ("worst", "lowest")):
         if summary[name]:
@@ -419,7 +425,9 @@ def format_targets(summaries: Mapping[str, dict[str, Any]]) -> str:
     ]
     for target, summary in summaries.items():
         if left_out := summary["rows_left_out"]:
-            blocks[0] += f"\nleft out for {target}: {left_out:,} scores that are not finite numbers"
+            blocks[0] += (
+                f"\nleft out for {target}: {left_out:,} scores that are not finite numbers or of steps not taken"
+            )
     matrix = _matrix_text(summaries, by)
     blocks.append(f"mean {by} ± standard error, by training domain (rows) and target:\n{matrix}")
     blocks.append("sequences that help and hurt a target: --target NAME")

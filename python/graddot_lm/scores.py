@@ -224,11 +224,10 @@ def score_rows(
             "lr": torch.as_tensor(micro.lr, dtype=torch.float64).expand(n),
         }
         dots, values = micro.scores(), micro.lr_scores() * weights * gradient_scale
+        applied = torch.as_tensor(micro.applied, device=values.device)
         # In a step that was not taken gradients, and so dots, may be infinite.
-        if isinstance(micro.applied, Tensor):
-            values = values.where(micro.applied, 0.0)
-        elif not micro.applied:
-            values = torch.zeros_like(values)
+        values = values.where(applied, 0.0)
+        rows["applied"] = applied.expand(n)
         norms = micro.norms() if micro.step.norms else None
         if norms is not None:
             rows["norm"] = norms.samples

@@ -33,6 +33,7 @@ SCORES = pa.schema(
         "dot": pa.float64(),
         "lr": pa.float64(),
         "value": pa.float64(),
+        "applied": pa.bool_(),
     }
 )
 METRICS = pa.schema(
