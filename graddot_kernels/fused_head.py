@@ -84,7 +84,9 @@ class _Head:
     ) -> None:  # fmt: skip
         self.kept: Tensor | None = None
         self.act, self.weight, self.bias, self.labels = act, weight.to(act.dtype), bias, labels
-        self.val_ids, self.loss, self.scale = val_ids, loss, scale
+        self.val_ids, self.loss = val_ids, loss
+        # Once: where a chunk's products want it on the device, they would wait for a copy each.
+        self.scale = None if scale is None else scale.to(act.device)
         self.vocab, self.width = weight.shape
         (rows, t), k = labels.shape, len(val_rows)
         self.n = rows - sum(val_rows)

@@ -301,9 +301,10 @@ class TimeFirst(Checkpointing):
 
     def forward(self, ids):
         ids = ids.t()
-        positions = self.positions(self.position_ids(*ids.shape)).view(len(ids), -1, 16)
+        positions = self.position_ids(*ids.shape).to(ids.device)
+        positions = self.positions(positions).view(len(ids), -1, 16)
         x = self.tokens(ids) + positions
-        mask = nn.Transformer.generate_square_subsequent_mask(len(ids), dtype=x.dtype)
+        mask = nn.Transformer.generate_square_subsequent_mask(len(ids), ids.device, x.dtype)
         x = self.maybe_again(lambda x: self.layers(x, mask=mask, is_causal=True), x)
         return self.head(self.norm(x)).transpose(0, 1)
 

@@ -30,8 +30,8 @@ def gpu_implementation(family: str, name: str, fallback: Callable[..., Any]) -> 
         return getattr(importlib.import_module(f"{__name__}.{family}"), name)  # type: ignore[no-any-return]
 
     def run(*args: Any) -> Any:
-        first = next(x for x in args if isinstance(x, Tensor))
-        if first.dtype == torch.float64 or _too_old(first.device):
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if any(x.dtype == torch.float64 for x in tensors) or _too_old(tensors[0].device):
             return fallback(*args)
         return launcher()(*args)
 

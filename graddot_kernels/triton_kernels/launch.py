@@ -33,7 +33,8 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def precision(x: Tensor) -> str:
     """How the matrix units treat x: true fp32 unless the user allowed tf32, as in torch.mm."""
-    allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # Not allow_tf32, which raises once tf32 was allowed by the newer of torch's two interfaces.
+    allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 

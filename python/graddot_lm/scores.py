@@ -59,9 +59,14 @@ class MicroBatch:
     def loss_factors(self) -> list[Tensor]:
         """The same of each tracked loss that was used."""
         compiled, *others = (leaf.grad for leaf in self.loss_scales)
-        if compiled is not None and compiled != 0:  # a compiled graph gives all its outputs one
-            others.append(compiled)
-        return [factor for factor in others if factor is not None]
+        factors = [factor for factor in others if factor is not None]
+        # A compiled graph gives all its outputs a gradient, 0 where the loss inside is not used.
+        # Only beside another loss has the host to know which.
+        if compiled is not None and not factors:
+            factors.append(torch.where(compiled != 0, compiled, 1.0))
+        elif compiled is not None and compiled != 0:
+            factors.append(compiled)
+        return factors
 
     def loss_factor(self) -> Tensor:
         """What the tracked loss was multiplied by before its backward, 0-dim fp64."""
@@ -224,7 +229,9 @@ def score_rows(
             "lr": torch.as_tensor(micro.lr, dtype=torch.float64).expand(n),
         }
         dots, values = micro.scores(), micro.lr_scores() * weights * gradient_scale
-        applied = torch.as_tensor(micro.applied, device=values.device)
+        applied = micro.applied
+        if not isinstance(applied, Tensor):  # filled where it is: a copy from the host waits
+            applied = torch.full((), applied, device=values.device)
         # In a step that was not taken gradients, and so dots, may be infinite.
         values = values.where(applied, 0.0)
         rows["applied"] = applied.expand(n)
