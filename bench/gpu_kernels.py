@@ -109,8 +109,10 @@ def functions(op: str, tensors: dict[str, Tensor]) -> Functions:
             "vmap": lambda: vmap_dots(d, act, grad),
         }
     if op == "direction":
+        wide = d.float()
         return {
             "kernel": lambda: gk.linear_direction_dot(d, act, grad),
+            "kernel fp32 D": lambda: gk.linear_direction_dot(wide, act, grad),
             "cublas": lambda: acts @ d.t(),
             "naive": lambda: ((acts @ d.t()) * grads).sum(1, dtype=torch.float32),
         }

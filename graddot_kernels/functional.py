@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401 (registers torch.ops.graddot)
+from .torch_impl import mm_fp32
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What the gram route's Hadamard product and sum take for a pair of tokens, in multiply-adds of a
@@ -121,9 +122,10 @@ def linear_ghost_dot(
     val_act (V, S, Din), val_grad (V, S, Dout), train_act (N, T, Din), train_grad (N, T, Dout).
     Returns ⟨Σ_v G_v, G_i⟩, (N,), or with `pairwise` ⟨G_v, G_i⟩, (V, N), where
     G_i = Σ_t b_it a_itᵀ. "gram" multiplies token by token, N·T·V·S·(Din+Dout) multiply-adds and
-    no weight-sized tensor; "direction" forms Σ_v G_v (each G_v if pairwise) and costs
-    (N·T + V·S)·Din·Dout (V times N·T if pairwise); "auto" takes the one that by these
-    counts, weighed with measured rates, is faster.
+    no weight-sized tensor; "direction" forms Σ_v G_v (each G_v if pairwise) in fp32 and costs
+    (N·T + V·S)·Din·Dout (V times N·T if pairwise; twice N·T for 16-bit rows on a GPU, whose dots
+    are then off by at most 2⁻¹⁶ of ‖Σ_v G_v‖‖G_i‖: see `linear_direction_dot`); "auto" takes the
+    one that by these counts, weighed with measured rates, is faster.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
@@ -144,18 +146,29 @@ def linear_ghost_dot(
         gram = pairs * (
             width + _GRAM_MACS_PER_PAIR if on_cpu else width * _GRAM_COST_PER_MAC_ON_GPU
         )
-        by_direction = (n * t * (v if pairwise else 1) + v * s) * d_in * d_out
+        split = not on_cpu and train_act.itemsize == 2
+        products = (v if pairwise else 1) * (2 if split else 1)
+        by_direction = (n * t * products + v * s) * d_in * d_out
         method = "gram" if gram <= by_direction else "direction"
     if method == "gram":
         return torch.ops.graddot.linear_gram_dot(val_act, val_grad, train_act, train_grad, pairwise)
     if not pairwise:  # one long row, so that one product sums over the val rows
         val_act, val_grad = val_act.reshape(1, -1, d_in), val_grad.reshape(1, -1, d_out)
-    if val_act.dtype != torch.float64:  # a 16-bit direction would be rounded, and may overflow
-        val_act, val_grad = val_act.float(), val_grad.float()
     with torch.autocast(val_act.device.type, enabled=False):
-        direction = torch.bmm(val_grad.transpose(1, 2), val_act)
+        direction = _val_directions(val_act, val_grad)
     dots = torch.ops.graddot.linear_direction_dot(direction, train_act, train_grad, False)
     return dots if pairwise else dots[0]
+
+
+def _val_directions(act: Tensor, grad: Tensor) -> Tensor:
+    """Every row's gradient, (V, Dout, Din), in fp32: a 16-bit one would be rounded, and may
+    overflow."""
+    if act.is_cuda and act.itemsize == 2 and len(act) > 0:  # products on the matrix units
+        directions = [mm_fp32(b.t(), a) for a, b in zip(act, grad, strict=True)]
+        return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
+    if act.dtype != torch.float64:
+        act, grad = act.float(), grad.float()
+    return torch.bmm(grad.transpose(1, 2), act)
 
 
 def linear_direction_dot(
@@ -165,7 +178,9 @@ def linear_direction_dot(
 
     direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout), one dtype, or fp32
     directions with 16-bit samples. Returns (N,), or the terms of every token, (N, T), with
-    `per_token`; a leading K when the direction has one.
+    `per_token`; a leading K when the direction has one. A GPU multiplies 16-bit samples with an
+    fp32 direction as the sum of two of their dtype: two products, and an error of at most 2⁻¹⁶ of
+    ‖D‖ Σ_t ‖b_t‖‖a_t‖, in fp16 no more than fp32's own.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
@@ -187,9 +202,10 @@ def linear_wgrad_dot(
     """The weight gradient of a batch together with every sample's dot with given directions.
 
     direction (Dout, Din) or (K, Dout, Din), act (N, T, Din), grad (N, T, Dout), one dtype, or fp32
-    directions with 16-bit samples, for which a GPU's products still are those of 16 bits; scale a
-    0-dim tensor. Returns scale · Σ_i G_i, (Dout, Din), and ⟨D, G_i⟩, (N,) or (K, N), not scaled;
-    with `norms` also ‖G_i‖², as the last of K + 1 rows, (2, N) for a single direction.
+    directions with 16-bit samples, for which a GPU's products still are those of 16 bits (where
+    samples are short, as in `linear_direction_dot`); scale a 0-dim tensor. Returns
+    scale · Σ_i G_i, (Dout, Din), and ⟨D, G_i⟩, (N,) or (K, N), not scaled; with `norms` also
+    ‖G_i‖², as the last of K + 1 rows, (2, N) for a single direction.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """

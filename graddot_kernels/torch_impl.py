@@ -41,6 +41,13 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
+def mm_fp32(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y accumulated and returned in fp32, without a rounding of 16-bit results."""
+    if x.is_cuda and x.dtype != torch.float32 and 0 not in (*x.shape, *y.shape):
+        return torch.mm(x, y, out_dtype=torch.float32)
+    return torch.mm(x.float(), y.float())
+
+
 def _scaled_(x: Tensor, scale: Tensor | None) -> Tensor:
     return x if scale is None else x.mul_(scale)
 

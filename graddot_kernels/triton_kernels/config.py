@@ -125,14 +125,14 @@ def wgrad_samples(tiles: int, n: int, t: int, tile: Tile, sms: int) -> int:
     return min(sorted(candidates, reverse=True), key=cost)
 
 
-def fused_wgrad_is_cheaper(k: int, t: int, tile: Tile) -> bool:
+def fused_wgrad_is_cheaper(products: int, t: int, tile: Tile) -> bool:
     """Whether walking samples costs less than a plain weight gradient and the direction route.
 
     Counted in multiply-adds per sample and weight: whole steps and a boundary against t tokens
-    for the weight gradient and t a direction. Short samples waste their steps.
+    for the weight gradient and t a product of the directions. Short samples waste their steps.
     """
     steps = cdiv(t, tile.depth) + _BOUNDARY_STEPS
-    return steps * tile.depth <= (1 + k) * t
+    return steps * tile.depth <= (1 + products) * t
 
 
 def joint_gram_is_cheaper(n: int, t: int, d_in: int, d_out: int) -> bool:

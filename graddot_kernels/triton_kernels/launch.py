@@ -65,10 +65,3 @@ def flat_tokens(x: Tensor) -> Tensor | None:
     if n > 1 and t > 1 and x.stride(0) != t * x.stride(1):
         return None
     return x.as_strided((1, n * t, d), (0, x.stride(0) if t == 1 else x.stride(1), x.stride(2)))
-
-
-def mm_fp32(x: Tensor, y: Tensor) -> Tensor:
-    """x @ y accumulated and returned in fp32, without a rounding of 16-bit results."""
-    if x.is_cuda and x.dtype != torch.float32 and 0 not in (*x.shape, *y.shape):
-        return torch.mm(x, y, out_dtype=torch.float32)
-    return torch.mm(x.float(), y.float())

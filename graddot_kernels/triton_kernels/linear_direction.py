@@ -4,6 +4,9 @@ and summed over its columns while it is still in registers.
 One side of the layer, x, is contracted with D; the other, y, meets the product in the epilogue.
 The wider side is contracted: fewer column tiles, so fewer epilogues and partial sums. A partial
 sum a token and column tile goes to memory, and a fixed-order sum over the tiles follows.
+
+An fp32 direction beside 16-bit samples is two directions of 16 bits, whose sum it is to 2⁻¹⁶ of
+every entry: the matrix units have no true fp32, and the ordinary ones a fraction of their rate.
 """
 
 import torch
@@ -16,6 +19,9 @@ from .launch import choose_tile, on_device, options, precision
 from .tiles import halves, load_block, tile_of
 
 _BAND = 8
+_EXPONENT = 0x7F800000  # of an fp32 number's bits
+# Where a direction's largest entry comes to, or up to twice that: fp16 then reaches 2⁻³⁸ of it.
+_LARGEST = 2.0**14
 
 
 @triton.jit
@@ -64,14 +70,40 @@ def direction_kernel(
     tl.store(p_part, b_dots, mask=m_row)
 
 
+def _is_split(direction: Tensor, act: Tensor) -> bool:
+    return direction.dtype != act.dtype and act.itemsize == 2 and direction.numel() > 0
+
+
+def direction_products(direction: Tensor, act: Tensor) -> int:
+    """The products with samples that the directions take: two each of fp32 beside 16 bits."""
+    return direction.shape[0] * (2 if _is_split(direction, act) else 1)
+
+
+def split_direction(direction: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """fp32 D_k as factor_k · (H_k + L_k) in a 16-bit dtype: H and then L, (2K, Dout, Din), and the
+    factors, (K,). Off by at most 2⁻¹⁶ of every entry in bf16, 2⁻²² in fp16."""
+    largest = torch.linalg.vector_norm(direction, torch.inf, (1, 2))
+    # Its power of two, from its bits: exact, and the host waits for nothing. Zero and subnormal
+    # numbers take the smallest normal one; what is not finite becomes inf, and its dots NaN.
+    power = (largest.view(torch.int32) & _EXPONENT).view(torch.float32)
+    power = power.clamp(min=torch.finfo(torch.float32).tiny)
+    scaled = direction / power[:, None, None] * _LARGEST
+    pieces = direction.new_empty((2, *direction.shape), dtype=dtype)
+    pieces[0] = scaled
+    torch.sub(scaled, pieces[0], out=pieces[1])
+    return pieces.flatten(0, 1), power / _LARGEST
+
+
 def linear_direction_dot(
     direction: Tensor, act: Tensor, grad: Tensor, per_token: bool, tile: Tile | None = None
 ) -> Tensor:
     """Σ_t b_itᵀ D_k a_it, (K, N), or every token's term, (K, N, T), in fp32."""
     n, t, d_in = act.shape
+    factor = None
+    if _is_split(direction, act):
+        direction, factor = split_direction(direction.float(), act.dtype)
+    direction = direction.to(act.dtype)  # else as it is, or the wider of the two
     k, d_out, _ = direction.shape
-    if direction.dtype != act.dtype:
-        direction, act, grad = direction.float(), act.float(), grad.float()
     x, y = act, grad
     if d_out > d_in:
         x, y, direction = grad, act, direction.transpose(1, 2)
@@ -86,4 +118,8 @@ def linear_direction_dot(
                 BM=tile.rows, BN=tile.cols, BK=tile.depth, BAND=_BAND,
                 SLICES=tile.slices, PRECISION=precision(act), **options(tile),
             )  # fmt: skip
-    return parts.sum(1) if per_token else parts.sum((1, 3))
+    dots = parts.sum(1) if per_token else parts.sum((1, 3))
+    if factor is None:
+        return dots
+    high, low = dots.unflatten(0, (2, -1))
+    return (high + low) * factor.view(-1, *[1] * (dots.dim() - 1))

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sample_dots import bordered, linear_sample_dot, squares
+from ..torch_impl import mm_fp32
 from . import config
 from .config import Tile, cdiv
 from .launch import (
@@ -22,12 +23,11 @@ from .launch import (
     descriptor,
     fits_descriptor,
     machine,
-    mm_fp32,
     on_device,
     options,
     precision,
 )
-from .linear_direction import linear_direction_dot
+from .linear_direction import direction_products, linear_direction_dot
 from .linear_gram import linear_gram_dot
 from .tiles import halves, load_block, load_tokens, tile_of
 
@@ -237,7 +237,8 @@ def linear_wgrad_dot_into(
     tile = choose_tile("wgrad", act)
     args = (weight_grad, bias_grads, direction, act, grad, scale, accumulate)
     empty = 0 in act.shape or 0 in grad.shape
-    if empty or not config.fused_wgrad_is_cheaper(direction.shape[0], act.shape[1], tile):
+    products = direction_products(direction, act)
+    if empty or not config.fused_wgrad_is_cheaper(products, act.shape[1], tile):
         return _separate_wgrad_dot(*args, norms)
     return fused_wgrad_dot(*args, tile, norms=norms)
 

@@ -76,6 +76,41 @@ def test_direction(shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) 
     check_direction(got, direction, act, grad, per_token, TOLERANCE)
 
 
+# Of ‖D‖ Σ‖b‖‖a‖: an fp32 direction beside bf16 is two of bf16, which keep 16 bits of it.
+SPLIT_ERROR = {torch.bfloat16: 2**-15, torch.float16: TOLERANCE}
+
+
+@pytest.mark.parametrize("dtype", SPLIT_ERROR, ids=["bf16", "fp16"])
+@SHAPE
+@pytest.mark.parametrize("magnitude", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("k", [1, 3])
+def test_fp32_direction_of_16_bit_samples(
+    shape: tuple[int, ...], dtype: torch.dtype, magnitude: float, k: int
+) -> None:
+    act, grad = _inputs(shape, dtype)
+    direction = random(k, shape[3], shape[2], dtype=torch.float32, device="cuda") * magnitude
+    direction[0] *= 1e-3
+    for per_token in (False, True):
+        got = gk.linear_direction_dot(direction, act, grad, per_token=per_token)
+        check_direction(got, direction, act, grad, per_token, SPLIT_ERROR[dtype])
+    dots = gk.linear_wgrad_dot(direction, act, grad)[1]  # by two products where samples are short
+    check_direction(dots, direction, act, grad, False, SPLIT_ERROR[dtype])
+    direction.zero_()
+    assert not gk.linear_direction_dot(direction, act, grad).any()
+    direction[0, 0, 0] = torch.inf
+    assert not gk.linear_direction_dot(direction, act, grad)[0].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", SPLIT_ERROR, ids=["bf16", "fp16"])
+@SHAPE
+@pytest.mark.parametrize("pairwise", [False, True], ids=["summed", "pairwise"])
+def test_ghost_by_direction(shape: tuple[int, ...], dtype: torch.dtype, pairwise: bool) -> None:
+    act, grad = _inputs(shape, dtype)
+    val = _inputs((2, max(1, shape[1] - 3), *shape[2:]), dtype, seed=2)
+    got = gk.linear_ghost_dot(*val, act, grad, pairwise=pairwise, method="direction")
+    check_gram(got, *val, act, grad, pairwise, SPLIT_ERROR[dtype])
+
+
 @DTYPES
 @SHAPE
 @pytest.mark.parametrize("k", [1, 3])

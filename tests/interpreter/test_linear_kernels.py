@@ -24,7 +24,7 @@ from torch import Tensor
 
 from graddot_kernels.triton_kernels import linear_wgrad
 from graddot_kernels.triton_kernels.launch import choose_tile
-from graddot_kernels.triton_kernels.linear_direction import linear_direction_dot
+from graddot_kernels.triton_kernels.linear_direction import linear_direction_dot, split_direction
 from graddot_kernels.triton_kernels.linear_gram import linear_gram_dot
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
@@ -84,6 +84,49 @@ def test_direction(shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) 
     direction = random(2, shape[3], shape[2], dtype=dtype)
     got = linear_direction_dot(direction, act, grad, per_token)
     check_direction(got, direction, act, grad, per_token)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+def test_direction_in_two_pieces(dtype: torch.dtype) -> None:
+    """Every entry, to the bits that the two hold; in fp16 those below 2⁻³⁸ of the largest go."""
+    magnitudes = torch.tensor([1e-45, 1e-38, 1e-6, 1.0, 1e6, 3e38, 0.0])
+    mixed = random(1, 33, 24, dtype=torch.float32)
+    mixed *= torch.logspace(-12, 0, 24)
+    numbers = random(7, 33, 24, dtype=torch.float32).clamp(-1, 1) * magnitudes[:, None, None]
+    for direction in (numbers, mixed, numbers.transpose(1, 2)):
+        pieces, factor = split_direction(direction, dtype)
+        assert pieces.dtype == dtype and pieces.isfinite().all()
+        high, low = pieces.double().unflatten(0, (2, -1))
+        got = (high + low) * factor.double()[:, None, None]
+        error = 2**-16 if dtype == torch.bfloat16 else 2**-22
+        floor = 2**-39 * direction.double().abs().amax((1, 2), keepdim=True)
+        assert_within(got, direction, direction.double().abs() + floor / error, error)
+
+
+@pytest.mark.parametrize("per_token", [False, True], ids=["sample", "token"])
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("magnitude", [1e-30, 1e-6, 1.0, 1e6, 1e30, 0.0])
+@pytest.mark.parametrize("d_in, d_out", [(20, 33), (33, 20)], ids=["tall", "wide"])
+def test_fp32_direction_beside_fp16(
+    d_in: int, d_out: int, magnitude: float, k: int, per_token: bool
+) -> None:
+    act, grad = inputs(3, 17, d_in, d_out, dtype=torch.float16)
+    direction = random(k, d_out, d_in, dtype=torch.float32) * magnitude
+    direction[0] *= 1e-3  # every direction has its own factor
+    got = linear_direction_dot(direction, act, grad, per_token)
+    check_direction(got, direction, act, grad, per_token)
+    if magnitude == 0:
+        assert not got.any()
+
+
+@pytest.mark.parametrize("wrong", [torch.inf, -torch.inf, torch.nan], ids=str)
+def test_fp32_direction_that_is_not_finite(wrong: float) -> None:
+    act, grad = inputs(3, 5, 20, 33, dtype=torch.float16)
+    direction = random(2, 33, 20, dtype=torch.float32)
+    direction[1, 7, 3] = wrong
+    got = linear_direction_dot(direction, act, grad, False)
+    check_direction(got[:1], direction[:1], act, grad, False)
+    assert not got[1].isfinite().any()
 
 
 @SHAPE
@@ -235,6 +278,8 @@ def test_empty(zero: int) -> None:
     for per_token in (False, True):
         got = linear_direction_dot(direction, act, grad, per_token)
         check_direction(got, direction, act, grad, per_token)
+        got = linear_direction_dot(direction, act.half(), grad.half(), per_token)
+        check_direction(got, direction, act, grad, per_token)
 
 
 @DTYPES
@@ -250,6 +295,8 @@ def test_wgrad_launcher_chooses(t: int, dtype: torch.dtype) -> None:
     got = linear_wgrad.linear_wgrad_dot(direction, act, grad, scale, True)
     check_wgrad(got[0], got[1][:-1], direction, act, grad, scale)
     check_squares(got[1][-1], act, grad)
+    wide = direction.float() * 1.001
+    check_wgrad(*linear_wgrad.linear_wgrad_dot(wide, act, grad, scale), wide, act, grad, scale)
     before = random(33, 20, dtype=dtype, seed=3)
     out, bias_grads = before.clone(), act.new_empty((4, 33), dtype=torch.float32)
     dots = linear_wgrad.linear_wgrad_dot_into(out, bias_grads, direction, act, grad, scale, True)
