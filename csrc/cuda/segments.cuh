@@ -85,6 +85,10 @@ class TokenSorter {
     if (capacity > INT32_MAX) {
       throw std::invalid_argument("expected fewer than 2**31 tokens");
     }
+    // Known without a look at the ids; and a given direction would have no memory to be known by.
+    if (capacity > 0 && num_embeddings == 0) {
+      throw std::out_of_range("expected no ids: they are outside the table of 0 embeddings");
+    }
     while (key_bits_ < 63 && (num_embeddings >> key_bits_) > 0) {
       ++key_bits_;
     }

@@ -159,6 +159,27 @@ void test_check_ids() {
   expect(false, "check_ids throws");
 }
 
+#if __has_include("cuda_on_host.h")  // the CUDA kernels, which check no ids on the host but these
+void test_no_embeddings() {
+  for (const bool given : {false, true}) {
+    Case c{};
+    c.n = c.t = c.d = c.v = 1;
+    c.given = given;
+    c.ids = {0, 0};
+    c.grad = {1, 1};
+    c.val_rows = {1};
+    try {
+      embedding_dots(c.problem());
+    } catch (const std::out_of_range&) {
+      continue;
+    }
+    expect(false, "ids outside a table of 0 embeddings are refused");
+  }
+}
+#else
+void test_no_embeddings() {}
+#endif
+
 void test_half() {
   const auto value = [](int bits) { return to_sum(Half{static_cast<uint16_t>(bits)}); };
   expect(value(0x3c00) == 1.0f && value(0xc000) == -2.0f, "half normal");
@@ -174,6 +195,7 @@ void test_half() {
 
 int main() {
   graddot::test_check_ids();
+  graddot::test_no_embeddings();
   graddot::test_half();
   for (int i = 0; i < 300; ++i) {
     graddot::Case c = graddot::random_case();
