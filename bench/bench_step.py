@@ -241,7 +241,7 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    rounds = 20 if DEVICE == "cuda" else 3
+    rounds = 7 if DEVICE == "cuda" else 3
     parser.add_argument("--repeats", type=int, default=rounds, help="timed rounds of all methods")
     shapes = [*LM_SHAPES, "mlp", "k16", "host"]
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, help="default: all")
