@@ -32,7 +32,7 @@ from .linear_gram import linear_gram_dot
 from .tiles import halves, load_block, load_tokens, tile_of
 
 _BAND = 8
-# The narrowest product that the matrix units do; the bias's sums over tokens take one such.
+# The narrowest product that the matrix units do; the bias's sums over 16-bit tokens take one such.
 _ONES: tl.constexpr = tl.constexpr(16)
 
 
@@ -53,6 +53,17 @@ def _tile_dot(
         dot = _tile_dot(b_l, p_direction, i_o, i_i, d_out, d_in, stride_o, stride_i, SLICES // 2)
         dot += _tile_dot(b_r, p_direction, i_o, i_r, d_out, d_in, stride_o, stride_i, SLICES // 2)
     return dot
+
+
+@triton.jit
+def _add_tokens(b_bias, b_grad):
+    """b_bias [BO, _ONES], all columns equal, and the sums of b_grad [BT, BO] over its tokens."""
+    if b_grad.dtype == tl.float32:  # tf32 would round it, for a sum that torch takes in fp32
+        b_bias += tl.sum(b_grad, 0)[:, None]
+    else:
+        b_ones = tl.full((b_grad.shape[0], _ONES), 1.0, b_grad.dtype)
+        b_bias = tl.dot(tl.trans(b_grad), b_ones, b_bias)
+    return b_bias
 
 
 @triton.jit
@@ -91,8 +102,7 @@ def wgrad_kernel(
         b_act = load_tokens(p_act, i_n, i_t, i_i, t, d_in, act_sn, act_st, act_sd, BT, BI, TMA)
         b_sample = tl.dot(tl.trans(b_grad), b_act, b_sample, input_precision=PRECISION)
         if BIAS:
-            b_ones = tl.full((BT, _ONES), 1.0, b_grad.dtype)
-            b_bias = tl.dot(tl.trans(b_grad), b_ones, b_bias, input_precision=PRECISION)
+            b_bias = _add_tokens(b_bias, b_grad)
         if i_t + BT >= t:
             if RESIDENT:
                 tl.store(p_dots + i_n, tl.sum(b_sample * b_d.to(tl.float32)))

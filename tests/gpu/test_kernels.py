@@ -175,6 +175,11 @@ def test_tf32_only_when_allowed() -> None:
             torch.backends.cuda.matmul.allow_tf32 = allowed
             got = gk.linear_wgrad_dot(direction, act, grad)
             check_wgrad(*got, direction, act, grad, tolerance=tolerance)
+            # Sums, which torch takes in fp32 all the same.
+            out, bias = torch.empty_like(direction[0]), act.new_empty(128)
+            gk.linear_wgrad_dot_into(out, direction, act, grad, bias_grad=bias)
+            size = grad.double().abs().sum((0, 1))
+            assert_within(bias, grad.double().sum((0, 1)), size, TOLERANCE)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
