@@ -170,6 +170,7 @@ def test_a_step_after_its_values_is_refused():
     engine.aggregate_and_log()
     with pytest.raises(GraddotError, match="came after aggregate_and_log"):
         optimizer.step()
+    optimizer.zero_grad()
     run(engine, token_batch(2, 9, seed=1))
     engine.aggregate_and_log()  # as if a GradScaler had skipped the step
     lm_loss(model(val[0]).logits, val[1]).backward()

@@ -66,7 +66,7 @@ def _rows_first(module: nn.MultiheadAttention, scored: Scored, x: Tensor) -> Ten
     layout = scored.step.layouts.get(scored.name)
     expected = "rows" if module.batch_first else "second"
     rows = x if module.batch_first else x.transpose(0, 1) if x.dim() > 1 else x
-    known = layout in (expected, None) or scored.rows == 1
+    known = layout in (expected, "unseen", None) or scored.rows == 1
     if x.dim() != 3 or rows.shape[0] != scored.rows or not known:
         shape = "(rows, T, E)" if module.batch_first else "(T, rows, E)"
         raise GraddotError(

@@ -43,6 +43,11 @@ def stack_directions(
                 " expected one tensor for every parameter in coverage().covered"
             )
         for name in covered:
+            if not direction[name].is_floating_point():
+                raise GraddotError(
+                    f"direction {target!r} is of {direction[name].dtype} for {name}; expected"
+                    " floating-point numbers"
+                )
             if direction[name].shape != parameters[name].shape:
                 raise GraddotError(
                     f"direction {target!r} has shape {tuple(direction[name].shape)} for {name};"
@@ -51,7 +56,9 @@ def stack_directions(
     stacked = {}
     for name in covered:
         p = parameters[name]
-        parts = [d[name].detach() for d in directions.values()]
+        # A parameter's own .grad is zeroed and written to in place.
+        parts = [d[name].clone() if d[name] is p.grad else d[name] for d in directions.values()]
+        parts = [part.detach() for part in parts]
         stacked[id(p)] = distributed.stacked(parts, p, _accumulator(p))
     return stacked
 
@@ -72,8 +79,31 @@ def batch_loss(model: nn.Module, rows: Rows, loss_fn: LossFunction | None) -> Te
     if loss_fn is not None:
         return loss_fn(model, inputs, labels)
     if rows.is_tensor:
-        return model(inputs, labels=labels).loss
-    return model(**{**rows.inputs, "labels": labels}).loss
+        return _loss_in(model(inputs, labels=labels))
+    return _loss_in(model(**{**rows.inputs, "labels": labels}))
+
+
+def _loss_in(output: Any) -> Tensor:
+    """The loss that a model returned with its output: where Trainer takes it from, or `.loss`."""
+    if isinstance(output, Mapping):
+        loss = output.get("loss")
+    else:
+        loss = getattr(output, "loss", None)
+        first = output[0] if isinstance(output, (tuple, list)) and output else None
+        if isinstance(first, Tensor) and first.dim() == 0:
+            if loss is not None and loss is not first:  # a named tuple: which is trained on?
+                raise GraddotError(
+                    f"the model returned a {type(output).__name__} whose loss is not its first item,"
+                    " a number too; put the loss first, or pass loss_fn"
+                )
+            loss = first
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise GraddotError(
+            f"the model returned a {type(output).__name__} without a loss; expected, with labels="
+            ' among its arguments, a mapping with "loss", a tuple whose first item is the loss, a'
+            " number, or an object with .loss; or pass loss_fn"
+        )
+    return loss
 
 
 def mean_gradient(

@@ -108,6 +108,11 @@ def whole(x: Tensor) -> Tensor:
     return x.full_tensor() if isinstance(x, DTensor) else x
 
 
+def own_part(x: Tensor) -> Tensor:
+    """This process's shard; a plain tensor itself."""
+    return x.to_local() if isinstance(x, DTensor) else x
+
+
 def stacked(tensors: Sequence[Tensor], parameter: nn.Parameter, dtype: torch.dtype) -> Tensor:
     """(K, *shape) of K tensors of a parameter's shape, whole or sharded: sharded as it is."""
     if not isinstance(parameter, DTensor):

@@ -237,6 +237,13 @@ class GradDotProdEngine:
         updated = {id(p) for group in groups for p in group["params"]}
         if optimizer is not None and not updated & {id(p) for p in self._parameters.values()}:
             raise GraddotError("the optimizer updates none of the model's trainable parameters")
+        if foreign := len(updated - {id(p) for p in self.model.parameters()}):
+            raise GraddotError(
+                f"the optimizer updates {foreign} parameters that are not in the engine's model, so"
+                " neither scored nor kept free of validation rows; make them (a head, a criterion)"
+                " part of the model's forward, or update them by an optimizer of their own and give"
+                " directions instead of val_data"
+            )
         self._forward.attach()
         self._optimizer = optimizer
         if isinstance(optimizer, torch.optim.Optimizer):
@@ -275,7 +282,16 @@ class GradDotProdEngine:
         if not self._forward.attached:
             raise GraddotError("call attach(optimizer) before attach_train_batch")
         if self._forward.micro is not None:
-            raise GraddotError("the previous batch had no prepare_gradients(); call it first")
+            raise GraddotError(
+                "the previous batch had no prepare_gradients(); call it first, or after an exception"
+                " clear_gradients()"
+            )
+        if self._forward.logged_unapplied and self._has_gradients():
+            raise GraddotError(
+                "aggregate_and_log() wrote values of 0, for the optimizer had not taken the step, and"
+                " its gradients are still there; with gradient accumulation call it once, after"
+                " optimizer.step()"
+            )
         if not self._val and self._forward.directions is None:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
@@ -324,6 +340,7 @@ class GradDotProdEngine:
             loss_reduction=self._loss.reduction,
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,
+            applied=not isinstance(self._optimizer, torch.optim.Optimizer),
         )
         micro.set_counts(self._loss.count(labels))
         self._forward.begin(micro)
@@ -354,10 +371,7 @@ class GradDotProdEngine:
         say; .grad must not be used then.
         """
         micro = self._forward.finish()
-        if self._optimizer is not None:
-            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizer)
-            micro.lr, micro.leaf_lrs = rates
-            micro.applied = not isinstance(self._optimizer, torch.optim.Optimizer)
+        self._note_rates(micro)
         self._pending.append(micro)
 
     def parameter_dots(self) -> dict[str, Tensor]:
@@ -446,6 +460,16 @@ class GradDotProdEngine:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
 
+    def _note_rates(self, micro: MicroBatch) -> None:
+        """The optimizer's learning rates, unless they were noted when it took the step."""
+        if self._optimizer is not None and not micro.leaf_lrs:
+            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizer)
+            micro.lr, micro.leaf_lrs = rates
+
+    def _has_gradients(self) -> bool:
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return any(bool(distributed.own_part(grad).any()) for grad in gradients)
+
     def _require_pending(self) -> None:
         if not self._pending:
             raise GraddotError("no scores: run a step from attach_train_batch to its backward")
@@ -460,9 +484,13 @@ class GradDotProdEngine:
 
     def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
-        for micro in self._pending:
+        taken = list(self._pending)
+        if self._forward.micro is not None and self._forward.micro.step.has_dots:
+            taken.append(self._forward.micro)  # whose prepare_gradients() is still to come
+            self._note_rates(taken[-1])
+        for micro in taken:
             micro.applied = True if found_inf is None else found_inf == 0
-        if not self._pending and self._forward.logged_unapplied:
+        if not taken and self._forward.logged_unapplied:
             raise GraddotError(
                 "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
                 " a step that was not taken; call aggregate_and_log() after the step"

@@ -24,12 +24,12 @@ from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .rows import KnownLayouts, check_loss, check_outputs, find_layouts
+from .rows import KnownLayouts, check_loss, check_outputs, find_layouts, own_buffers
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
 from .tracing import rows_of, trace_after, trace_before
-from .verify import LabelCheck, check_parameter_uses, tensors_in
+from .verify import LabelCheck, check_parameter_uses, map_tensors, tensors_in
 
 # Finished micro-batches after which the next is checked like the first: what a model does may
 # depend on its data, and a check costs a few forward passes.
@@ -64,8 +64,8 @@ class ModelForward:
         # one has one name in all places, and a frozen one none.
         self._places = {
             module_name: [
-                (part, part_name, {key: names.get(id(p)) for key, p in part._parameters.items()})
-                for part_name, part in module.named_modules(prefix=module_name)
+                (part, {key: names.get(id(p)) for key, p in part._parameters.items()})
+                for part in module.modules()
                 if part._parameters
             ]
             for module_name, module in model.named_modules()
@@ -79,7 +79,9 @@ class ModelForward:
         self._finished = 0
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
-        self._inputs: tuple[Any, Any] = ((), {})
+        self._inputs: tuple[Any, Any] | None = None  # of the forward under way
+        self._buffers: list[tuple[str, Tensor, int]] = []  # as they were before it
+        self._buffers_aside: Any = None
         self._whole: dict[str, nn.Parameter] = {}
         self._label_check: LabelCheck | None = None
         self._reentrant: ReentrantCheck | None = None
@@ -112,6 +114,7 @@ class ModelForward:
         for name, _ in self.model.named_modules():
             if name not in self._places:
                 raise GraddotError(f"module {name} is new since the engine was made; make it last")
+        self._require_same_parameters()
         for name, module in self.model.named_modules():
             if name in self._rules:
                 self._attach_layer(module, name)
@@ -119,6 +122,36 @@ class ModelForward:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
+
+    def _require_same_parameters(self) -> None:
+        """Raise GraddotError if parameters can be trained that were not there, or frozen, when the
+        engine was made: they would be missing from the scores, and their gradient would be that of
+        training and validation rows together."""
+        known = {id(p) for p in self._parameters.values()}
+        modules = list(self.model.modules())
+        new = [
+            id(p)
+            for module in modules
+            for p in module._parameters.values()
+            if p is not None and p.requires_grad and id(p) not in known
+        ]
+        if new:  # of a sharded model others of the same names may stand in their place
+            sharded = distributed.is_sharded(self._parameters.values())
+            names = [n for n, p in self.model.named_parameters() if id(p) in new]
+            names = [n for n in names if not (sharded and n in self._parameters)]
+            if names:
+                raise GraddotError(
+                    f"{', '.join(names[:5])}{' …' if names[5:] else ''}: not a trainable parameter of"
+                    " the model when the engine was made, but now; detach() the engine and make"
+                    " another one after layers are unfrozen, added or replaced"
+                )
+        present = set(map(id, modules))
+        for module, _ in self._attached:
+            if id(module) not in present:
+                raise GraddotError(
+                    f"a {type(module).__name__} that was scored is no longer in the model; detach()"
+                    " the engine before layers are replaced, and make another one afterwards"
+                )
 
     def _attach_layer(self, module: nn.Module, name: str) -> None:
         self._attached.append((module, module.__dict__.get("forward")))
@@ -152,6 +185,7 @@ class ModelForward:
 
     def begin(self, micro: MicroBatch) -> None:
         """The next forward of the model, with a graph, is this micro-batch's."""
+        self._require_same_parameters()
         self.micro, self.logged_unapplied = micro, False
         labels = micro.labels
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
@@ -174,11 +208,7 @@ class ModelForward:
         micro.step.dot_held_rows()
         if not micro.step.has_dots:
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
-        if len(micro.loss_factors()) > 1:
-            raise GraddotError(
-                "the loss was tracked twice, so that its scale cannot be told; track_loss is for a"
-                " loss of your own, not for a model's .loss"
-            )
+        self._check_factors(micro)
         held = [uses.name for uses in micro.step.shared.values() if uses.held is not None]
         if held:
             raise GraddotError(
@@ -195,6 +225,30 @@ class ModelForward:
             self._label_check = None
         self.micro, self._whole = None, {}
         return micro
+
+    def _check_factors(self, micro: MicroBatch) -> None:
+        """Raise GraddotError if it cannot be told what the loss was multiplied by."""
+        own = [leaf for leaf in micro.own_scales if leaf.grad is not None]
+        factors = micro.loss_factors()
+        if len(own) > 1:
+            raise GraddotError(
+                "two losses were tracked, so that their scale cannot be told; add them up and pass"
+                " the sum to track_loss"
+            )
+        if own:
+            return
+        if len(factors) > 1 and any(bool(f != factors[0]) for f in factors[1:]):
+            raise GraddotError(
+                f"the loss is made of {len(factors)} numbers that the model returned, with the factors"
+                f" {[float(f) for f in factors]}, so that its scale cannot be told; pass what you add"
+                " up to track_loss, before you scale it"
+            )
+        if micro.used_outputs and (factors or "its loss" in micro.used_outputs[0]):
+            raise GraddotError(
+                f"the loss is made of {micro.used_outputs[0]}"
+                f"{' beside its loss' if factors else ''}, so that its scale cannot be told; pass the"
+                " whole loss to track_loss, before you scale it"
+            )
 
     def give_up(self) -> None:
         """Forget the micro-batch under way."""
@@ -222,9 +276,35 @@ class ModelForward:
             return loss
         if self.micro.step.first and self._whole:
             check_parameter_uses(loss, self._whole)
-        leaf = torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True)
-        self.micro.loss_scales.append(leaf)
-        return loss + leaf.to(loss.dtype)
+        return _tracked(loss, self.micro.own_scales)
+
+    def _tracked_output(self, micro: MicroBatch, output: Any) -> Any:
+        """A model's output, in which a scaling of the numbers shows, and in a checked step, whether
+        the caller makes a loss of the rest."""
+        loss = output.get("loss") if isinstance(output, Mapping) else None
+
+        def watched(x: Tensor, what: str) -> Tensor:
+            def note(grad: Tensor | None) -> None:  # None where DDP has none
+                if grad is not None and what not in micro.used_outputs and bool(grad.any()):
+                    micro.used_outputs.append(what)
+
+            alias = x.view_as(x)
+            alias.register_hook(note)
+            return alias
+
+        def replaced(x: Tensor) -> Tensor:
+            if not x.requires_grad:
+                return x
+            if x.dim() == 0:
+                return _tracked(x, micro.loss_scales)
+            shape = tuple(x.shape)
+            if x is loss:
+                return watched(x, f"its loss of shape {shape}, which is no number,")
+            if micro.step.first:
+                return watched(x, f"the model's output of shape {shape}")
+            return x
+
+        return map_tensors(output, replaced)
 
     # A layer's forward
 
@@ -241,17 +321,39 @@ class ModelForward:
         self._resolve(micro, module, name)
         return micro.step
 
+    def require_layout(self, step: Step, name: str) -> None:
+        """See to it that a layer, which is about to run, knows how its input holds the rows."""
+        if self.micro is not None and step.layouts and name not in step.layouts and not step.trial:
+            self._find_layout_late(self.micro, name)
+
+    def _find_layout_late(self, micro: MicroBatch, name: str) -> None:
+        """Learn how the rows lie in the input of a layer that did not run in the first step."""
+        inputs, tries = self._inputs, 4  # where chance decides whether it runs
+        if inputs is None or micro.step.sharded:
+            tries = 0
+        for _ in range(tries):
+            layers = {n: self.model.get_submodule(n) for n in self._forwards}
+            assert inputs is not None
+            with self.set_aside():
+                found = find_layouts(self.model, layers, *inputs, micro.step.rows)
+            micro.step.layouts.update({**found, **micro.step.layouts})
+            if name in found:
+                return
+        raise GraddotError(
+            f"layer {name} ran, which had not when the model was checked, so that it is not known"
+            " whether its input keeps samples apart; let it run in the first step, or make another"
+            " engine once it does"
+        )
+
     def _resolve(self, micro: MicroBatch, module: nn.Module, name: str) -> None:
         """Give a layer's parameters, as they are in this forward, what goes by their names."""
         step = micro.step
-        for part, part_name, owned_names in self._places[name]:
+        for part, owned_names in self._places[name]:
             for key, parameter in part._parameters.items():
                 owned = owned_names.get(key)
                 if parameter is None or id(parameter) in step.names:
                     continue
-                if owned is None:
-                    if parameter.requires_grad:
-                        raise GraddotError(f"{part_name}.{key} was frozen when the engine was made")
+                if owned is None:  # frozen
                     continue
                 known = self._parameters[owned]
                 distributed.check_plain(owned, parameter, known)
@@ -342,12 +444,19 @@ class ModelForward:
         self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
         self._followed_whole = False
         self._find_layouts(micro, args, kwargs)
-        if micro.step.first:
-            self._inputs = args, kwargs
+        self._inputs = args, kwargs
+        if micro.step.first and micro.step.val_rows:
+            self._buffers = [
+                (name, x, _version(x))
+                for name, x in self.model.named_buffers()
+                if x.is_floating_point()
+            ]
         if self._followed_whole:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
             self.micro, self._postponed = None, (micro, args, kwargs)
+            self._buffers_aside = own_buffers(self.model)
+            self._buffers_aside.__enter__()
             return
         micro.running = True
 
@@ -446,7 +555,7 @@ class ModelForward:
         trial = dataclasses.replace(micro, step=step, running=True)
 
         def plain() -> Any:
-            with self.set_aside():
+            with self.set_aside(), own_buffers(self.model):
                 return self.model(*args, **kwargs)
 
         def scored() -> Any:
@@ -460,7 +569,7 @@ class ModelForward:
                     for rule in self._rules.values()
                 )
                 nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
-                with torch.set_grad_enabled(followed), nothing:
+                with torch.set_grad_enabled(followed), nothing, own_buffers(self.model):
                     return self.model(*args, **kwargs)
             finally:
                 self.micro, self._probing = micro, False
@@ -469,7 +578,8 @@ class ModelForward:
 
     def _check_numbers(self, micro: MicroBatch, output: Any) -> None:
         """Losses that the model returns must be those of its rows."""
-        (args, kwargs), self._inputs = self._inputs, ((), {})
+        assert self._inputs is not None
+        args, kwargs = self._inputs
         fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
         outputs = enumerate(tensors_in(output))
         numbers = [k for k, x in outputs if x.dim() == 0 and x.requires_grad]
@@ -493,6 +603,7 @@ class ModelForward:
 
     def _run_postponed(self) -> Any:
         assert self._postponed is not None
+        self._buffers_aside.__exit__(None, None, None)
         (self.micro, args, kwargs), self._postponed = self._postponed, None
         self.micro.running = self._probing = True
         try:
@@ -513,21 +624,49 @@ class ModelForward:
         if output is None:  # the forward raised, and may be tried again
             run_compiled()
             micro.step.shared.clear()
+            self._inputs, self._buffers = None, []
             return None
         micro.forwarded = True
         if self.is_first:
+            self._check_buffers()
             whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
             check_parameter_uses(output, whole)
             self._whole = whole
             self._check_numbers(micro, output)
-            self._label_check = LabelCheck(output, micro.labels, micro.counts)
+            self._label_check = LabelCheck(
+                output, micro.labels, micro.counts, first=self._finished == 0
+            )
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
             self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
-        if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-            output["loss"] = self.tracked(output["loss"])  # type: ignore[index]
-        return output
+        self._inputs = None
+        return self._tracked_output(micro, output)
+
+    def _check_buffers(self) -> None:
+        """No running mean may have taken in the validation rows."""
+        before, self._buffers = self._buffers, []
+        now = dict(self.model.named_buffers())
+        for name, x, version in before:
+            y = now.get(name)
+            same = y is not None and (y is x or y.shape == x.shape and torch.equal(x, y.to(x)))
+            if not same or _version(x) != version:
+                raise GraddotError(
+                    f"buffer {name} was changed by the forward, in which validation rows ride along"
+                    " with the training rows, as a running mean would be. Leave val_data out and"
+                    " give directions (compute_directions), for training rows then run alone"
+                )
+
+
+def _tracked(loss: Tensor, leaves: list[Tensor]) -> Tensor:
+    """The same number, whose factor in what is backpropagated is the gradient of one more leaf."""
+    leaves.append(torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True))
+    return loss + leaves[-1].to(loss.dtype)
+
+
+def _version(x: Tensor) -> int:
+    """Which changes in place increase."""
+    return 0 if x.is_inference() else x._version
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -7,7 +7,7 @@ rows as its first dimension, one after the other in it (rows·T, D), or not at a
 """
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,16 +26,31 @@ _DROPOUTS = {
 }  # fmt: skip
 
 
+# What is drawn in place of random numbers. Uniform ones are compared with a rate, by layers of random
+# depth: what keeps a layer.
+_DRAWN = {
+    torch.rand: 1 - 2**-7, torch.rand_like: 1 - 2**-7, Tensor.uniform_: 1 - 2**-7,
+    torch.randn: 0.5, torch.randn_like: 0.5, torch.normal: 0.5, Tensor.normal_: 0.5,
+    torch.bernoulli: 1, Tensor.bernoulli_: 1, Tensor.exponential_: 1,
+}  # fmt: skip
+
+
 class NoDropout(TorchFunctionMode):
-    """Dropout does nothing, whatever the mode of the module that calls it; nor do random depths,
-    which compare uniform numbers with a rate: what keeps a layer is drawn."""
+    """Dropout does nothing, whatever the mode of the module that calls it, and noise is the same for
+    every row and in every run, so that layers behind it can be compared."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
-        if func in (torch.rand, torch.rand_like):
-            return func(*args, **kwargs).fill_(1 - 2**-7)
-        if func is Tensor.bernoulli_:
-            return args[0].fill_(1)
+        if kwargs.get("generator") is not None:  # our own numbers
+            return func(*args, **kwargs)
+        if func in _DRAWN:
+            return func(*args, **kwargs).fill_(_DRAWN[func])
+        if func is torch.randperm:  # every row gets another
+            return func(*args, **kwargs).sort().values.roll(1)
+        if func is torch.randint:
+            ints = [x for x in args[:2] if isinstance(x, int)]
+            low = ints[0] if len(ints) == 2 else kwargs.get("low", 0)
+            return func(*args, **kwargs).fill_(low)
         if func in _DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
@@ -47,7 +62,7 @@ class NoDropout(TorchFunctionMode):
 
 
 # "rows" (rows, ..., D); "second" (T, rows, ..., D); "same" for every row; T where a row's T tokens
-# lie together, (rows·T, ..., D).
+# lie together, (rows·T, ..., D); "unseen" where noise kept a layer from being judged.
 Layout = str | int
 _OUTPUTS = " outputs"  # beside the layers' names
 
@@ -106,8 +121,8 @@ def find_layouts(
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
 
-    A layer that is random by itself, dropout aside, cannot be judged and is left out. In a batch of
-    one row all is that row's; this says nothing about larger batches.
+    A layer whose input is random in a way of its own cannot be judged: "unseen". In a batch of one
+    row all is that row's; this says nothing about larger batches.
 
     Raises GraddotError for a layer whose input depends on other samples of the batch, or holds
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
@@ -116,7 +131,11 @@ def find_layouts(
         with torch.no_grad(), torch.random.fork_rng(), NoDropout():
             alone = _digests(model, layers, args, kwargs, on_layer)
         of_one = {name: {_layout_of_one(digest) for digest in alone[name]} for name in alone}
-        return {n: layouts.pop() for n, layouts in of_one.items() if len(layouts) == 1}
+        return {
+            name: layouts.pop() if len(layouts) == 1 else "unseen"
+            for name, layouts in of_one.items()
+            if name != _OUTPUTS
+        }
     later = list(range(rows // 2, rows))
     half = lambda x: take_rows(x, later, rows)
     few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
@@ -141,7 +160,25 @@ def find_layouts(
             for name, layout in found.items():
                 if layout is None and _equal(whole[name], again.get(name, [])):
                     raise GraddotError(_mixed(name, whole[name][0].shape, rows, later[0]))
-    return {n: layout for n, layout in found.items() if layout is not None and n != _OUTPUTS}
+    return {name: layout or "unseen" for name, layout in found.items() if name != _OUTPUTS}
+
+
+@contextlib.contextmanager
+def own_buffers(model: nn.Module) -> Iterator[None]:
+    """Inside of it the model has copies of its buffers: what a forward adds to a running mean or a
+    counter is gone afterwards."""
+    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies: dict[int, Tensor] = {}
+    for module, buffers in kept:
+        for name, x in buffers.items():
+            if x is not None:
+                module._buffers[name] = copies.setdefault(id(x), x.detach().clone())
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.clear()
+            module._buffers.update(buffers)
 
 
 def check_outputs(plain: Callable[[], Any], scored: Callable[[], Any], kind: str) -> None:
@@ -219,7 +256,8 @@ def check_loss(
         for part in parts[: 1 if rows == 1 else 3]:
             few = lambda x, part=part: take_rows(x, part, rows)
             part_args, part_kwargs = tree_map_only(Tensor, few, (args, kwargs))
-            out = model(*part_args, **part_kwargs)
+            with own_buffers(model):
+                out = model(*part_args, **part_kwargs)
             if isinstance(out, Mapping) and out.get("aux_loss") is not None:
                 raise GraddotError(
                     f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
@@ -305,7 +343,8 @@ def _digests(
 
     hooks = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
-        out = model(*args, **kwargs)
+        with own_buffers(model):
+            out = model(*args, **kwargs)
     finally:
         for handle in hooks:
             handle.remove()

@@ -37,7 +37,9 @@ class Scored:
     def require_rows_first(self) -> None:
         """Raise GraddotError if the layer may be used where the rows are the second dimension."""
         layouts = self.step.layouts
-        if "second" in layouts.values() and layouts.get(self.name) in ("second", "same", None):
+        if "second" in layouts.values() and layouts.get(self.name) in (
+            "second", "same", "unseen", None,
+        ):  # fmt: skip
             raise GraddotError(
                 f"layer {self.name} got an input with the rows as its second dimension, or none in"
                 " a model that has them there; its rule needs them as the first (batch_first)"
@@ -175,6 +177,8 @@ class ScoredForward:
             return self.own_forward(*args, **kwargs)
         if self.around is not None and self.around.without_rows((args, kwargs)):
             return self.own_forward(*args, **kwargs)
+        if self.model_forward is not None:
+            self.model_forward.require_layout(step, self.name)
         scored = Scored(self.name, step, self.own_forward)
         if not getattr(getattr(self._rule, "func", self._rule), "any_layout", False):
             scored.require_rows_first()

@@ -31,14 +31,18 @@ class MicroBatch:
     labels: Tensor  # (rows, ...) of the joint batch
     leaf_of: dict[str, str]  # by parameter name
     dots_shape: tuple[int, int]  # of the raw dots and squared norms that the step collects
-    # 0-dim leaves, one for each loss tracked; the gradient of the one that was used is the factor
-    # that the loss was multiplied by. The first is for a loss inside of a compiled graph.
+    # 0-dim leaves, one for each number that the model returns; the gradient of the one that was used
+    # is the factor that the loss was multiplied by. The first is for a compiled graph's loss.
     loss_scales: list[Tensor]
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
     direction_norms: Tensor | None = None  # (K,) of given directions, for `norms`
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     items: Number | None = None  # what a summed loss was divided by: num_items_in_batch
+    own_scales: list[Tensor] = field(default_factory=list)  # the same of losses of the caller's own
+    # Shapes of outputs whose gradient tells that the caller made a loss of them, and whether that of
+    # a loss that is no number: which then has to be tracked.
+    used_outputs: list[str] = field(default_factory=list)
     running: bool = False  # inside the model's forward
     forwarded: bool = False
     # Whether the optimizer took the step; a 0-dim tensor where only the device knows.
@@ -57,14 +61,15 @@ class MicroBatch:
         return list(dict.fromkeys(self.leaf_of.values()))
 
     def loss_factors(self) -> list[Tensor]:
-        """The same of each tracked loss that was used."""
+        """The same of each tracked loss that was used: of the caller's own, else of the model's."""
+        own = [leaf.grad for leaf in self.own_scales if leaf.grad is not None]
         compiled, *others = (leaf.grad for leaf in self.loss_scales)
-        factors = [factor for factor in others if factor is not None]
+        factors = own or [factor for factor in others if factor is not None]
         # A compiled graph gives all its outputs a gradient, 0 where the loss inside is not used.
         # Only beside another loss has the host to know which.
         if compiled is not None and not factors:
             factors.append(torch.where(compiled != 0, compiled, 1.0))
-        elif compiled is not None and compiled != 0:
+        elif compiled is not None and not own and compiled != 0:
             factors.append(compiled)
         return factors
 

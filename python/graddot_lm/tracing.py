@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from .compiled import new_site, owner
 from .errors import GraddotError
 from .layers import Step
-from .verify import tensors_in
+from .verify import map_tensors, tensors_in
 
 # One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine:
 # the compiler takes the sizes of whatever it reaches through a module to be constant.
@@ -154,11 +154,22 @@ def trace_after(model_forward: Any, output: Any) -> Any:
     outputs = list(tensors_in(output))
     site = new_site(ForwardSite, model_forward.key)
     torch.ops.graddot_lm.end(site, model_forward.clock, outputs)
+
+    def tracked(loss: Tensor) -> Tensor:
+        return loss + model_forward.micro.loss_scales[0].to(loss.device, loss.dtype)
+
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
-        loss = output["loss"]
-        tracked = loss + model_forward.micro.loss_scales[0].to(loss.device, loss.dtype)
-        output["loss"] = tracked  # type: ignore[index]
-    return output
+        output["loss"] = tracked(output["loss"])  # type: ignore[index]
+        return output
+    numbers = [x for x in outputs if x.dim() == 0 and x.requires_grad]
+    if len(numbers) > 1:
+        raise GraddotError(
+            f"a compiled model returned {len(numbers)} numbers and no mapping with a loss, so that the"
+            " loss's scale cannot be told; return one of them"
+        )
+    return (
+        map_tensors(output, lambda x: tracked(x) if x is numbers[0] else x) if numbers else output
+    )
 
 
 # What the ops run

@@ -4,7 +4,7 @@ Both look at the autograd graph or at one gradient once, and cost nothing afterw
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -30,6 +30,30 @@ def tensors_in(output: Any) -> Iterator[Tensor]:
             yield from tensors_in(getattr(output, field.name, None))
     elif isinstance(output, SimpleNamespace):
         yield from tensors_in(vars(output))
+
+
+def map_tensors(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """An output with `function` of its tensors in their place, where `tensors_in` finds them; in a
+    mapping, dataclass or namespace in place. What does not allow that keeps its tensors."""
+    if isinstance(output, Tensor):
+        return function(output)
+    if isinstance(output, tuple):
+        items = [map_tensors(value, function) for value in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if isinstance(output, list):
+        output[:] = [map_tensors(value, function) for value in output]
+    elif isinstance(output, MutableMapping):
+        changed = {key: map_tensors(value, function) for key, value in output.items()}
+        for key, value in changed.items():
+            if value is not output[key]:
+                output[key] = value
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            value = getattr(output, field.name, None)
+            object.__setattr__(output, field.name, map_tensors(value, function))
+    elif isinstance(output, SimpleNamespace):
+        vars(output).update(map_tensors(dict(vars(output)), function))
+    return output
 
 
 def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None:
@@ -74,22 +98,31 @@ class LabelCheck:
     logits shows which positions the loss really used.
     """
 
-    def __init__(self, output: Any, labels: Tensor, counts: Tensor) -> None:
+    def __init__(self, output: Any, labels: Tensor, counts: Tensor, first: bool) -> None:
         self.problem: str | None = None
-        self._counts = counts
-        fitting = [
-            t
-            for t in tensors_in(output)
-            if t.requires_grad and t.dim() == labels.dim() + 1 and t.shape[:-1] == labels.shape
-        ]
-        if fitting and not labels.is_floating_point():
-            fitting[0].register_hook(self._compare)
+        self._counts, self._first = counts, first
+        behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
+        for x in tensors_in(output):
+            if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
+                if x.shape[:-1] == labels.shape:
+                    behind.append(x)
+                elif x.shape[:1] + x.shape[2:] == labels.shape:
+                    before.append(x)
+        if isinstance(output, Mapping) and any(output.get("logits") is x for x in behind):
+            behind = [output["logits"]]
+        if behind:
+            behind[-1].register_hook(lambda grad: self._compare(grad, -1))
+        elif before:
+            before[-1].register_hook(lambda grad: self._compare(grad, 1))
 
-    def _compare(self, grad: Tensor) -> None:
-        used = (grad != 0).any(-1).reshape(grad.shape[0], -1).sum(1)
-        wrong = (used != self._counts.to(used.device)).nonzero().flatten().tolist()
-        if wrong:
-            row = wrong[0]
+    def _compare(self, grad: Tensor, classes: int) -> None:
+        used = (grad != 0).any(classes).reshape(grad.shape[0], -1).sum(1)
+        counts = self._counts.to(used.device)
+        # Later on a token that the model is sure of may have a gradient of 0.
+        wrong = used != counts if self._first else used > counts
+        rows = wrong.nonzero().flatten().tolist()
+        if rows:
+            row = rows[0]
             self.problem = (
                 f"row {row} of the joint batch has {int(self._counts[row])} labelled tokens by its"
                 f" labels, but the loss used {int(used[row])}. If the loss shifts the labels"

@@ -1,0 +1,380 @@
+"""What changes around an engine, or beside it: layers unfrozen or replaced, running means, losses of
+every form and scale, optimizer steps in another order. Exact, or refused with the reason."""
+
+from collections import namedtuple
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import GraddotError, GradDotProdEngine
+from loop_steps import Store, run, same_gradients
+from torch import nn
+
+X, Y = (
+    torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)).double(),
+    torch.arange(6) % 3,
+)
+TRAIN, VAL = (X[:4], Y[:4]), (X[4:], Y[4:])
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.down(self.up(x).tanh()).tanh().mean(1))
+
+
+def step(engine, loss_of, factor=1.0, number=0, track=False):
+    """One step with a loss made of the model's output; its scores."""
+    engine.attach_train_batch(*TRAIN, number, torch.arange(4))
+    x, y = engine.prepare_forward_input(*TRAIN)
+    loss = loss_of(engine.model, x, y)
+    ((engine.track_loss(loss) if track else loss) * factor).backward()
+    engine.prepare_gradients()
+    return engine.aggregate_and_log()
+
+
+def plain_loss(model, x, y):
+    return F.cross_entropy(model(x), y)
+
+
+def attached(model, optimizer=None, **options):
+    engine = GradDotProdEngine(model, VAL, **options)
+    engine.attach(optimizer)
+    return engine
+
+
+# Layers and parameters
+
+
+def _unfreeze(model):
+    model.down.requires_grad_(True)
+
+
+def _replace(model):
+    model.head = nn.Linear(8, 3).double()
+
+
+def _replace_frozen(model):
+    model.down = nn.Linear(8, 8).double().requires_grad_(False)
+
+
+def _add(model):
+    model.more = nn.Linear(8, 8).double()
+
+
+CHANGES = {
+    "unfrozen": (_unfreeze, r"down.weight, down.bias: not a trainable parameter of the model when"),
+    "replaced": (_replace, "head.weight, head.bias: not a trainable parameter"),
+    "added": (_add, "more.weight, more.bias: not a trainable parameter"),
+}
+
+
+@pytest.mark.parametrize("when", ["attached", "later"])
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_were_not_there_are_refused(change, when):
+    model = Net()
+    model.down.requires_grad_(False)
+    engine = attached(model)
+    if when == "later":
+        step(engine, plain_loss)
+    function, words = CHANGES[change]
+    function(model)
+    with pytest.raises(GraddotError, match=words):
+        step(engine, plain_loss, number=1)
+    engine.detach()
+    with pytest.raises(GraddotError, match="make another|is new since|make it last"):
+        engine.attach()
+
+
+def test_a_scored_layer_that_is_gone_is_refused():
+    model = Net()
+    engine = attached(model)
+    _replace_frozen(model)
+    with pytest.raises(GraddotError, match="a Linear that was scored is no longer in the model"):
+        step(engine, plain_loss)
+
+
+def test_an_optimizer_of_parameters_outside_of_the_model_is_refused():
+    model, criterion = Net(), nn.Linear(3, 3)
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1)
+    with pytest.raises(GraddotError, match="2 parameters that are not in the engine's model"):
+        attached(model, optimizer)
+
+
+class Later(nn.Module):
+    """Its second layer runs from the second step on; with time first, T as large as the rows."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.up, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.deep = False
+        self.double()
+
+    def forward(self, x):
+        h = self.up(x.transpose(0, 1)).tanh()
+        if self.deep:
+            h = self.more(h.cumsum(0)).tanh()
+        return self.head(h.mean(0))
+
+
+def test_a_layer_that_runs_later_with_time_first(close):
+    model, x, y = Later(), torch.randn(6, 6, 8).double(), Y
+    engine = GradDotProdEngine(model, (x[4:], y[4:]))
+    engine.attach()
+    for number, model.deep in enumerate((False, True, True)):
+        loss = lambda out, y: F.cross_entropy(out, y)
+        if not model.deep:
+            engine.attach_train_batch(x[:4], y[:4], number, None)
+            F.cross_entropy(model(x), y).backward()
+            engine.prepare_gradients()
+            engine.aggregate_and_log()
+            continue
+        dots, scales = sample_dots(model, (x[:4], y[:4]), (x[4:], y[4:]), loss=loss)
+        want = gradient(model, x[:4], y[:4], loss=loss)
+        model.zero_grad()
+        engine.attach_train_batch(x[:4], y[:4], number, None)
+        F.cross_entropy(model(x), y).backward()
+        engine.prepare_gradients()
+        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+        same_gradients(model, want, 1e-10)
+
+
+# Buffers and noise
+
+
+class Normaliser(nn.Module):
+    """Scales by a running mean, which it updates."""
+
+    def __init__(self, floating):
+        super().__init__()
+        self.linear = nn.Linear(8, 3).double()
+        self.register_buffer("mean", torch.ones(8).double())
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
+        self.floating = floating
+
+    def forward(self, x):
+        out = self.linear(x.mean(1) / self.mean)
+        self.steps += 1
+        if self.floating:
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().abs().mean((0, 1))
+        return out
+
+
+def test_a_running_mean_that_would_see_validation_rows_is_refused():
+    with pytest.raises(GraddotError, match="buffer mean was changed by the forward, in which"):
+        step(attached(Normaliser(True)), plain_loss)
+
+
+def test_the_checks_leave_no_trace_in_buffers():
+    model, alone = Normaliser(False), Normaliser(True)
+    step(attached(model), plain_loss)
+    assert model.steps == 1
+    engine = GradDotProdEngine(alone)
+    engine.attach()
+    engine.set_directions({n: torch.ones_like(p) for n, p in alone.named_parameters()})
+    step(engine, plain_loss)
+    assert alone.steps == 1
+    torch.testing.assert_close(alone.mean, 0.9 + 0.1 * TRAIN[0].abs().mean((0, 1)))
+
+
+class Noisy(Net):
+    def __init__(self, mix):
+        super().__init__()
+        self.mix = mix
+
+    def forward(self, x):
+        return super().forward(self.mix(x))
+
+
+MIXES = {
+    "mixup": lambda x: 0.7 * x + 0.3 * x[torch.randperm(len(x))],
+    "centred": lambda x: x - x.mean(0) + 0.1 * torch.randn_like(x),
+    "drawn": lambda x: x + x[torch.randint(0, len(x), (len(x),))],
+    "normal": lambda x: x - x.mean(0) + torch.empty_like(x).normal_(),
+}
+
+
+@pytest.mark.parametrize("mix", MIXES)
+def test_mixed_samples_are_found_behind_noise(mix):
+    with pytest.raises(GraddotError, match="depends on other samples of the batch"):
+        step(attached(Noisy(MIXES[mix])), plain_loss)
+
+
+class Sampled(nn.Module):
+    """A latent vector (rows, d) with noise in it, as a variational encoder has."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.head = nn.Linear(8, 8).double(), nn.Linear(8, 3).double()
+
+    def forward(self, x):
+        h = self.up(x.mean(1))
+        return self.head(h + 0.1 * torch.randn_like(h))
+
+
+def test_noise_before_a_layer_of_two_dimensions():
+    assert step(attached(Sampled()), plain_loss).isfinite().all()
+
+
+# Losses and their scale
+
+Out = namedtuple("Out", "logits loss")
+FORMS = {
+    "mapping": lambda logits, loss: {"loss": loss, "logits": logits},
+    "tuple": lambda logits, loss: (logits, loss),
+    "list": lambda logits, loss: [loss, logits],
+    "namedtuple": Out,
+    "namespace": lambda logits, loss: SimpleNamespace(loss=loss, logits=logits),
+    "other-key": lambda logits, loss: {"total_loss": loss},
+    "number": lambda logits, loss: loss,
+}
+
+
+class WithLoss(Net):
+    def __init__(self, form):
+        super().__init__()
+        self.form = form
+
+    def forward(self, x, y):
+        logits = super().forward(x)
+        return self.form(logits, F.cross_entropy(logits, y))
+
+
+def returned(name, x):
+    """The loss in a model's output."""
+    kinds = {"tuple": lambda o: o[1], "list": lambda o: o[0], "number": lambda o: o}
+    attribute = lambda o: o.loss
+    key = lambda o: next(o[k] for k in ("loss", "total_loss") if k in o)
+    return kinds.get(name, attribute if "name" in name else key)(x)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_scale_of_a_returned_loss(form, close):
+    model = WithLoss(FORMS[form])
+    dots, scales = sample_dots(Net(), TRAIN, VAL, loss=F.cross_entropy)
+    loss = lambda model, x, y: returned(form, model(x, y))
+    engine = attached(model)
+    for number in range(2):  # checked, and not
+        close(step(engine, loss, 0.25, number), total(dots), 1e-10, total(scales))
+
+
+def _distilled(model, x, y):
+    logits, loss = model(x, y)
+    return 0.3 * loss + 0.7 * F.cross_entropy(logits, y, reduction="mean", label_smoothing=0.1)
+
+
+def test_a_returned_loss_beside_another_has_to_be_tracked(close):
+    with pytest.raises(GraddotError, match="output of shape .* beside its loss.*track_loss"):
+        step(attached(WithLoss(FORMS["tuple"])), _distilled)
+    whole = lambda out, y: (
+        0.3 * F.cross_entropy(out, y) + 0.7 * F.cross_entropy(out, y, label_smoothing=0.1)
+    )
+    dots, scales = sample_dots(Net(), TRAIN, VAL, loss=whole)
+    scores = step(attached(WithLoss(FORMS["tuple"])), _distilled, 0.25, track=True)
+    close(scores, total(dots), 1e-10, total(scales))
+
+
+def test_two_tracked_losses_are_refused():
+    engine = attached(Net())
+    engine.attach_train_batch(*TRAIN, 0, None)
+    loss = plain_loss(engine.model, *engine.prepare_forward_input(*TRAIN))
+    (engine.track_loss(loss) + engine.track_loss(2 * loss)).backward()
+    with pytest.raises(GraddotError, match="two losses were tracked"):
+        engine.prepare_gradients()
+
+
+class Unreduced(Net):
+    def forward(self, x, y):
+        return {"loss": F.cross_entropy(super().forward(x), y, reduction="none")}
+
+
+def test_a_returned_loss_that_is_no_number_has_to_be_tracked(close):
+    loss = lambda model, x, y: model(x, y)["loss"].sum()
+    with pytest.raises(GraddotError, match=r"its loss of shape \(6,\).*track_loss"):
+        step(attached(Unreduced(), loss_reduction="sum"), loss)
+    dots, scales = sample_dots(Net(), TRAIN, VAL, loss=F.cross_entropy)
+    scores = step(attached(Unreduced(), loss_reduction="sum"), loss, 0.25, track=True)
+    close(scores, total(dots), 1e-10, total(scales))
+
+
+class Pixels(nn.Module):
+    """Classes in the second dimension of what it returns, as segmentation has them."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv1d(8, 3, 1).double()
+
+    def forward(self, x):
+        return self.conv(x.transpose(1, 2))
+
+
+def test_an_ignored_label_is_noticed_where_classes_come_second():
+    labels = torch.arange(30).view(6, 5) % 3
+    labels[1, 2:] = 255
+    engine = GradDotProdEngine(Pixels(), (X[4:], labels[4:]))
+    engine.attach()
+    engine.attach_train_batch(X[:4], labels[:4], 0, None)
+    F.cross_entropy(engine.model(X), labels, ignore_index=255).backward()
+    with pytest.raises(
+        GraddotError, match="row 1 of the joint batch has 5 labelled tokens.*used 2"
+    ):
+        engine.prepare_gradients()
+
+
+# The optimizer's step
+
+
+@pytest.mark.parametrize("closes", ["before", "after", "never"])
+def test_values_wherever_the_step_is_closed(closes):
+    model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = GradDotProdEngine(model, val, label_shift=1, store=store)
+    engine.attach(optimizer)
+    train = token_batch(3, 9, seed=1)
+    for number in range(2):
+        engine.attach_train_batch(*train, number, torch.arange(3))
+        x, y = engine.prepare_forward_input(*train)
+        lm_loss(model(x).logits, y).backward()
+        if closes == "before":
+            engine.prepare_gradients()
+        optimizer.step()
+        optimizer.param_groups[0]["lr"] = 7.0  # as of a scheduler
+        if closes == "after":
+            engine.prepare_gradients()
+        scores = engine.aggregate_and_log()
+        optimizer.zero_grad()
+        torch.testing.assert_close(store.column("value"), scores * 0.5 / 3)
+        optimizer.param_groups[0]["lr"] = 0.5
+
+
+def test_values_logged_before_an_accumulated_step_are_refused():
+    model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = GradDotProdEngine(model, val, label_shift=1, store=Store())
+    engine.attach(optimizer)
+    run(engine, token_batch(2, 9, seed=1))
+    engine.aggregate_and_log()
+    with pytest.raises(GraddotError, match="its gradients are still there"):
+        run(engine, token_batch(2, 9, seed=3))
+
+
+def test_a_direction_that_is_a_gradient_is_copied():
+    model = Net()
+    plain_loss(model, *VAL).backward()
+    engine = GradDotProdEngine(model)
+    engine.attach()
+    engine.set_directions({n: p.grad for n, p in model.named_parameters()})
+    model.zero_grad(set_to_none=False)
+    assert (step(engine, plain_loss) != 0).all()
+    whole = {n: torch.ones_like(p, dtype=torch.long) for n, p in model.named_parameters()}
+    with pytest.raises(GraddotError, match="floating-point"):
+        engine.set_directions(whole)
