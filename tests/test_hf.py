@@ -3,17 +3,27 @@
 import copy
 import importlib.util
 from pathlib import Path
+from typing import NamedTuple
 
 import pyarrow.dataset
 import pytest
 import torch
+import torch.nn.functional as F
 from brute_force import tiny_gpt2
 from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
 from loop_steps import mapping_gradient, tiny_bert
+from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    BertConfig,
+    BertForQuestionAnswering,
+    DataCollatorWithFlattening,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 
 def samples(n, *, seed, vocab=61, classes=0):
@@ -48,7 +58,8 @@ class Snapshots(TrainerCallback):
         self.states.append({n: copy.deepcopy(optimizer.state.get(p)) for n, p in named})
         plain = copy.deepcopy(model)
         plain.__dict__.pop("forward", None)  # accelerate's, under autocast
-        plain.gradient_checkpointing_disable()
+        if hasattr(plain, "gradient_checkpointing_disable"):
+            plain.gradient_checkpointing_disable()
         self.models.append(plain.float().train())
 
 
@@ -300,6 +311,169 @@ def test_refusals(tmp_path):
         make(compute_loss_func=lambda *args, **kwargs: None)
     with pytest.raises(GraddotError, match="model_init"):
         make(model_init=lambda: tiny_gpt2())
+
+
+def scored(folder, model, *, cls=GradDotProdTrainer, collator=collate, options=None, **kwargs):
+    """A trainer of TRAIN and VAL."""
+    return cls(
+        model=model,
+        args=arguments(folder, **{"remove_unused_columns": False, **kwargs}),
+        data_collator=collator,
+        train_dataset=TRAIN,
+        val_dataset=VAL,
+        engine_options=options,
+    )
+
+
+class HalfLoss(GradDotProdTrainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        return 0.5 * super().compute_loss(model, inputs, **kwargs)
+
+
+class FromLogits(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        logits = model(**inputs).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+class MixedIn(GradDotProdTrainer, FromLogits):
+    pass
+
+
+class OwnLossAgain(GradDotProdTrainer, FromLogits):
+    compute_loss = Trainer.compute_loss
+
+
+class Rescaled(GradDotProdTrainer):
+    loss_is_scaled_for_ga = False
+
+
+def test_a_loss_of_the_users_own_is_refused(tmp_path):
+    with pytest.raises(GraddotError, match="compute_loss of its own, HalfLoss.compute_loss"):
+        scored(tmp_path, tiny_gpt2(), cls=HalfLoss)
+    with pytest.raises(GraddotError, match="compute_loss of its own, FromLogits.compute_loss"):
+        scored(tmp_path, tiny_gpt2(), cls=MixedIn)
+    with pytest.raises(GraddotError, match="loss_is_scaled_for_ga"):
+        scored(tmp_path, tiny_gpt2(), cls=Rescaled)
+    trainer = scored(tmp_path, tiny_gpt2())
+    trainer.compute_loss = lambda model, inputs, **kwargs: 0.5 * model(**inputs).loss
+    with pytest.raises(GraddotError, match="compute_loss of its own, .*lambda"):
+        trainer.train()
+    trainer = scored(tmp_path, tiny_gpt2())
+    trainer.compute_loss_func = lambda outputs, labels, **kwargs: 0.5 * outputs.loss
+    with pytest.raises(GraddotError, match="compute_loss_func"):
+        trainer.train()
+    assert not any((tmp_path / "scores").glob("part-*"))
+
+
+def test_the_models_loss_in_place_of_the_users_own(tmp_path, close):
+    scored(tmp_path, tiny_gpt2(), cls=OwnLossAgain, max_steps=1).train()
+    rows = rows_of(tmp_path / "scores")
+    dots, scales, _ = brute_force(tiny_gpt2(), TRAIN, VAL, [row["sample_id"] for row in rows])
+    close(torch.tensor([row["dot"] for row in rows], dtype=torch.float64), dots, 1e-5, scales)
+
+
+class Own(nn.Module):
+    """What it returns is made of (loss, logits)."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.form = nn.Embedding(61, 8), nn.Linear(8, 61), form
+
+    def forward(self, input_ids, attention_mask, labels):
+        logits = self.head(self.embedding(input_ids).tanh())
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return self.form(loss, logits)
+
+
+OUTPUTS = {
+    "tuple": lambda loss, logits: (loss, logits),
+    "list": lambda loss, logits: [loss, logits],
+    "dict": lambda loss, logits: {"logits": logits, "loss": loss},
+}
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("form", OUTPUTS)
+def test_models_that_return_other_forms(tmp_path, close, form, accumulation):
+    model, snapshots = Own(OUTPUTS[form]), Snapshots()
+    trainer = scored(
+        tmp_path,
+        model,
+        max_steps=2,
+        options={"label_shift": 1},
+        gradient_accumulation_steps=accumulation,
+    )
+    trainer.add_callback(snapshots)
+    trainer.train()
+    rows = rows_of(tmp_path / "scores")
+    for step, snapshot in enumerate(snapshots.models):
+        at = [row for row in rows if row["step"] == step]
+        assert len(at) == 3 * accumulation
+        plain = snapshot.double()
+        plain.form = lambda loss, _: loss
+
+        def own(data, plain=plain):
+            return torch.autograd.grad(plain(**collate(data)), list(plain.parameters()))
+
+        direction = torch.cat([g.flatten() for g in own(VAL)])
+        samples = [torch.cat([g.flatten() for g in own([TRAIN[row["sample_id"]]])]) for row in at]
+        scales = torch.stack([direction.norm() * g.norm() for g in samples])
+        dots = torch.stack([direction @ g for g in samples])
+        got = torch.tensor([row["dot"] for row in at], dtype=torch.float64)
+        close(got, dots, 1e-5, scales)
+
+
+class LossLast(NamedTuple):
+    total: torch.Tensor
+    loss: torch.Tensor
+
+
+def test_models_without_a_loss_are_refused(tmp_path):
+    forms = {
+        "tuple without a loss": lambda loss, logits: (logits, loss),
+        "dict without a loss": lambda loss, logits: {"logits": logits},
+        "Tensor without a loss": lambda loss, logits: logits,
+        "LossLast whose loss is not its first item": lambda loss, _: LossLast(2 * loss, loss),
+    }
+    for message, form in forms.items():
+        with pytest.raises(GraddotError, match=message):
+            scored(tmp_path, Own(form), options={"label_shift": 1}).train()
+
+
+def test_a_loss_that_is_not_tracked_is_refused(tmp_path, monkeypatch):
+    """Under accumulation it would halve every dot."""
+    trainer = scored(tmp_path, tiny_gpt2())
+    monkeypatch.setattr("graddot_lm.scores.MicroBatch.loss_factors", lambda self: [])
+    with pytest.raises(GraddotError, match="loss trained on is not one that the model returned"):
+        trainer.train()
+
+
+def test_padding_free_batches_are_refused(tmp_path):
+    trainer = scored(tmp_path, tiny_gpt2(), collator=DataCollatorWithFlattening())
+    with pytest.raises(GraddotError, match="1 rows of 3 dataset items; padding-free"):
+        trainer.train()
+
+
+def test_targets_that_are_not_in_labels_are_refused(tmp_path):
+    def spans(rows):
+        batch = collate(rows)
+        ends = batch.pop("labels")[:, 0] % 4
+        return {**batch, "start_positions": ends - ends % 2, "end_positions": ends}
+
+    config = BertConfig(
+        vocab_size=61,
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=32,
+    )
+    trainer = scored(tmp_path, BertForQuestionAnswering(config), collator=spans)
+    with pytest.raises(GraddotError, match='no "labels", but start_positions, end_positions'):
+        trainer.train()
 
 
 def test_example(tmp_path):

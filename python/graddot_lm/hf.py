@@ -99,7 +99,9 @@ class GradDotProdTrainer(Trainer):
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
     GPUs in one process, DeepSpeed, FSDP and parallelism_config, label smoothing, NEFTune's noise,
-    `compute_loss_func`, `model_init`, auto_find_batch_size and iterable training sets.
+    a `compute_loss` other than Trainer's, `compute_loss_func`, loss_is_scaled_for_ga,
+    `model_init`, auto_find_batch_size, iterable training sets, padding-free batches, and batches
+    whose targets are not in "labels".
     """
 
     def __init__(
@@ -145,10 +147,12 @@ class GradDotProdTrainer(Trainer):
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
             "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
-            "label_smoothing_factor": args.label_smoothing_factor != 0,
+            "label_smoothing_factor": self.label_smoother is not None,
             # Its noise is another in every forward, also in those that check the first step.
             "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
+            # For a loss of one's own; another factor than Trainer's is not in the values.
+            "loss_is_scaled_for_ga": getattr(self, "loss_is_scaled_for_ga", None) is not None,
             "model_init": self.model_init is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
             "an iterable training set": isinstance(self.train_dataset, IterableDataset),
@@ -156,6 +160,15 @@ class GradDotProdTrainer(Trainer):
         found = [name for name, is_so in reasons.items() if is_so]
         if found:
             raise GraddotError(f"GradDotProdTrainer cannot score with {', '.join(found)}")
+        # Of a loss of the user's own nothing tells how it is made of the samples' losses.
+        if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
+            name = getattr(self.compute_loss, "__qualname__", type(self.compute_loss).__name__)
+            raise GraddotError(
+                f"GradDotProdTrainer cannot score with a compute_loss of its own, {name}: it scores"
+                " the loss that the model returns. Compute the loss in the model's forward, write"
+                " compute_loss = transformers.Trainer.compute_loss in the class if the model's own"
+                " loss is the same, or use GradDotProdEngine in a loop of your own"
+            )
 
     def _writer(self) -> BackgroundWriter:
         """Of this process's rows."""
@@ -238,19 +251,45 @@ class GradDotProdTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         """Trainer's, with the batch's scores taken from its backward."""
+        self._refuse()  # what was set since
+        index = inputs.pop(_INDEX)
+        self._check_rows(inputs, len(index))
         if not self._training:
             self._begin()
         step = self.state.global_step
         if step != self._step:
             self._step, self._scoring = step, self._direct(step)
-        index = inputs.pop(_INDEX)
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         self.engine.attach_train_batch(inputs, None, step, index)
         loss = super().training_step(model, inputs, num_items_in_batch)
+        micro = self.engine._forward.micro
+        if micro is not None and not micro.loss_factors():  # its scaling would be taken for 1
+            raise GraddotError(
+                'the loss trained on is not one that the model returned as a mapping\'s "loss" or'
+                " a tuple's first item; let the model's forward return it there"
+            )
         self.engine.prepare_gradients()
         return loss
+
+    def _check_rows(self, inputs: Mapping[str, Any], items: int) -> None:
+        """Raise GraddotError unless each of the batch's items has a row of labels."""
+        labels = inputs.get("labels")
+        if labels is None:
+            others = [name for name in self.label_names or () if name in inputs]
+            raise GraddotError(
+                f'the batch has no "labels", but {", ".join(others or inputs)}; they are needed to'
+                " count the terms that each sample has in the loss. Targets under other names, as"
+                " start_positions and end_positions, cannot be scored: let the collator put them"
+                ' into "labels", with the samples first, and the model compute its loss from them'
+            )
+        if isinstance(labels, Tensor) and labels.dim() and len(labels) != items:
+            raise GraddotError(
+                f"the collator made {len(labels)} rows of {items} dataset items; padding-free"
+                " (flattened) batches cannot be scored, nor others in which an item is not one row:"
+                " use a collator that pads"
+            )
 
     def _direct(self, step: int) -> bool:
         """Give the engine its directions for this step; whether there are any."""
