@@ -109,6 +109,17 @@ def test_an_optimizer_of_parameters_outside_of_the_model_is_refused():
         attached(model, optimizer)
 
 
+def test_an_optimizer_of_a_part_of_the_model_is_refused():
+    model = Net()
+    optimizer = torch.optim.SGD(model.down.parameters(), lr=0.1)
+    with pytest.raises(GraddotError, match=r"does not update up.weight, .*\(4 of 6 scored"):
+        attached(model, optimizer)
+    excluded = [f"{part}.{name}" for part in ("up", "head") for name in ("weight", "bias")]
+    attached(model, optimizer, exclude=excluded).detach()
+    with pytest.raises(GraddotError, match="attach got a list; expected one optimizer"):
+        attached(model, [optimizer])
+
+
 class Later(nn.Module):
     """Its second layer runs from the second step on; with time first, T as large as the rows."""
 
@@ -223,6 +234,39 @@ class Sampled(nn.Module):
 
 def test_noise_before_a_layer_of_two_dimensions():
     assert step(attached(Sampled()), plain_loss).isfinite().all()
+
+
+class Mean(Net):
+    """Takes the mean over all tokens, padding too."""
+
+    def __init__(self, heeds):
+        super().__init__()
+        self.heeds = heeds
+
+    def forward(self, x):
+        used = (x != 0).any(-1, keepdim=True) if self.heeds else torch.ones_like(x[..., :1])
+        return self.head((self.up(x).tanh() * used).sum(1) / used.sum(1))
+
+
+@pytest.mark.parametrize("longer", ["train", "val"])
+def test_padding_that_the_model_looks_at_is_refused(longer, close):
+    short = X[:, :3]
+    x, x_val = (X[:4], short[4:]) if longer == "train" else (short[:4], X[4:])
+    for heeds in (True, False):
+        model = Mean(heeds)
+        train, val = (x, Y[:4]), (x_val, Y[4:])
+        engine = GradDotProdEngine(model, val, padding={"inputs": 0})
+        engine.attach()
+        engine.attach_train_batch(*train, 0, None)
+        joint, y = engine.prepare_forward_input(*train)
+        if heeds:
+            dots, scales = sample_dots(Mean(True), train, val, loss=F.cross_entropy)
+            F.cross_entropy(model(joint), y).backward()
+            engine.prepare_gradients()
+            close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+        else:
+            with pytest.raises(GraddotError, match="length 3 that were filled up to 5 change what"):
+                model(joint)
 
 
 # Losses and their scale

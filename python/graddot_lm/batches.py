@@ -3,6 +3,7 @@
 Validation rows ride behind the training rows in one forward, so batches are joined key by key.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -127,6 +128,20 @@ def _check_mask_not_needed(parts: Sequence[Rows]) -> None:
             "rows of different length need an attention_mask, or the model would attend to the"
             ' padding; add "attention_mask" to the batches'
         )
+
+
+def filled_rows(parts: Sequence[Rows]) -> list[tuple[list[int], int, int]]:
+    """Of each part that `join` fills up: its rows in the joint batch, their own length and the
+    longest part's."""
+    lengths = [
+        max((x.shape[1] for x in p.inputs.values() if x.dim() > 1), default=0) for p in parts
+    ]
+    ends = list(itertools.accumulate(map(len, parts), initial=0))
+    return [
+        (list(range(begin, end)), own, max(lengths))
+        for begin, end, own in zip(ends, ends[1:], lengths, strict=False)
+        if own < max(lengths)
+    ]
 
 
 def _join_key(key: str, parts: list[Tensor], fill: float | None) -> Tensor:

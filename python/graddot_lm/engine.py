@@ -28,7 +28,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import distributed
-from .batches import Batch, Inputs, LossForm, Rows, is_batch, join, read_batch, read_rows
+from .batches import (
+    Batch,
+    Inputs,
+    LossForm,
+    Rows,
+    filled_rows,
+    is_batch,
+    join,
+    read_batch,
+    read_rows,
+)
 from .compiler import prepare_compiler, run_compiled, uncompiled
 from .coverage import Coverage, cover
 from .directions import (
@@ -233,10 +243,21 @@ class GradDotProdEngine:
         whether it took the step."""
         while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
             optimizer = optimizer.optimizer  # type: ignore[union-attr]  # accelerate's wrapper
+        if not hasattr(optimizer, "param_groups") and optimizer is not None:
+            raise GraddotError(
+                f"attach got a {type(optimizer).__name__}; expected one optimizer, whose learning rates"
+                " the values are made of, or none, and then there are no values"
+            )
         groups = [] if optimizer is None else optimizer.param_groups
         updated = {id(p) for group in groups for p in group["params"]}
-        if optimizer is not None and not updated & {id(p) for p in self._parameters.values()}:
-            raise GraddotError("the optimizer updates none of the model's trainable parameters")
+        others = [n for n in self._coverage.covered if id(self._parameters[n]) not in updated]
+        if optimizer is not None and others:
+            raise GraddotError(
+                f"the optimizer does not update {', '.join(others[:5])}{' …' if others[5:] else ''}"
+                f" ({len(others)} of {len(self._coverage.covered)} scored parameters), so that values"
+                " would leave them out; with several optimizers call attach() without one, and make"
+                " values of parameter_dots() and your learning rates; or exclude= what is not to count"
+            )
         if foreign := len(updated - {id(p) for p in self.model.parameters()}):
             raise GraddotError(
                 f"the optimizer updates {foreign} parameters that are not in the engine's model, so"
@@ -340,6 +361,7 @@ class GradDotProdEngine:
             loss_reduction=self._loss.reduction,
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,
+            filled=filled_rows(parts),
             applied=not isinstance(self._optimizer, torch.optim.Optimizer),
         )
         micro.set_counts(self._loss.count(labels))

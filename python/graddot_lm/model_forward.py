@@ -24,7 +24,7 @@ from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .rows import KnownLayouts, check_loss, check_outputs, find_layouts, own_buffers
+from .rows import KnownLayouts, check_loss, check_outputs, check_padding, find_layouts, own_buffers
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
@@ -513,6 +513,10 @@ class ModelForward:
         if known is not None:
             micro.step.layouts.update(known)
             return
+        if micro.step.first and not micro.step.sharded:
+            for filled in micro.filled:
+                with self.set_aside():
+                    check_padding(self.model, args, kwargs, micro.step.rows, filled)
         problem: GraddotError | None = None
         while True:
             names = {id(module): name for name, module in self.model.named_modules()}

@@ -217,6 +217,44 @@ def check_outputs(plain: Callable[[], Any], scored: Callable[[], Any], kind: str
     raise GraddotError(f"the model's outputs change when its layers are scored. {_EXPANDED}")
 
 
+def check_padding(
+    model: nn.Module, args: Any, kwargs: Any, rows: int, filled: tuple[list[int], int, int]
+) -> None:
+    """Raise GraddotError if rows that were filled up at the right change what the model returns.
+
+    filled is which rows of the batch, their own length, and that to which they were filled up.
+    """
+    index, own, full = filled
+
+    def run(length: int) -> list[_Digest]:
+        def part(x: Tensor) -> Tensor:
+            x = take_rows(x, index, rows)
+            return x[:, :length] if x.dim() > 1 and x.shape[1] == full else x
+
+        part_args, part_kwargs = tree_map_only(Tensor, part, (args, kwargs))
+        with own_buffers(model):
+            out = model(*part_args, **part_kwargs)
+        cut = lambda x: x[:, :own] if x.dim() > 1 and x.shape[1] == full else x
+        return [_digest(cut(x)) for x in tensors_in(out) if x.dim() > 0]
+
+    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        got = run(full)
+        try:
+            want = run(own)
+        except Exception as error:  # the model's own code may raise anything
+            raise GraddotError(
+                f"the model does not run on rows of length {own} before they are filled up to {full}"
+                f" ({type(error).__name__}: {error}), so that it cannot be shown to ignore padding"
+            ) from error
+    pairs = [(x, y) for x, y in zip(got, want, strict=False) if x.shape == y.shape]
+    if not all(_same([x], [y]) for x, y in pairs):
+        raise GraddotError(
+            f"rows of length {own} that were filled up to {full} change what the model returns for"
+            " them: it looks at the padding. Give it an attention mask that it heeds, or training and"
+            " validation rows of one length"
+        )
+
+
 def _same(got: list[_Digest], want: list[_Digest]) -> bool:
     def close(x: _Digest, y: _Digest) -> bool:
         by_dtype = {torch.float64: 1e-6, torch.float32: 1e-3}.get(y.values.dtype, 0.1)

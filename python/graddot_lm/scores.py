@@ -43,6 +43,8 @@ class MicroBatch:
     # Shapes of outputs whose gradient tells that the caller made a loss of them, and whether that of
     # a loss that is no number: which then has to be tracked.
     used_outputs: list[str] = field(default_factory=list)
+    # Rows that `padding` filled up: which, their own length and that of the joint batch.
+    filled: list[tuple[list[int], int, int]] = field(default_factory=list)
     running: bool = False  # inside the model's forward
     forwarded: bool = False
     # Whether the optimizer took the step; a 0-dim tensor where only the device knows.
@@ -175,7 +177,7 @@ def learning_rates(
     leaf_of: Mapping[str, str],
     optimizer: torch.optim.Optimizer,
 ) -> tuple[Number, dict[str, Number]]:
-    """The first group's, and by leaf; 0 for parameters that the optimizer does not update."""
+    """The first group's, and by leaf."""
     rates = [_rate(group["lr"]) for group in optimizer.param_groups]
     groups = zip(optimizer.param_groups, rates, strict=True)
     by_id = {id(p): rate for group, rate in groups for p in group["params"]}
