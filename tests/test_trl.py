@@ -116,9 +116,9 @@ def test_what_cannot_be_scored_is_refused(tmp_path, tokenizer):
     class OwnLoss(GradDotProdTrainer, trl.SFTTrainer):
         pass
 
-    with pytest.raises(GraddotError, match="lm_head.weight .by ChunkedLogProb"):
-        trainer(OwnLoss, tmp_path / "own", tokenizer, "text").train()
-    with pytest.raises(GraddotError, match="max_length_q = .*a tensor with rows first"):
+    with pytest.raises(GraddotError, match="compute_loss of its own, SFTTrainer.compute_loss"):
+        trainer(OwnLoss, tmp_path / "own", tokenizer, "text")
+    with pytest.raises(GraddotError, match="1 rows of 3 dataset items; padding-free"):
         trainer(
             ScoredSFTTrainer,
             tmp_path / "packed",
