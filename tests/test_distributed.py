@@ -262,11 +262,10 @@ def refused(rank, world):
     engine = GradDotProdEngine(late, (x, y))
     engine.attach()
     fully_shard(late)
-    engine.attach_train_batch(x, y, 0, None)
     attempts = {
         "borrowed": lambda: one_step(fully_shard(Borrowed()), x, y),
         "tensor-parallel": lambda: one_step(parallel, x, y),
-        "late": lambda: late(torch.cat([x, x])),
+        "late": lambda: engine.attach_train_batch(x, y, 0, None),
         "parallel": lambda: one_step(nn.DataParallel(nn.Linear(4, 4)), x, y),
         "inside": lambda: one_step(nn.Sequential(DistributedDataParallel(nn.Linear(4, 4))), x, y),
     }
@@ -284,6 +283,8 @@ def test_refusals(tmp_path):
     for messages in on_processes(2, tmp_path, refused):
         assert "first.weight (by " in messages["borrowed"], messages
         assert "weight is a DTensor inside the forward" in messages["tensor-parallel"], messages
-        assert "was replaced since the engine was made" in messages["late"], messages
+        assert "weight, bias: not a trainable parameter of the model when" in messages["late"], (
+            messages
+        )
         assert "the model is a DataParallel" in messages["parallel"], messages
         assert "0 is a DistributedDataParallel" in messages["inside"], messages

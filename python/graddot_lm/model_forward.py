@@ -143,7 +143,7 @@ class ModelForward:
                 raise GraddotError(
                     f"{', '.join(names[:5])}{' …' if names[5:] else ''}: not a trainable parameter of"
                     " the model when the engine was made, but now; detach() the engine and make"
-                    " another one after layers are unfrozen, added or replaced"
+                    " another one after layers are unfrozen, added, or replaced as by fully_shard"
                 )
         present = set(map(id, modules))
         for module, _ in self._attached:
