@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401 (registers torch.ops.graddot)
-from .torch_impl import mm_fp32
+from .torch_impl import products_fp32
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # What the gram route's Hadamard product and sum take for a pair of tokens, in multiply-adds of a
@@ -164,8 +164,7 @@ def _val_directions(act: Tensor, grad: Tensor) -> Tensor:
     """Every row's gradient, (V, Dout, Din), in fp32: a 16-bit one would be rounded, and may
     overflow."""
     if act.is_cuda and act.itemsize == 2 and len(act) > 0:  # products on the matrix units
-        directions = [mm_fp32(b.t(), a) for a, b in zip(act, grad, strict=True)]
-        return directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
+        return products_fp32(zip(act, grad, strict=True))
     if act.dtype != torch.float64:
         act, grad = act.float(), grad.float()
     return torch.bmm(grad.transpose(1, 2), act)

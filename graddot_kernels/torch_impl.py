@@ -4,7 +4,7 @@ Same signatures as the ops (`padding_idx` -1 for none); the definitions are in `
 the processor has them, compiled kernels do the fused route's inner work (`cpu_kernels`).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -46,6 +46,12 @@ def mm_fp32(x: Tensor, y: Tensor) -> Tensor:
     if x.is_cuda and x.dtype != torch.float32 and 0 not in (*x.shape, *y.shape):
         return torch.mm(x, y, out_dtype=torch.float32)
     return torch.mm(x.float(), y.float())
+
+
+def products_fp32(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """Σ_t b_t a_tᵀ of each pair a (T, Din), b (T, Dout), by `mm_fp32`: (K, Dout, Din)."""
+    products = [mm_fp32(b.t(), a) for a, b in pairs]
+    return products[0].unsqueeze(0) if len(products) == 1 else torch.stack(products)
 
 
 def _scaled_(x: Tensor, scale: Tensor | None) -> Tensor:

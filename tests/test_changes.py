@@ -31,11 +31,11 @@ class Net(nn.Module):
         return self.head(self.down(self.up(x).tanh()).tanh().mean(1))
 
 
-def step(engine, loss_of, factor=1.0, number=0, track=False):
+def step(engine, loss_of, factor=1.0, number=0, track=False, train=TRAIN, model=None):
     """One step with a loss made of the model's output; its scores."""
-    engine.attach_train_batch(*TRAIN, number, torch.arange(4))
-    x, y = engine.prepare_forward_input(*TRAIN)
-    loss = loss_of(engine.model, x, y)
+    engine.attach_train_batch(*train, number, torch.arange(4))
+    x, y = engine.prepare_forward_input(*train)
+    loss = loss_of(engine.model if model is None else model, x, y)
     ((engine.track_loss(loss) if track else loss) * factor).backward()
     engine.prepare_gradients()
     return engine.aggregate_and_log()
@@ -127,10 +127,11 @@ class Later(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.up, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.deep = False
+        self.deep, self.calls = False, 0
         self.double()
 
     def forward(self, x):
+        self.calls += 1
         h = self.up(x.transpose(0, 1)).tanh()
         if self.deep:
             h = self.more(h.cumsum(0)).tanh()
@@ -157,6 +158,9 @@ def test_a_layer_that_runs_later_with_time_first(close):
         engine.prepare_gradients()
         close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
         same_gradients(model, want, 1e-10)
+    before = model.calls
+    step(engine, plain_loss, number=3, train=(x[:4], y[:4]))
+    assert model.calls == before + 1  # what was learnt late is known
 
 
 # Buffers and noise
@@ -311,6 +315,18 @@ def test_the_scale_of_a_returned_loss(form, close):
         close(step(engine, loss, 0.25, number), total(dots), 1e-10, total(scales))
 
 
+@pytest.mark.parametrize("form", ["mapping", "tuple", "list", "number"])
+def test_the_scale_of_a_loss_that_a_compiled_model_returns(form, close):
+    torch._dynamo.reset()
+    model = WithLoss(FORMS[form])
+    dots, scales = sample_dots(Net(), TRAIN, VAL, loss=F.cross_entropy)
+    engine, compiled = attached(model), torch.compile(model, backend="aot_eager")
+    loss = lambda model, x, y: returned(form, model(x, y))
+    for number in range(3):
+        scores = step(engine, loss, 0.25, number, model=compiled)
+        close(scores, total(dots), 1e-10, total(scales))
+
+
 def _distilled(model, x, y):
     logits, loss = model(x, y)
     return 0.3 * loss + 0.7 * F.cross_entropy(logits, y, reduction="mean", label_smoothing=0.1)
@@ -343,7 +359,7 @@ class Unreduced(Net):
 
 def test_a_returned_loss_that_is_no_number_has_to_be_tracked(close):
     loss = lambda model, x, y: model(x, y)["loss"].sum()
-    with pytest.raises(GraddotError, match=r"its loss of shape \(6,\).*track_loss"):
+    with pytest.raises(GraddotError, match=r"the model's loss of shape \(6,\).*track_loss"):
         step(attached(Unreduced(), loss_reduction="sum"), loss)
     dots, scales = sample_dots(Net(), TRAIN, VAL, loss=F.cross_entropy)
     scores = step(attached(Unreduced(), loss_reduction="sum"), loss, 0.25, track=True)

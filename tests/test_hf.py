@@ -17,7 +17,6 @@ from loop_steps import mapping_gradient, tiny_bert
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import (
-    BertConfig,
     BertForQuestionAnswering,
     DataCollatorWithFlattening,
     Trainer,
@@ -446,7 +445,7 @@ def test_models_without_a_loss_are_refused(tmp_path):
 def test_a_loss_that_is_not_tracked_is_refused(tmp_path, monkeypatch):
     """Under accumulation it would halve every dot."""
     trainer = scored(tmp_path, tiny_gpt2())
-    monkeypatch.setattr("graddot_lm.scores.MicroBatch.loss_factors", lambda self: [])
+    monkeypatch.setattr("graddot_lm.loss_scale.LossScale.factors", lambda self: [])
     with pytest.raises(GraddotError, match="loss trained on is not one that the model returned"):
         trainer.train()
 
@@ -463,14 +462,8 @@ def test_targets_that_are_not_in_labels_are_refused(tmp_path):
         ends = batch.pop("labels")[:, 0] % 4
         return {**batch, "start_positions": ends - ends % 2, "end_positions": ends}
 
-    config = BertConfig(
-        vocab_size=61,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-        max_position_embeddings=32,
-    )
+    config = tiny_bert().config
+    config.num_labels = 2  # a span's start and end
     trainer = scored(tmp_path, BertForQuestionAnswering(config), collator=spans)
     with pytest.raises(GraddotError, match='no "labels", but start_positions, end_positions'):
         trainer.train()

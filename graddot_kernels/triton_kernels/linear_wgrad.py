@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sample_dots import bordered, linear_sample_dot, squares
-from ..torch_impl import mm_fp32
+from ..torch_impl import mm_fp32, products_fp32
 from . import config
 from .config import Tile, cdiv
 from .launch import (
@@ -280,8 +280,7 @@ def linear_joint_wgrad_dot(
             dots = bordered(dots, linear_sample_dot(*train, *train), torch.stack(column))
         weight_grad = mm_fp32(train[1].flatten(0, 1).t(), train[0].flatten(0, 1))
         return weight_grad if scale is None else weight_grad.mul_(scale), dots
-    directions = [mm_fp32(b.flatten(0, 1).t(), a.flatten(0, 1)) for a, b in vals]
-    direction = directions[0].unsqueeze(0) if len(directions) == 1 else torch.stack(directions)
+    direction = products_fp32((a.flatten(0, 1), b.flatten(0, 1)) for a, b in vals)
     weight_grad, dots = linear_wgrad_dot(direction, *train, scale, norms)
     if norms:
         dots = bordered(dots[:-1], dots[-1], squares(direction))

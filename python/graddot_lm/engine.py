@@ -51,6 +51,7 @@ from .directions import (
 )
 from .errors import GraddotError
 from .layers import Step
+from .loss_scale import LossScale
 from .model_forward import ModelForward
 from .scores import MicroBatch, Norms, leaf_names, learning_rates, score_rows
 
@@ -355,9 +356,7 @@ class GradDotProdEngine:
             labels=labels,
             leaf_of=leaf_of,
             dots_shape=shape,
-            loss_scales=[
-                torch.zeros((), dtype=torch.float64, device=first.device, requires_grad=True)
-            ],
+            loss_scale=LossScale(first.device),
             loss_reduction=self._loss.reduction,
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,

@@ -79,10 +79,9 @@ class GradDotProdTrainer(Trainer):
     One row a training sample a step: step (from 0), sample_id (its index in train_dataset),
     n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and value, which takes
     account of gradient accumulation, clipping and each parameter group's own learning rate, and is
-    0 in a step that was not taken. With several
-    validation sets there is a dot_<name> and value_<name> of each. A run that resumes from a
-    checkpoint drops the rows of later steps. Several processes (torchrun, DistributedDataParallel)
-    each write the rows of their own samples, into one folder that all of them see; scores, values
+    0 in a step that was not taken. With several validation sets there is a dot_<name> and
+    value_<name> of each. A run that resumes from a checkpoint drops the rows of later steps.
+    Several processes (torchrun, DistributedDataParallel) each write the rows of their own samples, into one folder that all of them see; scores, values
     and weights are those of one process with the joint batch.
 
     Args, beside those of Trainer:
@@ -265,7 +264,7 @@ class GradDotProdTrainer(Trainer):
         self.engine.attach_train_batch(inputs, None, step, index)
         loss = super().training_step(model, inputs, num_items_in_batch)
         micro = self.engine._forward.micro
-        if micro is not None and not micro.loss_factors():  # its scaling would be taken for 1
+        if micro is not None and not micro.loss_scale.factors():  # its scaling would be taken for 1
             raise GraddotError(
                 'the loss trained on is not one that the model returned as a mapping\'s "loss" or'
                 " a tuple's first item; let the model's forward return it there"

@@ -29,7 +29,13 @@ from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
 from .tracing import rows_of, trace_after, trace_before
-from .verify import LabelCheck, check_parameter_uses, map_tensors, tensors_in
+from .verify import (
+    BufferCheck,
+    LabelCheck,
+    check_parameter_uses,
+    check_same_model,
+    tensors_in,
+)
 
 # Finished micro-batches after which the next is checked like the first: what a model does may
 # depend on its data, and a check costs a few forward passes.
@@ -80,7 +86,7 @@ class ModelForward:
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._inputs: tuple[Any, Any] | None = None  # of the forward under way
-        self._buffers: list[tuple[str, Tensor, int]] = []  # as they were before it
+        self._buffers: BufferCheck | None = None  # as they were before it
         self._buffers_aside: Any = None
         self._whole: dict[str, nn.Parameter] = {}
         self._label_check: LabelCheck | None = None
@@ -114,7 +120,7 @@ class ModelForward:
         for name, _ in self.model.named_modules():
             if name not in self._places:
                 raise GraddotError(f"module {name} is new since the engine was made; make it last")
-        self._require_same_parameters()
+        check_same_model(self.model, self._parameters, [module for module, _ in self._attached])
         for name, module in self.model.named_modules():
             if name in self._rules:
                 self._attach_layer(module, name)
@@ -122,36 +128,6 @@ class ModelForward:
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
-
-    def _require_same_parameters(self) -> None:
-        """Raise GraddotError if parameters can be trained that were not there, or frozen, when the
-        engine was made: they would be missing from the scores, and their gradient would be that of
-        training and validation rows together."""
-        known = {id(p) for p in self._parameters.values()}
-        modules = list(self.model.modules())
-        new = [
-            id(p)
-            for module in modules
-            for p in module._parameters.values()
-            if p is not None and p.requires_grad and id(p) not in known
-        ]
-        if new:  # of a sharded model others of the same names may stand in their place
-            sharded = distributed.is_sharded(self._parameters.values())
-            names = [n for n, p in self.model.named_parameters() if id(p) in new]
-            names = [n for n in names if not (sharded and n in self._parameters)]
-            if names:
-                raise GraddotError(
-                    f"{', '.join(names[:5])}{' …' if names[5:] else ''}: not a trainable parameter of"
-                    " the model when the engine was made, but now; detach() the engine and make"
-                    " another one after layers are unfrozen, added, or replaced as by fully_shard"
-                )
-        present = set(map(id, modules))
-        for module, _ in self._attached:
-            if id(module) not in present:
-                raise GraddotError(
-                    f"a {type(module).__name__} that was scored is no longer in the model; detach()"
-                    " the engine before layers are replaced, and make another one afterwards"
-                )
 
     def _attach_layer(self, module: nn.Module, name: str) -> None:
         self._attached.append((module, module.__dict__.get("forward")))
@@ -185,7 +161,7 @@ class ModelForward:
 
     def begin(self, micro: MicroBatch) -> None:
         """The next forward of the model, with a graph, is this micro-batch's."""
-        self._require_same_parameters()
+        check_same_model(self.model, self._parameters, [module for module, _ in self._attached])
         self.micro, self.logged_unapplied = micro, False
         labels = micro.labels
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
@@ -208,7 +184,7 @@ class ModelForward:
         micro.step.dot_held_rows()
         if not micro.step.has_dots:
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
-        self._check_factors(micro)
+        micro.loss_scale.check()
         held = [uses.name for uses in micro.step.shared.values() if uses.held is not None]
         if held:
             raise GraddotError(
@@ -225,30 +201,6 @@ class ModelForward:
             self._label_check = None
         self.micro, self._whole = None, {}
         return micro
-
-    def _check_factors(self, micro: MicroBatch) -> None:
-        """Raise GraddotError if it cannot be told what the loss was multiplied by."""
-        own = [leaf for leaf in micro.own_scales if leaf.grad is not None]
-        factors = micro.loss_factors()
-        if len(own) > 1:
-            raise GraddotError(
-                "two losses were tracked, so that their scale cannot be told; add them up and pass"
-                " the sum to track_loss"
-            )
-        if own:
-            return
-        if len(factors) > 1 and any(bool(f != factors[0]) for f in factors[1:]):
-            raise GraddotError(
-                f"the loss is made of {len(factors)} numbers that the model returned, with the factors"
-                f" {[float(f) for f in factors]}, so that its scale cannot be told; pass what you add"
-                " up to track_loss, before you scale it"
-            )
-        if micro.used_outputs and (factors or "its loss" in micro.used_outputs[0]):
-            raise GraddotError(
-                f"the loss is made of {micro.used_outputs[0]}"
-                f"{' beside its loss' if factors else ''}, so that its scale cannot be told; pass the"
-                " whole loss to track_loss, before you scale it"
-            )
 
     def give_up(self) -> None:
         """Forget the micro-batch under way."""
@@ -276,35 +228,7 @@ class ModelForward:
             return loss
         if self.micro.step.first and self._whole:
             check_parameter_uses(loss, self._whole)
-        return _tracked(loss, self.micro.own_scales)
-
-    def _tracked_output(self, micro: MicroBatch, output: Any) -> Any:
-        """A model's output, in which a scaling of the numbers shows, and in a checked step, whether
-        the caller makes a loss of the rest."""
-        loss = output.get("loss") if isinstance(output, Mapping) else None
-
-        def watched(x: Tensor, what: str) -> Tensor:
-            def note(grad: Tensor | None) -> None:  # None where DDP has none
-                if grad is not None and what not in micro.used_outputs and bool(grad.any()):
-                    micro.used_outputs.append(what)
-
-            alias = x.view_as(x)
-            alias.register_hook(note)
-            return alias
-
-        def replaced(x: Tensor) -> Tensor:
-            if not x.requires_grad:
-                return x
-            if x.dim() == 0:
-                return _tracked(x, micro.loss_scales)
-            shape = tuple(x.shape)
-            if x is loss:
-                return watched(x, f"its loss of shape {shape}, which is no number,")
-            if micro.step.first:
-                return watched(x, f"the model's output of shape {shape}")
-            return x
-
-        return map_tensors(output, replaced)
+        return self.micro.loss_scale.tracked(loss)
 
     # A layer's forward
 
@@ -328,16 +252,15 @@ class ModelForward:
 
     def _find_layout_late(self, micro: MicroBatch, name: str) -> None:
         """Learn how the rows lie in the input of a layer that did not run in the first step."""
-        inputs, tries = self._inputs, 4  # where chance decides whether it runs
-        if inputs is None or micro.step.sharded:
-            tries = 0
-        for _ in range(tries):
-            layers = {n: self.model.get_submodule(n) for n in self._forwards}
-            assert inputs is not None
+        layers = {n: self.model.get_submodule(n) for n in self._forwards}
+        for _ in range(4):  # where chance decides whether it runs
+            if self._inputs is None or micro.step.sharded:
+                break
             with self.set_aside():
-                found = find_layouts(self.model, layers, *inputs, micro.step.rows)
+                found = find_layouts(self.model, layers, *self._inputs, micro.step.rows)
             micro.step.layouts.update({**found, **micro.step.layouts})
             if name in found:
+                self._layouts.learn(*self._kind(micro, *self._inputs), dict(micro.step.layouts))
                 return
         raise GraddotError(
             f"layer {name} ran, which had not when the model was checked, so that it is not known"
@@ -446,11 +369,7 @@ class ModelForward:
         self._find_layouts(micro, args, kwargs)
         self._inputs = args, kwargs
         if micro.step.first and micro.step.val_rows:
-            self._buffers = [
-                (name, x, _version(x))
-                for name, x in self.model.named_buffers()
-                if x.is_floating_point()
-            ]
+            self._buffers = BufferCheck(self.model)
         if self._followed_whole:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
@@ -505,10 +424,14 @@ class ModelForward:
             return self.model.training, False
         return self.model.training, False, rows, str(alike)
 
+    def _kind(self, micro: MicroBatch, args: Any, kwargs: Any) -> tuple[Any, list[torch.Size]]:
+        """Under which layouts are learnt: the mode, and the inputs' shapes."""
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+        return self._mode(micro.step.rows, inputs), [x.shape[1:] for x in inputs]
+
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was."""
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        mode, shapes = self._mode(micro.step.rows, inputs), [x.shape[1:] for x in inputs]
+        mode, shapes = self._kind(micro, args, kwargs)
         known = None if micro.step.first else self._layouts.of(mode, shapes)
         if known is not None:
             micro.step.layouts.update(known)
@@ -628,49 +551,24 @@ class ModelForward:
         if output is None:  # the forward raised, and may be tried again
             run_compiled()
             micro.step.shared.clear()
-            self._inputs, self._buffers = None, []
+            self._inputs = self._buffers = None
             return None
         micro.forwarded = True
         if self.is_first:
-            self._check_buffers()
+            if self._buffers is not None:
+                self._buffers.compare(self.model)
+                self._buffers = None
             whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
             check_parameter_uses(output, whole)
             self._whole = whole
             self._check_numbers(micro, output)
-            self._label_check = LabelCheck(
-                output, micro.labels, micro.counts, first=self._finished == 0
-            )
+            self._label_check = LabelCheck(output, micro.labels, micro.counts)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
             self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
         self._inputs = None
-        return self._tracked_output(micro, output)
-
-    def _check_buffers(self) -> None:
-        """No running mean may have taken in the validation rows."""
-        before, self._buffers = self._buffers, []
-        now = dict(self.model.named_buffers())
-        for name, x, version in before:
-            y = now.get(name)
-            same = y is not None and (y is x or y.shape == x.shape and torch.equal(x, y.to(x)))
-            if not same or _version(x) != version:
-                raise GraddotError(
-                    f"buffer {name} was changed by the forward, in which validation rows ride along"
-                    " with the training rows, as a running mean would be. Leave val_data out and"
-                    " give directions (compute_directions), for training rows then run alone"
-                )
-
-
-def _tracked(loss: Tensor, leaves: list[Tensor]) -> Tensor:
-    """The same number, whose factor in what is backpropagated is the gradient of one more leaf."""
-    leaves.append(torch.zeros((), dtype=torch.float64, device=loss.device, requires_grad=True))
-    return loss + leaves[-1].to(loss.dtype)
-
-
-def _version(x: Tensor) -> int:
-    """Which changes in place increase."""
-    return 0 if x.is_inference() else x._version
+        return micro.loss_scale.tracked_output(output, checked=micro.step.first)
 
 
 def _has_forward(module: nn.Module) -> bool:

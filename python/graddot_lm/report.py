@@ -24,6 +24,7 @@ from graddot_lm.store import open_rows, reading
 
 EXCERPT = 80
 MEASURES = ("value", "dot")
+_LEFT_OUT = "scores that are not finite numbers or of steps not taken"
 NOT_RECORDED = "(not recorded)"
 Steps = tuple[int | None, int | None]
 
@@ -397,9 +398,7 @@ def format_summary(summary: dict[str, Any]) -> str:
     counts = f"{summary['rows']:,} scores of {summary['samples']:,} samples"
     blocks = [f"{summary['run']}: {counts}, steps {first} to {last}{target}"]
     if summary["rows_left_out"]:
-        blocks[0] += (
-            f"\nleft out: {summary['rows_left_out']:,} scores that are not finite numbers or of steps not taken"
-        )
+        blocks[0] += f"\nleft out: {summary['rows_left_out']:,} {_LEFT_OUT}"
     blocks.append(_domains_text(summary["domains"]))
     for name, title in (("best", "highest"), ("worst", "lowest")):
         if summary[name]:
@@ -425,9 +424,7 @@ def format_targets(summaries: Mapping[str, dict[str, Any]]) -> str:
     ]
     for target, summary in summaries.items():
         if left_out := summary["rows_left_out"]:
-            blocks[0] += (
-                f"\nleft out for {target}: {left_out:,} scores that are not finite numbers or of steps not taken"
-            )
+            blocks[0] += f"\nleft out for {target}: {left_out:,} {_LEFT_OUT}"
     matrix = _matrix_text(summaries, by)
     blocks.append(f"mean {by} ± standard error, by training domain (rows) and target:\n{matrix}")
     blocks.append("sequences that help and hurt a target: --target NAME")

@@ -41,7 +41,7 @@ class NoDropout(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
-        if kwargs.get("generator") is not None:  # our own numbers
+        if func is torch.randn and kwargs.get("generator") is not None:  # our own numbers
             return func(*args, **kwargs)
         if func in _DRAWN:
             return func(*args, **kwargs).fill_(_DRAWN[func])
@@ -100,6 +100,8 @@ class KnownLayouts:
     def learn(self, mode: Any, shapes: Sequence[torch.Size], layouts: dict[str, Layout]) -> None:
         """What `find_layouts` found for such inputs."""
         flat = any(isinstance(layout, int) for layout in layouts.values())
+        if flat:  # also where a layer came late to layouts that were for all inputs
+            self._found.pop(mode, None)
         if layouts:
             self._found[(mode, *shapes) if flat else mode] = layouts
 

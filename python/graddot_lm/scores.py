@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .layers import Step
+from .loss_scale import LossScale
 
 # A number, or a 0-dim tensor, which may be on a device that is not to be waited for.
 Number = float | Tensor
@@ -31,18 +32,12 @@ class MicroBatch:
     labels: Tensor  # (rows, ...) of the joint batch
     leaf_of: dict[str, str]  # by parameter name
     dots_shape: tuple[int, int]  # of the raw dots and squared norms that the step collects
-    # 0-dim leaves, one for each number that the model returns; the gradient of the one that was used
-    # is the factor that the loss was multiplied by. The first is for a compiled graph's loss.
-    loss_scales: list[Tensor]
+    loss_scale: LossScale
     loss_reduction: str
     counts: Tensor  # (rows,) labelled tokens
     direction_norms: Tensor | None = None  # (K,) of given directions, for `norms`
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     items: Number | None = None  # what a summed loss was divided by: num_items_in_batch
-    own_scales: list[Tensor] = field(default_factory=list)  # the same of losses of the caller's own
-    # Shapes of outputs whose gradient tells that the caller made a loss of them, and whether that of
-    # a loss that is no number: which then has to be tracked.
-    used_outputs: list[str] = field(default_factory=list)
     # Rows that `padding` filled up: which, their own length and that of the joint batch.
     filled: list[tuple[list[int], int, int]] = field(default_factory=list)
     running: bool = False  # inside the model's forward
@@ -61,24 +56,6 @@ class MicroBatch:
     def leaves(self) -> list[str]:
         """All leaves, in an order that runs repeat."""
         return list(dict.fromkeys(self.leaf_of.values()))
-
-    def loss_factors(self) -> list[Tensor]:
-        """The same of each tracked loss that was used: of the caller's own, else of the model's."""
-        own = [leaf.grad for leaf in self.own_scales if leaf.grad is not None]
-        compiled, *others = (leaf.grad for leaf in self.loss_scales)
-        factors = own or [factor for factor in others if factor is not None]
-        # A compiled graph gives all its outputs a gradient, 0 where the loss inside is not used.
-        # Only beside another loss has the host to know which.
-        if compiled is not None and not factors:
-            factors.append(torch.where(compiled != 0, compiled, 1.0))
-        elif compiled is not None and not own and compiled != 0:
-            factors.append(compiled)
-        return factors
-
-    def loss_factor(self) -> Tensor:
-        """What the tracked loss was multiplied by before its backward, 0-dim fp64."""
-        factors = self.loss_factors()
-        return factors[0] if factors else self.step.scale.new_ones((), dtype=torch.float64)
 
     def set_counts(self, counts: Tensor, world: int = 1, n_train: Tensor | None = None) -> None:
         """Labelled tokens of each row, (rows,); with them the scale of the training gradient.
@@ -117,7 +94,7 @@ class MicroBatch:
         counts = self.counts.to(self.step.scale.device, torch.float64)
         divisor = counts.sum() if self.loss_reduction == "mean" else self.items
         divisor = 1.0 if divisor is None else divisor
-        divisor = divisor / self.loss_factor()
+        divisor = divisor / self.loss_scale.factor()
         samples, targets = divisor / counts[: self.n].clamp(min=1), None
         if self.step.val_rows:
             groups = torch.split(counts[self.n :], self.step.val_rows)
@@ -202,7 +179,7 @@ def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
     (a factor common to all, as a GradScaler's, does not matter). With `num_items_in_batch` it is
     the sum over all labelled tokens divided by that number.
     """
-    factors = [micro.loss_factor() for micro in micros]
+    factors = [micro.loss_scale.factor() for micro in micros]
     tokens = [micro.counts[: micro.n].double() for micro in micros]
     totals = [micro.n_train for micro in micros if micro.n_train is not None]
     if micros[0].loss_reduction == "mean":

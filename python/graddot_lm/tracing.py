@@ -156,7 +156,7 @@ def trace_after(model_forward: Any, output: Any) -> Any:
     torch.ops.graddot_lm.end(site, model_forward.clock, outputs)
 
     def tracked(loss: Tensor) -> Tensor:
-        return loss + model_forward.micro.loss_scales[0].to(loss.device, loss.dtype)
+        return loss + model_forward.micro.loss_scale.compiled.to(loss.device, loss.dtype)
 
     if isinstance(output, Mapping) and isinstance(output.get("loss"), Tensor):
         output["loss"] = tracked(output["loss"])  # type: ignore[index]

@@ -1,15 +1,17 @@
-"""Checks on the first step that everything which the scores rest on is as assumed.
+"""Checks that everything which the scores rest on is as assumed.
 
-Both look at the autograd graph or at one gradient once, and cost nothing afterwards.
+All but `check_same_model`, which is made in every step, look once, and cost nothing afterwards.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .distributed import is_sharded
 from .errors import GraddotError
 from .layers import ScoredFunction
 
@@ -56,6 +58,66 @@ def map_tensors(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return output
 
 
+def check_same_model(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], scored: Sequence[nn.Module]
+) -> None:
+    """Raise GraddotError if the model has trainable parameters beside those given, or has lost a
+    scored layer: they would be missing from the scores, and their gradient would be that of training
+    and validation rows together."""
+    known = {id(p) for p in parameters.values()}
+    modules = list(model.modules())
+    new = {
+        id(p)
+        for module in modules
+        for p in module._parameters.values()
+        if p is not None and p.requires_grad and id(p) not in known
+    }
+    if new:  # of a sharded model others of the same names may stand in their place
+        sharded = is_sharded(parameters.values())
+        named = [name for name, p in model.named_parameters() if id(p) in new]
+        names = [name for name in named if not (sharded and name in parameters)]
+        if names:
+            raise GraddotError(
+                f"{', '.join(names[:5])}{' …' if names[5:] else ''}: not a trainable parameter of the"
+                " model when the engine was made, but now; detach() the engine and make another one"
+                " after layers are unfrozen, added, or replaced as by fully_shard"
+            )
+    present = set(map(id, modules))
+    for module in scored:
+        if id(module) not in present:
+            raise GraddotError(
+                f"a {type(module).__name__} that was scored is no longer in the model; detach() the"
+                " engine before layers are replaced, and make another one afterwards"
+            )
+
+
+class BufferCheck:
+    """A model's floating-point buffers before a forward in which validation rows ride along."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [
+            (name, x, _version(x)) for name, x in model.named_buffers() if x.is_floating_point()
+        ]
+
+    def compare(self, model: nn.Module) -> None:
+        """Raise GraddotError if the forward changed one, as a running mean."""
+        now = dict(model.named_buffers())
+        for name, x, version in self._before:
+            y = now.get(name)
+            same = y is not None and (y is x or y.shape == x.shape and torch.equal(x, y.to(x)))
+            if not same or _version(x) != version:
+                raise GraddotError(
+                    f"buffer {name} was changed by the forward, in which validation rows ride along"
+                    " with the training rows, as a running mean would be. Leave val_data out and"
+                    " give directions (compute_directions), for training rows then run alone"
+                )
+
+
+def _version(x: Tensor) -> int:
+    """Which changes in place increase."""
+    return 0 if x.is_inference() else x._version
+
+
 def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None:
     """Raise if a trainable parameter reaches the output other than through a scored layer.
 
@@ -98,9 +160,9 @@ class LabelCheck:
     logits shows which positions the loss really used.
     """
 
-    def __init__(self, output: Any, labels: Tensor, counts: Tensor, first: bool) -> None:
+    def __init__(self, output: Any, labels: Tensor, counts: Tensor) -> None:
         self.problem: str | None = None
-        self._counts, self._first = counts, first
+        self._counts = counts
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
         for x in tensors_in(output):
             if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
@@ -117,12 +179,9 @@ class LabelCheck:
 
     def _compare(self, grad: Tensor, classes: int) -> None:
         used = (grad != 0).any(classes).reshape(grad.shape[0], -1).sum(1)
-        counts = self._counts.to(used.device)
-        # Later on a token that the model is sure of may have a gradient of 0.
-        wrong = used != counts if self._first else used > counts
-        rows = wrong.nonzero().flatten().tolist()
-        if rows:
-            row = rows[0]
+        wrong = (used != self._counts.to(used.device)).nonzero().flatten().tolist()
+        if wrong:
+            row = wrong[0]
             self.problem = (
                 f"row {row} of the joint batch has {int(self._counts[row])} labelled tokens by its"
                 f" labels, but the loss used {int(used[row])}. If the loss shifts the labels"
