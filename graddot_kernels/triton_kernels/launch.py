@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .config import Tile, tile_for
+from .config import Tile, cdiv, tile_for
 
 _SMS_IN_INTERPRETER = 4
 _ARCH = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
@@ -52,6 +52,18 @@ def fits_descriptor(x: Tensor) -> bool:
     """Whether the copy engine can read x: aligned base and rows, contiguous last dimension."""
     rows = all(s > 0 and s * x.itemsize % 16 == 0 for s in x.stride()[:-1])
     return x.data_ptr() % 16 == 0 and rows and x.stride(-1) == 1 and x.numel() > 0
+
+
+def aligned_width(x: Tensor) -> int:
+    """Columns of x (N, T, D) for a kernel to load: D, or the multiple of 16 above it if the memory
+    behind every row has as many. A mask that ends in between would make the loads scalar ones."""
+    d = x.shape[-1]
+    width = cdiv(d, 16) * 16
+    if width == d or 0 in x.shape or x.stride(-1) != 1 or any(s % 16 for s in x.stride()[:-1]):
+        return d
+    last = sum((size - 1) * s for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
+    end = (x.storage_offset() + last + width) * x.itemsize
+    return width if end <= x.untyped_storage().nbytes() else d
 
 
 def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:

@@ -19,6 +19,7 @@ from ..torch_impl import mm_fp32, products_fp32
 from . import config
 from .config import Tile, cdiv
 from .launch import (
+    aligned_width,
     choose_tile,
     descriptor,
     fits_descriptor,
@@ -68,18 +69,19 @@ def _add_tokens(b_bias, b_grad):
 
 @triton.jit
 def wgrad_kernel(
-    p_grad, p_act, p_direction, p_out, p_dots, p_bias, p_scale, n, t, d_out, d_in, k, samples,
-    grad_sn, grad_st, grad_sd, act_sn, act_st, act_sd, dir_sk, dir_so, dir_si,
+    p_grad, p_act, p_direction, p_out, p_dots, p_bias, p_scale, n, t, d_out, d_grad, d_in, k,
+    samples, grad_sn, grad_st, grad_sd, act_sn, act_st, act_sd, dir_sk, dir_so, dir_si,
     out_sg, out_so, out_si,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, BAND: tl.constexpr,
     SLICES: tl.constexpr, RESIDENT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
     ACCUMULATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, NORMS: tl.constexpr,
+    PADDED: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of the weight gradient, group of `samples` samples).
 
     p_out (groups, Dout, Din); p_dots (tiles, K, N), with NORMS one more row for ‖G_i‖²;
-    p_bias (N, Dout). RESIDENT: the only
-    direction's tile stays in registers.
+    p_bias (N, Dout). RESIDENT: the only direction's tile stays in registers. PADDED: of p_grad's
+    d_grad columns those from Dout on hold anything at all.
     """
     i_tile, i_group = tl.program_id(0), tl.program_id(1)
     i_o, i_i = tile_of(i_tile, tl.cdiv(d_out, BO), tl.cdiv(d_in, BI), BAND)
@@ -97,13 +99,15 @@ def wgrad_kernel(
     for i_step in range(steps):
         i_n, i_t = i_group * samples + i_step // tiles_t, i_step % tiles_t * BT
         b_grad = load_tokens(
-            p_grad, i_n, i_t, i_o, t, d_out, grad_sn, grad_st, grad_sd, BT, BO, TMA
+            p_grad, i_n, i_t, i_o, t, d_grad, grad_sn, grad_st, grad_sd, BT, BO, TMA
         )
         b_act = load_tokens(p_act, i_n, i_t, i_i, t, d_in, act_sn, act_st, act_sd, BT, BI, TMA)
         b_sample = tl.dot(tl.trans(b_grad), b_act, b_sample, input_precision=PRECISION)
         if BIAS:
             b_bias = _add_tokens(b_bias, b_grad)
         if i_t + BT >= t:
+            if PADDED:
+                b_sample = tl.where((o_o < d_out)[:, None], b_sample, 0.0)
             if RESIDENT:
                 tl.store(p_dots + i_n, tl.sum(b_sample * b_d.to(tl.float32)))
                 if NORMS:
@@ -183,19 +187,20 @@ def fused_wgrad_dot(
     if split:
         out = act.new_empty((groups, d_out, d_in), dtype=torch.float32)
     tma = tile.tma and fits_descriptor(act) and fits_descriptor(grad)
+    d_grad = d_out if tma else aligned_width(grad)
     resident = max(tile.resident, 4 if tma else 0)  # no pointers in registers, so a wider tile
     with on_device(act):
         wgrad_kernel[(tiles, groups)](
             descriptor(grad, tile.depth, tile.rows) if tma else grad,
             descriptor(act, tile.depth, tile.cols) if tma else act,
-            direction, out, dots, bias_grads, scale, n, t, d_out, d_in, k, samples,
+            direction, out, dots, bias_grads, scale, n, t, d_out, d_grad, d_in, k, samples,
             *grad.stride(), *act.stride(), *direction.stride(),
             out.stride(0) if split else 0, *out.stride()[-2:],
             BO=tile.rows, BI=tile.cols, BT=tile.depth, BAND=_BAND, SLICES=tile.slices,
             RESIDENT=k == 1 and direction.itemsize <= resident,
             BIAS=bias_grads is not None, SCALE=scale is not None and not split,
             ACCUMULATE=accumulate and not split, TMA=tma, PRECISION=precision(act),
-            NORMS=norms, **options(tile),
+            NORMS=norms, PADDED=d_grad > d_out, **options(tile),
         )  # fmt: skip
         if split:
             combine_kernel[(cdiv(d_out, 32) * cdiv(d_in, 128),)](

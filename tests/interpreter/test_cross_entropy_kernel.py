@@ -7,7 +7,7 @@ from kernel_checks import random
 from graddot_kernels import reference
 from graddot_kernels.triton_kernels.cross_entropy import cross_entropy_grad
 
-SHAPES = [(1, 1), (3, 15), (4, 16), (5, 17), (2, 100), (0, 7)]
+SHAPES = [(1, 1), (3, 15), (4, 16), (5, 17), (2, 100), (2, 61), (0, 7)]
 
 
 @pytest.mark.parametrize("extras", [(0.0, 0.0), (0.1, 1e-2)], ids=["plain", "smoothing-z_loss"])

@@ -23,7 +23,7 @@ from kernel_checks import (
 from torch import Tensor
 
 from graddot_kernels.triton_kernels import linear_wgrad
-from graddot_kernels.triton_kernels.launch import choose_tile
+from graddot_kernels.triton_kernels.launch import aligned_width, choose_tile
 from graddot_kernels.triton_kernels.linear_direction import linear_direction_dot, split_direction
 from graddot_kernels.triton_kernels.linear_gram import linear_gram_dot
 
@@ -206,6 +206,27 @@ def test_strides(view) -> None:  # type: ignore[no-untyped-def]
     check_direction(linear_direction_dot(direction, act, grad, True), direction, act, grad, True)
     got = linear_gram_dot(act[1:], grad[1:], act[:2], grad[:2], False)
     check_gram(got, act[1:], grad[1:], act[:2], grad[:2], False)
+
+
+@pytest.mark.parametrize("options", ["plain", "norms", "several"])
+def test_vocabulary_that_is_no_multiple_of_16(options: str) -> None:
+    """Columns behind Dout are loaded where there is memory, and count for nothing."""
+    act, _ = inputs(3, 18, 20, 8, dtype=torch.float32)
+    whole = torch.full((3, 18, 48), float("nan"))
+    grad = whole[:, :, :37].copy_(random(3, 18, 37, dtype=torch.float32))
+    assert aligned_width(grad) == 48
+    assert aligned_width(torch.empty(54 * 48)[: 53 * 48 + 37].as_strided((1, 54, 37), (0, 48, 1))) == 48
+    assert aligned_width(torch.empty(53 * 48 + 37).as_strided((1, 54, 37), (0, 48, 1))) == 37
+    assert aligned_width(whole[:, :, 16:37]) == 32
+    assert aligned_width(whole[:, ::2, :37].contiguous()) == 37
+    direction = random(1 + (options == "several"), 37, 20, dtype=torch.float32)
+    bias_grads = act.new_empty((3, 37), dtype=torch.float32)
+    norms = options == "norms"
+    out, dots = fused(direction, act, grad, bias_grads=bias_grads, norms=norms)
+    check_wgrad(out, dots[: len(direction)], direction, act, grad)
+    torch.testing.assert_close(bias_grads.double(), grad.double().sum(1), rtol=0, atol=1e-5)
+    if norms:
+        check_squares(dots[-1], act, grad)
 
 
 def test_broadcast_sample() -> None:
