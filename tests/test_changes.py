@@ -438,3 +438,118 @@ def test_a_direction_that_is_a_gradient_is_copied():
     whole = {n: torch.ones_like(p, dtype=torch.long) for n, p in model.named_parameters()}
     with pytest.raises(GraddotError, match="floating-point"):
         engine.set_directions(whole)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_direction_that_is_not_finite_is_refused(bad):
+    model = Net()
+    engine = GradDotProdEngine(model)
+    direction = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    direction["up.weight"][1, 2] = bad
+    with pytest.raises(GraddotError, match=r"up\.weight has NaN or infinite"):
+        engine.set_directions(direction)
+
+
+# A backward that raises, tokens without a gradient, tokens picked by their values
+
+
+def test_a_backward_that_raised_has_no_scores(close):
+    model = Net()
+    engine = attached(model)
+
+    class Explode(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            raise RuntimeError("out of memory")
+
+    handle = model.down.register_forward_pre_hook(lambda module, args: Explode.apply(*args))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        step(engine, plain_loss)
+    with pytest.raises(GraddotError, match="the backward pass raised before it was through"):
+        engine.aggregate_and_log()
+    engine.clear_gradients()
+    handle.remove()
+    dots, scales = sample_dots(model, TRAIN, VAL, loss=F.cross_entropy)
+    close(step(engine, plain_loss, number=1), total(dots), 1e-10, total(scales))
+
+
+def test_samples_beyond_the_margin_of_a_hinge_loss(close):
+    """They get a gradient of 0, which is no sign of labels that the loss ignores."""
+    model = Net()
+    engine = attached(model)
+    loss = lambda out, y: F.multi_margin_loss(out, y, margin=0.2)
+    loss_of = lambda model, x, y: loss(model(x), y)
+    with torch.no_grad():
+        model.head.weight.mul_(0.05)
+        model.head.bias.zero_()
+    for number in range(10):
+        step(engine, loss_of, number=number)
+    with torch.no_grad():
+        model.head.weight.mul_(200)
+    dots, scales = sample_dots(model, TRAIN, VAL, loss=loss)
+    scores = step(engine, loss_of, number=10)
+    assert 0 < (scores == 0).sum() < 4
+    close(scores, total(dots), 1e-10, total(scales))
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_tokens_whose_gradient_rounds_to_zero(close, ignored):
+    """They are predicted with certainty; what the loss ignores beside them is still found."""
+    model, val = tiny_gpt2().double(), token_batch(1, 9, seed=2)
+    x, y = token_batch(3, 9, seed=1)
+    engine = GradDotProdEngine(model, val, label_shift=1)
+    engine.attach()
+    with torch.no_grad():
+        model.transformer.ln_f.weight.mul_(1e4)
+        y[:, 1:4] = model(x).logits[:, :3].argmax(-1)
+
+    def loss(logits, y):
+        labels = y[:, 1:]
+        labels = torch.where(labels == y[0, -1], -100, labels) if ignored else labels
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
+
+    def run_step():
+        engine.attach_train_batch(x, y, 0, None)
+        joint, labels = engine.prepare_forward_input(x, y)
+        logits = model(joint).logits
+        logits.retain_grad()
+        loss(logits, labels).backward()
+        engine.prepare_gradients()
+        return engine.aggregate_and_log(), (logits.grad == 0).all(-1)
+
+    if ignored:
+        with pytest.raises(GraddotError, match="but the loss used"):
+            run_step()
+        return
+    dots, scales = sample_dots(model, (x, y), val, loss=loss)
+    scores, idle = run_step()
+    close(scores, total(dots), 1e-9, total(scales))
+    assert idle[:3, :3].any()
+
+
+class Picked(nn.Module):
+    """Predicts the tokens that are masked, 0, and looks at no other."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
+        self.double()
+
+    def forward(self, ids):
+        hidden = self.embed(ids).cumsum(1)
+        return self.head(hidden[ids == 0])
+
+
+def test_tokens_picked_by_their_values_are_refused():
+    model = Picked()
+    ids = torch.randint(1, 9, (4, 6))
+    ids[:, 1] = ids[:, 4] = 0
+    engine = GradDotProdEngine(model, (ids[3:], ids[3:]))
+    engine.attach()
+    engine.attach_train_batch(ids[:3], ids[:3], 0, None)
+    with pytest.raises(GraddotError, match=r"layer head gets tokens that are picked by their values"):
+        model(ids)

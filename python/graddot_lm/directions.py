@@ -31,8 +31,8 @@ def stack_directions(
     """(K, *shape) by id of the parameter, one direction a target, on the parameter's device and
     sharded as it is.
 
-    Raises GraddotError for a covered parameter without direction, a name that is not covered and
-    another shape than the parameter's.
+    Raises GraddotError for a covered parameter without direction, a name that is not covered,
+    another shape than the parameter's, and numbers that are not finite.
     """
     for target, direction in directions.items():
         missing = [name for name in covered if name not in direction]
@@ -60,6 +60,9 @@ def stack_directions(
         parts = [d[name].clone() if d[name] is p.grad else d[name] for d in directions.values()]
         parts = [part.detach() for part in parts]
         stacked[id(p)] = distributed.stacked(parts, p, _accumulator(p))
+    for name, finite in zip(covered, distributed.are_finite([*stacked.values()]), strict=True):
+        if not finite:
+            raise GraddotError(f"the direction of {name} has NaN or infinite numbers")
     return stacked
 
 

@@ -57,6 +57,7 @@ class Step:
     first: bool = False
     norms: bool = False
     trial: bool = False
+    in_backward: bool = False  # of which there were dots, and which is not through
     shared: dict[int, SharedUses] = field(default_factory=dict)
     _dots: dict[str, list[Tensor]] = field(default_factory=dict)
     _rows: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -75,8 +76,11 @@ class Step:
 
     def collect(self, leaf: str | None, dots: Tensor) -> None:
         """Dots of one use of a parameter."""
-        if leaf is None:
-            return
+        self._note_backward()
+        if leaf is not None:
+            self._add(leaf, dots)
+
+    def _add(self, leaf: str, dots: Tensor) -> None:
         found = self._dots.setdefault(leaf, [])
         found.append(dots)
         if len(found) == _DOTS_TOGETHER:
@@ -85,6 +89,7 @@ class Step:
     def collect_rows(self, leaf: str | None, row_grads: Tensor, *, borrowed: bool) -> None:
         """Row gradients (rows, d) of a vector, whose dots are made with those of others: copied if
         they are borrowed and somebody else may write there until then."""
+        self._note_backward()
         if leaf is None:
             return
         if row_grads.numel() > _ROWS_TOGETHER:
@@ -103,7 +108,16 @@ class Step:
         self._rows, self._held = {}, 0
 
     def _dot_rows(self, leaf: str, row_grads: Tensor) -> None:
-        self.collect(leaf, vector_form(row_grads, row_grads, self.val_rows, self.norms))
+        self._add(leaf, vector_form(row_grads, row_grads, self.val_rows, self.norms))
+
+    def _note_backward(self) -> None:
+        """One that raises leaves a part of the dots behind, and `in_backward`."""
+        if not self.in_backward:
+            self.in_backward = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    def _end_backward(self) -> None:
+        self.in_backward = False
 
     def collected(self, leaf: str) -> Tensor | None:
         """The sum of all dots collected for a leaf, fp64; None where there are none."""

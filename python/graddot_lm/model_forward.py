@@ -181,6 +181,11 @@ class ModelForward:
         micro = self.micro
         if micro is None or not micro.forwarded:
             raise GraddotError("no forward pass of the model ran since attach_train_batch")
+        if micro.step.in_backward:
+            raise GraddotError(
+                "the backward pass raised before it was through, so that scores and .grad are of a"
+                " part of the model; call clear_gradients()"
+            )
         micro.step.dot_held_rows()
         if not micro.step.has_dots:
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
@@ -562,7 +567,7 @@ class ModelForward:
             check_parameter_uses(output, whole)
             self._whole = whole
             self._check_numbers(micro, output)
-            self._label_check = LabelCheck(output, micro.labels, micro.counts)
+            self._label_check = LabelCheck(output, micro.labels, micro.counts, self._finished == 0)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
             self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
             self._reentrant.watch(tensors_in(output))

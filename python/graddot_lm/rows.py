@@ -162,7 +162,45 @@ def find_layouts(
             for name, layout in found.items():
                 if layout is None and _equal(whole[name], again.get(name, [])):
                     raise GraddotError(_mixed(name, whole[name][0].shape, rows, later[0]))
+        flat = {name: whole[name] for name, layout in found.items() if isinstance(layout, int)}
+        if flat:
+            _check_not_picked(model, layers, args, kwargs, rows, flat)
     return {name: layout or "unseen" for name, layout in found.items() if name != _OUTPUTS}
+
+
+def _check_not_picked(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    args: Any,
+    kwargs: Any,
+    rows: int,
+    flat: Mapping[str, list[_Digest]],
+) -> None:
+    """Raise GraddotError if a flat layer's input, (rows·T, D), is of tokens picked by their values:
+    equally many in every row of this batch, but in which row of the next nobody could tell.
+
+    Seen in rows whose tokens are all alike, of which none or all are picked.
+    """
+    begin = rows // 2
+
+    def alike(x: Tensor) -> Tensor:
+        if x.dim() < 2 or x.shape[0] != rows or x.shape[1] == 0:
+            return x
+        return torch.cat([x[:begin], x[begin:, :1].expand_as(x[begin:])])
+
+    alike_args, alike_kwargs = tree_map_only(Tensor, alike, (args, kwargs))
+    try:
+        found = _digests(model, layers, alike_args, alike_kwargs)
+    except Exception:  # noqa: BLE001 - the model's own code may refuse such rows
+        return
+    for name, calls in flat.items():
+        others = found.get(name, [])
+        if others and [x.shape for x in others] != [x.shape for x in calls]:
+            raise GraddotError(
+                f"layer {name} gets tokens that are picked by their values (of shape"
+                f" {tuple(calls[0].shape)} in this batch), of which it is not known which row each"
+                " belongs to; run it on all tokens, and let the loss ignore the others"
+            )
 
 
 @contextlib.contextmanager

@@ -4,6 +4,8 @@ All but `check_same_model`, which is made in every step, look once, and cost not
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -157,12 +159,13 @@ class LabelCheck:
     """Compares the labelled tokens counted from the labels with those that got a gradient.
 
     A wrong `label_shift` rescales scores silently when labels are ragged; the gradient at the
-    logits shows which positions the loss really used.
+    logits shows which positions the loss really used. Those of labels of whole rows without a
+    gradient are a problem in the `first` step only: a hinge loss has none once a margin is reached.
     """
 
-    def __init__(self, output: Any, labels: Tensor, counts: Tensor) -> None:
+    def __init__(self, output: Any, labels: Tensor, counts: Tensor, first: bool) -> None:
         self.problem: str | None = None
-        self._counts = counts
+        self._counts, self._strict = counts, first or labels.dim() > 1
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
         for x in tensors_in(output):
             if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
@@ -172,14 +175,20 @@ class LabelCheck:
                     before.append(x)
         if isinstance(output, Mapping) and any(output.get("logits") is x for x in behind):
             behind = [output["logits"]]
-        if behind:
-            behind[-1].register_hook(lambda grad: self._compare(grad, -1))
-        elif before:
-            before[-1].register_hook(lambda grad: self._compare(grad, 1))
+        for logits, classes in [(x, -1) for x in behind[-1:]] or [(x, 1) for x in before[-1:]]:
+            compare = functools.partial(self._compare, logits.detach(), classes)
+            logits.register_hook(compare)
 
-    def _compare(self, grad: Tensor, classes: int) -> None:
-        used = (grad != 0).any(classes).reshape(grad.shape[0], -1).sum(1)
-        wrong = (used != self._counts.to(used.device)).nonzero().flatten().tolist()
+    def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
+        last = [x.movedim(classes, -1) for x in (logits, grad)]
+        logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
+        idle = (grad == 0).all(-1)
+        used = (~idle).sum(1)
+        missing = self._counts.to(used.device) - used
+        if (missing > 0).any():
+            gone = (idle & _rounds_to_zero(logits, grad)).sum(1)
+            missing = torch.where(missing > 0, (missing - gone).clamp(min=0), missing)
+        wrong = (missing != 0 if self._strict else missing < 0).nonzero().flatten().tolist()
         if wrong:
             row = wrong[0]
             self.problem = (
@@ -188,3 +197,14 @@ class LabelCheck:
                 " itself, pass label_shift=1; if it ignores another value than -100, pass"
                 " ignore_index"
             )
+
+
+def _rounds_to_zero(logits: Tensor, grad: Tensor) -> Tensor:
+    """Where the gradient of a cross-entropy at logits (..., C) is too small for grad's dtype: at
+    tokens that are predicted with all but certainty."""
+    wide = logits.double()
+    most = wide.argmax(-1, keepdim=True)
+    doubt = wide.scatter(-1, most, -torch.inf).logsumexp(-1) - wide.logsumexp(-1)  # logarithm
+    size = grad.abs().amax(-1).double().log()
+    weight = torch.where(size > -torch.inf, size - doubt, torch.inf).amin()  # of a token in the loss
+    return doubt + weight < math.log(torch.finfo(grad.dtype).smallest_normal)
