@@ -8,6 +8,8 @@ import copy
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine
 from loop_steps import (
@@ -279,3 +281,59 @@ def test_detached_and_attached_again_in_a_run(close):
     same_gradients(model, want_grad, 1e-10)
     close(engine.aggregate_and_log(), first, 1e-12)
     close(first, total(dots), 1e-10, total(scales))
+
+
+# accelerate
+
+
+@pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
+@pytest.mark.parametrize("engine_first", [False, True], ids=["prepared first", "engine first"])
+def test_a_loop_of_accelerate(close, mixed_precision, engine_first):
+    """Two micro-batches a step, clipped: scores, values and the weights of a loop without us."""
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(
+        cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=2
+    )
+    model, store = tiny_gpt2(), Store()
+    plain, optimizer = copy.deepcopy(model), torch.optim.SGD(model.parameters(), lr=0.5)
+    ids, labels = token_batch(6, 15, seed=1, ragged=True)
+    loader = torch.utils.data.DataLoader(
+        [{"input_ids": x, "labels": y} for x, y in zip(ids, labels, strict=True)], batch_size=3
+    )
+    val = dict(zip(("input_ids", "labels"), token_batch(2, 15, seed=2), strict=True))
+    make = lambda model: GradDotProdEngine(model, val, store=store)
+    if engine_first:
+        engine = make(model)
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    else:
+        model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+        engine = make(model)
+    engine.attach(optimizer)
+    want, clip = [], 1.0
+    for number, batch in enumerate(loader):
+        with accelerator.accumulate(model):
+            dots, scales = mapping_dots(plain, {**batch, "attention_mask": torch.ones(3, 15)}, val)
+            want.append((dots, scales))
+            engine.attach_train_batch(batch, None, number, torch.arange(3) + 3 * number)
+            joint, _ = engine.prepare_forward_input(batch)
+            accelerator.backward(model(**joint).loss)
+            engine.prepare_gradients()
+            if accelerator.sync_gradients:
+                clip = min(1.0, 0.5 / float(accelerator.clip_grad_norm_(model.parameters(), 0.5)))
+            optimizer.step()
+            optimizer.zero_grad()
+    scores = engine.aggregate_and_log(gradient_scale=clip)
+    tolerance = 1e-5 if mixed_precision == "no" else 3e-2
+    close(scores, torch.cat([dots for dots, _ in want]), tolerance,
+          torch.cat([scales for _, scales in want]))  # fmt: skip
+    assert clip < 1 and store.column("applied").all()
+
+    for x, y in zip(ids.split(3), labels.split(3), strict=True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=mixed_precision == "bf16"):
+            loss = plain(input_ids=x, labels=y).loss / 2
+        loss.backward()
+    nn.utils.clip_grad_norm_(plain.parameters(), 0.5)
+    torch.optim.SGD(plain.parameters(), lr=0.5).step()
+    trained = accelerator.unwrap_model(model)
+    for name, p in plain.named_parameters():
+        assert (trained.get_parameter(name) - p).norm() <= tolerance * p.norm(), name
