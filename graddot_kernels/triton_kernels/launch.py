@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import Tile, cdiv, tile_for
 
 _SMS_IN_INTERPRETER = 4
+_WORTH_A_COPY = 2**20
 _ARCH = {(8, 0): "sm_80", (9, 0): "sm_90", (10, 0): "sm_100", (10, 3): "sm_100"}
 
 
@@ -64,6 +65,16 @@ def aligned_width(x: Tensor) -> int:
     last = sum((size - 1) * s for size, s in zip(x.shape[:-1], x.stride()[:-1], strict=True))
     end = (x.storage_offset() + last + width) * x.itemsize
     return width if end <= x.untyped_storage().nbytes() else d
+
+
+def aligned_rows(x: Tensor) -> Tensor:
+    """x (N, T, D), or where it is large a copy whose rows begin at multiples of 16 elements: else
+    all loads are of single ones, as of the logits of an odd vocabulary."""
+    aligned = x.stride(-1) != 1 or all(s % 16 == 0 for s in x.stride()[:-1])
+    if aligned or x.numel() < _WORTH_A_COPY:
+        return x
+    d = x.shape[-1]
+    return x.new_empty((*x.shape[:-1], cdiv(d, 16) * 16))[..., :d].copy_(x)
 
 
 def descriptor(x: Tensor, rows: int, cols: int) -> TensorDescriptor:

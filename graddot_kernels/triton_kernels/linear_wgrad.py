@@ -19,6 +19,7 @@ from ..torch_impl import mm_fp32, products_fp32
 from . import config
 from .config import Tile, cdiv
 from .launch import (
+    aligned_rows,
     aligned_width,
     choose_tile,
     descriptor,
@@ -186,6 +187,7 @@ def fused_wgrad_dot(
     out = weight_grad
     if split:
         out = act.new_empty((groups, d_out, d_in), dtype=torch.float32)
+    grad = aligned_rows(grad)
     tma = tile.tma and fits_descriptor(act) and fits_descriptor(grad)
     d_grad = d_out if tma else aligned_width(grad)
     resident = max(tile.resident, 4 if tma else 0)  # no pointers in registers, so a wider tile

@@ -23,7 +23,7 @@ from kernel_checks import (
 from torch import Tensor
 
 from graddot_kernels.triton_kernels import linear_wgrad
-from graddot_kernels.triton_kernels.launch import aligned_width, choose_tile
+from graddot_kernels.triton_kernels.launch import aligned_rows, aligned_width, choose_tile
 from graddot_kernels.triton_kernels.linear_direction import linear_direction_dot, split_direction
 from graddot_kernels.triton_kernels.linear_gram import linear_gram_dot
 
@@ -227,6 +227,20 @@ def test_vocabulary_that_is_no_multiple_of_16(options: str) -> None:
     torch.testing.assert_close(bias_grads.double(), grad.double().sum(1), rtol=0, atol=1e-5)
     if norms:
         check_squares(dots[-1], act, grad)
+
+
+def test_large_logits_of_an_odd_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Are copied into aligned rows first."""
+    act, grad = inputs(3, 18, 20, 37, dtype=torch.float16)
+    direction = random(1, 37, 20, dtype=torch.float32)
+    assert aligned_rows(grad) is grad
+    monkeypatch.setattr("graddot_kernels.triton_kernels.launch._WORTH_A_COPY", 1)
+    copy = aligned_rows(grad)
+    assert copy.stride() == (18 * 48, 48, 1) and torch.equal(copy, grad)
+    assert aligned_rows(copy) is copy
+    for other in (grad.transpose(1, 2).contiguous().transpose(1, 2), act[..., :16].contiguous()):
+        assert aligned_rows(other) is other
+    check_wgrad(*fused(direction, act, grad), direction, act, grad)
 
 
 def test_broadcast_sample() -> None:
