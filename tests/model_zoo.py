@@ -1,5 +1,7 @@
 """Models as they come: tiny, with random weights, two layers each."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,11 +77,17 @@ def t5(**settings):
     return shaken(transformers.T5ForConditionalGeneration(config))
 
 
-def lora():
+def adapters(config="LoraConfig", model="Llama", **settings):
+    """A frozen model with adapters of peft, all of them trained."""
     peft = pytest.importorskip("peft")
+    if config != "PrefixTuningConfig":
+        settings.setdefault("target_modules", ["q_proj", "v_proj", "down_proj"])
+    config = getattr(peft, config)(task_type="CAUSAL_LM", **settings)
+    return shaken(peft.get_peft_model(causal(model), config))
 
-    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"])
-    return shaken(peft.get_peft_model(causal("Llama"), config))
+
+def lora():
+    return adapters(r=4)
 
 
 def gpt_neo():
@@ -167,6 +175,13 @@ LANGUAGE_MODELS = {
     "bert": lambda: WithMask(bert()),
     "t5": lambda: Shifted(t5()),
     "lora": lora,
+    "dora": functools.partial(adapters, r=4, use_dora=True),
+    "ia3": functools.partial(adapters, "IA3Config", feedforward_modules=["down_proj"]),
+    "vera": functools.partial(adapters, "VeraConfig", r=4, target_modules=["q_proj", "v_proj"]),
+    "lokr": functools.partial(adapters, "LoKrConfig", r=4),
+    "boft": functools.partial(adapters, "BOFTConfig", boft_block_size=4),
+    "hra": functools.partial(adapters, "HRAConfig", r=4),
+    "prefix-tuning": functools.partial(adapters, "PrefixTuningConfig", num_virtual_tokens=3),
     "t5-untied": lambda: Shifted(t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu")),
     "mixtral": lambda: moe("Mixtral", num_local_experts=4),
     "gpt-oss": lambda: moe("GptOss", num_local_experts=4),

@@ -244,3 +244,47 @@ def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
         check_layer(layer, data(4)[0])
     monkeypatch.setattr("graddot_lm.general.LARGEST", 100)
     check_layer(layer, data(4)[0])
+
+
+class Scale(nn.Module):
+    """Scales what a layer that is another's returns, by that layer's size, as DoRA does."""
+
+    def __init__(self, detached):
+        super().__init__()
+        self.weight, self.detached = nn.Parameter(torch.rand(6, dtype=torch.float64)), detached
+
+    def forward(self, x, *, layer):
+        size = layer(torch.eye(6, dtype=x.dtype)).norm(dim=0)
+        return layer(x) * (self.weight / (size.detach() if self.detached else size))
+
+
+class Scaled(nn.Module):
+    def __init__(self, detached):
+        super().__init__()
+        self.layer, self.scale, self.head = nn.Linear(6, 6), Scale(detached), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x):
+        return self.head(self.scale(x, layer=self.layer).tanh().mean(1))
+
+
+@pytest.mark.parametrize("rows", [3, 6, 12])
+def test_a_layer_that_is_measured_beside(rows):
+    """It is called without rows, where nothing gets a gradient; a batch may be as long as it."""
+    model, (x, y) = Scaled(True), data(rows)
+    x = x.double()
+    train, val = (x[:-1], y[:-1]), (x[-1:], y[-1:])
+    dots, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+    want = gradient(model, *train, loss=F.cross_entropy)
+    scores, _ = run_step(model, train, val, loss=F.cross_entropy, label_shift=0)
+    close(scores, total(dots), 1e-10, total(scales))
+    same_gradients(model, want, 1e-10)
+
+
+def test_a_layer_whose_measure_gets_a_gradient_is_refused():
+    x, y = data(4)
+    x = x.double()
+    with pytest.raises(GraddotError, match=r"used outside of the layer that owns them.*layer\.weight"):
+        run_step(
+            Scaled(False), (x[:3], y[:3]), (x[3:], y[3:]), loss=F.cross_entropy, label_shift=0
+        )

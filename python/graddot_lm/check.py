@@ -140,6 +140,8 @@ class _Proof:
 
     def run(self, args: Any, kwargs: Any, *, numbers: bool = True) -> None:
         """numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
+        exact = lambda part: copy.deepcopy(part).double()
+        args, kwargs = tree_map_only(nn.Module, exact, (args, kwargs))
         with _exactly():
             scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
             joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
@@ -294,6 +296,8 @@ class _Proof:
 
 def _own(x: Any) -> Any:
     """A copy of an argument that a call may write to; in training, an empty cache is none."""
+    if isinstance(x, nn.Module):
+        return x
     return None if hasattr(x, "get_seq_length") else copy.deepcopy(x)
 
 

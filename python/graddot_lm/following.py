@@ -63,7 +63,8 @@ class Following(TorchFunctionMode):
         for p in self._own.values():
             self._follow(p, lambda p=p: scored.per_sample(p))  # type: ignore[misc]
         # Known ones, because a constant may happen to be as long as the batch.
-        constants = [*module.parameters(), *module.buffers()]
+        given = [x for x in tree_leaves(arguments) if isinstance(x, nn.Module)]
+        constants = [x for m in (module, *given) for x in (*m.parameters(), *m.buffers())]
         constants += [x for part in module.modules() for x in _tensors(vars(part).values())]
         constants += [x for x in tree_leaves(arguments) if _is_tensor(x) and not scored.has_rows(x)]
         self._constants = {id(x): x for x in constants if id(x) not in self._own}

@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -262,7 +262,10 @@ class ModelForward:
             if self._inputs is None or micro.step.sharded:
                 break
             with self.set_aside():
-                found = find_layouts(self.model, layers, *self._inputs, micro.step.rows)
+                found = find_layouts(
+                    self.model, layers, *self._inputs, micro.step.rows,
+                    followed=self._followed(layers),
+                )  # fmt: skip
             micro.step.layouts.update({**found, **micro.step.layouts})
             if name in found:
                 self._layouts.learn(*self._kind(micro, *self._inputs), dict(micro.step.layouts))
@@ -452,7 +455,7 @@ class ModelForward:
             with self.set_aside():
                 layouts = find_layouts(
                     self.model, layers, args, kwargs, micro.step.rows,
-                    on_layer=functools.partial(self._resolve, micro),
+                    functools.partial(self._resolve, micro), self._followed(layers),
                 )  # fmt: skip
             micro.step.layouts.update(layouts)
             try:
@@ -481,6 +484,11 @@ class ModelForward:
         self._followed_whole |= "" in new
         return bool(new)
 
+    def _followed(self, names: Iterable[str]) -> list[str]:
+        """Those of the layers that have a general rule."""
+        general = (ProvenRule, functools.partial)
+        return [name for name in names if isinstance(self._rules[name], general)]
+
     def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Run the model once as it was and once with its layers scored, in a step of no account."""
         step = dataclasses.replace(micro.step, trial=True, shared={}, _dots={}, _rows={}, _held=0)
@@ -496,10 +504,7 @@ class ModelForward:
                 # With gradients where layers are followed, which heed whether there are any, as in
                 # the step that this rehearses; but nothing is kept for them, and activation
                 # checkpointing around does not see them.
-                followed = any(
-                    isinstance(rule, (ProvenRule, functools.partial))
-                    for rule in self._rules.values()
-                )
+                followed = bool(self._followed(self._rules))
                 nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
                 with torch.set_grad_enabled(followed), nothing, own_buffers(self.model):
                     return self.model(*args, **kwargs)

@@ -7,7 +7,8 @@ rows as its first dimension, one after the other in it (rows·T, D), or not at a
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +84,7 @@ class _Digest:
     shape: torch.Size
     values: Tensor
     tolerance: float = 0.0  # for what rounding makes of the same rows in a smaller batch
+    followed: bool = False  # whether the call is made by a layer whose forward is followed
 
 
 class KnownLayouts:
@@ -120,8 +122,10 @@ def find_layouts(
     kwargs: Any,
     rows: int,
     on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
+    followed: Collection[str] = (),
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
+    followed are those of the layers whose forward is followed (following.py).
 
     A layer whose input is random in a way of its own cannot be judged: "unseen". In a batch of one
     row all is that row's; this says nothing about larger batches.
@@ -142,7 +146,7 @@ def find_layouts(
     half = lambda x: take_rows(x, later, rows)
     few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-        whole = _digests(model, layers, args, kwargs, on_layer)
+        whole = _digests(model, layers, args, kwargs, on_layer, followed)
         try:
             part = _digests(model, layers, few_args, few_kwargs)
         except Exception as error:  # the model's own code may raise anything
@@ -406,20 +410,29 @@ def _digests(
     args: Any,
     kwargs: Any,
     on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
+    followed: Collection[str] = (),
 ) -> dict[str, list[_Digest]]:
     """Digests of every call's first tensor by layer name, and of the outputs."""
     found: dict[str, list[_Digest]] = {}
+    within: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any) -> None:
             on_layer(module, name)
             x = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
             # A layer without an input gives the same for every row.
-            found.setdefault(name, []).append(_digest(torch.zeros(1) if x is None else x))
+            digest = _digest(torch.zeros(1) if x is None else x)
+            found.setdefault(name, []).append(dataclasses.replace(digest, followed=bool(within)))
+            if name in followed:
+                within.append(name)
 
         return see
 
+    def leave(module: nn.Module, args: Any, out: Any) -> None:
+        within.pop()
+
     hooks = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    hooks += [layers[name].register_forward_hook(leave) for name in followed]
     try:
         with own_buffers(model):
             out = model(*args, **kwargs)
@@ -447,7 +460,10 @@ def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> 
     """The layout that a layer's calls share; None if a call has none."""
     if len(whole) != len(part):
         return None
-    layouts = {_layout_of_call(*pair, rows) for pair in zip(whole, part, strict=True)}
+    calls = [(x, _layout_of_call(x, y, rows)) for x, y in zip(whole, part, strict=True)]
+    layouts = {layout for _, layout in calls}
+    if len(layouts) > 1:  # what has no rows is known there, and the layer then not scored
+        layouts = {layout for x, layout in calls if not (x.followed and layout == "same")}
     if name != _OUTPUTS and None not in layouts and len(layouts) > 1:
         shapes = ", ".join(str(tuple(digest.shape)) for digest in whole)
         raise GraddotError(
