@@ -80,7 +80,7 @@ def t5(**settings):
 def adapters(config="LoraConfig", model="Llama", **settings):
     """A frozen model with adapters of peft, all of them trained."""
     peft = pytest.importorskip("peft")
-    if config != "PrefixTuningConfig":
+    if "num_virtual_tokens" not in settings:
         settings.setdefault("target_modules", ["q_proj", "v_proj", "down_proj"])
     config = getattr(peft, config)(task_type="CAUSAL_LM", **settings)
     return shaken(peft.get_peft_model(causal(model), config))

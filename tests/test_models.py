@@ -11,8 +11,19 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
-from model_zoo import LANGUAGE_MODELS, OTHER_MODELS, VOCAB, Tokens, WithMask, causal, moe, t5
+from model_zoo import (
+    LANGUAGE_MODELS,
+    OTHER_MODELS,
+    VOCAB,
+    Tokens,
+    WithMask,
+    adapters,
+    causal,
+    moe,
+    t5,
+)
 from test_engine import run_step
+from torch import nn
 
 TOLERANCE = 1e-5  # as in test_engine.py, with the denominator explained there
 
@@ -54,6 +65,26 @@ def test_language_model(name, dtype, record_property):
         train[0][1, :3] = 0  # padded on the left
         train[1][1, :4] = -100
     check(LANGUAGE_MODELS[name](), train, val, dtype, record_property)
+
+
+class Predicting(nn.Module):
+    """Leaves out what is predicted at virtual tokens."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return self.model(x).logits[:, -x.shape[1] :]
+
+
+@pytest.mark.parametrize("rows", [3, 4, 8])
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "PromptEncoderConfig"])
+def test_virtual_tokens(name, rows, record_property):
+    """They are the same for every row, and repeated; a batch may be as long as they are wide."""
+    model = Predicting(adapters(name, num_virtual_tokens=3))
+    train = token_batch(rows - 1, 11, VOCAB, seed=1, ragged=True)
+    check(model, train, token_batch(1, 11, VOCAB, seed=2), torch.float64, record_property)
 
 
 def test_xglm(record_property):

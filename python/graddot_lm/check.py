@@ -43,13 +43,21 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 
 
 def prove(
-    module: nn.Module, scored: Scored, make: Callable[[], WayType], args: Any, kwargs: Any
+    module: nn.Module,
+    scored: Scored,
+    make: Callable[[], WayType],
+    args: Any,
+    kwargs: Any,
+    *,
+    skip: int = 0,
 ) -> WayType:
     """check_layer of a rule that `make` makes, on a few rows of what a layer got in a step; returns
-    the rule. The number of rows is none that a dimension of the layer may be taken for."""
+    the rule. The number of rows is none that a dimension of the layer may be taken for; skip leaves
+    out the first such numbers."""
     rows, tokens = scored.rows, scored.step.row_tokens(scored.name)
     error: GraddotError | None = None
-    for count in _unlike(module, scored, args, kwargs)[:2]:
+    counts = _unlike(module, scored, args, kwargs)
+    for count in counts[skip : skip + 2] or counts[-1:]:
         few = [i % rows for i in range(count - 1)] + [rows - 1]
         try:
             return _prove_on(module, scored, make, few, tokens, args, kwargs)

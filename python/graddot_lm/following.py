@@ -60,6 +60,7 @@ class Following(TorchFunctionMode):
         self._forms: dict[int, tuple[Tensor, bool]] = {}  # casts of one's own, or transposed
         self._followed: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
         self._expanded: set[int] = set()  # those with the rows in their first dimension
+        self._made: dict[int, Tensor] = {}  # of constants alone, but with the rows there
         for p in self._own.values():
             self._follow(p, lambda p=p: scored.per_sample(p))  # type: ignore[misc]
         # Known ones, because a constant may happen to be as long as the batch.
@@ -111,15 +112,18 @@ class Following(TorchFunctionMode):
         without_gradient = self._with_graph and not torch.is_grad_enabled()
         if len(others) == len(tensors) or without_gradient:
             out = func(*args, **kwargs)
-            if not variable:
+            if all(id(x) in self._made for x in variable):
                 results = list(_tensors((out,)))
                 cast = bool(tensors) and name in CASTS
-                expanded = (False,) * len(results) if cast else self._decided(name, results)
+                made = cast and id(tensors[0]) in self._made
+                expanded = (made,) * len(results) if cast else self._decided(name, results)
                 for x, has_rows in zip(results, expanded, strict=True):
-                    if not has_rows and id(x) not in self._followed:
+                    if has_rows:
+                        self._made[id(x)] = x
+                        if self._is_new():
+                            self._unsure[id(x)] = x
+                    elif id(x) not in self._followed:
                         self._constants[id(x)] = x
-                    elif has_rows and self._is_new():
-                        self._unsure[id(x)] = x
             elif out is None or out is tensors[0]:  # which was written to
                 self._constants.pop(id(tensors[0]), None)
             elif all(id(x) in self._unsure for x in variable):
@@ -370,9 +374,11 @@ def _is_tensor(x: Any) -> bool:
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
-    """The tensors among values, and in lists and tuples among them."""
+    """The tensors among values, and in lists, tuples and dicts among them."""
     for x in values:
         if isinstance(x, Tensor):
             yield x
         elif isinstance(x, (list, tuple)):
             yield from _tensors(x)
+        elif isinstance(x, dict):
+            yield from _tensors(x.values())
