@@ -152,7 +152,12 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
             plain = f"*{pointee}" if name.startswith("p_") else "i32"
             signature[name] = scalars.get(name, plain)
             odd = name == "d_out" and constants.get("PADDED")
-            if not odd and name.startswith(("p_", "d_")) or re.search("_s[a-z]$", name) or name in ("t", "d", "stride"):
+            if (
+                not odd
+                and name.startswith(("p_", "d_"))
+                or re.search("_s[a-z]$", name)
+                or name in ("t", "d", "stride")
+            ):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(case.kernel, signature, constants, attributes)
 

@@ -551,5 +551,7 @@ def test_tokens_picked_by_their_values_are_refused():
     engine = GradDotProdEngine(model, (ids[3:], ids[3:]))
     engine.attach()
     engine.attach_train_batch(ids[:3], ids[:3], 0, None)
-    with pytest.raises(GraddotError, match=r"layer head gets tokens that are picked by their values"):
+    with pytest.raises(
+        GraddotError, match=r"layer head gets tokens that are picked by their values"
+    ):
         model(ids)

@@ -284,7 +284,7 @@ def test_a_layer_that_is_measured_beside(rows):
 def test_a_layer_whose_measure_gets_a_gradient_is_refused():
     x, y = data(4)
     x = x.double()
-    with pytest.raises(GraddotError, match=r"used outside of the layer that owns them.*layer\.weight"):
-        run_step(
-            Scaled(False), (x[:3], y[:3]), (x[3:], y[3:]), loss=F.cross_entropy, label_shift=0
-        )
+    with pytest.raises(
+        GraddotError, match=r"used outside of the layer that owns them.*layer\.weight"
+    ):
+        run_step(Scaled(False), (x[:3], y[:3]), (x[3:], y[3:]), loss=F.cross_entropy, label_shift=0)

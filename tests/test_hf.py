@@ -23,6 +23,7 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
+from transformers.trainer_pt_utils import LabelSmoother
 
 
 def samples(n, *, seed, vocab=61, classes=0):
@@ -215,6 +216,50 @@ def test_classifier_with_a_mean_of_its_own(tmp_path, close):
         close(column("value"), factor * dots, 1e-4, factor * scales)
 
 
+@pytest.mark.parametrize("kind", ["gpt2", "bert"])
+def test_label_smoothing(tmp_path, close, kind):
+    """Of the training loss, which Trainer then computes; the validation loss is the model's own."""
+    classes = 3 if kind == "bert" else 0
+    data, val = samples(20, seed=1, classes=classes), samples(5, seed=2, classes=classes)
+    make = tiny_gpt2 if classes == 0 else lambda: tiny_bert().float()
+    options = {"label_smoothing_factor": 0.1, "remove_unused_columns": False, "max_steps": 2}
+    model, regular = make(), make()
+    models, rows = train(tmp_path / "scored", model, data, val, **options)
+    trainer = Trainer(
+        model=regular,
+        args=arguments(tmp_path / "regular", **options),
+        data_collator=collate,
+        train_dataset=data,
+    )
+    trainer.model_accepts_loss_kwargs = classes == 0
+    trainer.train()
+    for (name, p), q in zip(model.named_parameters(), regular.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+
+    def own_gradient(model, i):
+        exact, batch = copy.deepcopy(model).double(), collate([data[i]])
+        labels = batch.pop("labels")
+        logits = exact(**batch).logits
+        if not classes:
+            logits, labels = logits[0, :-1], labels[0, 1:]
+        F.cross_entropy(logits, labels, label_smoothing=0.1).backward()
+        return flat({n: p.grad for n, p in exact.named_parameters()})
+
+    for step, snapshot in enumerate(models):
+        at = [row for row in rows if row["step"] == step]
+        direction = flat(mapping_gradient(snapshot, collate(val)))
+        own = [own_gradient(snapshot, row["sample_id"]) for row in at]
+        dots = torch.stack([direction @ g for g in own])
+        scales = torch.stack([direction.norm() * g.norm() for g in own])
+        weights = [tokens(data, row["sample_id"]) for row in at]
+        assert [row["n_tokens"] for row in at] == weights
+        column = lambda name, at=at: torch.tensor([row[name] for row in at], dtype=torch.float64)
+        close(column("dot"), dots, 1e-5, scales)
+        weights = torch.tensor(weights, dtype=torch.float64) / sum(weights)
+        factor = 0.02 * (1 - step / 2) * weights * clipping(own, weights)
+        close(column("value"), factor * dots, 1e-4, factor * scales)
+
+
 def test_targets_and_interval(tmp_path, close):
     vals = {"a": VAL[:1], "b": VAL}
     data = Dataset.from_list([{**sample, "text": "not for the model"} for sample in TRAIN])
@@ -289,7 +334,7 @@ def test_rows_are_saved_before_the_checkpoint_that_counts_on_them(tmp_path, monk
     assert saved == [(1, 6), (2, 12), (3, 18)]
 
 
-def test_refusals(tmp_path):
+def test_refusals(tmp_path, monkeypatch):
     def make(data=TRAIN, val=VAL, model=None, **kwargs):
         own = {k: kwargs.pop(k) for k in ("compute_loss_func", "model_init") if k in kwargs}
         args = arguments(tmp_path, **kwargs)
@@ -302,8 +347,10 @@ def test_refusals(tmp_path):
         make(val=None)
     with pytest.raises(GraddotError, match="iterable training set"):
         make(data=Stream())
-    with pytest.raises(GraddotError, match="label_smoothing_factor"):
-        make(label_smoothing_factor=0.1)
+    with monkeypatch.context() as patch:
+        patch.setattr(LabelSmoother, "__call__", lambda self, output, labels: None)
+        with pytest.raises(GraddotError, match="label_smoothing_factor and transformers older"):
+            make(label_smoothing_factor=0.1)
     with pytest.raises(GraddotError, match="neftune_noise_alpha"):
         make(neftune_noise_alpha=5.0)
     with pytest.raises(GraddotError, match="compute_loss_func"):

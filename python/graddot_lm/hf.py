@@ -8,6 +8,7 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
+from transformers.trainer_pt_utils import LabelSmoother
 
 from .background import BackgroundWriter
 from .batches import has_causal_lm_loss
 from .directions import adamw_direction
+from .distributed import unwrapped
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .scores import Number, clip_factor
@@ -87,7 +90,7 @@ class GradDotProdTrainer(Trainer):
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
             of the evaluation batch size, or a dict {target name: dataset}. It is run in
-            evaluation mode, without dropout, and not used for training. By default eval_dataset,
+            evaluation mode, without dropout or label smoothing, and not used for training. By default eval_dataset,
             as the trainer has prepared it.
         val_interval: optimizer steps between two computations of the validation gradient.
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
@@ -97,10 +100,10 @@ class GradDotProdTrainer(Trainer):
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
-    GPUs in one process, DeepSpeed, FSDP and parallelism_config, label smoothing, NEFTune's noise,
-    a `compute_loss` other than Trainer's, `compute_loss_func`, loss_is_scaled_for_ga,
-    `model_init`, auto_find_batch_size, iterable training sets, padding-free batches, and batches
-    whose targets are not in "labels".
+    GPUs in one process, DeepSpeed, FSDP and parallelism_config, NEFTune's noise, a `compute_loss`
+    other than Trainer's, `compute_loss_func`, loss_is_scaled_for_ga, `model_init`,
+    auto_find_batch_size, iterable training sets, padding-free batches, and batches whose targets are
+    not in "labels".
     """
 
     def __init__(
@@ -126,7 +129,12 @@ class GradDotProdTrainer(Trainer):
         self._val_interval, self._val_named, self._adamw = val_interval, named, adamw
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
-        self.engine = GradDotProdEngine(self.model, **(engine_options or {}))
+        options, smoother = dict(engine_options or {}), self.label_smoother
+        if smoother is not None:  # which gets the labels in the model's place
+            options.setdefault("label_shift", int(has_causal_lm_loss(unwrapped(self.model))))
+        self.engine = GradDotProdEngine(self.model, **options)
+        if smoother is not None:
+            self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
         self._folder = Path(self.args.output_dir) / "scores"
         self.scores = self._writer()
         self._training = False
@@ -146,7 +154,10 @@ class GradDotProdTrainer(Trainer):
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
             "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
-            "label_smoothing_factor": self.label_smoother is not None,
+            # Before it divided by num_items_in_batch, as the values take the loss to be.
+            "label_smoothing_factor and transformers older than 5.20": args.label_smoothing_factor
+            > 0
+            and "num_items_in_batch" not in inspect.signature(LabelSmoother.__call__).parameters,
             # Its noise is another in every forward, also in those that check the first step.
             "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,

@@ -206,5 +206,7 @@ def _rounds_to_zero(logits: Tensor, grad: Tensor) -> Tensor:
     most = wide.argmax(-1, keepdim=True)
     doubt = wide.scatter(-1, most, -torch.inf).logsumexp(-1) - wide.logsumexp(-1)  # logarithm
     size = grad.abs().amax(-1).double().log()
-    weight = torch.where(size > -torch.inf, size - doubt, torch.inf).amin()  # of a token in the loss
+    weight = torch.where(
+        size > -torch.inf, size - doubt, torch.inf
+    ).amin()  # of a token in the loss
     return doubt + weight < math.log(torch.finfo(grad.dtype).smallest_normal)

@@ -215,7 +215,10 @@ def test_vocabulary_that_is_no_multiple_of_16(options: str) -> None:
     whole = torch.full((3, 18, 48), float("nan"))
     grad = whole[:, :, :37].copy_(random(3, 18, 37, dtype=torch.float32))
     assert aligned_width(grad) == 48
-    assert aligned_width(torch.empty(54 * 48)[: 53 * 48 + 37].as_strided((1, 54, 37), (0, 48, 1))) == 48
+    assert (
+        aligned_width(torch.empty(54 * 48)[: 53 * 48 + 37].as_strided((1, 54, 37), (0, 48, 1)))
+        == 48
+    )
     assert aligned_width(torch.empty(53 * 48 + 37).as_strided((1, 54, 37), (0, 48, 1))) == 37
     assert aligned_width(whole[:, :, 16:37]) == 32
     assert aligned_width(whole[:, ::2, :37].contiguous()) == 37
