@@ -99,11 +99,10 @@ class GradDotProdTrainer(Trainer):
         engine_options: further arguments of `GradDotProdEngine`, such as exclude, or norms=True for
             the columns norm and cosine.
 
-    Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule, several
-    GPUs in one process, DeepSpeed, FSDP and parallelism_config, NEFTune's noise, a `compute_loss`
-    other than Trainer's, `compute_loss_func`, loss_is_scaled_for_ga, `model_init`,
-    auto_find_batch_size, iterable training sets, padding-free batches, and batches whose targets are
-    not in "labels".
+    Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
+    several GPUs in one process, DeepSpeed, FSDP and parallelism_config, a `compute_loss` other than
+    Trainer's, `compute_loss_func`, loss_is_scaled_for_ga, `model_init`, auto_find_batch_size,
+    iterable training sets, padding-free batches, and batches whose targets are not in "labels".
     """
 
     def __init__(
@@ -158,8 +157,6 @@ class GradDotProdTrainer(Trainer):
             "label_smoothing_factor and transformers older than 5.20": args.label_smoothing_factor
             > 0
             and "num_items_in_batch" not in inspect.signature(LabelSmoother.__call__).parameters,
-            # Its noise is another in every forward, also in those that check the first step.
-            "neftune_noise_alpha": args.neftune_noise_alpha is not None,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             # For a loss of one's own; another factor than Trainer's is not in the values.
             "loss_is_scaled_for_ga": getattr(self, "loss_is_scaled_for_ga", None) is not None,
