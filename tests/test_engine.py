@@ -412,7 +412,7 @@ def test_evaluation_between_steps():
 class Uncovered(nn.Module):
     def __init__(self):
         super().__init__()
-        self.linear, self.memory = nn.Linear(4, 4), nn.RNN(4, 4)
+        self.linear, self.memory = nn.Linear(4, 4), nn.LSTM(4, 4, proj_size=2)
 
 
 class Borrowed(nn.Module):
@@ -434,7 +434,7 @@ def _engine_error(*args, match, **kwargs):
 def test_refusals_name_what_is_wrong():
     val = torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
     _engine_error(
-        Uncovered(), val, match=r"4 trainable parameters \(66.7%.*\n  memory.weight_ih_l0: no rule"
+        Uncovered(), val, match=r"5 trainable parameters \(87.2%.*\n  memory.weight_ih_l0: no rule"
     )
     _engine_error(MLP(), (val[0][:0], val[1][:0]), match="0 inputs")
     _engine_error(MLP(), {}, match="no target")

@@ -176,7 +176,7 @@ def test_a_subclass_that_keeps_the_forward_has_its_base_rule():
     [
         (MixesSamples(6), "has an output .* that depends on other samples"),
         (nn.BatchNorm1d(5), "has an output .* that depends on other samples"),
-        (nn.GRU(6, 6, batch_first=True), "no rule that holds"),
+        (nn.LSTM(6, 6, batch_first=True, proj_size=3), "no rule for an LSTM with projections"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, nn.Module) else "",
 )

@@ -26,6 +26,8 @@ _DROPOUTS = {
     torch.dropout, torch.alpha_dropout, torch.feature_dropout,
 }  # fmt: skip
 
+_RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}  # type: ignore[attr-defined]
+
 
 # What is drawn in place of random numbers. Uniform ones are compared with a rate, by layers of random
 # depth: what keeps a layer.
@@ -57,6 +59,8 @@ class NoDropout(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
+        if func in _RECURRENT and isinstance(args[3], bool):  # of no PackedSequence
+            args = (*args[:5], 0.0, *args[6:])
         if func is F.multi_head_attention_forward:
             args = (*args[:10], 0.0, *args[11:])
         return func(*args, **kwargs)

@@ -18,6 +18,7 @@ from .distributed import layer_type
 from .errors import GraddotError
 from .general import ProvenRule, Rule, general_rule
 from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
+from .recurrent import PROJECTIONS, recurrent_rule
 from .scored import Scored, any_layout, has_own_forward, own_parameters
 from .transformers_layers import experts, is_experts, is_relative_bias
 
@@ -49,6 +50,9 @@ _TABLE: dict[type[nn.Module], Rule] = {
     nn.Conv1d: conv_rule,
     nn.Conv2d: conv_rule,
     nn.MultiheadAttention: multihead_attention,
+    nn.RNN: recurrent_rule,
+    nn.LSTM: recurrent_rule,
+    nn.GRU: recurrent_rule,
 }
 _registered: dict[type[nn.Module], Rule | None] = {}
 
@@ -92,8 +96,8 @@ def refusal(module: nn.Module) -> str | None:
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and mixes_samples(module):
         return "BatchNorm in training mode mixes samples; use GroupNorm, or eval() it"
     kind = type(module).__name__
-    if isinstance(module, nn.RNNBase):
-        return f"no rule for layers of type {kind}, which computes with its weights in one kernel"
+    if isinstance(module, nn.RNNBase) and module.proj_size > 0:
+        return PROJECTIONS
     if nn.utils.parametrize.is_parametrized(module) or kind == "ParametrizationList":
         return "a parametrized weight is not a parameter; remove the parametrization"
     return None

@@ -1,0 +1,152 @@
+"""nn.RNN, LSTM and GRU: against autograd, one sample at a time, and in whole language models."""
+
+import copy
+
+import pytest
+import torch
+from brute_force import gradient, lm_loss, sample_dots, token_batch, total
+from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from loop_steps import same_gradients
+from test_engine import run_step
+from torch import nn
+
+KINDS = {
+    "lstm": nn.LSTM,
+    "gru": nn.GRU,
+    "rnn": nn.RNN,
+    "relu": lambda *sizes, **options: nn.RNN(*sizes, nonlinearity="relu", **options),
+}
+KIND = pytest.mark.parametrize("kind", KINDS)
+
+
+class States(nn.Module):
+    """What a recurrent layer returns, with the rows first, from a state that was made of its input."""
+
+    def __init__(self, layer, given):
+        super().__init__()
+        self.layer, self.given, self.start = layer, given, nn.Linear(6, 5)
+
+    def forward(self, x):
+        state = None
+        if self.given:
+            sides = self.layer.num_layers * (1 + self.layer.bidirectional)
+            state = self.start(x[:, :sides]).transpose(0, 1).contiguous()
+            state = (state, state.tanh()) if isinstance(self.layer, nn.LSTM) else state
+        out, end = self.layer(x, state)
+        end = end if isinstance(end, tuple) else (end,)
+        return out, *(part.transpose(0, 1) for part in end)
+
+
+@KIND
+@pytest.mark.parametrize("rows", [2, 4, 7], ids="rows={}".format)
+@pytest.mark.parametrize("given", [False, True], ids=["", "given-state"])
+@pytest.mark.parametrize("deep", [False, True], ids=["", "deep"])
+def test_a_layer(kind, rows, given, deep):
+    """Batches as long as there are tokens, or sides, among them."""
+    options = {"num_layers": 2, "bidirectional": True, "bias": not given} if deep else {}
+    torch.manual_seed(0)
+    layer = States(KINDS[kind](6, 5, batch_first=True, **options), given)
+    check_layer(layer, torch.randn(rows, 7, 6))
+
+
+class Model(nn.Module):
+    """A language model; its dropout does not hide from the first step's checks what lies behind."""
+
+    def __init__(self, kind, batch_first, tied=False, dropout=0.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(61, 12), nn.Linear(12, 61, bias=not tied)
+        self.layer = KINDS[kind](12, 12, num_layers=2, batch_first=batch_first, dropout=dropout)
+        if tied:
+            self.head.weight = self.embed.weight
+        self.batch_first = batch_first
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        if self.batch_first:
+            return self.head(self.layer(x)[0])
+        return self.head(self.layer(x.transpose(0, 1))[0]).transpose(0, 1)
+
+
+TRAIN, VAL = token_batch(4, 9, seed=1, ragged=True), token_batch(2, 9, seed=2)
+
+
+@KIND
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time-first", "rows-first"])
+def test_a_language_model(kind, batch_first, close):
+    model = Model(kind, batch_first, tied=batch_first)
+    dots, scales = sample_dots(model, TRAIN, VAL)
+    want = gradient(model, *TRAIN)
+    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
+        trained = copy.deepcopy(model).to(dtype)
+        scores, of_parameters = run_step(trained, TRAIN, VAL)
+        close(scores, total(dots), tolerance, total(scales))
+        same_gradients(trained, want, tolerance)
+        assert set(of_parameters) == {name for name, _ in model.named_parameters()}
+
+
+@KIND
+def test_one_direction_for_all_and_norms(kind, close):
+    model = Model(kind, True).double()
+    engine = GradDotProdEngine(model, label_shift=1, norms=True)
+    engine.attach()
+    loss = lambda model, x, y: lm_loss(model(x), y)
+    engine.set_directions(engine.compute_directions([VAL], loss))
+    engine.attach_train_batch(*TRAIN, 0, None)
+    engine.track_loss(lm_loss(model(TRAIN[0]), TRAIN[1])).backward()
+    scores = engine.aggregate_and_log()
+    dots, scales = sample_dots(model, TRAIN, VAL)
+    close(scores, total(dots), 1e-9, total(scales))
+    own = [gradient(model, TRAIN[0][i : i + 1], TRAIN[1][i : i + 1]) for i in range(4)]
+    norms = [torch.stack([g.norm() for g in grads.values()]).norm() for grads in own]
+    close(engine.gradient_norms(), torch.stack(norms), 1e-9)
+
+
+@KIND
+def test_bf16_and_a_compiled_model(kind, close):
+    model = Model(kind, True)
+    dots, scales = sample_dots(model, TRAIN, VAL)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scores, _ = run_step(copy.deepcopy(model), TRAIN, VAL)
+    assert ((scores - total(dots)).abs() / total(scales)).max() <= 2e-2
+    engine = GradDotProdEngine(model, VAL, label_shift=1)
+    engine.attach()
+    compiled = torch.compile(model, backend="aot_eager")
+    for step in range(3):
+        engine.attach_train_batch(*TRAIN, step, None)
+        x, y = engine.prepare_forward_input(*TRAIN)
+        engine.track_loss(lm_loss(compiled(x), y)).backward()
+        close(engine.aggregate_and_log(), total(dots), 1e-4, total(scales))
+        model.zero_grad()
+
+
+def test_frozen_weights_and_dropout(close):
+    """What is frozen gets no gradient; dropout falls between the layers."""
+    model = Model("lstm", True, dropout=0.5).double()
+    for name in ("weight_hh_l0", "bias_ih_l1"):
+        model.layer.get_parameter(name).requires_grad_(False)
+    scores, of_parameters = run_step(model, TRAIN, VAL)
+    assert scores.isfinite().all() and len(of_parameters) == 9
+    assert model.layer.weight_hh_l0.grad is None and model.layer.bias_ih_l1.grad is None
+    model.layer.dropout = 0.0
+    model.zero_grad()
+    scores, _ = run_step(model, TRAIN, VAL)
+    dots, scales = sample_dots(model, TRAIN, VAL)
+    close(scores, total(dots), 1e-9, total(scales))
+
+
+class Packed(Model):
+    def forward(self, ids):
+        packed = nn.utils.rnn.pack_padded_sequence(
+            self.embed(ids), torch.full((len(ids),), ids.shape[1]), batch_first=True
+        )
+        out = self.layer(packed)[0]
+        return self.head(nn.utils.rnn.pad_packed_sequence(out, batch_first=True)[0])
+
+
+def test_refusals():
+    with pytest.raises(GraddotError, match=r"layer gets an input .* one after the other"):
+        run_step(Packed("lstm", True), TRAIN, VAL)
+    with pytest.raises(GraddotError, match=r"memory\.weight_hr_l0: no rule for an LSTM with proj"):
+        model = nn.ModuleDict({"memory": nn.LSTM(4, 4, proj_size=2)})
+        GradDotProdEngine(model, VAL)
