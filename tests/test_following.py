@@ -268,9 +268,9 @@ class Scaled(nn.Module):
         return self.head(self.scale(x, layer=self.layer).tanh().mean(1))
 
 
-@pytest.mark.parametrize("rows", [3, 6, 12])
+@pytest.mark.parametrize("rows", [2, 3, 12])
 def test_a_layer_that_is_measured_beside(rows):
-    """It is called without rows, where nothing gets a gradient; a batch may be as long as it."""
+    """It is called without rows, where nothing gets a gradient."""
     model, (x, y) = Scaled(True), data(rows)
     x = x.double()
     train, val = (x[:-1], y[:-1]), (x[-1:], y[-1:])
@@ -279,6 +279,15 @@ def test_a_layer_that_is_measured_beside(rows):
     scores, _ = run_step(model, train, val, loss=F.cross_entropy, label_shift=0)
     close(scores, total(dots), 1e-10, total(scales))
     same_gradients(model, want, 1e-10)
+
+
+def test_a_measure_as_long_as_the_batch_is_refused():
+    x, y = data(6)
+    x = x.double()
+    with pytest.raises(
+        GraddotError, match=r"layer layer .*\(6, 6\).* by layer scale.*another number"
+    ):
+        run_step(Scaled(True), (x[:5], y[:5]), (x[5:], y[5:]), loss=F.cross_entropy, label_shift=0)
 
 
 def test_a_layer_whose_measure_gets_a_gradient_is_refused():

@@ -88,7 +88,7 @@ class _Digest:
     shape: torch.Size
     values: Tensor
     tolerance: float = 0.0  # for what rounding makes of the same rows in a smaller batch
-    followed: bool = False  # whether the call is made by a layer whose forward is followed
+    caller: str | None = None  # the innermost of the layers around whose forward is followed
 
 
 class KnownLayouts:
@@ -426,7 +426,9 @@ def _digests(
             x = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
             # A layer without an input gives the same for every row.
             digest = _digest(torch.zeros(1) if x is None else x)
-            found.setdefault(name, []).append(dataclasses.replace(digest, followed=bool(within)))
+            found.setdefault(name, []).append(
+                dataclasses.replace(digest, caller=within[-1] if within else None)
+            )
             if name in followed:
                 within.append(name)
 
@@ -466,8 +468,10 @@ def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> 
         return None
     calls = [(x, _layout_of_call(x, y, rows)) for x, y in zip(whole, part, strict=True)]
     layouts = {layout for _, layout in calls}
-    if len(layouts) > 1:  # what has no rows is known there, and the layer then not scored
-        layouts = {layout for x, layout in calls if not (x.followed and layout == "same")}
+    if len(layouts) > 1:
+        is_beside = lambda x, layout: layout == "same" and x.caller is not None
+        layouts = {layout for x, layout in calls if not is_beside(x, layout)}
+        _check_beside(name, [x for x, layout in calls if is_beside(x, layout)], layouts, rows)
     if name != _OUTPUTS and None not in layouts and len(layouts) > 1:
         shapes = ", ".join(str(tuple(digest.shape)) for digest in whole)
         raise GraddotError(
@@ -475,6 +479,25 @@ def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> 
             f" {rows} rows of the batch in different ways; use one layer a way"
         )
     return None if None in layouts else layouts.pop() if layouts else "rows"
+
+
+def _check_beside(
+    name: str, calls: list[_Digest], layouts: Collection[Layout | None], rows: int
+) -> None:
+    """Calls with inputs that have no rows, by layers that are followed: which know it, and do not
+    have the layer scored there. Of a layer that is not inside of theirs that is not proven.
+
+    Raises GraddotError where such an input might then be taken for one of the layouts.
+    """
+    sizes = {rows * layout if isinstance(layout, int) else rows for layout in layouts}
+    for x in calls:
+        inside = x.caller == "" or name.startswith(f"{x.caller}.")
+        if not inside and x.shape[1 if "second" in layouts else 0] in sizes:
+            raise GraddotError(
+                f"layer {name} is called with an input of shape {tuple(x.shape)} that has no rows, by"
+                f" layer {x.caller}, in a batch of {rows} rows, in which it might be taken for them;"
+                " use another number of rows"
+            )
 
 
 def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
