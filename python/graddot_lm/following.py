@@ -125,7 +125,8 @@ class Following(TorchFunctionMode):
                     elif id(x) not in self._followed:
                         self._constants[id(x)] = x
             elif out is None or out is tensors[0]:  # which was written to
-                self._constants.pop(id(tensors[0]), None)
+                for known in (self._constants, self._made):
+                    known.pop(id(tensors[0]), None)
             elif all(id(x) in self._unsure for x in variable):
                 self._unsure |= {id(x): x for x in _tensors((out,))}
             return out

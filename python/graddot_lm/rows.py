@@ -492,7 +492,8 @@ def _check_beside(
     sizes = {rows * layout if isinstance(layout, int) else rows for layout in layouts}
     for x in calls:
         inside = x.caller == "" or name.startswith(f"{x.caller}.")
-        if not inside and x.shape[1 if "second" in layouts else 0] in sizes:
+        at = 1 if "second" in layouts else 0
+        if not inside and sizes & set(x.shape[at : at + 1]):
             raise GraddotError(
                 f"layer {name} is called with an input of shape {tuple(x.shape)} that has no rows, by"
                 f" layer {x.caller}, in a batch of {rows} rows, in which it might be taken for them;"
