@@ -180,6 +180,7 @@ LANGUAGE_MODELS = {
     "vera": functools.partial(adapters, "VeraConfig", r=4, target_modules=["q_proj", "v_proj"]),
     "lokr": functools.partial(adapters, "LoKrConfig", r=4),
     "boft": functools.partial(adapters, "BOFTConfig", boft_block_size=4),
+    "oft": functools.partial(adapters, "OFTConfig", r=0, oft_block_size=4),
     "hra": functools.partial(adapters, "HRAConfig", r=4),
     "prefix-tuning": functools.partial(adapters, "PrefixTuningConfig", num_virtual_tokens=3),
     "t5-untied": lambda: Shifted(t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu")),

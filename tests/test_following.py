@@ -55,6 +55,23 @@ def _written(m, x):
     return out * m.w
 
 
+def _clamped(m, x):
+    scale = m.w * 2
+    scale.clamp_(max=1.0)
+    scale *= 0.5
+    return m.inner(x) * scale
+
+
+def _skew(m, x):
+    t = torch.zeros(6, 6).to(x)
+    t[[0, 1, 4], [1, 3, 5]] = m.w
+    whole = torch.eye(6).to(x).repeat(1, 1)
+    whole.add_(t - t.T, alpha=2.0)
+    whole.add_(m.w[0])
+    whole[0] = 0
+    return m.inner(x) @ whole
+
+
 def _bias_of_positions(m, x):
     ids = torch.arange(x.shape[1])
     bias = F.embedding((ids[:, None] - ids).abs(), m.w).permute(2, 0, 1)[None]
@@ -76,6 +93,8 @@ CASES = {
     "in-pieces": (_in_pieces, {"t": N(2, 6)}),
     "written-to": (lambda m, x: m.inner(x).mul_(m.w).add_(m.b), {"w": N(6), "b": N(1, 5, 6)}),
     "written-buffer": (_written, {"w": N(6)}),
+    "written-in-place": (_clamped, {"w": N(6)}),
+    "written-into-constants": (_skew, {"w": N(3)}),
     "flattened": (lambda m, x: (m.inner(x.flatten(0, 1)) * m.w).view(x.shape), {"w": N(6)}),
     "as-the-input": (lambda m, x: m.inner(x) * m.w.to(x) + m.w.type_as(x), {"w": N(6)}),
     "where": (lambda m, x: torch.where(x[..., :1] > 0, m.t, m.inner(x)), {"t": N(6)}),

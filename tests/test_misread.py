@@ -231,7 +231,7 @@ def test_what_could_be_misread_is_exact(name):
 
 def _clamped(m, x):
     scale = m.w * 2
-    scale.clamp_(max=3.0)
+    scale[:].clamp_(max=3.0)
     return x * scale
 
 

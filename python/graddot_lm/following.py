@@ -108,6 +108,8 @@ class Following(TorchFunctionMode):
         others = [x for x in tensors if id(x) not in self._followed]
         variable = [x for x in others if id(x) not in self._constants]
         if len(others) < len(tensors):
+            if _is_in_place(name) and not variable and self._may_be_written(tensors, args):
+                return self._write(func, args, kwargs)
             self._check_not_written(name, tensors, kwargs)
         without_gradient = self._with_graph and not torch.is_grad_enabled()
         if len(others) == len(tensors) or without_gradient:
@@ -147,10 +149,41 @@ class Following(TorchFunctionMode):
         self._follow_result(out, func, args, kwargs)
         return out
 
+    def _may_be_written(self, tensors: list[Tensor], args: Any) -> bool:
+        """Whether what is written to, the first, was made here, and nothing has rows."""
+        target = tensors[0]
+        own = isinstance(target, nn.Parameter) or target._base is not None or target is not args[0]
+        return not own and not any(id(x) in self._expanded or id(x) in self._made for x in tensors)
+
+    def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """A call that writes to its first argument, which is followed from then on."""
+        leaves, spec = tree_flatten((args, kwargs))
+        before, rows = args[0].detach().clone(), self._scored.rows
+        at = [i for i, x in enumerate(leaves) if id(x) in self._followed or i == 0]
+        made = [self._followed.get(id(leaves[i]), (before, None))[1] for i in at]
+
+        def written(*copies: Tensor) -> Tensor:
+            filled = list(leaves)
+            for i, x in zip(at, copies, strict=True):
+                filled[i] = x
+            filled[0] = filled[0].clone()
+            inner_args, inner_kwargs = tree_unflatten(filled, spec)
+            func(*inner_args, **inner_kwargs)
+            return filled[0]
+
+        def copies() -> Tensor:
+            same = before.expand(rows, *before.shape)  # of what was a constant
+            return torch.vmap(written)(*(same if make is None else make() for make in made))
+
+        out = func(*args, **kwargs)
+        for known in (self._constants, self._forms):
+            known.pop(id(args[0]), None)
+        self._follow(args[0], copies)
+        return out
+
     def _check_not_written(self, name: str, tensors: list[Tensor], kwargs: Any) -> None:
         """Raise if a call with something followed writes where that, or a constant, is."""
-        in_place = (name[-1:] == "_" and name[-2:] != "__") or name in WRITES
-        target = kwargs.get("out", tensors[0] if in_place else None)
+        target = kwargs.get("out", tensors[0] if _is_in_place(name) else None)
         if not isinstance(target, Tensor):
             return
         alone = (
@@ -372,6 +405,11 @@ def too_large(module: nn.Module, size: int) -> GraddotError:
 
 def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
+
+
+def _is_in_place(name: str) -> bool:
+    """Whether a call of a function of this name writes to its first argument."""
+    return (name[-1:] == "_" and name[-2:] != "__") or name in WRITES
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
