@@ -90,8 +90,8 @@ class GradDotProdTrainer(Trainer):
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
             of the evaluation batch size, or a dict {target name: dataset}. It is run in
-            evaluation mode, without dropout or label smoothing, and not used for training. By default eval_dataset,
-            as the trainer has prepared it.
+            evaluation mode, without dropout or label smoothing, and not used for training. By
+            default eval_dataset, as the trainer has prepared it.
         val_interval: optimizer steps between two computations of the validation gradient.
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
@@ -153,10 +153,7 @@ class GradDotProdTrainer(Trainer):
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
             "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
-            # Before it divided by num_items_in_batch, as the values take the loss to be.
-            "label_smoothing_factor and transformers older than 5.20": args.label_smoothing_factor
-            > 0
-            and "num_items_in_batch" not in inspect.signature(LabelSmoother.__call__).parameters,
+            "label_smoothing_factor in this version of transformers": self._smooths_otherwise(),
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             # For a loss of one's own; another factor than Trainer's is not in the values.
             "loss_is_scaled_for_ga": getattr(self, "loss_is_scaled_for_ga", None) is not None,
@@ -176,6 +173,11 @@ class GradDotProdTrainer(Trainer):
                 " compute_loss = transformers.Trainer.compute_loss in the class if the model's own"
                 " loss is the same, or use GradDotProdEngine in a loop of your own"
             )
+
+    def _smooths_otherwise(self) -> bool:
+        """Whether a smoothed loss is no sum over num_items_in_batch, as the values take it to be."""
+        takes = inspect.signature(LabelSmoother.__call__).parameters
+        return self.label_smoother is not None and "num_items_in_batch" not in takes
 
     def _writer(self) -> BackgroundWriter:
         """Of this process's rows."""
