@@ -135,6 +135,23 @@ def test_wgrad(shape: tuple[int, ...], dtype: torch.dtype, k: int, tma: bool) ->
 
 
 @DTYPES
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("padded", [False, True], ids=["copied", "padded"])
+def test_wgrad_of_an_odd_vocabulary(dtype: torch.dtype, k: int, padded: bool) -> None:
+    """Rows that begin at multiples of 16 elements, with NaN between them; or large, and copied."""
+    act, grad = _inputs((3, 300, 256, 1201), dtype)
+    if padded:
+        grad = torch.full((3, 300, 1216), torch.nan, dtype=dtype, device="cuda")[..., :1201].copy_(
+            grad
+        )
+    direction = random(k, 1201, 256, dtype=torch.float32, device="cuda")
+    got = gk.linear_wgrad_dot(direction, act, grad)
+    check_wgrad(*got, direction, act, grad, tolerance=TOLERANCE)
+    squares = gk.linear_wgrad_dot(direction, act, grad, norms=True)[1][-1]
+    check_squares(squares, act, grad, TOLERANCE)
+
+
+@DTYPES
 @pytest.mark.parametrize("t", [1, 40, 512])
 def test_public_wgrad_and_joint(t: int, dtype: torch.dtype) -> None:
     act, grad = _inputs((6, t, 320, 192), dtype)
