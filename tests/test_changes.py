@@ -116,8 +116,8 @@ def test_an_optimizer_of_a_part_of_the_model_is_refused():
         attached(model, optimizer)
     excluded = [f"{part}.{name}" for part in ("up", "head") for name in ("weight", "bias")]
     attached(model, optimizer, exclude=excluded).detach()
-    with pytest.raises(GraddotError, match="attach got a list; expected one optimizer"):
-        attached(model, [optimizer])
+    with pytest.raises(GraddotError, match="attach got a dict; expected an optimizer"):
+        attached(model, {"adam": optimizer})
 
 
 class Later(nn.Module):

@@ -181,6 +181,89 @@ def test_a_step_after_its_values_is_refused():
         GradDotProdEngine(tiny_gpt2(), val).attach(optimizer)
 
 
+def two_optimizers(model, kind=torch.optim.SGD, **options):
+    """One for the matrices of the blocks, which get no lr of their own here, one for the rest."""
+    matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
+    ids = set(map(id, matrices))
+    rest = [p for p in model.parameters() if id(p) not in ids]
+    return [kind(matrices, lr=0.25, **options), torch.optim.SGD(rest, lr=0.5)]
+
+
+@pytest.mark.parametrize("per_parameter", [False, True])
+def test_several_optimizers(close, per_parameter):
+    """The rows of one optimizer with as many groups; in any order of their steps."""
+    train, val, rows = token_batch(3, 9, seed=1), token_batch(1, 9, seed=2), []
+    for single in (True, False):
+        model, store = tiny_gpt2(), Store()
+        optimizers = two_optimizers(model)
+        if single:
+            groups = [
+                dict(g, lr=one.defaults["lr"]) for one in optimizers for g in one.param_groups
+            ]
+            optimizers = [torch.optim.SGD([{k: g[k] for k in ("params", "lr")} for g in groups])]
+        engine = attached(model, val, optimizers, store=store, per_parameter=per_parameter)
+        for step in range(2):
+            run(engine, train, step)
+            for one in reversed(optimizers):
+                one.step()
+                one.zero_grad()
+            engine.aggregate_and_log()
+        engine.detach_for_evaluation()
+        engine.reattach_after_evaluation()
+        rows.append(store.columns)
+    for name, want in rows[0].items():
+        assert rows[1][name] == pytest.approx(want, rel=1e-6), name
+    assert all(rows[1]["applied"])
+
+
+def test_muon_beside_another_optimizer():
+    model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
+    optimizers = two_optimizers(model, torch.optim.Muon)
+    engine = attached(model, val, optimizers, store=store, per_parameter=True)
+    run(engine, token_batch(3, 9, seed=1))
+    dots = engine.parameter_dots()
+    for one in optimizers:
+        one.step()
+    engine.aggregate_and_log()
+    muons = {id(p) for p in optimizers[0].param_groups[0]["params"]}
+    lr = {n: 0.25 if id(p) in muons else 0.5 for n, p in model.named_parameters()}
+    want = sum(lr[n] * d for n, d in dots.items()) / 3
+    torch.testing.assert_close(store.column("value"), want)
+
+
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_one_of_several_optimizers_skips_the_step(skipped):
+    """A GradScaler looks at each optimizer's own gradients: values are of those that moved."""
+    model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
+    optimizers = two_optimizers(model)
+    engine = attached(model, val, optimizers, store=store, per_parameter=True)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+    train = token_batch(3, 9, seed=1)
+    engine.attach_train_batch(*train, 0, torch.arange(3))
+    x, y = engine.prepare_forward_input(*train)
+    scaler.scale(engine.track_loss(lm_loss(model(x).logits, y))).backward()
+    engine.prepare_gradients()
+    dots = engine.parameter_dots()
+    optimizers[skipped].param_groups[0]["params"][0].grad[0] = torch.inf
+    for one in optimizers:
+        scaler.step(one)
+    scaler.update()
+    engine.aggregate_and_log()
+    other = optimizers[1 - skipped]
+    moved = {id(p) for p in other.param_groups[0]["params"]}
+    own = [dots[n] for n, p in model.named_parameters() if id(p) in moved]
+    want = sum(own) * other.defaults["lr"] / 3
+    torch.testing.assert_close(store.column("value"), want)
+    assert not any(store.column("applied"))
+
+
+def test_a_parameter_in_two_optimizers_is_refused():
+    model = tiny_gpt2()
+    optimizers = [torch.optim.SGD(model.parameters(), lr=0.1), *two_optimizers(model)]
+    with pytest.raises(GraddotError, match="updated by several optimizers"):
+        attached(model, token_batch(1, 9, seed=2), optimizers)
+
+
 # Mixed precision
 
 

@@ -152,8 +152,8 @@ class GradDotProdEngine:
             model, self._parameters, self._loss, global_mean, process_group
         )
         self._direction_norms: Tensor | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._step_hook: Any = None
+        self._optimizers: list[torch.optim.Optimizer] = []
+        self._step_hooks: list[Any] = []
         self._pending: list[MicroBatch] = []
         self._logged_norms: list[Norms] = []
 
@@ -239,27 +239,27 @@ class GradDotProdEngine:
 
     # Life cycle
 
-    def attach(self, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """Put the scored layers in place. The optimizer is only read: its learning rates, and
-        whether it took the step."""
-        while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-            optimizer = optimizer.optimizer  # type: ignore[union-attr]  # accelerate's wrapper
-        if not hasattr(optimizer, "param_groups") and optimizer is not None:
-            raise GraddotError(
-                f"attach got a {type(optimizer).__name__}; expected one optimizer, whose learning rates"
-                " the values are made of, or none, and then there are no values"
-            )
-        groups = [] if optimizer is None else optimizer.param_groups
-        updated = {id(p) for group in groups for p in group["params"]}
+    def attach(
+        self, optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None = None
+    ) -> None:
+        """Put the scored layers in place. The optimizer, or several, as Muon's for matrices beside
+        AdamW's, are only read: their learning rates, and whether they took the step."""
+        given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
+        optimizers = [_inner_optimizer(one) for one in given if one is not None]
+        updated = [id(p) for one in optimizers for g in one.param_groups for p in g["params"]]
         others = [n for n in self._coverage.covered if id(self._parameters[n]) not in updated]
-        if optimizer is not None and others:
+        if optimizers and others:
             raise GraddotError(
                 f"the optimizer does not update {', '.join(others[:5])}{' …' if others[5:] else ''}"
                 f" ({len(others)} of {len(self._coverage.covered)} scored parameters), so that values"
-                " would leave them out; with several optimizers call attach() without one, and make"
-                " values of parameter_dots() and your learning rates; or exclude= what is not to count"
+                " would leave them out; give attach() a list if there are several, exclude= what is not"
+                " to count, or call attach() without one and make values of parameter_dots()"
             )
-        if foreign := len(updated - {id(p) for p in self.model.parameters()}):
+        if len(set(updated)) < len(updated):
+            raise GraddotError(
+                "a parameter is updated by several optimizers, so its lr is not known"
+            )
+        if foreign := len(set(updated) - {id(p) for p in self.model.parameters()}):
             raise GraddotError(
                 f"the optimizer updates {foreign} parameters that are not in the engine's model, so"
                 " neither scored nor kept free of validation rows; make them (a head, a criterion)"
@@ -267,17 +267,19 @@ class GradDotProdEngine:
                 " directions instead of val_data"
             )
         self._forward.attach()
-        self._optimizer = optimizer
-        if isinstance(optimizer, torch.optim.Optimizer):
-            self._step_hook = optimizer.register_step_post_hook(self._after_optimizer_step)
+        self._optimizers = optimizers
+        self._step_hooks = [
+            one.register_step_post_hook(self._after_optimizer_step)
+            for one in optimizers
+            if isinstance(one, torch.optim.Optimizer)
+        ]
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
         self._forward.detach()
-        if self._step_hook is not None:
-            self._step_hook.remove()
-            self._step_hook = None
-        self._pending = []
+        for hook in self._step_hooks:
+            hook.remove()
+        self._step_hooks, self._pending = [], []
 
     def detach_for_evaluation(self) -> None:
         """Run the model as it was until `reattach_after_evaluation`. Not in the midst of a step."""
@@ -285,8 +287,8 @@ class GradDotProdEngine:
         self.detach()
 
     def reattach_after_evaluation(self) -> None:
-        """Attach again, with the same optimizer."""
-        self.attach(self._optimizer)
+        """Attach again, with the same optimizers."""
+        self.attach(self._optimizers)
 
     # One step
 
@@ -327,7 +329,7 @@ class GradDotProdEngine:
         val_rows = [len(part) for part in self._val]
         targets = 1 if self._targets is None else len(self._targets)
         leaf_of = leaf_names(
-            self._parameters, self._coverage.covered, self._optimizer, self._per_parameter
+            self._parameters, self._coverage.covered, self._groups(), self._per_parameter
         )
         first = next(iter(self._parameters.values()))
         tokens = None
@@ -361,7 +363,7 @@ class GradDotProdEngine:
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,
             filled=filled_rows(parts),
-            applied=not isinstance(self._optimizer, torch.optim.Optimizer),
+            applied=[not isinstance(one, torch.optim.Optimizer) for one in self._optimizers],
         )
         micro.set_counts(self._loss.count(labels))
         self._forward.begin(micro)
@@ -461,7 +463,8 @@ class GradDotProdEngine:
             rows = score_rows(self._pending, self._targets, columns or {}, gradient_scale)
             for values, iteration in rows:
                 self.store.append(values, iteration)
-            self._forward.logged_unapplied = any(micro.applied is False for micro in self._pending)
+            taken = [x for micro in self._pending for x in micro.applied]
+            self._forward.logged_unapplied = any(x is False for x in taken)
         self._logged_norms = [micro.norms() for micro in self._pending] if self.norms else []
         self._pending = []
         return scores
@@ -481,11 +484,25 @@ class GradDotProdEngine:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
 
+    def _groups(self) -> list[dict[str, Any]]:
+        """The groups of parameters of all optimizers."""
+        return [group for one in self._optimizers for group in one.param_groups]
+
     def _note_rates(self, micro: MicroBatch) -> None:
-        """The optimizer's learning rates, unless they were noted when it took the step."""
-        if self._optimizer is not None and not micro.leaf_lrs:
-            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizer)
+        """The optimizers' learning rates, unless they were noted when one took the step."""
+        if self._optimizers and not micro.leaf_lrs:
+            rates = learning_rates(self._parameters, micro.leaf_of, self._groups())
             micro.lr, micro.leaf_lrs = rates
+            by_id = {
+                id(p): k
+                for k, one in enumerate(self._optimizers)
+                for group in one.param_groups
+                for p in group["params"]
+            }
+            micro.optimizer_of = {
+                leaf: by_id.get(id(self._parameters[name]), 0)
+                for name, leaf in micro.leaf_of.items()
+            }
 
     def _has_gradients(self) -> bool:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -509,10 +526,23 @@ class GradDotProdEngine:
         if self._forward.micro is not None and self._forward.micro.step.has_dots:
             taken.append(self._forward.micro)  # whose prepare_gradients() is still to come
             self._note_rates(taken[-1])
+        k = next(k for k, one in enumerate(self._optimizers) if one is optimizer)
         for micro in taken:
-            micro.applied = True if found_inf is None else found_inf == 0
+            micro.applied[k] = True if found_inf is None else found_inf == 0
         if not taken and self._forward.logged_unapplied:
             raise GraddotError(
                 "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
                 " a step that was not taken; call aggregate_and_log() after the step"
             )
+
+
+def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
+    """Without accelerate's wrapper. Raises GraddotError for what is none."""
+    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = optimizer.optimizer
+    if not hasattr(optimizer, "param_groups"):
+        raise GraddotError(
+            f"attach got a {type(optimizer).__name__}; expected an optimizer, or a list of them, whose"
+            " learning rates the values are made of, or none, and then there are no values"
+        )
+    return optimizer  # type: ignore[no-any-return]

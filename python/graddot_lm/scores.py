@@ -42,8 +42,9 @@ class MicroBatch:
     filled: list[tuple[list[int], int, int]] = field(default_factory=list)
     running: bool = False  # inside the model's forward
     forwarded: bool = False
-    # Whether the optimizer took the step; a 0-dim tensor where only the device knows.
-    applied: bool | Tensor = True
+    # Whether each optimizer took the step; a 0-dim tensor where only the device knows.
+    applied: list[bool | Tensor] = field(default_factory=list)
+    optimizer_of: dict[str, int] = field(default_factory=dict)  # by leaf
     lr: Number = float("nan")
     leaf_lrs: dict[str, Number] = field(default_factory=dict)
 
@@ -129,22 +130,37 @@ class MicroBatch:
         return Norms(samples, targets, cosines)
 
     def lr_scores(self) -> Tensor:
-        """lr · dot, each parameter with the lr of its own group, (K, N); NaN without an optimizer."""
+        """lr · dot, each parameter with the lr of its own group, (K, N); NaN without an optimizer.
+        0 for those of an optimizer that did not take the step."""
         if not self.leaf_lrs:
             return torch.full_like(self.scores(), float("nan"))
-        return torch.stack([lr * self.dots(leaf) for leaf, lr in self.leaf_lrs.items()]).sum(0)
+        parts: dict[int, list[Tensor]] = {}
+        for leaf, lr in self.leaf_lrs.items():
+            parts.setdefault(self.optimizer_of.get(leaf, 0), []).append(lr * self.dots(leaf))
+        sums = [torch.stack(own).sum(0).where(self._took(k), 0.0) for k, own in parts.items()]
+        return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
+
+    def took_step(self) -> Tensor:
+        """Whether each optimizer took the step; a single one where there is none."""
+        return torch.stack([self._took(k) for k in range(max(1, len(self.applied)))])
+
+    def _took(self, optimizer: int) -> Tensor:
+        applied = self.applied[optimizer] if self.applied else True
+        if isinstance(applied, Tensor):
+            return applied.to(self.step.scale.device)
+        # Filled where it is: a copy from the host waits.
+        return torch.full((), applied, device=self.step.scale.device)
 
 
 def leaf_names(
     parameters: Mapping[str, nn.Parameter],
     covered: Sequence[str],
-    optimizer: torch.optim.Optimizer | None,
+    groups: Sequence[Mapping[str, Any]],
     per_parameter: bool,
 ) -> dict[str, str]:
-    """The leaf of every covered parameter: its own, or that of its group in the optimizer."""
+    """The leaf of every covered parameter: its own, or that of its group in an optimizer."""
     if per_parameter:
         return {name: name for name in covered}
-    groups = [] if optimizer is None else optimizer.param_groups
     group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
     return {name: group_of.get(id(parameters[name]), "none") for name in covered}
 
@@ -152,12 +168,12 @@ def leaf_names(
 def learning_rates(
     parameters: Mapping[str, nn.Parameter],
     leaf_of: Mapping[str, str],
-    optimizer: torch.optim.Optimizer,
+    groups: Sequence[Mapping[str, Any]],
 ) -> tuple[Number, dict[str, Number]]:
     """The first group's, and by leaf."""
-    rates = [_rate(group["lr"]) for group in optimizer.param_groups]
-    groups = zip(optimizer.param_groups, rates, strict=True)
-    by_id = {id(p): rate for group, rate in groups for p in group["params"]}
+    rates = [_rate(group["lr"]) for group in groups]
+    pairs = zip(groups, rates, strict=True)
+    by_id = {id(p): rate for group, rate in pairs for p in group["params"]}
     by_leaf = {leaf: by_id.get(id(parameters[name]), 0.0) for name, leaf in leaf_of.items()}
     return rates[0], by_leaf
 
@@ -213,12 +229,10 @@ def score_rows(
             "lr": torch.as_tensor(micro.lr, dtype=torch.float64).expand(n),
         }
         dots, values = micro.scores(), micro.lr_scores() * weights * gradient_scale
-        applied = micro.applied
-        if not isinstance(applied, Tensor):  # filled where it is: a copy from the host waits
-            applied = torch.full((), applied, device=values.device)
-        # In a step that was not taken gradients, and so dots, may be infinite.
-        values = values.where(applied, 0.0)
-        rows["applied"] = applied.expand(n)
+        took = micro.took_step()
+        rows["applied"] = took.all().expand(n)
+        # In a step that was not taken gradients, and so dots and weights, may be infinite.
+        values = values.where(took.any(), 0.0)
         norms = micro.norms() if micro.step.norms else None
         if norms is not None:
             rows["norm"] = norms.samples
