@@ -45,8 +45,8 @@ def plain_loss(model, x, y):
     return F.cross_entropy(model(x), y)
 
 
-def attached(model, optimizer=None, **options):
-    engine = GradDotProdEngine(model, VAL, **options)
+def attached(model, optimizer=None, val=VAL, **options):
+    engine = GradDotProdEngine(model, val, **options)
     engine.attach(optimizer)
     return engine
 
@@ -555,3 +555,65 @@ def test_tokens_picked_by_their_values_are_refused():
         GraddotError, match=r"layer head gets tokens that are picked by their values"
     ):
         model(ids)
+
+
+# Arguments of another kind
+
+
+def directions(model, loss_fn=None):
+    return lambda: GradDotProdEngine(model).compute_directions([VAL], loss_fn)
+
+
+class Lazy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.LazyLinear(3)
+
+
+WRONG = {
+    "array": (
+        lambda: attached(Net(), val=(X.numpy(), Y)),
+        "inputs of type ndarray; expected a ten",
+    ),
+    "list": (lambda: attached(Net(), val=(X.tolist(), Y)), "inputs of type list"),
+    "array-of-labels": (
+        lambda: attached(Net(), val=(X, Y.numpy())),
+        "labels = a ndarray; expected",
+    ),
+    "lazy": (lambda: GradDotProdEngine(Lazy(), VAL), "head.weight, head.bias: not there before"),
+    "no-module": (lambda: GradDotProdEngine("gpt2", VAL), "the model is a str"),
+    "exclude": (
+        lambda: GradDotProdEngine(Net(), VAL, exclude="up.weight"),
+        "is 'up.weight'; expect",
+    ),
+    "no-loss": (directions(Net()), "the model takes no labels .*; pass loss_fn"),
+    "losses": (
+        directions(Net(), lambda m, x, y: F.cross_entropy(m(x), y, reduction="none")),
+        r"loss_fn returned a tensor of shape \(2,\)",
+    ),
+    "number": (directions(Net(), lambda m, x, y: 1.0), "loss_fn returned a float"),
+    "detached": (
+        directions(Net(), lambda m, x, y: plain_loss(m, x, y).detach()),
+        "requires_grad=False; expected one number with a gradient",
+    ),
+    "arrays": (
+        lambda: GradDotProdEngine(Net()).set_directions({"up.weight": X.numpy()}),
+        "directions are neither all tensors",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_with_an_argument(name):
+    make, message = WRONG[name]
+    with pytest.raises(GraddotError, match=message):
+        make()
+
+
+def test_directions_without_gradients_around():
+    """As in an evaluation: what is computed is a gradient all the same."""
+    model = Net()
+    want = directions(model, plain_loss)()
+    with torch.no_grad():
+        got = directions(model, plain_loss)()
+    assert all(torch.equal(got[name], want[name]) for name in want)

@@ -72,6 +72,11 @@ def read_batch(batch: Batch, what: str) -> Rows:
 def read_rows(inputs: Inputs, labels: Tensor | None, what: str) -> Rows:
     """Inputs and labels, or inputs with "labels" inside and None. Raises GraddotError."""
     is_tensor, inside = isinstance(inputs, Tensor), False
+    if not is_tensor and not isinstance(inputs, Mapping):
+        raise GraddotError(
+            f"{what} has inputs of type {type(inputs).__name__}; expected a tensor, which torch.as_tensor"
+            " makes of an array, or a mapping of tensors"
+        )
     by_key = {_ONE_TENSOR: inputs} if isinstance(inputs, Tensor) else dict(inputs)
     if not is_tensor and "labels" in by_key:
         own = by_key.pop("labels")
@@ -82,7 +87,9 @@ def read_rows(inputs: Inputs, labels: Tensor | None, what: str) -> Rows:
         )
     for key, value in {**by_key, "labels": labels}.items():
         if not isinstance(value, Tensor) or value.dim() == 0:
-            raise GraddotError(f"{what} has {key} = {value!r}; expected a tensor with rows first")
+            is_array = hasattr(value, "__len__") and not isinstance(value, str)
+            got = f"a {type(value).__name__}" if is_array else repr(value)
+            raise GraddotError(f"{what} has {key} = {got}; expected a tensor with rows first")
     sizes = {key: value.shape[0] for key, value in by_key.items()}
     rows = labels.shape[0]
     if rows == 0 or not by_key or set(sizes.values()) != {rows}:

@@ -24,9 +24,17 @@ class Coverage:
 
 def cover(model: nn.Module, exclude: Sequence[str]) -> tuple[dict[str, nn.Parameter], Coverage]:
     """The trainable parameters by name, all in layers with a rule; GraddotError otherwise."""
+    if isinstance(exclude, str):
+        raise GraddotError(f"exclude is {exclude!r}; expected a list of names")
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if not trainable:
         raise GraddotError("the model has no trainable parameter")
+    lazy = [n for n, p in trainable.items() if nn.parameter.is_lazy(p)]
+    if lazy:
+        raise GraddotError(
+            f"{', '.join(lazy[:5])}: not there before the model has run; run it once on a batch before"
+            " the engine is made"
+        )
     unknown = set(exclude) - set(trainable)
     if unknown:
         raise GraddotError(f"exclude names no trainable parameter: {', '.join(sorted(unknown))}")

@@ -43,9 +43,10 @@ def stack_directions(
                 " expected one tensor for every parameter in coverage().covered"
             )
         for name in covered:
-            if not direction[name].is_floating_point():
+            kind = getattr(direction[name], "dtype", type(direction[name]).__name__)
+            if not isinstance(direction[name], Tensor) or not direction[name].is_floating_point():
                 raise GraddotError(
-                    f"direction {target!r} is of {direction[name].dtype} for {name}; expected"
+                    f"direction {target!r} is of {kind} for {name}; expected a tensor of"
                     " floating-point numbers"
                 )
             if direction[name].shape != parameters[name].shape:
@@ -80,10 +81,23 @@ def batch_loss(model: nn.Module, rows: Rows, loss_fn: LossFunction | None) -> Te
     """loss_fn(model, inputs, labels), or the loss that the model computes from `labels=`."""
     inputs, labels = rows.as_given()
     if loss_fn is not None:
-        return loss_fn(model, inputs, labels)
-    if rows.is_tensor:
-        return _loss_in(model(inputs, labels=labels))
-    return _loss_in(model(**{**rows.inputs, "labels": labels}))
+        loss = loss_fn(model, inputs, labels)
+        if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+            got = f"a {type(loss).__name__}"
+            if isinstance(loss, Tensor):
+                got = (
+                    f"a tensor of shape {tuple(loss.shape)} with requires_grad={loss.requires_grad}"
+                )
+            raise GraddotError(f"loss_fn returned {got}; expected one number with a gradient")
+        return loss
+    try:
+        args, kwargs = ((inputs,), {}) if rows.is_tensor else ((), rows.inputs)
+        output = model(*args, **kwargs, labels=labels)
+    except TypeError as error:
+        if "labels" not in str(error):
+            raise
+        raise GraddotError(f"the model takes no labels ({error}); pass loss_fn") from error
+    return _loss_in(output)
 
 
 def _loss_in(output: Any) -> Tensor:

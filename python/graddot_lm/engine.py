@@ -139,6 +139,8 @@ class GradDotProdEngine:
             )
         if global_mean and loss_reduction != "mean":
             raise GraddotError("global_mean weights the terms of a mean; the loss is a sum")
+        if not isinstance(model, nn.Module):
+            raise GraddotError(f"the model is a {type(model).__name__}; expected a torch.nn.Module")
         model = distributed.unwrapped(model)
         self.model, self.store = model, store
         self._padding = dict(padding or {})
@@ -188,7 +190,8 @@ class GradDotProdEngine:
             raise GraddotError("validation rows ride along; leave val_data out to give directions")
         self._require_no_step()
         single = [isinstance(value, Tensor) for value in directions.values()]
-        if not single or len(set(single)) > 1:
+        is_nested = [isinstance(value, Mapping) for value in directions.values()]
+        if not single or not (all(single) or all(is_nested)):
             raise GraddotError(
                 "directions are neither all tensors, by parameter name, nor all mappings of such,"
                 " by target name"
@@ -225,7 +228,7 @@ class GradDotProdEngine:
             }
         loss_of = lambda batch: self._validation_loss(batch, loss_fn)
         covered = self._coverage.covered
-        with self._forward.set_aside():
+        with self._forward.set_aside(), torch.enable_grad():
             return mean_gradient(self._parameters, covered, batches, loss_of, loss_scale)
 
     def _validation_loss(
