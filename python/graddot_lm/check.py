@@ -69,7 +69,10 @@ def _prove_on(
     kwargs: Any,
 ) -> WayType:
     def proof(rule: Rule, index: list[int], **options: Any) -> None:
-        few = lambda x: take_rows(x.detach(), index, scored.rows, tokens)
+        def few(x: Tensor) -> Tensor:
+            has_rows = scored.has_rows(x)
+            return take_rows(x.detach(), index, scored.rows, tokens) if has_rows else x.detach()
+
         inputs = tree_map_only(Tensor, few, (args, kwargs))
         proof = _Proof(module, scored.name, len(index), scored.step.layouts, rule)
         proof.run(*inputs, **options)
@@ -137,6 +140,7 @@ class _Proof:
             if part_rule is not None:
                 full = ".".join(filter(None, (name, key)))
                 part.forward = ScoredForward(part, full, part_rule, lambda *_: step)
+                part.forward.graddot_head = lambda *_: step  # of a fused head
 
     def run(self, args: Any, kwargs: Any, *, numbers: bool = True) -> None:
         """numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""

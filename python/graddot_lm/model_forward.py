@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -83,6 +83,7 @@ class ModelForward:
         self._hooks: list[Any] = []
         # The first step's checks, made again now and then, and what they found.
         self._finished = 0
+        self._padding_checked = False  # whether there were rows that `padding` filled up
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._inputs: tuple[Any, Any] | None = None  # of the forward under way
@@ -167,7 +168,8 @@ class ModelForward:
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         self.one_row = len(labels) == 1
         unseen = self._layouts.is_new(self._mode(len(labels), [labels]), labels.shape[1:])
-        if self.is_first or unseen:
+        unchecked = bool(micro.filled) and not self._padding_checked
+        if self.is_first or unseen or unchecked:
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
 
     @property
@@ -437,14 +439,15 @@ class ModelForward:
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was."""
         mode, shapes = self._kind(micro, args, kwargs)
+        if micro.filled and (micro.step.first or not self._padding_checked):
+            for filled in micro.filled if not micro.step.sharded else []:
+                with self.set_aside():
+                    check_padding(self.model, args, kwargs, micro.step.rows, filled)
+            self._padding_checked = True
         known = None if micro.step.first else self._layouts.of(mode, shapes)
         if known is not None:
             micro.step.layouts.update(known)
             return
-        if micro.step.first and not micro.step.sharded:
-            for filled in micro.filled:
-                with self.set_aside():
-                    check_padding(self.model, args, kwargs, micro.step.rows, filled)
         problem: GraddotError | None = None
         while True:
             names = {id(module): name for name, module in self.model.named_modules()}
@@ -460,15 +463,16 @@ class ModelForward:
                 break
             except GraddotError as error:
                 problem = problem or error
-                if not self._follow_callers(layouts):
+                same = {name for name, layout in layouts.items() if layout == "same"}
+                if not self._follow_callers(same | micro.step.expands):
                     raise problem from error
         self._layouts.learn(mode, shapes, layouts)
 
-    def _follow_callers(self, layouts: Mapping[str, Any]) -> bool:
-        """Follow what layers return whose input has no rows through the modules around them, one
-        more each time this is called. False if there is none left."""
+    def _follow_callers(self, layers: Iterable[str]) -> bool:
+        """Follow what these layers return, the same for every row, through the modules around them,
+        one more each time this is called. False if there is none left."""
         new = set()
-        for name in (name for name, layout in layouts.items() if layout == "same"):
+        for name in layers:
             while name and (
                 name in self._rules or not _has_forward(self.model.get_submodule(name))
             ):
@@ -490,8 +494,8 @@ class ModelForward:
             with self.set_aside(), own_buffers(self.model):
                 return self.model(*args, **kwargs)
 
-        def scored() -> Any:
-            self.micro, self._probing = trial, True
+        def scored(moved: Any = None) -> Any:
+            self.micro, self._probing, step.moved = trial, True, moved
             try:
                 # With gradients where layers are followed, which heed whether there are any, as in
                 # the step that this rehearses; but nothing is kept for them, and activation
@@ -506,7 +510,7 @@ class ModelForward:
             finally:
                 self.micro, self._probing = micro, False
 
-        check_outputs(plain, scored, micro.step.scale.device.type)
+        check_outputs(plain, scored, step)
 
     def _check_numbers(self, micro: MicroBatch, output: Any) -> None:
         """Losses that the model returns must be those of its rows."""
