@@ -257,3 +257,24 @@ def test_layers_that_see_tokens_without_their_rows(lengths, rows):
         val = vectors(2, length, seed=9)
         engine.set_directions(engine.compute_directions([val], classes))
         check(engine, vectors(rows, length, seed=number), val, classes, number)
+
+
+@pytest.mark.parametrize("followed", [False, True])
+def test_a_model_that_writes_to_its_input(checked, followed):
+    """The checks run it several times on one batch. Positions that are not broadcast are followed
+    through the whole model, whose first forward then is not that of the step."""
+
+    def forward(m, x):
+        x = x.mul_(0.5)
+        positions = m.positions(torch.arange(5))
+        return m.head((m.up(x) * (positions.flip(0) if followed else 1)).tanh().mean(1))
+
+    def data(rows, *, seed):
+        return vectors(rows, seed=seed)
+
+    def loss(model, x, y):  # what is compared with has the input as it came
+        return classes(model, x.clone(), y)
+
+    positions = nn.Embedding(5, WIDTH).requires_grad_(followed)
+    model = Net(forward, up=nn.Linear(8, 8), positions=positions, head=nn.Linear(8, 3))
+    checked(model, data, loss)

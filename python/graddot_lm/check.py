@@ -209,9 +209,14 @@ class _Proof:
         """Floating-point inputs as leaves, and the outputs that depend on anything; of those without
         dimensions the ones that have a gradient, if any."""
 
+        leaves: list[Tensor] = []
+
         def leaf(x: Tensor) -> Tensor:
-            x = x.detach()
-            return x.double().clone().requires_grad_() if x.is_floating_point() else x
+            x = x.detach().clone()
+            if not x.is_floating_point():
+                return x
+            leaves.append(x.double().requires_grad_())
+            return leaves[-1] * 1  # to a leaf no model could write
 
         try:
             args, kwargs = tree_map(
@@ -222,14 +227,13 @@ class _Proof:
             raise
         except Exception as error:  # whatever the layer's own code raises is the reason
             raise GraddotError(_first_line(error)) from error
-        leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         outputs = list(tensors_in(out))
         if not outputs and out is not None:
             raise GraddotError(
                 f"{self._title()}: returned a {type(out).__name__}, in which no tensor was found"
             )
         return (
-            [x for x in leaves if x.requires_grad],
+            leaves,
             [
                 x
                 for x in outputs

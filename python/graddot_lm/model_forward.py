@@ -24,7 +24,15 @@ from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .rows import KnownLayouts, check_loss, check_outputs, check_padding, find_layouts, own_buffers
+from .rows import (
+    KnownLayouts,
+    check_loss,
+    check_outputs,
+    check_padding,
+    find_layouts,
+    own_buffers,
+    own_inputs,
+)
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
@@ -380,7 +388,7 @@ class ModelForward:
         if self._followed_whole:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
-            self.micro, self._postponed = None, (micro, args, kwargs)
+            self.micro, self._postponed = None, (micro, *own_inputs((args, kwargs)))
             self._buffers_aside = own_buffers(self.model)
             self._buffers_aside.__enter__()
             return
@@ -491,8 +499,9 @@ class ModelForward:
         trial = dataclasses.replace(micro, step=step, running=True)
 
         def plain() -> Any:
+            own_args, own_kwargs = own_inputs((args, kwargs))
             with self.set_aside(), own_buffers(self.model):
-                return self.model(*args, **kwargs)
+                return self.model(*own_args, **own_kwargs)
 
         def scored(moved: Any = None) -> Any:
             self.micro, self._probing, step.moved = trial, True, moved
@@ -505,8 +514,9 @@ class ModelForward:
                     for rule in self._rules.values()
                 )
                 nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
+                own_args, own_kwargs = own_inputs((args, kwargs))
                 with torch.set_grad_enabled(followed), nothing, own_buffers(self.model):
-                    return self.model(*args, **kwargs)
+                    return self.model(*own_args, **own_kwargs)
             finally:
                 self.micro, self._probing = micro, False
 

@@ -235,6 +235,13 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
+def own_inputs(arguments: Any) -> Any:
+    """A call's arguments with copies of their tensors, for a model may write to its input."""
+    copies: dict[int, Tensor] = {}
+    one = lambda x: copies[id(x)] if id(x) in copies else copies.setdefault(id(x), x.clone())
+    return tree_map_only(Tensor, one, arguments)
+
+
 def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: Step) -> None:
     """Raise GraddotError if a model with its layers scored does not return what it did before.
 
@@ -496,6 +503,7 @@ def _digests(
         return see
 
     hooks = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
+    args, kwargs = own_inputs((args, kwargs))
     try:
         with own_buffers(model):
             out = model(*args, **kwargs)
