@@ -544,10 +544,13 @@ class Picked(nn.Module):
         return self.head(hidden[ids == 0])
 
 
-def test_tokens_picked_by_their_values_are_refused():
+@pytest.mark.parametrize("masked", [(2, 2, 2, 2), (1, 1, 1, 1), (2, 0, 1, 1)], ids=str)
+def test_tokens_picked_by_their_values_are_refused(masked):
+    """Also where there is one a row, or as many as if there were."""
     model = Picked()
     ids = torch.randint(1, 9, (4, 6))
-    ids[:, 1] = ids[:, 4] = 0
+    for row, number in zip(ids, masked, strict=True):
+        row[1 : 1 + number] = 0
     engine = GradDotProdEngine(model, (ids[3:], ids[3:]))
     engine.attach()
     engine.attach_train_batch(ids[:3], ids[:3], 0, None)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import random
 
 import pytest
 import torch
@@ -270,14 +271,16 @@ def test_a_layer_too_large_for_its_samples_gradients_is_refused(monkeypatch):
 
 
 class FirstOfPositions(nn.Module):
-    """Uses the first row of its positions for all samples, which no shape shows."""
+    """Uses the first row of its positions for all samples, which no shape shows, nor, with noise of
+    its own, what it returns."""
 
     def __init__(self):
         super().__init__()
         self.positions, self.head = nn.Embedding(5, 6), nn.Linear(6, 2)
 
     def forward(self, x):
-        return self.head(x + self.positions(torch.arange(5)[None])[0])
+        out = self.head(x + self.positions(torch.arange(5)[None])[0])
+        return out + random.random()
 
 
 class SparseExperts(nn.Module):

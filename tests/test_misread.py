@@ -2,6 +2,7 @@
 or refused with the reason. Tokens, features and table entries are eight, as the rows are in one step.
 """
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 
@@ -92,6 +93,14 @@ def _centred(m, x):
     return pooled(m, m.up(x) + positions - positions.mean(0))
 
 
+def _less_mean(x):
+    return x - x.mean()
+
+
+def _by_largest(x):
+    return x / x.abs().max()
+
+
 def positions():
     return {"positions": nn.Embedding(8, 8)}
 
@@ -151,6 +160,36 @@ EXACT = {
         lambda m, x: m.up(x).tanh().mean(1) @ m.classes(m.C).t(),
         classes=nn.Linear(5, 8), C=N(3, 5), head=nn.Identity(),
     ),
+    # As many of them as there are rows, in one step.
+    "prototypes-scaled": lambda: Net(
+        lambda m, x: m.up(x).tanh().mean(1) @ m.classes(m.C).t(),
+        classes=Layer(lambda m, x: x * m.w, w=N(8)), C=N(5, 8), head=nn.Identity(),
+    ),
+    "prototypes-convolved": lambda: Net(
+        lambda m, x: m.up(x).tanh().mean(1) @ m.classes(m.C).flatten(1).t(),
+        classes=nn.Conv1d(2, 2, 1), C=N(5, 2, 4), head=nn.Identity(),
+    ),
+    # Each row gets a copy of them, and what is made of all copies is the same as of one.
+    "positions-less-their-mean": lambda: Net(
+        lambda m, x: pooled(m, m.up(x) + _less_mean(m.positions(torch.arange(8)))), **positions()
+    ),
+    "positions-by-the-largest": lambda: Net(
+        lambda m, x: pooled(m, m.up(x) + _by_largest(m.positions(torch.arange(8)[None]))),
+        **positions(),
+    ),
+    "mean-of-one-table": lambda: Net(
+        lambda m, x: pooled(m, m.up(x) + m.table().mean(0)),
+        table=Layer(lambda m: 2 * m.p, p=N(1, 8, 8)),
+    ),
+    "first-of-positions": lambda: Net(
+        lambda m, x: pooled(m, m.up(x) + m.positions(torch.arange(8)[None])[0]), **positions()
+    ),
+    "loss-of-centred-positions": lambda: Net(
+        lambda m, x, y: F.cross_entropy(
+            pooled(m, m.up(x) + _less_mean(m.positions(torch.arange(8)))), y
+        ),
+        **positions(),
+    ),
     "output-in-a-dataclass": lambda: Net(
         lambda m, x: Output(pooled(m, m.up(x) * m.w)), w=N(8)
     ),
@@ -202,17 +241,17 @@ def step(engine, model, x, y, number, loss=loss_of, takes_labels=False):
 @pytest.mark.parametrize("name", EXACT)
 def test_what_could_be_misread_is_exact(name):
     model, val = EXACT[name](), data(1, seed=1)
-    takes_labels = name == "loss-alone"
+    takes_labels = name in ("loss-alone", "loss-of-centred-positions")
     engine = GradDotProdEngine(model, val, label_shift=0)
     for number, rows in enumerate(ROWS):
         x, y = data(rows - 1, seed=number)
         if takes_labels:
-            plain = lambda x, y: F.cross_entropy(pooled(model, model.up(x) * model.w), y)
+            plain = copy.deepcopy(model)
             alone = [
-                torch.autograd.grad(plain(x[i : i + 1], y[i : i + 1]), list(model.parameters()))
+                torch.autograd.grad(plain(x[i : i + 1], y[i : i + 1]), list(plain.parameters()))
                 for i in range(len(x))
             ]
-            of_val = torch.autograd.grad(plain(*val), list(model.parameters()))
+            of_val = torch.autograd.grad(plain(*val), list(plain.parameters()))
             pairs = [[(a * b).sum() for a, b in zip(g, of_val, strict=True)] for g in alone]
             want = torch.tensor([float(sum(pair)) for pair in pairs])
             scales = None
@@ -233,6 +272,11 @@ def _clamped(m, x):
     scale = m.w * 2
     scale[:].clamp_(max=3.0)
     return x * scale
+
+
+def _of_ones(m, x):
+    """Of which it does not show whether they lie row by row."""
+    return m.ones(torch.ones(8 * len(x), 8)).cos()
 
 
 def _sorted(m, x):
@@ -258,7 +302,15 @@ REFUSED = {
             table=Layer(lambda m, x: m.p[:, : x.shape[1]], p=N(1, 8, 8)),
         ),
         loss_of,
-        "used the first of its expanded output's rows",
+        "what layer table returns .* samples look at other samples' copies, .* in the first of them",
+    ),
+    "ones-with-time-first": (
+        lambda: Net(
+            lambda m, x: pooled(m, m.up(x) + _of_ones(m, x).view(8, len(x), 8).transpose(0, 1)),
+            ones=nn.Linear(8, 8),
+        ),
+        loss_of,
+        "what layer ones returns for a sample reaches what the model returns for others",
     ),
     "parameter-in-the-loss": (
         lambda: Net(lambda m, x: (pooled(m, m.up(x)), m.temperature.weight), temperature=nn.Linear(1, 1)),

@@ -77,7 +77,10 @@ def _prove_on(
     kwargs: Any,
 ) -> WayType:
     def proof(rule: Rule, index: list[int], **options: Any) -> None:
-        few = lambda x: take_rows(x.detach(), index, scored.rows, tokens)
+        def few(x: Tensor) -> Tensor:
+            has_rows = scored.has_rows(x)
+            return take_rows(x.detach(), index, scored.rows, tokens) if has_rows else x.detach()
+
         inputs = tree_map_only(Tensor, few, (args, kwargs))
         proof = _Proof(module, scored.name, len(index), scored.step.layouts, rule)
         proof.run(*inputs, **options)
@@ -145,6 +148,7 @@ class _Proof:
             if part_rule is not None:
                 full = ".".join(filter(None, (name, key)))
                 part.forward = ScoredForward(part, full, part_rule, lambda *_: step)
+                part.forward.graddot_head = lambda *_: step  # of a fused head
 
     def run(self, args: Any, kwargs: Any, *, numbers: bool = True) -> None:
         """numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
@@ -215,9 +219,14 @@ class _Proof:
         """Floating-point inputs as leaves, and the outputs that depend on anything; of those without
         dimensions the ones that have a gradient, if any."""
 
+        leaves: list[Tensor] = []
+
         def leaf(x: Tensor) -> Tensor:
-            x = x.detach()
-            return x.double().clone().requires_grad_() if x.is_floating_point() else x
+            x = x.detach().clone()
+            if not x.is_floating_point():
+                return x
+            leaves.append(x.double().requires_grad_())
+            return leaves[-1] * 1  # to a leaf no model could write
 
         try:
             args, kwargs = tree_map(
@@ -228,14 +237,13 @@ class _Proof:
             raise
         except Exception as error:  # whatever the layer's own code raises is the reason
             raise GraddotError(_first_line(error)) from error
-        leaves = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
         outputs = list(tensors_in(out))
         if not outputs and out is not None:
             raise GraddotError(
                 f"{self._title()}: returned a {type(out).__name__}, in which no tensor was found"
             )
         return (
-            [x for x in leaves if x.requires_grad],
+            leaves,
             [
                 x
                 for x in outputs

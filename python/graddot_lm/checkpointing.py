@@ -68,7 +68,9 @@ class ReentrantCheck:
                 key = torch._C._current_graph_task_id(), parameter
                 self._sent.setdefault(key, []).append(grad)
 
-    def _on_gradient(self, name: str, p: nn.Parameter, grad: Tensor) -> None:
+    def _on_gradient(self, name: str, p: nn.Parameter, grad: Tensor | None) -> None:
+        if grad is None:  # a head's, which the embedding of the same weight will send with its own
+            return
         sent = self._sent.pop((torch._C._current_graph_task_id(), id(p)), [])
         left = grad.double()
         for part in sent:

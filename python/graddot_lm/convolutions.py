@@ -67,9 +67,10 @@ def _patches(x: Tensor, kernel: torch.Size, options: dict[str, Any]) -> Tensor:
     return F.unfold(x, kernel, **options).transpose(1, 2)
 
 
-def conv_rule(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+def conv_rule(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     """The rule of nn.Conv1d and nn.Conv2d with groups=1."""
     assert isinstance(module, (nn.Conv1d, nn.Conv2d))
+    x = input
     if x.dim() != len(module.kernel_size) + 2 or not scored.has_rows(x):
         raise GraddotError(
             f"layer {scored.name} got an input of shape {tuple(x.shape)}; expected {scored.rows}"

@@ -69,10 +69,9 @@ def stack_directions(
 
 def direction_norms(stacked: Mapping[int, Tensor]) -> Tensor:
     """Norms over all parameters of `stack_directions`, (K,), fp64."""
-    rows = [
-        torch.linalg.vector_norm(distributed.whole(d), dim=-1).double().reshape(len(d), -1)
-        for d in stacked.values()
-    ]
+    whole = [distributed.whole(d) for d in stacked.values()]
+    whole = [d if d.dim() > 1 else d[:, None] for d in whole]  # of a scalar (K,)
+    rows = [torch.linalg.vector_norm(d, dim=-1).double().reshape(len(d), -1) for d in whole]
     squares = [x.square().sum(1).to(rows[0].device) for x in rows]
     return torch.stack(squares).sum(0).sqrt()
 

@@ -381,6 +381,8 @@ class Following(TorchFunctionMode):
             return None
         if max_norm is not None or scale_grad_by_freq or sparse:
             raise GraddotError("max_norm, scale_grad_by_freq and sparse are not supported")
+        if padding_idx is not None:  # may count from the end
+            padding_idx %= len(own)
         if id(input) not in self._constants:
             return self._scored.embedding(input, own, padding_idx).to(weight.dtype)
         out = F.embedding(input, weight, padding_idx)

@@ -12,6 +12,7 @@ of biases and norms, which are small, are made for many parameters at once.
 
 import contextlib
 import functools
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,7 +43,9 @@ class Step:
     every token of a row is then scored as a sample of its own, and dots are (K, N·T). With `norms`
     dots have one more row, ‖G_i‖², and with val_rows one more column, ‖D_k‖². layouts says by layer
     name how its input holds the rows, as `rows.find_layouts` saw it; first is True in the step that
-    saw it. A trial has no backward. Of sharded weights a layer's backward may only use its own.
+    saw it; expands has the layers that return for all rows at once, in copies for each. A trial has
+    no backward, and `moved` in it says in which rows what these layers return is moved a little, to
+    see whom it reaches. Of sharded weights a layer's backward may only use its own.
     """
 
     rows: int
@@ -57,6 +60,8 @@ class Step:
     first: bool = False
     norms: bool = False
     trial: bool = False
+    moved: tuple[slice, Collection[str]] | None = None
+    expands: set[str] = field(default_factory=set)
     in_backward: bool = False  # of which there were dots, and which is not through
     shared: dict[int, SharedUses] = field(default_factory=dict)
     _dots: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -245,7 +250,9 @@ def vector_grad(
         train = row_grads[: step.train_rows]
     elif uses.given is not None:
         step.check_samples(uses.name, row_grads.shape[0])
-        dots = uses.direction().flatten(1).to(row_grads.dtype) @ row_grads.t()
+        direction = uses.direction()
+        direction = direction.reshape(len(direction), -1)  # of a scalar, too
+        dots = direction.to(row_grads.dtype) @ row_grads.t()
         step.collect(uses.leaf, bordered(dots, row_grads.square().sum(1)) if uses.norms else dots)
     return torch.mv(train.t(), step.scales(len(train), train.dtype))
 
@@ -409,10 +416,10 @@ class EmbeddingDot(ScoredFunction):
             out = F.embedding(ids, weight, padding_idx)
         ids = ids.reshape(step.rows, -1)
         ctx.save_for_backward(ids)
-        ctx.step, ctx.dtype = step, weight.dtype
+        ctx.step, ctx.dtype, ctx.padding_idx = step, weight.dtype, padding_idx
         ctx.uses = step.uses(weight)
-        ctx.uses.num_embeddings, ctx.uses.padding_idx = weight.shape[0], padding_idx
-        ctx.uses.count_embedding(ids)
+        ctx.uses.num_embeddings = weight.shape[0]
+        ctx.uses.count_embedding(ids, padding_idx)
         return out
 
     @staticmethod
@@ -421,6 +428,8 @@ class EmbeddingDot(ScoredFunction):
         (ids,) = ctx.saved_tensors
         grad = ctx.step.as_samples(grad_out)
         ids = ids.reshape(grad.shape[:2])
+        if ctx.uses.padding_idx != ctx.padding_idx:  # other uses have another
+            grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0)
         weight_grad = _embedding_grad(ctx.step, ctx.uses, ids, grad)
         return None, weight_grad.to(ctx.dtype), None, None, None
 

@@ -24,7 +24,15 @@ from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .rows import KnownLayouts, check_loss, check_outputs, check_padding, find_layouts, own_buffers
+from .rows import (
+    KnownLayouts,
+    check_loss,
+    check_outputs,
+    check_padding,
+    find_layouts,
+    own_buffers,
+    own_inputs,
+)
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
@@ -83,6 +91,7 @@ class ModelForward:
         self._hooks: list[Any] = []
         # The first step's checks, made again now and then, and what they found.
         self._finished = 0
+        self._padding_checked = False  # whether there were rows that `padding` filled up
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._inputs: tuple[Any, Any] | None = None  # of the forward under way
@@ -167,7 +176,8 @@ class ModelForward:
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         self.one_row = len(labels) == 1
         unseen = self._layouts.is_new(self._mode(len(labels), [labels]), labels.shape[1:])
-        if self.is_first or unseen:
+        unchecked = bool(micro.filled) and not self._padding_checked
+        if self.is_first or unseen or unchecked:
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
 
     @property
@@ -381,7 +391,7 @@ class ModelForward:
         if self._followed_whole:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
-            self.micro, self._postponed = None, (micro, args, kwargs)
+            self.micro, self._postponed = None, (micro, *own_inputs((args, kwargs)))
             self._buffers_aside = own_buffers(self.model)
             self._buffers_aside.__enter__()
             return
@@ -440,14 +450,15 @@ class ModelForward:
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was."""
         mode, shapes = self._kind(micro, args, kwargs)
+        if micro.filled and (micro.step.first or not self._padding_checked):
+            for filled in micro.filled if not micro.step.sharded else []:
+                with self.set_aside():
+                    check_padding(self.model, args, kwargs, micro.step.rows, filled)
+            self._padding_checked = True
         known = None if micro.step.first else self._layouts.of(mode, shapes)
         if known is not None:
             micro.step.layouts.update(known)
             return
-        if micro.step.first and not micro.step.sharded:
-            for filled in micro.filled:
-                with self.set_aside():
-                    check_padding(self.model, args, kwargs, micro.step.rows, filled)
         problem: GraddotError | None = None
         while True:
             names = {id(module): name for name, module in self.model.named_modules()}
@@ -463,15 +474,16 @@ class ModelForward:
                 break
             except GraddotError as error:
                 problem = problem or error
-                if not self._follow_callers(layouts):
+                same = {name for name, layout in layouts.items() if layout == "same"}
+                if not self._follow_callers(same | micro.step.expands):
                     raise problem from error
         self._layouts.learn(mode, shapes, layouts)
 
-    def _follow_callers(self, layouts: Mapping[str, Any]) -> bool:
-        """Follow what layers return whose input has no rows through the modules around them, one
-        more each time this is called. False if there is none left."""
+    def _follow_callers(self, layers: Iterable[str]) -> bool:
+        """Follow what these layers return, the same for every row, through the modules around them,
+        one more each time this is called. False if there is none left."""
         new = set()
-        for name in (name for name, layout in layouts.items() if layout == "same"):
+        for name in layers:
             while name and (
                 name in self._rules or not _has_forward(self.model.get_submodule(name))
             ):
@@ -495,23 +507,25 @@ class ModelForward:
         trial = dataclasses.replace(micro, step=step, running=True)
 
         def plain() -> Any:
+            own_args, own_kwargs = own_inputs((args, kwargs))
             with self.set_aside(), own_buffers(self.model):
-                return self.model(*args, **kwargs)
+                return self.model(*own_args, **own_kwargs)
 
-        def scored() -> Any:
-            self.micro, self._probing = trial, True
+        def scored(moved: Any = None) -> Any:
+            self.micro, self._probing, step.moved = trial, True, moved
             try:
                 # With gradients where layers are followed, which heed whether there are any, as in
                 # the step that this rehearses; but nothing is kept for them, and activation
                 # checkpointing around does not see them.
                 followed = bool(self._followed(self._rules))
                 nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
+                own_args, own_kwargs = own_inputs((args, kwargs))
                 with torch.set_grad_enabled(followed), nothing, own_buffers(self.model):
-                    return self.model(*args, **kwargs)
+                    return self.model(*own_args, **own_kwargs)
             finally:
                 self.micro, self._probing = micro, False
 
-        check_outputs(plain, scored, micro.step.scale.device.type)
+        check_outputs(plain, scored, step)
 
     def _check_numbers(self, micro: MicroBatch, output: Any) -> None:
         """Losses that the model returns must be those of its rows."""

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 from .errors import GraddotError
+from .layers import Step
 from .verify import tensors_in
 
 _DROPOUTS = {
@@ -108,8 +109,10 @@ class KnownLayouts:
         flat = any(isinstance(layout, int) for layout in layouts.values())
         if flat:  # also where a layer came late to layouts that were for all inputs
             self._found.pop(mode, None)
+        # Of ids (rows, 1) or vectors (rows, 1, D) it cannot be told whether a layer gets (rows·T, D).
+        one_token = any(len(shape) in (1, 2) and shape[0] == 1 for shape in shapes)
         if layouts:
-            self._found[(mode, *shapes) if flat else mode] = layouts
+            self._found[(mode, *shapes) if flat or one_token else mode] = layouts
 
     def is_new(self, mode: Any, shape: torch.Size) -> bool:
         """Whether labels of this shape may come with inputs of unknown layouts: asked before for
@@ -170,7 +173,13 @@ def find_layouts(
             for name, layout in found.items():
                 if layout is None and _equal(whole[name], again.get(name, [])):
                     raise GraddotError(_mixed(name, whole[name][0].shape, rows, later[0]))
-        flat = {name: whole[name] for name, layout in found.items() if isinstance(layout, int)}
+        # Picked tokens have lost a dimension: (rows·T, D), or (rows, D) if there is one a row.
+        flat = {
+            name: whole[name]
+            for name, layout in found.items()
+            if name != _OUTPUTS
+            and (isinstance(layout, int) or layout == "rows" and _is_flat(whole[name]))
+        }
         if flat:
             _check_not_picked(model, layers, args, kwargs, rows, flat)
     return {name: layout or "unseen" for name, layout in found.items() if name != _OUTPUTS}
@@ -185,7 +194,7 @@ def _check_not_picked(
     flat: Mapping[str, list[_Digest]],
 ) -> None:
     """Raise GraddotError if a flat layer's input, (rows·T, D), is of tokens picked by their values:
-    equally many in every row of this batch, but in which row of the next nobody could tell.
+    as many as there are rows, or a multiple, but of which row each is nobody could tell.
 
     Seen in rows whose tokens are all alike, of which none or all are picked.
     """
@@ -202,13 +211,18 @@ def _check_not_picked(
     except Exception:  # noqa: BLE001 - the model's own code may refuse such rows
         return
     for name, calls in flat.items():
-        others = found.get(name, [])
-        if others and [x.shape for x in others] != [x.shape for x in calls]:
+        pairs = list(zip(found.get(name, []), calls, strict=False))
+        if any(x.shape[:1] != y.shape[:1] and len(x.shape) == len(y.shape) for x, y in pairs):
             raise GraddotError(
                 f"layer {name} gets tokens that are picked by their values (of shape"
                 f" {tuple(calls[0].shape)} in this batch), of which it is not known which row each"
                 " belongs to; run it on all tokens, and let the loss ignore the others"
             )
+
+
+def _is_flat(calls: list[_Digest]) -> bool:
+    """Whether a layer with the rows as its input's first dimension gets one vector, or id, a row."""
+    return any(len(x.shape) == (2 if x.values.is_floating_point() else 1) for x in calls)
 
 
 @contextlib.contextmanager
@@ -229,13 +243,22 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def check_outputs(plain: Callable[[], Any], scored: Callable[[], Any], kind: str) -> None:
+def own_inputs(arguments: Any) -> Any:
+    """A call's arguments with copies of their tensors, for a model may write to its input."""
+    copies: dict[int, Tensor] = {}
+    one = lambda x: copies[id(x)] if id(x) in copies else copies.setdefault(id(x), x.clone())
+    return tree_map_only(Tensor, one, arguments)
+
+
+def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: Step) -> None:
     """Raise GraddotError if a model with its layers scored does not return what it did before.
 
     Where a layer's input has no rows its output gets them, (rows, ...) in place of (1, ...), or of
     (T, ...), which code that does more than to broadcast it takes for something else. On the device
-    kind autocast is off, if the model runs so: rounded to 16 bits, tokens go to other experts.
+    of the step, a trial, autocast is off, if the model runs so: rounded to 16 bits, tokens go to other
+    experts.
     """
+    kind = step.scale.device.type
 
     def outputs(run: Callable[[], Any], seed: int) -> list[_Digest]:
         torch.manual_seed(seed)
@@ -260,9 +283,69 @@ def check_outputs(plain: Callable[[], Any], scored: Callable[[], Any], kind: str
                 "the model does not run with its layers scored"
                 f" ({type(error).__name__}: {error}). {_EXPANDED}"
             ) from error
-        if _same(got, want) or not _same(outputs(plain, 1), want):  # random by itself: not judged
+        if _same(got, want):
+            if step.rows > 1:
+                moved = lambda *where: outputs(lambda: scored(where), 0)
+                _check_kept_apart(moved, got, step)
+            return
+        if not _same(outputs(plain, 1), want):  # random by itself: not judged
             return
     raise GraddotError(f"the model's outputs change when its layers are scored. {_EXPANDED}")
+
+
+def _check_kept_apart(
+    run: Callable[[slice, Collection[str]], list[_Digest]], still: list[_Digest], step: Step
+) -> None:
+    """Raise GraddotError if what a layer returns for a sample reaches another sample's output.
+
+    So it does where layers return copies for every row, and the model takes a mean over all of them,
+    which is the same as without copies, but its gradient is not; and where a flat layer's input is the
+    same for all rows and tokens, so that their order was misread. run(rows, layers) gives the outputs
+    with what these layers return for these rows moved. An output of other rows must stay; a loss
+    alone must change by as much with all rows as with one half and with the other.
+    """
+    rows, half = step.rows, step.rows // 2
+
+    def apart(layers: Collection[str]) -> bool:
+        first = run(slice(half), layers)
+        if len(still) == 1 and not still[0].shape:
+            losses = [still, first, run(slice(half, rows), layers), run(slice(rows), layers)]
+            before, *after = (of[0].values.double() for of in losses)
+            one, other, both = (x - before for x in after)
+            rounding = 64 * torch.finfo(still[0].values.dtype).eps * before.abs()
+            error = (one + other - both).abs()
+            return not bool(error > rounding + 1e-3 * (one.abs() + other.abs()))
+        return all(map(stays, still, first))
+
+    def stays(x: _Digest, y: _Digest) -> bool:
+        # Of rows of the same batch, for which rounding does less.
+        tolerance = {1e-5: 1e-8, 1e-2: 1e-5}.get(x.tolerance, 1e-2)
+        later = lambda d, k: d.values.narrow(k, half, rows - half)
+        at = [k for k in (0, 1) if k < x.values.dim() and x.shape[k] == rows]
+        return not at or any(_close(later(x, k), later(y, k), tolerance) for k in at)
+
+    flat = {name for name, layout in step.layouts.items() if isinstance(layout, int)}
+    layers = sorted(flat | step.expands)
+    try:
+        if not layers or apart(layers):
+            return
+    except GraddotError:
+        raise
+    except Exception:  # noqa: BLE001 - the model's own code may refuse what was moved
+        return
+    while len(layers) > 1:
+        begin, end = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        layers = end if apart(begin) else begin
+    raise GraddotError(
+        f"what layer {layers[0]} returns for a sample reaches what the model returns for others"
+        + (
+            ": it returns the same for all rows, of which every row gets a copy, and samples look at"
+            " other samples' copies, as in a mean over all or in the first of them; use it by"
+            " broadcasting only"
+            if layers[0] in step.expands
+            else f", or it does not hold the {rows} rows of the batch one after the other"
+        )
+    )
 
 
 def check_padding(
@@ -439,6 +522,7 @@ def _digests(
 
     hooks = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     hooks += [layers[name].register_forward_hook(leave) for name in followed]
+    args, kwargs = own_inputs((args, kwargs))
     try:
         with own_buffers(model):
             out = model(*args, **kwargs)

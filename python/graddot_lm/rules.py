@@ -24,22 +24,22 @@ from .transformers_layers import experts, is_experts, is_relative_bias
 
 
 @any_layout
-def _linear(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+def _linear(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, (nn.Linear, Conv1D))
-    return scored.linear(x, module.weight, module.bias, transposed=isinstance(module, Conv1D))
+    return scored.linear(input, module.weight, module.bias, transposed=isinstance(module, Conv1D))
 
 
 @any_layout
-def _embedding(module: nn.Module, scored: Scored, ids: Tensor) -> Tensor:
+def _embedding(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, nn.Embedding)
-    return scored.embedding(ids, module.weight, module.padding_idx)
+    return scored.embedding(input, module.weight, module.padding_idx)
 
 
 @any_layout
-def _layer_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+def _layer_norm(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
     shape = list(module.normalized_shape)
-    return scored.layer_norm(x, shape, module.weight, module.bias, module.eps)
+    return scored.layer_norm(input, shape, module.weight, module.bias, module.eps)
 
 
 _TABLE: dict[type[nn.Module], Rule] = {
@@ -110,13 +110,13 @@ def mixes_samples(module: nn.Module) -> bool:
 
 
 @any_layout
-def _batch_norm(module: nn.Module, scored: Scored, x: Tensor) -> Tensor:
+def _batch_norm(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     """A frozen BatchNorm: nothing to score, but it must not mix samples."""
     if mixes_samples(module):
         raise GraddotError(
             f"layer {scored.name}: BatchNorm in training mode mixes samples; eval() it"
         )
-    return scored.own_forward(x)
+    return scored.own_forward(input)
 
 
 @any_layout
@@ -137,7 +137,9 @@ def rule_for(module: nn.Module) -> Rule | None:
     if is_relative_bias(module):
         return general_rule()
     lists = (nn.ParameterList, nn.ParameterDict)  # which have no forward of their own
-    listed = [part for part in module.children() if isinstance(part, lists)]
+    listed: list[nn.Module] = [part for part in module.children() if isinstance(part, lists)]
+    if isinstance(module, nn.MultiheadAttention):  # which does not call it
+        listed.append(module.out_proj)
     if not own_parameters(module) and not any(map(own_parameters, listed)):
         return _batch_norm if isinstance(module, nn.modules.batchnorm._BatchNorm) else None
     for base, rule in _TABLE.items():

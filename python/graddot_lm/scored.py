@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .compiled import new_owner
 from .compiler import uncompiled
@@ -27,10 +28,13 @@ class Scored:
     def __init__(self, name: str, step: Step, own_forward: Callable[..., Any]) -> None:
         self.name, self.step, self.own_forward = name, step, own_forward
         self.rows = step.rows
+        self.same: Tensor | None = None  # the layer's input, if it is the same for every row
         self.broadcasts = False  # whether the layer's output got rows that its input had not
 
     def has_rows(self, x: Tensor) -> bool:
         """Whether a tensor's first dimension holds the samples."""
+        if x is self.same:  # however many entries it has
+            return False
         tokens = self.step.row_tokens(self.name)
         return x.dim() > 0 and x.shape[0] in (self.rows, self.rows * tokens)
 
@@ -130,6 +134,7 @@ class Scored:
                 )
 
         self.broadcasts = True
+        self.step.expands.add(self.name)
         if self.step.first and out.requires_grad:
             out.register_hook(check)
         return out
@@ -187,7 +192,11 @@ class ScoredForward:
         try:
             if around is not None:
                 args, kwargs = around.as_rows((args, kwargs))
+            if step.layouts.get(self.name) == "same":
+                scored.same = first_tensor((args, kwargs))
             out = self._rule(self.module, scored, *args, **kwargs)
+            if step.moved is not None:
+                out = _moved(out, step, self.name)
         finally:
             ScoredForward.around = around
         if before is not None and before != _tensor_attributes(self.module):
@@ -215,6 +224,37 @@ class ScoredForward:
         """A copied model is a plain one: its layers must not run this model's weights."""
         copied = memo[id(self.module)]
         return type(copied).forward.__get__(copied)
+
+
+def first_tensor(arguments: Any) -> Tensor | None:
+    """The tensor among a call's arguments by which a layer's layout is judged."""
+    return next((x for x in tree_leaves(arguments) if isinstance(x, Tensor)), None)
+
+
+def _moved(out: Any, step: Step, name: str) -> Any:
+    """What a layer returned in a trial, moved as `Step.moved` says."""
+    assert step.moved is not None
+    (here, names), layout = step.moved, step.layouts.get(name, "unseen")
+    if name not in names or layout == "unseen":
+        return out
+    at, first = int(layout == "second"), first_tensor(out)
+    chosen = torch.zeros(step.rows, dtype=torch.bool)
+    chosen[here] = True
+
+    def one(x: Tensor) -> Tensor:
+        if not x.is_floating_point() or x.dim() <= at or x.shape[at] % step.rows or not x.numel():
+            return x
+        if at and x is not first:  # attention's weights
+            return x
+        noise = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
+        by_row = x.unflatten(at, (step.rows, -1))
+        others = [k for k in range(by_row.dim()) if k != at]  # by as much whatever else is moved
+        size = torch.linalg.vector_norm(by_row, dim=others, keepdim=True)
+        size = size * (step.rows / x.numel()) ** 0.5 / 8 + 1e-3
+        rows = chosen.to(x.device).view(-1, *[1] * (by_row.dim() - at - 1))
+        return torch.where(rows, 1.125 * by_row + (1 + noise) * size, by_row).flatten(at, at + 1)
+
+    return tree_map_only(Tensor, one, out)
 
 
 def _tensor_attributes(module: nn.Module) -> set[tuple[str, str, int]]:

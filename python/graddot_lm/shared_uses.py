@@ -92,7 +92,7 @@ class SharedUses:
     given: Tensor | None = None
     norms: bool = False
     leaf: str | None = None  # of the step, which collects the dots for it; None: not scored
-    padding_idx: int | None = None
+    paddings: set[int | None] = field(default_factory=set)  # padding_idx of every embedding
     num_embeddings: int = 0
     linear_calls: int = 0
     held: Tensor | None = None
@@ -120,9 +120,16 @@ class SharedUses:
     def count_vector(self) -> None:
         self.vector_calls += not recomputing()
 
-    def count_embedding(self, ids: Tensor) -> None:
+    def count_embedding(self, ids: Tensor, padding_idx: int | None) -> None:
+        self.paddings.add(padding_idx)
         if not recomputing():
             self.embedding_ids.append(ids)
+
+    @property
+    def padding_idx(self) -> int | None:
+        """That of all embeddings of the weight; where they differ, their gradients come without
+        the rows of their own."""
+        return next(iter(self.paddings)) if len(self.paddings) == 1 else None
 
     def _check_count(self, backward: int, forward: int) -> None:
         if backward > forward:
@@ -175,7 +182,7 @@ class SharedUses:
     def add_rows(self, ids: Tensor, grad: Tensor, scale: Tensor) -> Tensor:
         """The held gradient with the embedding's training rows added."""
         assert self.held is not None
-        weight_grad, self.held = self.held, None
+        weight_grad, self.held = _accumulated(self.held), None  # of excluded ones in 16 bits
         train_ids, train_grad = self._train(ids), self._train(grad)
         rows = _accumulated(train_grad).flatten(0, 1) * scale
         if self.padding_idx is not None:
