@@ -73,6 +73,27 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _check_linear(
+    weight_grad: Tensor, direction: Tensor | None, val_rows: list[int], act: Tensor, grad: Tensor
+) -> None:
+    """The public functions have checked their arguments; this guards the memory against a direct
+    call of an op."""
+    if direction is None and (min(val_rows, default=0) < 1 or sum(val_rows) > len(act)):
+        raise ValueError(
+            f"val_rows has {val_rows}; expected positive row counts, at most {len(act)} in all"
+        )
+    shape = grad.shape[2], act.shape[2]
+    directions = weight_grad[None] if direction is None else direction
+    tensors = weight_grad, directions, act, grad
+    fit = weight_grad.shape == directions.shape[1:] == shape and act.shape[:2] == grad.shape[:2]
+    if not fit or any(x.dtype != torch.float32 for x in tensors):
+        got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        raise ValueError(
+            "expected a weight gradient (Dout, Din), directions (K, Dout, Din), act (N, T, Din) and"
+            f" grad (N, T, Dout) of one dtype; got {got}"
+        )
+
+
 def linear_wgrad_dot(
     weight_grad: Tensor,
     direction: Tensor | None,
@@ -86,6 +107,7 @@ def linear_wgrad_dot(
     """Dots (K, N) of every sample with `direction`, (K, Dout, Din), or else with the gradients of
     the val rows behind the training rows; the training gradient goes into weight_grad, (Dout, Din),
     contiguous, or is added to it. `norms` as in `functional`."""
+    _check_linear(weight_grad, direction, val_rows, act, grad)
     act, grad = _unit_stride(act), _unit_stride(grad)
     n, k = act.shape[0], len(val_rows)
     if direction is None:
@@ -93,6 +115,8 @@ def linear_wgrad_dot(
     else:
         direction, k = direction.contiguous(), direction.shape[0]
     dots = act.new_empty(k + norms, n + (norms and direction is None))
+    if weight_grad.numel() == 0:  # directions without an element have no address
+        return dots.zero_()
     counts = (ctypes.c_int64 * len(val_rows))(*val_rows)
     problem = _LinearProblem(
         n,

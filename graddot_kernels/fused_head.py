@@ -145,7 +145,7 @@ class _Head:
         if kept is None or not size <= kept.numel() <= 2 * size:
             del kept
             with torch.inference_mode(False):  # else a training step could not write to it
-                kept = self._large(torch.empty(0, dtype=like.dtype), size)
+                kept = self._large(torch.empty(0, dtype=like.dtype, device=like.device), size)
         self.kept = kept
         return kept[:size].view(shape)
 
@@ -186,7 +186,7 @@ class _Head:
 
     def run_val(self, val_rows: list[int]) -> None:
         """The val rows, those of all targets in the same chunks; fills `direction` if wanted."""
-        if self.labels.numel() == 0:
+        if val_rows and self.labels.numel() == 0:  # the table is ours, and no chunk will fill it
             self.direction.zero_()
         begins = self.begins(val_rows)
         for chunk in _chunks(self.n, begins[-1], self.labels.shape[1], self.limit):
