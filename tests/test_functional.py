@@ -364,6 +364,15 @@ def test_compiled_tiles(shape: tuple[int, ...], threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("t", [300, 4096, 20_000])
+def test_long_samples_of_one_sign(t: int) -> None:
+    """Where every rounding goes the same way, one fp32 sum of all tokens would lose digits."""
+    p = make(n=2, t=t, d_in=40, d_out=30)
+    p = p._replace(act=p.act.abs() + 1, grad=p.grad.abs() + 1)
+    check_wgrad_dot(p)
+    check_norms(p._replace(val_act=p.act, val_grad=p.grad), [1, 1])
+
+
 @pytest.mark.parametrize("tile_rows", [1, 4, 17])
 def test_fused_route_by_tiles(tile_rows: int, calls: list[str], plain, monkeypatch) -> None:
     tiles = ["_scaled_"] * -(-17 // tile_rows)
