@@ -9,6 +9,9 @@ ICLR 2025, section 4.2 and appendix D, with the notation of the README.
 With `norms` the dots have one more row, every sample's squared norm ‖G_i‖², (K + 1, N), and where
 the directions are rows of the batch one more column, their squared norms ‖D_k‖², (K + 1, N + 1),
 with 0 in the corner.
+
+Results have no derivative: torch warns in a backward that comes to one. Those of inputs that require
+grad keep their graph alive as any other tensor does; under `torch.no_grad()` they do not.
 """
 
 import contextlib
@@ -70,9 +73,10 @@ def _rows(name: str, x: Tensor) -> Tensor:
 def _pair(act_name: str, act: Tensor, grad_name: str, grad: Tensor) -> tuple[Tensor, Tensor]:
     """act and grad of the same samples and tokens, in canonical shape."""
     acts = _rows(act_name, act)
-    ok = grad.dim() == act.dim() and grad.shape[:-1] == act.shape[:-1]
-    expected = ", ".join(map(str, act.shape[:-1]))
-    _check(ok, grad_name, grad, f"({expected}, Dout), as {act_name}")
+    if grad.dim() != act.dim() or grad.shape[:-1] != act.shape[:-1]:
+        # Made where it is needed: a traced size has no str, or becomes a number of its graph.
+        expected = ", ".join(map(str, act.shape[:-1]))
+        _check(False, grad_name, grad, f"({expected}, Dout), as {act_name}")
     return acts, _rows(grad_name, grad)
 
 
@@ -111,7 +115,8 @@ def _directions(direction: Tensor, d_rows: int | None, d_cols: int) -> tuple[Ten
     single = direction.dim() == 2
     stacked = direction.unsqueeze(0) if single else direction
     ok = stacked.dim() == 3 and stacked.shape[2] == d_cols
-    _check(ok and d_rows in (None, stacked.shape[1]), "direction", direction, expected)
+    ok = ok and (d_rows is None or stacked.shape[1] == d_rows)  # a traced size is `in` no tuple
+    _check(ok, "direction", direction, expected)
     _check(stacked.shape[0] > 0, "direction", direction, "at least one direction")
     return stacked, single
 
@@ -335,8 +340,9 @@ def linear_joint_wgrad_dot(
 def _check_val_rows(val_rows: list[int], rows: int) -> None:
     if not isinstance(val_rows, (list, tuple)):
         raise TypeError(f"val_rows must be a list of numbers, got {type(val_rows).__name__}")
-    ok = len(val_rows) > 0 and min(val_rows) > 0 and sum(val_rows) <= rows
-    _check(ok, "val_rows", val_rows, f"positive row counts, one a target, at most {rows} in all")
+    if len(val_rows) == 0 or min(val_rows) <= 0 or sum(val_rows) > rows:
+        expected = f"positive row counts, one a target, at most {rows} in all"  # see `_pair`
+        _check(False, "val_rows", val_rows, expected)
 
 
 def embedding_ghost_dot(
