@@ -52,7 +52,8 @@ class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024
 
-for _function in ("linear_wgrad_dot", "cross_entropy_grad", "advise_huge_pages"):
+library.graddot_linear_wgrad_dot.restype = ctypes.c_bool
+for _function in ("cross_entropy_grad", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
 
@@ -135,7 +136,10 @@ def linear_wgrad_dot(
         dots.data_ptr(),
     )
     threads = ctypes.c_int64(torch.get_num_threads())
-    library.graddot_linear_wgrad_dot(ctypes.byref(problem), threads)
+    if not library.graddot_linear_wgrad_dot(ctypes.byref(problem), threads):
+        raise MemoryError(
+            f"no memory to pack samples of {act.shape[1]} tokens; the weight gradient is unfinished"
+        )
     return dots
 
 

@@ -112,7 +112,7 @@ class _Head:
         self.direction = direction
         held = self.vocab if weight_needed and not self.joint else 0
         self.weight_grad = self._large(self.losses, held, self.width)
-        self.direction_rows = direction.new_empty(len(val_rows), 0, self.width)
+        self.direction_rows = direction.new_empty(self.k, 0, self.width)
         if len(direction) > 0 and act.device.type == "cpu":
             # Beside directions the logits of a small batch would be the step's peak of memory.
             self.limit = min(self.limit, max(1, -(-self.n // 3) * t))
@@ -273,6 +273,12 @@ def linear_cross_entropy(
     (N, T'), are given, G_i's own rows of these, (N, T', d). `norms` borders the dots as in
     `functional`, in the scale of this loss. What is not needed is empty.
     """
+    given = direction is not None
+    if min(val_rows, default=1) < 1 or sum(val_rows) > len(act) or (given and val_rows):
+        raise ValueError(
+            f"val_rows has {val_rows}; expected positive row counts, at most {len(act)} in all, and"
+            " none beside a given direction"
+        )
     head = _Head(
         act, weight, bias, labels, val_rows, direction, val_ids,
         (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed, own_ids, norms,
@@ -282,8 +288,8 @@ def linear_cross_entropy(
     else:
         head.run_val(val_rows)
         head.run_train()
-        if train_ids.numel():
-            head.direction_rows = head.direction[:, train_ids]
+        if train_ids.numel() and weight_needed:
+            head.direction_rows = head.direction[: head.k, train_ids]
     if head.kept is not None:
         _kept[head.kept.dtype] = head.kept
     return (

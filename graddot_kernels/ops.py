@@ -201,7 +201,7 @@ def _fake_linear_cross_entropy(
         result((rows if bias is not None else 0, vocab)),
         result((_or_one_more(dots, norms), _or_one_more(n, norms and direction is None))),
         act.new_empty((n, t, val_ids.numel())),
-        result((k, train_ids.numel() if weight_needed else 0, width)),
+        result((dots, train_ids.numel() if weight_needed else 0, width)),
         result((n, 0 if own_ids is None else own_ids.shape[1], width)),
     )
 

@@ -7,6 +7,8 @@ inputs are exact in fp64, so their results are held to fp32's error too.
 
 import itertools
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -284,6 +286,39 @@ def test_nothing_is_written_beside_the_dots(empty: str, monkeypatch) -> None:
     _, dots = gk.linear_wgrad_dot(p.direction, p.act, p.grad, norms=True)
     assert beside and all((x == 7).all() for x in beside)
     assert torch.equal(dots, torch.zeros(3, 5))
+
+
+OUT_OF_MEMORY = """
+import resource, torch, graddot_kernels as gk
+torch.set_num_threads(1)
+act = torch.randn(1, 1_000_000, 16)
+grad, direction = torch.randn(1, 1_000_000, 3), torch.randn(3, 16)
+ids = torch.zeros(1, 3, dtype=torch.long)
+gk.linear_wgrad_dot(direction, act[:, :50], grad[:, :50])
+with open("/proc/self/statm") as file:
+    limit = int(file.read().split()[0]) * resource.getpagesize() + 50 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for call in (
+    lambda: gk.linear_wgrad_dot(direction, act, grad),
+    lambda: gk.embedding_joint_wgrad_dot(ids, grad[:, :3], [1], 10**8),
+):
+    try:
+        call()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_out_of_memory() -> None:
+    """An error that says so, not the end of the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=True
+    )
+    *packed, table = done.stdout.splitlines()
+    if cpu_kernels.INSTRUCTION_SET:
+        assert packed[0].startswith("MemoryError no memory to pack samples of 1000000 tokens")
+    assert table == "RuntimeError no result of shape (100000000, 3) could be made: out of memory?"
 
 
 @pytest.mark.parametrize("shared", ["act", "grad", "direction"])

@@ -440,6 +440,30 @@ def test_models_that_cannot_be_fused():
 # The op below it
 
 
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("val_rows", [[], [1, 2]], ids=["given", "riding"])
+@pytest.mark.parametrize("count", [0, 3])
+def test_opcheck_of_a_table_s_rows(count, val_rows, needed):
+    head, hidden, labels = problem(bias=False)
+    ids, none = labels[1, :count], labels.new_empty(0)
+    direction = None if val_rows else torch.ones(2, 19, 12)
+    args = (
+        hidden.detach(), head.weight.detach(), None, labels, val_rows, direction, none, ids, -100,
+        0.0, 0.0, None, needed,
+    )  # fmt: skip
+    op = torch.ops.graddot.linear_cross_entropy.default
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_val_rows_that_do_not_fit(given):
+    head, hidden, labels = problem()
+    direction = torch.ones(1, 19, 12) if given else None
+    for val_rows in ([1],) if given else ([1, 0], [2, -1], [7]):
+        with pytest.raises(ValueError, match=r"val_rows has .*; expected positive row counts"):
+            op_of_head(hidden, head, labels, val_rows, direction)
+
+
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.2, 1e-3)])
 @pytest.mark.parametrize("vocab", [1, 3, 8, 17, 1003])
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp32-torch"])
