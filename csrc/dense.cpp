@@ -1,6 +1,8 @@
 // The vector kernels as plain C functions, which graddot_kernels/cpu_kernels.py calls with the
 // addresses of tensors that it has checked, where graddot_instruction_set() names any.
 
+#include <exception>
+
 #include "huge_pages.h"
 #include "instruction_sets.h"
 
@@ -12,9 +14,15 @@ GRADDOT_EXPORT const char* graddot_instruction_set() {
   return set == nullptr ? "" : set->name;
 }
 
-GRADDOT_EXPORT void graddot_linear_wgrad_dot(const graddot::LinearProblem* problem,
+// Whether there was memory for it: nothing else throws, and no exception may leave a C function.
+GRADDOT_EXPORT bool graddot_linear_wgrad_dot(const graddot::LinearProblem* problem,
                                              int64_t threads) {
-  graddot::linear_wgrad_dot(graddot::instruction_set()->linear, *problem, threads);
+  try {
+    graddot::linear_wgrad_dot(graddot::instruction_set()->linear, *problem, threads);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 GRADDOT_EXPORT void graddot_cross_entropy_grad(const graddot::CrossEntropy* form, int64_t rows,

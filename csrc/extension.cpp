@@ -60,9 +60,15 @@ Tensor unit_stride(const Tensor& x) {
 
 // Results are fp64 for fp64 and else fp32.
 Tensor empty_result(const Tensor& like, const std::vector<int64_t>& shape) {
-  const bool is_double = like.scalar_type() == ScalarType::Double;
-  return torch::stable::empty(shape, is_double ? ScalarType::Double : ScalarType::Float,
-                              std::nullopt, like.device());
+  const auto dtype =
+      like.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  try {
+    return torch::stable::empty(shape, dtype, std::nullopt, like.device());
+  } catch (const std::exception&) {  // the stable ABI keeps the reason to itself
+    std::string sizes;
+    for (const int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
+    throw std::runtime_error("no result of shape (" + sizes + ") could be made: out of memory?");
+  }
 }
 
 struct WeightGrad {

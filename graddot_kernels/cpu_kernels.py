@@ -52,7 +52,8 @@ class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024
 
-for _function in ("linear_wgrad_dot", "cross_entropy_grad", "advise_huge_pages"):
+library.graddot_linear_wgrad_dot.restype = ctypes.c_bool
+for _function in ("cross_entropy_grad", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
 
@@ -73,6 +74,27 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
 
 
+def _check_linear(
+    weight_grad: Tensor, direction: Tensor | None, val_rows: list[int], act: Tensor, grad: Tensor
+) -> None:
+    """The public functions have checked their arguments; this guards the memory against a direct
+    call of an op."""
+    if direction is None and (min(val_rows, default=0) < 1 or sum(val_rows) > len(act)):
+        raise ValueError(
+            f"val_rows has {val_rows}; expected positive row counts, at most {len(act)} in all"
+        )
+    shape = grad.shape[2], act.shape[2]
+    directions = weight_grad[None] if direction is None else direction
+    tensors = weight_grad, directions, act, grad
+    fit = weight_grad.shape == directions.shape[1:] == shape and act.shape[:2] == grad.shape[:2]
+    if not fit or any(x.dtype != torch.float32 for x in tensors):
+        got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
+        raise ValueError(
+            "expected a weight gradient (Dout, Din), directions (K, Dout, Din), act (N, T, Din) and"
+            f" grad (N, T, Dout) of one dtype; got {got}"
+        )
+
+
 def linear_wgrad_dot(
     weight_grad: Tensor,
     direction: Tensor | None,
@@ -86,6 +108,7 @@ def linear_wgrad_dot(
     """Dots (K, N) of every sample with `direction`, (K, Dout, Din), or else with the gradients of
     the val rows behind the training rows; the training gradient goes into weight_grad, (Dout, Din),
     contiguous, or is added to it. `norms` as in `functional`."""
+    _check_linear(weight_grad, direction, val_rows, act, grad)
     act, grad = _unit_stride(act), _unit_stride(grad)
     n, k = act.shape[0], len(val_rows)
     if direction is None:
@@ -93,6 +116,8 @@ def linear_wgrad_dot(
     else:
         direction, k = direction.contiguous(), direction.shape[0]
     dots = act.new_empty(k + norms, n + (norms and direction is None))
+    if weight_grad.numel() == 0:  # directions without an element have no address
+        return dots.zero_()
     counts = (ctypes.c_int64 * len(val_rows))(*val_rows)
     problem = _LinearProblem(
         n,
@@ -111,7 +136,10 @@ def linear_wgrad_dot(
         dots.data_ptr(),
     )
     threads = ctypes.c_int64(torch.get_num_threads())
-    library.graddot_linear_wgrad_dot(ctypes.byref(problem), threads)
+    if not library.graddot_linear_wgrad_dot(ctypes.byref(problem), threads):
+        raise MemoryError(
+            f"no memory to pack samples of {act.shape[1]} tokens; the weight gradient is unfinished"
+        )
     return dots
 
 

@@ -9,8 +9,12 @@ ICLR 2025, section 4.2 and appendix D, with the notation of the README.
 With `norms` the dots have one more row, every sample's squared norm ‖G_i‖², (K + 1, N), and where
 the directions are rows of the batch one more column, their squared norms ‖D_k‖², (K + 1, N + 1),
 with 0 in the corner.
+
+Results have no derivative: torch warns in a backward that comes to one. Those of inputs that require
+grad keep their graph alive as any other tensor does; under `torch.no_grad()` they do not.
 """
 
+import contextlib
 from typing import Literal
 
 import torch
@@ -41,11 +45,23 @@ def _check_floats(**tensors: Tensor) -> None:
             raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.dtype not in _FLOATS:
             raise ValueError(f"{name} has dtype {x.dtype}; expected one of {_FLOATS}")
+        _check_dense(name, x)
         wide = name == "direction" and x.dtype == torch.float32 and first.itemsize == 2
         if x.dtype != first.dtype and not wide:
             raise ValueError(f"{name} has dtype {x.dtype}; expected {first_name}'s, {first.dtype}")
         if x.device != first.device:
             raise ValueError(f"{name} is on {x.device}; expected {first_name}'s, {first.device}")
+
+
+def _check_dense(name: str, x: Tensor) -> None:
+    if x.layout != torch.strided or x.is_nested:
+        kind = "a nested tensor" if x.is_nested else f"of layout {x.layout}"
+        raise ValueError(f"{name} is {kind}; expected a dense tensor")
+
+
+def _in_full_precision(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """For products outside of an op; an op leaves autocast by itself. A meta tensor has none."""
+    return contextlib.nullcontext() if x.is_meta else torch.autocast(x.device.type, enabled=False)
 
 
 def _rows(name: str, x: Tensor) -> Tensor:
@@ -57,19 +73,28 @@ def _rows(name: str, x: Tensor) -> Tensor:
 def _pair(act_name: str, act: Tensor, grad_name: str, grad: Tensor) -> tuple[Tensor, Tensor]:
     """act and grad of the same samples and tokens, in canonical shape."""
     acts = _rows(act_name, act)
-    ok = grad.dim() == act.dim() and grad.shape[:-1] == act.shape[:-1]
-    expected = ", ".join(map(str, act.shape[:-1]))
-    _check(ok, grad_name, grad, f"({expected}, Dout), as {act_name}")
+    if grad.dim() != act.dim() or grad.shape[:-1] != act.shape[:-1]:
+        # Made where it is needed: a traced size has no str, or becomes a number of its graph.
+        expected = ", ".join(map(str, act.shape[:-1]))
+        _check(False, grad_name, grad, f"({expected}, Dout), as {act_name}")
     return acts, _rows(grad_name, grad)
 
 
-def _check_scale(scale: Tensor | None) -> None:
-    ok = scale is None or (isinstance(scale, Tensor) and scale.dim() == 0)
-    _check(ok, "scale", scale, "a 0-dim tensor")
+def _check_scale(scale: Tensor | None, like: Tensor) -> None:
+    if scale is None:
+        return
+    _check(isinstance(scale, Tensor) and scale.dim() == 0, "scale", scale, "a 0-dim tensor")
+    if scale.is_complex():
+        raise ValueError(f"scale has dtype {scale.dtype}; expected a real one")
+    if scale.device.type not in ("cpu", like.device.type):
+        raise ValueError(f"scale is on {scale.device}; expected the CPU, or {like.device}")
 
 
 def _id_rows(prefix: str, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """ids (N, T) and grad (N, T, d) in canonical shape; ids (N,) with grad (N, d) mean T = 1."""
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"{prefix}ids must be a tensor, got {type(ids).__name__}")
+    _check_dense(f"{prefix}ids", ids)
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{prefix}ids has dtype {ids.dtype}; expected int32 or int64")
     _check(ids.dim() in (1, 2), f"{prefix}ids", ids, "(N, T), or (N,) for T = 1")
@@ -90,13 +115,16 @@ def _directions(direction: Tensor, d_rows: int | None, d_cols: int) -> tuple[Ten
     single = direction.dim() == 2
     stacked = direction.unsqueeze(0) if single else direction
     ok = stacked.dim() == 3 and stacked.shape[2] == d_cols
-    _check(ok and d_rows in (None, stacked.shape[1]), "direction", direction, expected)
+    ok = ok and (d_rows is None or stacked.shape[1] == d_rows)  # a traced size is `in` no tuple
+    _check(ok, "direction", direction, expected)
     _check(stacked.shape[0] > 0, "direction", direction, "at least one direction")
     return stacked, single
 
 
 def _padding(padding_idx: int | None, num_embeddings: int) -> int:
     """torch.nn.Embedding's convention (negative counts from the end) as the op's: -1 is none."""
+    if num_embeddings < 0:
+        raise ValueError(f"num_embeddings is {num_embeddings}; expected the rows of a table")
     if padding_idx is None:
         return -1
     _check(
@@ -153,8 +181,8 @@ def linear_ghost_dot(
     if method == "gram":
         return torch.ops.graddot.linear_gram_dot(val_act, val_grad, train_act, train_grad, pairwise)
     if not pairwise:  # one long row, so that one product sums over the val rows
-        val_act, val_grad = val_act.reshape(1, -1, d_in), val_grad.reshape(1, -1, d_out)
-    with torch.autocast(val_act.device.type, enabled=False):
+        val_act, val_grad = val_act.flatten(0, 1)[None], val_grad.flatten(0, 1)[None]
+    with _in_full_precision(val_act):
         direction = _val_directions(val_act, val_grad)
     dots = torch.ops.graddot.linear_direction_dot(direction, train_act, train_grad, False)
     return dots if pairwise else dots[0]
@@ -211,7 +239,7 @@ def linear_wgrad_dot(
     _check_floats(act=act, grad=grad, direction=direction)
     act, grad = _pair("act", act, "grad", grad)
     direction, single = _directions(direction, grad.shape[2], act.shape[2])
-    _check_scale(scale)
+    _check_scale(scale, act)
     weight_grad, dots = torch.ops.graddot.linear_wgrad_dot(direction, act, grad, scale, norms)
     return weight_grad, dots[0] if single and not norms else dots
 
@@ -241,7 +269,7 @@ def linear_wgrad_dot_into(
     act, grad = _pair("act", act, "grad", grad)
     (n, _, d_in), d_out = act.shape, grad.shape[2]
     direction, single = _directions(direction, d_out, d_in)
-    _check_scale(scale)
+    _check_scale(scale, act)
     _check_buffer("weight_grad", weight_grad, (d_out, d_in), act)
     bias_rows = None
     if bias_direction is not None:
@@ -257,14 +285,15 @@ def linear_wgrad_dot_into(
         weight_grad, bias_rows, direction, act, grad, scale, accumulate, norms
     )
     if bias_rows is not None:
-        with torch.autocast(act.device.type, enabled=False):
+        # A direction or scale that requires grad would make dots and buffer parts of a graph.
+        with torch.no_grad(), _in_full_precision(act):
             if bias_direction is not None:
                 dots[: len(direction)] += bias_direction.to(bias_rows.dtype) @ bias_rows.t()
             if norms:
                 dots[-1] += bias_rows.square().sum(1)
-        if bias_grad is not None:
-            total = bias_rows.sum(0) if scale is None else bias_rows.sum(0) * scale
-            bias_grad.copy_(bias_grad + total if accumulate else total)
+            if bias_grad is not None:
+                total = bias_rows.sum(0) if scale is None else bias_rows.sum(0) * scale
+                bias_grad.copy_(bias_grad + total if accumulate else total)
     return dots[0] if single and not norms else dots
 
 
@@ -273,9 +302,15 @@ def _check_buffer(name: str, buffer: Tensor, shape: tuple[int, ...], like: Tenso
         raise TypeError(f"{name} must be a tensor, got {type(buffer).__name__}")
     if buffer.dtype not in _FLOATS:
         raise ValueError(f"{name} has dtype {buffer.dtype}; expected one of {_FLOATS}")
+    _check_dense(name, buffer)
     if buffer.device != like.device:
         raise ValueError(f"{name} is on {buffer.device}; expected act's, {like.device}")
     _check(buffer.shape == shape, name, buffer, f"{shape}")
+    if any(stride == 0 and size > 1 for stride, size in zip(buffer.stride(), shape, strict=True)):
+        raise ValueError(
+            f"{name} has strides {buffer.stride()}, several elements in one place; expected a place"
+            " for each, as clone() makes it"
+        )
 
 
 def linear_joint_wgrad_dot(
@@ -298,13 +333,16 @@ def linear_joint_wgrad_dot(
     _check_floats(act=act, grad=grad)
     act, grad = _pair("act", act, "grad", grad)
     _check_val_rows(val_rows, act.shape[0])
-    _check_scale(scale)
+    _check_scale(scale, act)
     return torch.ops.graddot.linear_joint_wgrad_dot(act, grad, val_rows, scale, norms)
 
 
 def _check_val_rows(val_rows: list[int], rows: int) -> None:
-    ok = len(val_rows) > 0 and min(val_rows) > 0 and sum(val_rows) <= rows
-    _check(ok, "val_rows", val_rows, f"positive row counts, one a target, at most {rows} in all")
+    if not isinstance(val_rows, (list, tuple)):
+        raise TypeError(f"val_rows must be a list of numbers, got {type(val_rows).__name__}")
+    if len(val_rows) == 0 or min(val_rows) <= 0 or sum(val_rows) > rows:
+        expected = f"positive row counts, one a target, at most {rows} in all"  # see `_pair`
+        _check(False, "val_rows", val_rows, expected)
 
 
 def embedding_ghost_dot(
@@ -378,7 +416,7 @@ def embedding_wgrad_dot(
     ids, grad = _id_rows("", ids, grad)
     direction, single = _directions(direction, num_embeddings, grad.shape[2])
     padding = _padding(padding_idx, num_embeddings)
-    _check_scale(scale)
+    _check_scale(scale, grad)
     weight_grad, dots = torch.ops.graddot.embedding_wgrad_dot(direction, ids, grad, padding, scale)
     return weight_grad, dots[0] if single else dots
 
@@ -403,7 +441,7 @@ def embedding_joint_wgrad_dot(
     ids, grad = _id_rows("", ids, grad)
     _check_val_rows(val_rows, ids.shape[0])
     padding = _padding(padding_idx, num_embeddings)
-    _check_scale(scale)
+    _check_scale(scale, grad)
     return torch.ops.graddot.embedding_joint_wgrad_dot(
         ids, grad, val_rows, num_embeddings, padding, scale
     )
@@ -425,6 +463,8 @@ def norm_sample_grads(
     high = torch.float64 if normed.dtype == torch.float64 else torch.float32
     for name, x in (("mean", mean), ("rstd", rstd)):
         if x is not None:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
             _check(
                 x.shape == normed.shape[:-1], name, x, f"{tuple(normed.shape[:-1])}, a token one"
             )
@@ -467,7 +507,7 @@ def norm_ghost_dot(
     weight, bias_grads = _norm_sample_grads("train_", train_normed, train_grad)
     d = val_weight.shape[1]
     _check(weight.shape[1] == d, "train_normed", train_normed, f"(N, T, {d}), val_normed's width")
-    with torch.autocast(weight.device.type, enabled=False):
+    with _in_full_precision(weight):
         dots = weight @ val_weight.sum(0)
         return dots + bias_grads @ val_bias.sum(0) if bias else dots
 
@@ -487,8 +527,9 @@ def norm_wgrad_dot(
     weight, bias = _norm_sample_grads("", normed, grad)
     expected = f"([K,] {weight.shape[1]}), K at least 1"
     ok = direction.dim() in (1, 2) and direction.shape[-1] == weight.shape[1]
-    _check(ok and direction.shape[0] > 0, "direction", direction, expected)
-    with torch.autocast(weight.device.type, enabled=False):
+    none = direction.dim() == 2 and direction.shape[0] == 0
+    _check(ok and not none, "direction", direction, expected)
+    with _in_full_precision(weight):
         dots = direction.to(weight.dtype) @ weight.t()
         if bias_direction is not None:
             _check_floats(direction=direction, bias_direction=bias_direction)

@@ -112,7 +112,7 @@ class _Head:
         self.direction = direction
         held = self.vocab if weight_needed and not self.joint else 0
         self.weight_grad = self._large(self.losses, held, self.width)
-        self.direction_rows = direction.new_empty(len(val_rows), 0, self.width)
+        self.direction_rows = direction.new_empty(self.k, 0, self.width)
         if len(direction) > 0 and act.device.type == "cpu":
             # Beside directions the logits of a small batch would be the step's peak of memory.
             self.limit = min(self.limit, max(1, -(-self.n // 3) * t))
@@ -145,7 +145,7 @@ class _Head:
         if kept is None or not size <= kept.numel() <= 2 * size:
             del kept
             with torch.inference_mode(False):  # else a training step could not write to it
-                kept = self._large(torch.empty(0, dtype=like.dtype), size)
+                kept = self._large(torch.empty(0, dtype=like.dtype, device=like.device), size)
         self.kept = kept
         return kept[:size].view(shape)
 
@@ -186,7 +186,7 @@ class _Head:
 
     def run_val(self, val_rows: list[int]) -> None:
         """The val rows, those of all targets in the same chunks; fills `direction` if wanted."""
-        if self.labels.numel() == 0:
+        if val_rows and self.labels.numel() == 0:  # the table is ours, and no chunk will fill it
             self.direction.zero_()
         begins = self.begins(val_rows)
         for chunk in _chunks(self.n, begins[-1], self.labels.shape[1], self.limit):
@@ -273,6 +273,12 @@ def linear_cross_entropy(
     (N, T'), are given, G_i's own rows of these, (N, T', d). `norms` borders the dots as in
     `functional`, in the scale of this loss. What is not needed is empty.
     """
+    given = direction is not None
+    if min(val_rows, default=1) < 1 or sum(val_rows) > len(act) or (given and val_rows):
+        raise ValueError(
+            f"val_rows has {val_rows}; expected positive row counts, at most {len(act)} in all, and"
+            " none beside a given direction"
+        )
     head = _Head(
         act, weight, bias, labels, val_rows, direction, val_ids,
         (ignore_index, label_smoothing, z_loss), weight_scale, weight_needed, own_ids, norms,
@@ -282,8 +288,8 @@ def linear_cross_entropy(
     else:
         head.run_val(val_rows)
         head.run_train()
-        if train_ids.numel():
-            head.direction_rows = head.direction[:, train_ids]
+        if train_ids.numel() and weight_needed:
+            head.direction_rows = head.direction[: head.k, train_ids]
     if head.kept is not None:
         _kept[head.kept.dtype] = head.kept
     return (

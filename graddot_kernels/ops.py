@@ -25,16 +25,40 @@ def _result_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-def _without_autocast(function):  # type: ignore[no-untyped-def]
-    """Inside an autocast region the products of an op would be rounded to 16 bits."""
+def _without_modes(function):  # type: ignore[no-untyped-def]
+    """Inside an autocast region the products of an op would be rounded to 16 bits, and autograd
+    would record what an op does: it then refuses `out=`, and buffers become part of a graph."""
 
     @functools.wraps(function)
     def wrapped(first: Tensor, *args):  # type: ignore[no-untyped-def]
+        # Entering a context takes longer than small ops.
+        if torch.is_grad_enabled():
+            with torch.no_grad():
+                return wrapped(first, *args)
         kind = first.device.type
-        if not torch.is_autocast_enabled(kind):  # entering the context takes longer than small ops
+        if not torch.is_autocast_enabled(kind):
             return function(first, *args)
         with torch.autocast(kind, enabled=False):
             return function(first, *args)
+
+    return wrapped
+
+
+def _noting_writes(name: str, function):  # type: ignore[no-untyped-def]
+    """Autograd is told of what the op writes, else a backward that needs what was there before
+    would take what is there now."""
+    arguments = getattr(torch.ops.graddot, name).default._schema.arguments
+    written = [i for i, x in enumerate(arguments) if x.alias_info and x.alias_info.is_write]
+    if not written:
+        return function
+
+    @functools.wraps(function)
+    def wrapped(*args):  # type: ignore[no-untyped-def]
+        result = function(*args)
+        for x in (args[i] for i in written):
+            if x is not None and not x.is_inference():  # which no backward needs
+                torch.autograd.graph.increment_version(x)
+        return result
 
     return wrapped
 
@@ -46,7 +70,7 @@ def _define(schema: str, fake, cpu, cuda) -> None:  # type: ignore[no-untyped-de
     routes[name] = {}
     for device, function in (("CPU", cpu), ("CUDA", cuda)):
         if function is not None:
-            _lib.impl(name, _without_autocast(function), device)
+            _lib.impl(name, _noting_writes(name, _without_modes(function)), device)
         routes[name][device] = function.__module__ if function else "graddot_kernels._C"
     torch.library.register_fake(f"graddot::{name}", fake, lib=_lib)
 
@@ -177,7 +201,7 @@ def _fake_linear_cross_entropy(
         result((rows if bias is not None else 0, vocab)),
         result((_or_one_more(dots, norms), _or_one_more(n, norms and direction is None))),
         act.new_empty((n, t, val_ids.numel())),
-        result((k, train_ids.numel() if weight_needed else 0, width)),
+        result((dots, train_ids.numel() if weight_needed else 0, width)),
         result((n, 0 if own_ids is None else own_ids.shape[1], width)),
     )
 

@@ -73,7 +73,7 @@ def embedding_sample_dot(
 
     ids (N, T), grad (N, T, d), the others (N, S, ...); tokens of padding_idx have no gradient.
     """
-    n, t = ids.shape
+    t = ids.shape[1]
     same = ids is other_ids and grad is other_grad
     joint = ids if same else torch.cat([ids, other_ids], 1)
     slots, size = _slots(joint), joint.numel()
@@ -87,4 +87,4 @@ def embedding_sample_dot(
 
     own = table(slots[:, :t], grad)
     other = own if same else table(slots[:, t:], other_grad)
-    return (own * other).view(n, joint.shape[1], -1).sum(2).sum(1)
+    return (own * other).view(*joint.shape, grad.shape[2]).sum(2).sum(1)

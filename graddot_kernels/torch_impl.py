@@ -127,7 +127,7 @@ def _fused_wgrad_dot(
     d_out = grad.shape[2]
     weight_grad = act.new_empty(d_out, d_in) if n else act.new_zeros(d_out, d_in)
     dots = act.new_zeros(k + norms, n + column)
-    rows = min(d_out, max(1, _TILE_ELEMENTS // max(1, k * d_in)))
+    rows = max(1, min(d_out, _TILE_ELEMENTS // max(1, k * d_in)))
     buffer = act.new_empty(rows, d_in)
     for lo in range(0, d_out, rows):
         hi = min(lo + rows, d_out)
@@ -177,6 +177,12 @@ def linear_wgrad_dot(
     return _fused_wgrad_dot(act, grad, k, scale, lambda lo, hi: direction[:, lo:hi], norms)
 
 
+def apart_from(buffer: Tensor, x: Tensor) -> Tensor:
+    """x, or a copy of it if it may lie where results go while x is still read."""
+    shared = x.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+    return x.clone() if shared else x
+
+
 def linear_wgrad_dot_into(
     weight_grad: Tensor,
     bias_grads: Tensor | None,
@@ -189,6 +195,7 @@ def linear_wgrad_dot_into(
 ) -> Tensor:
     """`linear_wgrad_dot` into (or added to) weight_grad, (Dout, Din), in its own dtype, and every
     sample's unscaled bias gradient Σ_t b into bias_grads, (N, Dout). Returns the dots."""
+    direction, act, grad = (apart_from(weight_grad, x) for x in (direction, act, grad))
     acts, grads = _accumulated(act), _accumulated(grad)
     long = direction.shape[0] * act.shape[1] >= _macs_per_fused_element(acts)
     in_place = weight_grad.dtype == acts.dtype and weight_grad.is_contiguous()
@@ -247,15 +254,39 @@ def linear_joint_wgrad_dot(
     return _fused_wgrad_dot(act[:n], grad[:n], len(val_rows), scale, direction_tile, norms, norms)
 
 
+def check_labels(logits: Tensor, labels: Tensor) -> None:
+    """The labels' shape and dtype; their values, see below."""
+    rows, vocab = logits.shape
+    if labels.shape != (rows,):
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}; expected ({rows},), one a row of the"
+            f" logits, {(rows, vocab)}"
+        )
+    if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
+        raise ValueError(f"labels has dtype {labels.dtype}; expected integers")
+
+
 def cross_entropy_grad(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
     """Losses (R,); the logits become their gradients, a few rows at a time in the cache."""
+    check_labels(logits, labels)
     rows, vocab = logits.shape
+    labels = labels.long()  # also for ignore_index, which a narrower type may not hold
     used = labels != ignore_index
     labels = labels.masked_fill(~used, 0)
-    if cpu_kernels.available(logits) and logits.stride(1) == 1 and logits.numel() > 0:
-        labels = torch.where(used, labels, -1)
+    if not logits.is_cuda:  # where the check would wait for the device, and torch's functions trap
+        wrong = (labels < 0) | (labels >= vocab)
+        if wrong.any():
+            row = int(wrong.nonzero()[0])
+            raise IndexError(
+                f"labels[{row}] is {int(labels[row])}, outside the vocabulary of {vocab}; the label"
+                f" to be ignored is {ignore_index}"
+            )
+    # Rows that share memory, as expanded ones do, are refused where the gradient is copied to them.
+    apart = rows == 1 or logits.stride(0) >= vocab
+    if cpu_kernels.available(logits) and logits.stride(1) == 1 and apart and logits.numel() > 0:
+        labels = labels.masked_fill_(~used, -1)
         return cpu_kernels.cross_entropy_grad(logits, labels, -1, label_smoothing, z_loss)
     losses = _accumulated(logits.new_empty(rows))
     block = max(1, _GRAM_ELEMENTS // max(1, vocab))

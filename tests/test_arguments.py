@@ -147,6 +147,31 @@ LINEAR: dict[str, tuple[Callable[[], object], str, str]] = {
         "scale has 0.5",
         "a 0-dim tensor",
     ),
+    "scale-complex": (
+        lambda: gk.linear_wgrad_dot(DIRECTION, ACT, GRAD, scale=torch.tensor(1j)),
+        "scale has dtype torch.complex64",
+        "a real one",
+    ),
+    "scale-on-meta": (
+        lambda: gk.linear_joint_wgrad_dot(ACT, GRAD, [1], scale=x().to("meta")),
+        "scale is on meta",
+        "the CPU",
+    ),
+    "sparse": (
+        lambda: gk.linear_wgrad_dot(DIRECTION.to_sparse(), ACT, GRAD),
+        "direction is of layout torch.sparse_coo",
+        "a dense tensor",
+    ),
+    "nested": (
+        lambda: gk.linear_direction_dot(DIRECTION, torch.nested.nested_tensor(list(ACT)), GRAD),
+        "act is a nested tensor",
+        "a dense tensor",
+    ),
+    "buffer-expanded": (
+        lambda: gk.linear_wgrad_dot_into(x(1, 3).expand(5, 3), DIRECTION, ACT, GRAD),
+        "weight_grad has strides (0, 1), several elements in one place",
+        "clone()",
+    ),
 }
 NORM: dict[str, tuple[Callable[[], object], str, str]] = {
     "mean-shape": (
@@ -247,6 +272,11 @@ EMBEDDING: dict[str, tuple[Callable[[], object], str, str]] = {
         "padding_idx has -8",
         "an index into 7 embeddings",
     ),
+    "no-table": (
+        lambda: gk.embedding_joint_wgrad_dot(IDS[:, :0], ROWS[:, :0], [1], -7),
+        "num_embeddings is -7",
+        "the rows of a table",
+    ),
     "grad-integer": (
         lambda: gk.embedding_joint_wgrad_dot(IDS, ROWS.int(), [1], 7),
         "grad has dtype torch.int32",
@@ -266,6 +296,67 @@ def test_refusal_names(call: Callable[[], object], fault: str, expected: str) ->
         call()
 
 
-def test_refusal_of_what_is_no_tensor() -> None:
-    with pytest.raises(TypeError, match="act must be a tensor, got ndarray"):
-        gk.linear_direction_dot(DIRECTION, ACT.numpy(), GRAD)  # type: ignore[arg-type]
+NO_TENSORS: dict[str, Callable[[], object]] = {
+    "act must be a tensor, got ndarray": lambda: gk.linear_direction_dot(
+        DIRECTION,
+        ACT.numpy(),  # type: ignore[arg-type]
+        GRAD,
+    ),
+    "val_ids must be a tensor, got list": lambda: gk.embedding_ghost_dot(
+        [[0]],  # type: ignore[arg-type]
+        ROWS,
+        IDS,
+        ROWS,
+        7,
+    ),
+    "rstd must be a tensor, got float": lambda: gk.norm_sample_grads(
+        ACT,
+        ACT,
+        rstd=1.0,  # type: ignore[arg-type]
+    ),
+    "val_rows must be a list of numbers, got int": lambda: gk.linear_joint_wgrad_dot(
+        ACT,
+        GRAD,
+        1,  # type: ignore[arg-type]
+    ),
+}
+
+
+@pytest.mark.parametrize("message", NO_TENSORS)
+def test_refusal_of_another_type(message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        NO_TENSORS[message]()
+
+
+OPS = torch.ops.graddot
+DIRECT: dict[str, Callable[[], object]] = {
+    "tokens": lambda: OPS.linear_wgrad_dot(x(1, 5, 3), x(2, 40, 3), x(2, 30, 5), None),
+    "direction": lambda: OPS.linear_wgrad_dot(x(1, 5, 2), x(2, 40, 3), x(2, 40, 5), None),
+    "dtype": lambda: OPS.linear_wgrad_dot(x(1, 5, 3), x(2, 40, 3), x(2, 40, 5).double(), None),
+    "buffer": lambda: OPS.linear_wgrad_dot_into(
+        x(5, 2), None, x(50, 5, 3), x(2, 40, 3), x(2, 40, 5), None, False
+    ),
+    "val-rows": lambda: OPS.linear_joint_wgrad_dot(x(2, 40, 3), x(2, 40, 5), [1, 0], None),
+    "val-rows-negative": lambda: OPS.linear_joint_wgrad_dot(
+        x(2, 40, 3), x(2, 40, 5), [2, -1], None
+    ),
+}
+
+
+@pytest.mark.parametrize("call", DIRECT.values(), ids=DIRECT)
+def test_an_op_called_directly_refuses_what_it_cannot_read(call: Callable[[], object]) -> None:
+    with pytest.raises((ValueError, RuntimeError)):  # the plain forms leave it to torch
+        call()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF], ids=["fp32", "fp16"])
+def test_shapes_on_the_meta_device(dtype: torch.dtype) -> None:
+    act, grad, direction = (x.to("meta", dtype) for x in (ACT, GRAD, DIRECTION))
+    ghost = gk.linear_ghost_dot(act, grad, act, grad, method="direction")
+    into = gk.linear_wgrad_dot_into(
+        direction, direction, act, grad, bias_grad=grad[0, 0], norms=True
+    )
+    norm = gk.norm_wgrad_dot(direction, act, act, bias_direction=direction)
+    got = ghost, into, gk.norm_ghost_dot(act, act, act, act), *norm
+    assert [tuple(y.shape) for y in got] == [(2,), (2, 2), (2,), (3,), (3,), (5, 2)]
+    assert all(y.is_meta for y in got)

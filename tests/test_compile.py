@@ -69,6 +69,23 @@ def test_embedding(name: str, device: str) -> None:
     _check(EMBEDDING[name], _embedding(device))
 
 
+CALLS = {f"linear {name}": (call, _linear) for name, call in LINEAR.items()}
+CALLS |= {f"embedding {name}": (call, _embedding) for name, call in EMBEDDING.items()}
+
+
+@pytest.mark.parametrize(("call", "make"), CALLS.values(), ids=CALLS)
+def test_one_graph_for_all_numbers_of_rows_and_tokens(call, make) -> None:  # type: ignore[no-untyped-def]
+    inputs = make("cpu")
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *x: call(*x), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled(*inputs)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for rows, tokens in ((6, 5), (9, 41)):
+            more = [x.repeat(2, 6, *[1] * (x.dim() - 2))[:rows, :tokens] for x in inputs[:2]]
+            args = *(x.contiguous() for x in more), inputs[2]
+            torch.testing.assert_close(compiled(*args), call(*args))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_inductor(device: str) -> None:
     """One function through the default backend, with arithmetic around the op to fuse."""

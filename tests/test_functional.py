@@ -6,6 +6,9 @@ inputs are exact in fp64, so their results are held to fp32's error too.
 """
 
 import itertools
+import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import hypothesis.strategies as st
@@ -253,6 +256,99 @@ def test_wgrad_dot_into_buffers_of_any_dtype_and_strides(dtype: str, form: str, 
         check_squares(both[-1], wide, grad, p.tolerance)
 
 
+@pytest.mark.parametrize("t", [1, 41])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
+@pytest.mark.parametrize("empty", ["d_in", "d_out"])
+def test_no_width(empty: str, dtype: str, t: int) -> None:
+    p = make(t=t, dtype=dtype, **{empty: 0})
+    check_ghost(p)
+    check_given_direction(p)
+    check_wgrad_dot(p)
+    check_joint(p, [1, 2])
+    check_norms(p, [1, 2])
+    none = torch.zeros(2, 3, 0)
+    total, bias, dots = gk.norm_wgrad_dot(torch.zeros(0), none, none)
+    assert total.shape == bias.shape == (0,) and torch.equal(dots, torch.zeros(2))
+
+
+@pytest.mark.parametrize("empty", ["d_in", "d_out"])
+def test_nothing_is_written_beside_the_dots(empty: str, monkeypatch) -> None:
+    """Directions without an element have no address; with norms they were taken for val rows."""
+    beside = []
+
+    def new_empty(x: Tensor, *shape: int) -> Tensor:
+        memory = torch.full([math.prod(shape) + 64], 7.0)
+        beside.append(memory[-64:])
+        return memory[:-64].view(shape)
+
+    p = make(t=41, **{empty: 0})
+    monkeypatch.setattr(Tensor, "new_empty", new_empty)
+    _, dots = gk.linear_wgrad_dot(p.direction, p.act, p.grad, norms=True)
+    assert beside and all((x == 7).all() for x in beside)
+    assert torch.equal(dots, torch.zeros(3, 5))
+
+
+OUT_OF_MEMORY = """
+import resource, torch, graddot_kernels as gk
+torch.set_num_threads(1)
+act = torch.randn(1, 1_000_000, 16)
+grad, direction = torch.randn(1, 1_000_000, 3), torch.randn(3, 16)
+ids = torch.zeros(1, 3, dtype=torch.long)
+gk.linear_wgrad_dot(direction, act[:, :50], grad[:, :50])
+with open("/proc/self/statm") as file:
+    limit = int(file.read().split()[0]) * resource.getpagesize() + 50 * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for call in (
+    lambda: gk.linear_wgrad_dot(direction, act, grad),
+    lambda: gk.embedding_joint_wgrad_dot(ids, grad[:, :3], [1], 10**8),
+):
+    try:
+        call()
+    except Exception as error:
+        print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits memory as Linux does")
+def test_out_of_memory() -> None:
+    """An error that says so, not the end of the process."""
+    done = subprocess.run(
+        [sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True, check=True
+    )
+    *packed, table = done.stdout.splitlines()
+    if cpu_kernels.INSTRUCTION_SET:
+        assert packed[0].startswith("MemoryError no memory to pack samples of 1000000 tokens")
+    assert table == "RuntimeError no result of shape (100000000, 3) could be made: out of memory?"
+
+
+@pytest.mark.parametrize("shared", ["act", "grad", "direction"])
+@pytest.mark.parametrize("t", [1, 41], ids=["direction", "fused"])
+def test_wgrad_dot_into_memory_of_its_inputs(shared: str, t: int) -> None:
+    """Several tiles: the first is written while the others are still to be made."""
+    p = make(n=3, t=t, d_in=1100, d_out=900, k=1)._asdict()
+    size = p[shared].numel()
+    memory = torch.zeros(max(size, 1100 * 900) + 5)
+    p[shared] = memory[:size].view(p[shared].shape).copy_(p[shared])
+    weight_grad = memory[5 : 5 + 1100 * 900].view(900, 1100)
+    bias_grad = torch.zeros(900)
+    direction, act, grad = (p[name].clone() for name in ("direction", "act", "grad"))
+    dots = gk.linear_wgrad_dot_into(
+        weight_grad, p["direction"], p["act"], p["grad"], bias_grad=bias_grad
+    )
+    check_wgrad(weight_grad, dots, direction, act, grad)
+    assert_within(bias_grad, grad.double().sum((0, 1)), grad.abs().sum((0, 1)), 1e-6)
+
+
+@pytest.mark.parametrize("t", [5, 41], ids=["direction", "fused"])
+def test_a_backward_that_needs_the_buffer_as_it_was_is_refused(t: int) -> None:
+    p = make(t=t)
+    buffer, x = torch.ones(17, 13), torch.ones(17, 13, requires_grad=True)
+    y = (x * buffer).sum()
+    gk.linear_wgrad_dot_into(buffer, p.direction, p.act, p.grad)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Names of torch_impl's inner functions, in the order of their calls."""
@@ -301,6 +397,15 @@ def test_compiled_tiles(shape: tuple[int, ...], threads: int) -> None:
         check_norms(p, [1, 2])
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("t", [300, 4096, 20_000])
+def test_long_samples_of_one_sign(t: int) -> None:
+    """Where every rounding goes the same way, one fp32 sum of all tokens would lose digits."""
+    p = make(n=2, t=t, d_in=40, d_out=30)
+    p = p._replace(act=p.act.abs() + 1, grad=p.grad.abs() + 1)
+    check_wgrad_dot(p)
+    check_norms(p._replace(val_act=p.act, val_grad=p.grad), [1, 1])
 
 
 @pytest.mark.parametrize("tile_rows", [1, 4, 17])
@@ -382,6 +487,31 @@ def test_result_dtype_repeats_bitwise_also_under_autocast(
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(call(p), first)
     assert all(torch.equal(x, y) for x, y in zip(p, inputs, strict=True))
+
+
+@pytest.mark.parametrize("t", [3, 41], ids=["gram-or-direction", "fused"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
+@pytest.mark.parametrize("call", (DOTS | OTHERS).values(), ids=DOTS | OTHERS)
+def test_inputs_that_require_grad(call: Callable[[Problem], Tensor], dtype: str, t: int) -> None:
+    """As activations do that a forward has just made."""
+    p = make(t=t, dtype=dtype)
+    leaves = Problem(*(x.clone().requires_grad_() for x in p))
+    assert torch.equal(call(leaves).detach(), call(p))
+
+
+@pytest.mark.parametrize("t", [3, 41], ids=["direction", "fused"])
+def test_buffers_stay_out_of_graphs(t: int) -> None:
+    p = make(t=t)
+    leaves = Problem(*(x.clone().requires_grad_() for x in p))
+    weight_grad, bias_grad = torch.zeros(17, 13), torch.zeros(17)
+    scale = torch.tensor(0.3, requires_grad=True)
+    gk.linear_wgrad_dot_into(
+        weight_grad, leaves.direction, leaves.act, leaves.grad, bias_grad=bias_grad,
+        bias_direction=leaves.direction[:, :, 0], scale=scale, accumulate=True, norms=True,
+    )  # fmt: skip
+    assert not weight_grad.requires_grad and not bias_grad.requires_grad
+    want = 0.3 * p.grad.double().sum((0, 1))
+    assert_within(bias_grad, want, p.grad.abs().sum((0, 1)), 1e-6)
 
 
 def test_opcheck_of_both_routes_and_every_dtype() -> None:

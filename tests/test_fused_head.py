@@ -150,6 +150,25 @@ def test_bad_labels_and_shapes():
         linear_cross_entropy(hidden, head, labels, reduction="none")
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_labels_of_every_integer_dtype(dtype, compiled, monkeypatch):
+    if not compiled:
+        monkeypatch.setattr("graddot_kernels.cpu_kernels.INSTRUCTION_SET", "")
+    head, hidden, labels = problem()
+    labels = labels.masked_fill(labels == -100, 100)
+    inputs = hidden, head.weight
+    want, want_losses = linear_cross_entropy(hidden, head, labels, ignore_index=100)
+    want_grads = torch.autograd.grad(want, inputs)
+    loss, losses = linear_cross_entropy(hidden, head, labels.to(dtype), ignore_index=100)
+    assert torch.equal(losses, want_losses)
+    for got, grad in zip(torch.autograd.grad(loss, inputs), want_grads, strict=True):
+        assert torch.equal(got, grad)
+    with torch.no_grad():
+        losses = linear_cross_entropy(hidden, head, labels.to(dtype), ignore_index=100)[1]
+    torch.testing.assert_close(losses, want_losses)
+
+
 # With an engine
 
 
@@ -222,6 +241,37 @@ def test_given_directions(tied):
     want_grad = gradient(model, *train)
     for name, p in model.named_parameters():
         assert relative(p.grad / 5, want_grad[name]) <= 1e-10, name
+
+
+def op_of_head(hidden, head, labels, val_rows, direction=None):
+    none = torch.empty(0, dtype=torch.long, device="cpu")
+    return torch.ops.graddot.linear_cross_entropy(
+        hidden, head.weight, None, labels, val_rows, direction, none, none, -100, 0.0, 0.0, None,
+        True,
+    )  # fmt: skip
+
+
+def test_a_given_direction_outlives_a_batch_without_tokens():
+    head, hidden, labels = problem()
+    direction = torch.ones(2, 19, 12)
+    dots = op_of_head(hidden[:, :0], head, labels[:, :0], [], direction)[4]
+    assert torch.equal(dots, torch.zeros(2, 6))
+    assert (direction == 1).all()
+
+
+def test_inputs_that_require_grad_and_another_default_device(chunked, monkeypatch):
+    monkeypatch.setattr(fused_head, "_kept", {})
+    head, hidden, labels = problem()
+    with torch.no_grad():
+        want = op_of_head(hidden, head, labels, [1, 1])
+    monkeypatch.setattr(fused_head, "_kept", {})
+    torch.set_default_device("meta")
+    try:
+        got = op_of_head(hidden, head, labels, [1, 1])
+    finally:
+        torch.set_default_device(None)
+    for x, y in zip(got, want, strict=True):
+        assert torch.equal(x.detach(), y)
 
 
 @pytest.mark.parametrize("chunk", [40, 10**6], ids=["directions", "logits"])
@@ -390,6 +440,30 @@ def test_models_that_cannot_be_fused():
 # The op below it
 
 
+@pytest.mark.parametrize("needed", [True, False])
+@pytest.mark.parametrize("val_rows", [[], [1, 2]], ids=["given", "riding"])
+@pytest.mark.parametrize("count", [0, 3])
+def test_opcheck_of_a_table_s_rows(count, val_rows, needed):
+    head, hidden, labels = problem(bias=False)
+    ids, none = labels[1, :count], labels.new_empty(0)
+    direction = None if val_rows else torch.ones(2, 19, 12)
+    args = (
+        hidden.detach(), head.weight.detach(), None, labels, val_rows, direction, none, ids, -100,
+        0.0, 0.0, None, needed,
+    )  # fmt: skip
+    op = torch.ops.graddot.linear_cross_entropy.default
+    torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_val_rows_that_do_not_fit(given):
+    head, hidden, labels = problem()
+    direction = torch.ones(1, 19, 12) if given else None
+    for val_rows in ([1],) if given else ([1, 0], [2, -1], [7]):
+        with pytest.raises(ValueError, match=r"val_rows has .*; expected positive row counts"):
+            op_of_head(hidden, head, labels, val_rows, direction)
+
+
 @pytest.mark.parametrize("smoothing, z_loss", [(0.0, 0.0), (0.2, 1e-3)])
 @pytest.mark.parametrize("vocab", [1, 3, 8, 17, 1003])
 @pytest.mark.parametrize("dtype", ["fp32", "fp64", "bf16", "fp32-torch"])
@@ -411,3 +485,35 @@ def test_cross_entropy_grad(apart, dtype, vocab, smoothing, z_loss, monkeypatch)
     assert (logits - want_grad).abs().max() <= tolerance
     assert (logits[3] == 0).all()
     assert torch.equal(padded[:, vocab:], between)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_labels_that_are_no_tokens(compiled, monkeypatch):
+    """Named, and nothing written beside the logits."""
+    if not compiled:
+        monkeypatch.setattr("graddot_kernels.cpu_kernels.INSTRUCTION_SET", "")
+    padded = torch.ones(4, 32)
+    for wrong in (11, 13, -1, -2):
+        labels = torch.tensor([1, -100, wrong, 3])
+        message = rf"labels\[2\] is {wrong}, outside the vocabulary of 11; .* ignored is -100"
+        with pytest.raises(IndexError, match=message):
+            torch.ops.graddot.cross_entropy_grad(padded[:, :11], labels, -100, 0.0, 0.0)
+    for labels, message in (
+        (torch.zeros(3, dtype=torch.long), r"labels has shape \(3,\); expected \(4,\)"),
+        (torch.zeros(4), "labels has dtype torch.float32; expected integers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.graddot.cross_entropy_grad(padded[:, :11], labels, -100, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="single memory location"):
+        expanded = padded[:1, :11].expand(4, 11)
+        torch.ops.graddot.cross_entropy_grad(expanded, torch.arange(4), -100, 0.0, 0.0)
+    assert (padded == 1).all()
+
+
+def test_a_backward_that_needs_the_logits_is_refused():
+    x = torch.randn(4, 11, requires_grad=True)
+    logits = x * 1
+    loss = (logits * logits).sum()
+    torch.ops.graddot.cross_entropy_grad(logits.detach(), torch.arange(4), -100, 0.0, 0.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()

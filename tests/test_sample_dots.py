@@ -48,6 +48,14 @@ def test_embedding(dtype: torch.dtype, padding: int | None, case: str) -> None:
     assert_within(got, (one * other).sum((1, 2)), bound, tolerance(dtype))
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 6), (3, 0, 6), (3, 4, 0)], ids=str)
+def test_embedding_of_nothing(shape: tuple[int, ...]) -> None:
+    grad = torch.randn(shape)
+    ids = torch.zeros(shape[:2], dtype=torch.long)
+    got = sample_dots.embedding_sample_dot(ids, grad, ids.clone(), grad, None)
+    assert torch.equal(got, torch.zeros(shape[0]))
+
+
 def logit_grads(act: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     logits = (act @ weight.t()).flatten(0, 1)
     grads = reference.cross_entropy_grad(logits, labels.flatten(), -100, 0.0, 0.0)[1]

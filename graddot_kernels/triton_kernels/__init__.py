@@ -21,6 +21,7 @@ def _too_old(device: torch.device) -> bool:
 def gpu_implementation(family: str, name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher `name` of file `family`, or the plain-PyTorch form where Triton cannot serve:
     where it is not installed, for fp64, and on a GPU older than its matrix instructions (sm_80).
+    A scale may be fp64 all the same: a single number, which the launchers take in fp32.
     """
     if importlib.util.find_spec("triton") is None:
         return fallback
@@ -31,7 +32,8 @@ def gpu_implementation(family: str, name: str, fallback: Callable[..., Any]) -> 
 
     def run(*args: Any) -> Any:
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if any(x.dtype == torch.float64 for x in tensors) or _too_old(tensors[0].device):
+        wide = any(x.dtype == torch.float64 and x.dim() > 0 for x in tensors)
+        if wide or _too_old(tensors[0].device):
             return fallback(*args)
         return launcher()(*args)
 

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..torch_impl import check_labels
 from .config import Tile
 from .launch import choose_tile, on_device, options
 
@@ -80,6 +81,7 @@ def cross_entropy_grad(
     tile: Tile | None = None,
 ) -> Tensor:
     """Losses (R,) in fp32 of logits (R, vocab), which become the losses' gradients."""
+    check_labels(logits, labels)
     rows, vocab = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows > 0:
@@ -87,7 +89,7 @@ def cross_entropy_grad(
         tile = tile or choose_tile("cross_entropy", logits)
         with on_device(logits):
             cross_entropy_kernel[(rows,)](
-                logits, labels.contiguous(), losses, vocab, logits.stride(0), ignore_index,
+                logits, labels.long().contiguous(), losses, vocab, logits.stride(0), ignore_index,
                 label_smoothing, z_loss, BV=tile.cols, **options(tile),
             )  # fmt: skip
     return losses

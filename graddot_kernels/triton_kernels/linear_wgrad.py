@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sample_dots import bordered, linear_sample_dot, squares
-from ..torch_impl import mm_fp32, products_fp32
+from ..torch_impl import apart_from, mm_fp32, products_fp32
 from . import config
 from .config import Tile, cdiv
 from .launch import (
@@ -251,6 +251,7 @@ def linear_wgrad_dot_into(
     sample's unscaled bias gradient into bias_grads, (N, Dout) fp32; returns the dots, (K, N)."""
     if scale is not None:
         scale = scale.to(act.device, torch.float32)
+    direction, act, grad = (apart_from(weight_grad, x) for x in (direction, act, grad))
     tile = choose_tile("wgrad", act)
     args = (weight_grad, bias_grads, direction, act, grad, scale, accumulate)
     empty = 0 in act.shape or 0 in grad.shape

@@ -38,3 +38,14 @@ def test_masked_logits_and_wrong_labels() -> None:
     assert abs(losses[0] - want[0]) <= 1e-5
     assert (logits[:1] - want_grad).abs().max() <= 2e-6
     assert losses[1:].isnan().all()  # no token: never a plausible number
+
+
+def test_labels_of_int32_and_uint8() -> None:
+    logits = random(3, 40, dtype=torch.float32)
+    labels = torch.tensor([25, 39, 0])
+    want = cross_entropy_grad(logits.clone(), labels, -100, 0.0, 0.0)
+    for dtype in (torch.int32, torch.uint8):
+        got = cross_entropy_grad(logits.clone(), labels.to(dtype), -100, 0.0, 0.0)
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match="labels has dtype torch.float32; expected integers"):
+        cross_entropy_grad(logits, labels.float(), -100, 0.0, 0.0)

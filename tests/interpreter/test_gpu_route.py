@@ -53,7 +53,7 @@ def gpu_route(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[str]]:
             with watched or contextlib.nullcontext():
                 return launcher(*args)
 
-        library.impl(name, ops._without_autocast(run), "CPU", allow_override=True)
+        library.impl(name, ops._without_modes(run), "CPU", allow_override=True)
 
     for name, devices in ops.routes.items():
         serve(name, devices["CUDA"])

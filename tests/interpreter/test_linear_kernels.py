@@ -22,6 +22,7 @@ from kernel_checks import (
 )
 from torch import Tensor
 
+from graddot_kernels import triton_kernels
 from graddot_kernels.triton_kernels import linear_wgrad
 from graddot_kernels.triton_kernels.launch import aligned_rows, aligned_width, choose_tile
 from graddot_kernels.triton_kernels.linear_direction import linear_direction_dot, split_direction
@@ -358,6 +359,38 @@ def test_joint(t: int, width: int, dtype: torch.dtype) -> None:
     squares = direction.square().sum((1, 2))
     assert_within(dots[:-1, -1], squares, squares, FP32_ERROR)
     assert dots[-1, -1] == 0
+
+
+@pytest.mark.parametrize("t", [3, 40], ids=["separate", "fused"])
+def test_scale_of_fp64_leaves_an_op_to_its_kernel(t: int, monkeypatch) -> None:
+    """As the fused head has it. Tensors of fp64 go to the plain form."""
+    monkeypatch.setattr(triton_kernels, "_too_old", lambda device: False)
+    act, grad = inputs(2, t, 20, 17, dtype=torch.float16)
+    direction, scale = random(1, 17, 20, dtype=torch.float16), torch.tensor(0.3).double()
+
+    def plain(*args: object) -> None:
+        raise NotImplementedError
+
+    run = triton_kernels.gpu_implementation("linear_wgrad", "linear_wgrad_dot", plain)
+    check_wgrad(*run(direction, act, grad, scale, False), direction, act, grad, scale)
+    with pytest.raises(NotImplementedError):
+        run(direction.double(), act.double(), grad.double(), scale, False)
+
+
+@pytest.mark.parametrize("shared", ["act", "grad"])
+@pytest.mark.parametrize("t", [1, 20], ids=["separate", "fused"])
+def test_wgrad_into_memory_of_its_inputs(shared: str, t: int) -> None:
+    act, grad = inputs(2, t, 70, 50, dtype=torch.float32)
+    direction = random(1, 50, 70, dtype=torch.float32)
+    memory = torch.zeros(50 * 70 + 2 * t * 70)
+    given = {"act": act, "grad": grad}
+    source = given[shared]
+    given[shared] = memory[: source.numel()].view(source.shape).copy_(source)
+    weight_grad, bias_grads = memory[: 50 * 70].view(50, 70), torch.empty(2, 50)
+    args = weight_grad, bias_grads, direction, given["act"], given["grad"], None, False
+    dots = linear_wgrad.linear_wgrad_dot_into(*args)
+    check_wgrad(weight_grad, dots, direction, act, grad)
+    assert_within(bias_grads, grad.double().sum(1), grad.abs().sum(1), FP32_ERROR)
 
 
 SIZE = st.integers(1, 40)
