@@ -338,8 +338,10 @@ def _check_weights(data: TokenData, weights: dict[str, float]) -> None:
             raise GraddotError(f"weights: {name}={weight}: must be a number of at least 0")
         if weight > 0 and not blocks[name]:
             raise GraddotError(f"weights: domain {name!r} has no block of {data.block_size} tokens")
-    if not any(weights.values()):
-        raise GraddotError("weights: at least one must be above 0")
+    total = sum(weights.values())
+    if not 0 < total < math.inf:
+        problem = "at least one must be above 0" if not total else "their sum is too large"
+        raise GraddotError(f"weights: {problem}")
 
 
 def parse_weights(text: str) -> dict[str, float]:
