@@ -353,6 +353,10 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
     config = read_config(tmp_path / "moved" / "run")
     assert config["data_dir"] == str(tmp_path / "elsewhere") and config["val_sample_ids"]
+    (tmp_path / "moved" / "run").rename(tmp_path / "moved" / "of another name")
+    (tmp_path / "moved" / "run").symlink_to("of another name")
+    again = ["--run_name", "of another name", *f"{constant} --resume".split()]
+    assert cli.main([*arguments("elsewhere", tmp_path / "moved"), *again]) == 0
     meta = json.loads((tmp_path / "elsewhere" / "meta.json").read_text())
     meta["domains"][0]["val"]["documents"] += 1
     (tmp_path / "elsewhere" / "meta.json").write_text(json.dumps(meta))
@@ -382,6 +386,25 @@ def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     assert "the validation gradient of transformer.wte.weight is not finite at step 5" in error
     assert "Scores up to step 4 and the checkpoint step-2 are in" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 7 has"),
+        MemoryError("Unable to allocate 7.45 GiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(tokens, tmp_path, capsys, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_losses", full)
+    assert train(tokens, tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"out of memory ({str(error).splitlines()[0]})" in line and "--batch_size" in line
 
 
 @pytest.mark.parametrize(
@@ -511,7 +534,12 @@ BAD = [
     ("--train_set prose,poems", "poems"),
     ("--val_batch_size 0", "--val_batch_size is 0"),
     ("--val_batch_size 100000", "100000"),
+    (
+        "--val_batch_size 100000",
+        "--val_batch_size asks for fewer, a smaller --block_size makes more",
+    ),
     ("--block_size 100000", "100000"),
+    ("--block_size 100000", "a smaller --block_size makes more"),
     ("--batch_size 0", "--batch_size is 0"),
     ("--dropout 1", "--dropout is 1.0"),
     ("--domain_weights prose=x", "prose"),

@@ -400,7 +400,7 @@ class Trainer:
 
     def _may_differ(self) -> list[str]:
         """Settings that a resumed run may change: none that its weights or scores depend on."""
-        names = "resume eval_only results_dir measure_overhead versions commit processes parallel"
+        names = "resume eval_only results_dir run_name measure_overhead versions commit processes parallel"
         names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
         # Where the data lies: what it is, the tokenizer with it, data_fingerprint says. The
         # validation samples follow from it and from settings, and older runs did not record them.
@@ -525,7 +525,7 @@ def run(args: argparse.Namespace) -> int:
         trainer = processes.together(lambda: Trainer(args, processes))
         trainer.distribute()
         trainer.evaluate_only() if args.eval_only else trainer.train()
-    except (GraddotError, RuntimeError) as error:
+    except (GraddotError, RuntimeError, MemoryError) as error:
         explained = processes.explained(error)
         if explained is None:
             raise

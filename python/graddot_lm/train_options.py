@@ -109,7 +109,8 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
     )
     data.add_argument(
         "--domain_weights",
-        help="draw domains by weight, as in 'code=2,math=1' (default: by their size)",
+        help="draw domains by weight, as in 'code=2,math=1'; those not named are not drawn (default:"
+        " by their size)",
     )
     data.add_argument(
         "--block_size",
