@@ -123,6 +123,27 @@ def test_columns_slugs_and_empty_lines(tmp_path, bpe):
     assert found == {"a-b": ["one"], "a-b-2": ["two"], "domain": ["three"], "rest": [""]}
 
 
+def test_a_domain_of_any_name_has_a_folder(tmp_path, bpe):
+    names = [
+        "lock",
+        "writer.lock",
+        "progress.json",
+        "meta.json",
+        "..",
+        "/",
+        ".tmp-",
+        "a/b",
+        "x" * 999,
+    ]
+    lines = [json.dumps({"text": name, "domain": name}) for name in names]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    given = {"domain_column": "domain", "val_fraction": 0}
+    meta = tokenize(tmp_path / "a.jsonl", tmp_path / "out", bpe, **given)
+    for name, domain in zip(names, meta["domains"], strict=True):
+        assert domain["name"] == name
+        assert documents_in(tmp_path / "out" / domain["slug"] / "train.bin", bpe) == [name]
+
+
 def test_each_domain_is_reported_on_one_line(tmp_path, bpe, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "", "meta": {"pile_set_name": "a\\nb\\u001b[1m"}}')
     meta = tokenize(tmp_path / "a.jsonl", tmp_path / "out", bpe, val_fraction=0)

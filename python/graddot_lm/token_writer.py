@@ -6,7 +6,7 @@ Layout of the folder::
     <out>/tokenizer.json                           the tokenizer that wrote them
     <out>/progress.json                            while unfinished: what is safely on disk
     <out>/meta.json                                appears last: the folder is complete
-    <out>/lock                                     held by the process that writes them
+    <out>/writer.lock                              held by the process that writes them
 
 Token files only grow, and `progress.json` is replaced after they have been synced. So a run that
 was killed goes on from the recorded position: what lies beyond the recorded lengths is cut off.
@@ -29,6 +29,7 @@ from graddot_lm.text_source import nothing_skipped
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+LOCK = "writer.lock"  # with a dot, which no folder of a domain has
 COMMIT_SECONDS = 5.0
 COMMIT_BYTES = 64 << 20
 
@@ -56,7 +57,8 @@ class TokenWriter:
             if not ours and any(_foreign(path) for path in folder.iterdir()):
                 raise GraddotError(f"{folder}: holds other files; choose a new or empty folder")
             # Two that append to the same files would mix their tokens up.
-            self._lock = lock(folder / "lock", f"{folder}: another process is writing token data")
+            busy = f"{folder}: another process is writing token data"
+            self._lock = lock(folder / LOCK, busy)
             try:
                 self._begin(overwrite)
             except BaseException:
@@ -207,4 +209,4 @@ def _differing_sources(old: list[dict], new: list[dict]) -> str:
 
 def _foreign(path: Path) -> bool:
     """Whether a file is none of those that a run which was killed as it began may leave."""
-    return path.name != "lock" and not path.name.startswith(TEMPORARY)
+    return path.name != LOCK and not path.name.startswith(TEMPORARY)
