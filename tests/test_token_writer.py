@@ -48,6 +48,18 @@ def test_finished_foreign_and_unwritable_outputs(tmp_path, pile, bpe):
         tokenize(pile, tmp_path / "one.jsonl" / "out", bpe)
 
 
+@pytest.mark.parametrize("meta", ['{"stoi": {}}', "3", "not JSON"])
+def test_the_token_files_of_another_program_are_not_replaced(tmp_path, pile, bpe, meta):
+    (tmp_path / "data" / "shakespeare").mkdir(parents=True)
+    (tmp_path / "data" / "shakespeare" / "train.bin").write_bytes(b"tokens")
+    (tmp_path / "data" / "meta.json").write_text(meta)
+    for overwrite in ({}, {"overwrite": True}):
+        with pytest.raises(GraddotError, match="data: holds other files; choose a new or empty"):
+            tokenize(pile, tmp_path / "data", bpe, **overwrite)
+    assert content(tmp_path / "data") == {"shakespeare/train.bin": b"tokens"}
+    assert (tmp_path / "data" / "meta.json").read_text() == meta
+
+
 def test_an_output_in_an_input_or_around_it_is_refused(tmp_path, pile, bpe, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for output in ("pile", "pile/sub", "pile/new/../tokens"):

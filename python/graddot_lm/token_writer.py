@@ -53,7 +53,7 @@ class TokenWriter:
         self._committed = time.monotonic()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            ours = any((folder / name).exists() for name in ("meta.json", "progress.json"))
+            ours = (folder / "progress.json").exists() or _describes_tokens(folder / "meta.json")
             if not ours and any(_foreign(path) for path in folder.iterdir()):
                 raise GraddotError(f"{folder}: holds other files; choose a new or empty folder")
             # Two that append to the same files would mix their tokens up.
@@ -205,6 +205,14 @@ def _differing_sources(old: list[dict], new: list[dict]) -> str:
     names = sorted({name for name, *_ in before ^ now})
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return f"--input: {', '.join(names[:3]) or 'its order'}{more} changed"
+
+
+def _describes_tokens(meta: Path) -> bool:
+    """Whether it is ours: other programs write a meta.json too, and folders with a train.bin."""
+    try:
+        return "format_version" in json.loads(meta.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, TypeError):
+        return False
 
 
 def _foreign(path: Path) -> bool:
