@@ -217,6 +217,23 @@ def test_of_several_targets_one_is_shown(tmp_path):
     assert (row["value"], row["dot"]) == (3.0, 4.0)
 
 
+def test_equal_ids_in_several_domains_are_several_samples(tmp_path, capsys):
+    """As a loop of one's own may number them."""
+    writer = PartWriter(tmp_path / "scores", scores_schema())
+    for step in range(3):
+        columns = {"sample_id": [0, 1, 0, 1], "domain": ["law", "law", "code", "code"]}
+        writer.append({**columns, "dot": [1.0, 2, 3, 4], "value": [4.0, 3, 2, 1]}, step)
+    writer.flush()
+    summary = report.summarize(tmp_path, top=2)
+    assert summary["samples"] == 4 and [row["samples"] for row in summary["domains"]] == [2, 2]
+    place = lambda row: (row["domain"], row["sample_id"], row["value"], row["times"])
+    assert [place(row) for row in summary["best"]] == [("law", 0, 12, 3), ("law", 1, 9, 3)]
+    assert [place(row) for row in summary["worst"]] == [("code", 1, 3, 3), ("code", 0, 6, 3)]
+    assert call(tmp_path, "--csv", tmp_path / "all.csv") == 0
+    with open(tmp_path / "all.csv", newline="") as file:
+        assert [row["value"] for row in csv.DictReader(file)] == ["12", "9", "6", "3"]
+
+
 def test_more_than_there_is_may_be_asked_for(run_path, capsys):
     assert call(run_path, "--top", 10**30, "--steps", f":{10**17}") == 0
     assert len(capsys.readouterr().out.splitlines()) > SAMPLES

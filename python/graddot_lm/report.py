@@ -124,11 +124,12 @@ def sample_table(
     columns = _columns(rows, target)
     aggregates: list[tuple] = [([], "hash_count_all", None, "times")]
     aggregates += [(name, "hash_sum", None, name) for name in MEASURES]
-    # A sample has one place; as further keys these two would double the time.
-    aggregates += [(name, "hash_one", None, name) for name in ("domain", "offset")]
+    # A sample has one place, which as a further key would cost time. Its domain is a key: a loop of
+    # one's own may number the samples of each domain from 0.
+    aggregates.append(("offset", "hash_one", None, "offset"))
     with reading(run):
         chosen = _in_steps(steps) & _counted(columns, by)
-        table = _grouped(rows, chosen, columns, aggregates, ["sample_id"])
+        table = _grouped(rows, chosen, columns, aggregates, ["sample_id", "domain"])
     return table.select(["sample_id", "domain", "offset", "times", *MEASURES])
 
 
@@ -142,8 +143,9 @@ def _first(samples: pa.Table, by: str, order: str, count: int) -> list[dict[str,
 def _extremes(samples: pa.Table, by: str, top: int) -> dict[str, list[dict[str, Any]]]:
     """The best and the worst samples; of few, none is both."""
     best = _first(samples, by, "descending", top)
-    shown = {row["sample_id"] for row in best}
-    worst = [r for r in _first(samples, by, "ascending", 2 * top) if r["sample_id"] not in shown]
+    named = lambda row: (row["sample_id"], row["domain"])
+    shown = {named(row) for row in best}
+    worst = [row for row in _first(samples, by, "ascending", 2 * top) if named(row) not in shown]
     return {"best": best, "worst": worst[:top]}
 
 
