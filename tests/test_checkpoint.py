@@ -144,5 +144,15 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(tmp_path):
     content = json.loads((path / "state.json").read_text())
     text = json.dumps(content).replace("model.w", "model.v")
     (path / "state.json").write_text(text)
-    with pytest.raises(GraddotError, match="damaged: 'model.v'"):
+    with pytest.raises(GraddotError, match="damaged: 'model.v'; if you take this folder away, the"):
         load_checkpoint(path)
+
+
+def test_what_is_no_checkpoint_is_passed_over(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for step in (1, 2):
+        save_checkpoint(folder, step, state_at(step))
+    (folder / "step-2" / "state.json").write_text("[]")
+    (folder / "step-3").write_text("a file")
+    assert latest_checkpoint(tmp_path) == folder / "step-1"

@@ -324,6 +324,7 @@ def test_sampler_errors(root):
         "code=-1: must be": {"code": -1},
         "code=nan: must be": {"code": float("nan")},
         "at least one must be above 0": {"code": 0},
+        "their sum is too large": {"code": 1e308, "math": 1e308},
     }
     for message, weights in cases.items():
         with pytest.raises(GraddotError, match=message):

@@ -2,7 +2,9 @@
 
 import argparse
 import csv
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -215,11 +217,95 @@ def test_of_several_targets_one_is_shown(tmp_path):
     assert (row["value"], row["dot"]) == (3.0, 4.0)
 
 
+def test_equal_ids_in_several_domains_are_several_samples(tmp_path, capsys):
+    """As a loop of one's own may number them."""
+    writer = PartWriter(tmp_path / "scores", scores_schema())
+    for step in range(3):
+        columns = {"sample_id": [0, 1, 0, 1], "domain": ["law", "law", "code", "code"]}
+        writer.append({**columns, "dot": [1.0, 2, 3, 4], "value": [4.0, 3, 2, 1]}, step)
+    writer.flush()
+    summary = report.summarize(tmp_path, top=2)
+    assert summary["samples"] == 4 and [row["samples"] for row in summary["domains"]] == [2, 2]
+    place = lambda row: (row["domain"], row["sample_id"], row["value"], row["times"])
+    assert [place(row) for row in summary["best"]] == [("law", 0, 12, 3), ("law", 1, 9, 3)]
+    assert [place(row) for row in summary["worst"]] == [("code", 1, 3, 3), ("code", 0, 6, 3)]
+    assert call(tmp_path, "--csv", tmp_path / "all.csv") == 0
+    with open(tmp_path / "all.csv", newline="") as file:
+        assert [row["value"] for row in csv.DictReader(file)] == ["12", "9", "6", "3"]
+
+
+def test_more_than_there_is_may_be_asked_for(run_path, capsys):
+    assert call(run_path, "--top", 10**30, "--steps", f":{10**17}") == 0
+    assert len(capsys.readouterr().out.splitlines()) > SAMPLES
+
+
+@pytest.mark.parametrize("csv_too", [False, True])
+def test_a_run_that_is_still_written_is_read_at_one_instant(tmp_path, monkeypatch, capsys, csv_too):
+    """A domain that comes up between two looks at the folder is in neither or both of the tables."""
+    writer, opened = PartWriter(tmp_path / "scores", scores_schema()), report.open_rows
+
+    def write(step, domain):
+        scores = {"dot": [1.0], "value": [float(step)]}
+        writer.append({"sample_id": [step], "domain": [domain], **scores}, step)
+        writer.flush()
+
+    def open_and_write_on(*args):
+        rows = opened(*args)
+        step = 1 + writer._last
+        write(step, f"domain {step}")
+        return rows
+
+    write(0, "domain 0")
+    monkeypatch.setattr(report, "open_rows", open_and_write_on)
+    options = ["--csv", tmp_path / "all.csv"] if csv_too else []
+    assert call(tmp_path, "--json", *options) == 0
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["rows"] == summary["samples"] == len(summary["domains"])
+    if csv_too:
+        assert len((tmp_path / "all.csv").read_text().splitlines()) == 1 + summary["rows"]
+
+
+def test_every_target_of_a_run_that_is_still_written_has_the_same_rows(tmp_path, monkeypatch):
+    writer, opened = PartWriter(tmp_path / "scores", scores_schema(["a", "b"])), report.open_rows
+
+    def write_on():
+        scores = {f"{name}_{target}": [1.0] for name in ("dot", "value") for target in "ab"}
+        writer.append({"sample_id": [1], **scores}, 1 + writer._last)
+        writer.flush()
+
+    def open_and_write_on(*args):
+        rows = opened(*args)
+        write_on()
+        return rows
+
+    write_on()
+    monkeypatch.setattr(report, "open_rows", open_and_write_on)
+    a, b = report.summarize_targets(tmp_path).values()
+    assert a["rows"] == b["rows"]
+
+
+def test_a_csv_file_is_whole_or_not_there(run_path, tmp_path, monkeypatch):
+    path, link = tmp_path / "samples.csv", tmp_path / "link.csv"
+    link.symlink_to(path)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(GraddotError, match="samples.csv.*No space"):
+        patch.setattr(os, "fsync", full)
+        call(run_path, "--csv", path)
+    assert not path.exists()
+    assert call(run_path, "--csv", link) == 0  # as /dev/stdout is one, which must stay
+    with open(path, newline="") as file:
+        assert link.is_symlink() and len([*csv.DictReader(file)]) == SAMPLES
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (["--top", -1], "--top -1: must be at least 0"),
         (["--steps", "5"], "--steps 5: must be like"),
+        (["--steps", f"{10**20}:"], "--steps 1000.*: must be like"),
         (["--steps", "31:"], "no scores in steps 31:"),
         (["--target", "law"], "the run has a single one"),
         (["--csv", "/no/such/folder/a.csv"], "/no/such/folder/a.csv.*No such file"),
@@ -322,6 +408,21 @@ def test_excerpts_are_the_samples_text_on_one_line(tmp_path, data_dir):
     assert math.startswith("∑ ü 数 ∑ ü 数 ") and len(math) <= 80
     assert web == ("plain words " * 11)[128 % 12 :][:79] + "…"
     assert web in report.format_report(path) and "\x1b" not in report.format_report(path)
+
+
+def test_no_excerpts_of_text_that_was_tokenized_anew(tmp_path, data_dir):
+    """Samples of the only domain lie where they did, whatever text is there now."""
+    meta = json.loads((data_dir / "meta.json").read_text())
+    others = {"eot_token_id": 0, "seed": 0, "val_fraction": 0.1, "tokenizer": {"sha256": "0"}}
+    (data_dir / "meta.json").write_text(json.dumps(meta | others))
+    config = {"data_dir": str(data_dir), "block_size": 128}
+    config["data_fingerprint"] = TokenData(data_dir).fingerprint
+    path = write_run(tmp_path / "run", data_rows(), config)
+    assert report.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
+    (data_dir / "meta.json").write_text(json.dumps(meta | others | {"seed": 1}))
+    summary = report.summarize(path)
+    assert "excerpt" not in summary["best"][0]
+    assert summary["no_excerpts"].endswith("not the data of this run")
 
 
 def test_the_named_tokenizer_serves_if_the_data_folder_has_none(tmp_path, data_dir):

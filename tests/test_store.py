@@ -462,6 +462,44 @@ def test_a_straddling_part_is_cut_when_an_older_checkpoint_is_resumed(tmp_path, 
     assert names(path / "scores") == [f"part-00000000-00000004{rank}.parquet" for rank in who]
 
 
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("gone", [[0], [1], [-1], [0, 1, 2, 3]])
+def test_a_run_that_lost_scores_does_not_go_on(tmp_path, world, gone):
+    """As from half a copy of its folder: the rows would have a gap that nobody is told of."""
+    path = tmp_path / "run"
+    train(path, 12, None, world)
+    parts = sorted((path / "scores").iterdir())
+    lost = {parts[i] for i in gone}
+    for part in lost:
+        part.unlink()
+    before = names(path / "scores")
+    first = min(int(part.name.split("-")[1]) for part in lost)
+    with pytest.raises(GraddotError, match=f"the scores of step {first} are missing, .* step 12;"):
+        RunDirectory.resume(path, CONFIG)
+    assert names(path / "scores") == before
+
+
+def test_a_run_without_scores_goes_on_without(tmp_path):
+    config = {**CONFIG, "method": "Regular"}
+    with RunDirectory.create(tmp_path / "run", config) as run:
+        run.save(3, state_at(3))
+    run, checkpoint = RunDirectory.resume(tmp_path / "run", config)
+    run.close()
+    assert checkpoint is not None and checkpoint.step == 3
+
+
+def test_a_folder_of_scores_that_cannot_be_listed_is_not_an_empty_one(tmp_path, monkeypatch):
+    folder_of_parts(tmp_path, (0, 4))
+
+    def refuse(path="."):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(PermissionError):
+        read_scores(tmp_path)
+
+
 def test_a_part_is_passed_over_until_its_fellows_are_there(tmp_path):
     path = tmp_path / "run"
     with (

@@ -1,7 +1,9 @@
 """Where `graddot tokenize` finds documents: files, streams and lines that are fit or unfit."""
 
+import errno
 import gzip
 import json
+import os
 import re
 from pathlib import Path
 
@@ -27,6 +29,8 @@ BAD_LINES = {
     "half-a-surrogate-pair": rb'{"text": "\ud800", "meta": {"pile_set_name": "x"}}',
     "too-deep": b"[" * 100_000,
     "no-domain": b'{"text": "a"}',
+    "domain-not-a-string": b'{"text": "a", "meta": {"pile_set_name": 3}}',
+    "half-a-pair-in-the-domain": rb'{"text": "a", "meta": {"pile_set_name": "\ud800"}}',
 }
 
 
@@ -103,6 +107,46 @@ def test_frames_that_follow_each_other_are_one_stream(tmp_path, bpe):
     for ending in ("gz", "zst"):
         tokenize(tmp_path / f"a.jsonl.{ending}", tmp_path / ending, bpe)
         assert content(tmp_path / ending) == content(tmp_path / "plain")
+
+
+def test_a_domain_that_is_no_string_is_not_the_default(tmp_path, bpe):
+    """A dataset's labels are often numbers; all of them in one domain is not what they say."""
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "label": 3}')
+    options = {"domain_column": "label", "default_domain": "rest"}
+    with pytest.raises(GraddotError, match="the domain at 'label' is of type int, not a string"):
+        tokenize(tmp_path / "a.jsonl", tmp_path / "out", bpe, **options)
+
+
+def test_text_that_would_be_read_twice_is_refused(tmp_path, monkeypatch):
+    """One time a document may be for training, the other for validation."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "b.jsonl").symlink_to("in/a.jsonl")
+    for inputs, words in [
+        (["in", "in/a.jsonl"], "--input has in/a.jsonl twice; give"),
+        (["in", "./in"], "--input has in/a.jsonl twice; give"),
+        (["in", "b.jsonl"], "--input has b.jsonl twice, also as in/a.jsonl; give"),
+        (["some/set", "in", "some/set"], "--input has some/set twice; give"),
+    ]:
+        with pytest.raises(GraddotError, match=words):
+            find_sources(inputs)
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch):
+    (tmp_path / "open").mkdir()
+    (tmp_path / "shut").mkdir()
+    (tmp_path / "open" / "a.jsonl").write_bytes(GOOD)
+    scandir = os.scandir
+
+    def refuse(path):
+        if os.fspath(path).endswith("shut"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(GraddotError, match="shut: cannot be read: Permission denied"):
+        find_sources([str(tmp_path)])
 
 
 def test_input_errors(tmp_path, bpe):

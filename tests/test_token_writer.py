@@ -48,6 +48,18 @@ def test_finished_foreign_and_unwritable_outputs(tmp_path, pile, bpe):
         tokenize(pile, tmp_path / "one.jsonl" / "out", bpe)
 
 
+@pytest.mark.parametrize("meta", ['{"stoi": {}}', "3", "not JSON"])
+def test_the_token_files_of_another_program_are_not_replaced(tmp_path, pile, bpe, meta):
+    (tmp_path / "data" / "shakespeare").mkdir(parents=True)
+    (tmp_path / "data" / "shakespeare" / "train.bin").write_bytes(b"tokens")
+    (tmp_path / "data" / "meta.json").write_text(meta)
+    for overwrite in ({}, {"overwrite": True}):
+        with pytest.raises(GraddotError, match="data: holds other files; choose a new or empty"):
+            tokenize(pile, tmp_path / "data", bpe, **overwrite)
+    assert content(tmp_path / "data") == {"shakespeare/train.bin": b"tokens"}
+    assert (tmp_path / "data" / "meta.json").read_text() == meta
+
+
 def test_an_output_in_an_input_or_around_it_is_refused(tmp_path, pile, bpe, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for output in ("pile", "pile/sub", "pile/new/../tokens"):
@@ -143,6 +155,47 @@ def test_sigkill_loses_and_repeats_nothing(tmp_path, large, bpe):
     assert all("Z" in Path(f"/proc/{pid}/stat").read_text().split()[2] for pid in alive)
 
 
+def test_two_processes_do_not_write_one_folder(tmp_path, large, bpe):
+    """Each would append its tokens to the other's, and the next run would take that for its own."""
+    tokenize(large, tmp_path / "whole", bpe)
+    out = tmp_path / "out"
+    process = start(large, out, bpe)
+    wait_for(lambda: recorded_lines(out) > 0, process)
+    os.kill(process.pid, signal.SIGSTOP)
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(GraddotError, match="out: another process is writing token data"):
+            tokenize(large, out, bpe, **more)
+    os.kill(process.pid, signal.SIGCONT)
+    assert process.wait(30) == 0
+    assert content(out) == content(tmp_path / "whole")
+
+
+def test_text_that_changed_meanwhile_is_named_not_listed(tmp_path, bpe, monkeypatch):
+    pile, out = tmp_path / "pile", tmp_path / "out"
+    pile.mkdir()
+    for n in range(200):
+        (pile / f"{n:03}.jsonl").write_bytes(jsonl([n]))
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(token_writer.TokenWriter, "finish", raise_interrupt)
+        tokenize(pile, out, bpe)
+    (pile / "007.jsonl").write_bytes(GOOD)
+    with pytest.raises(GraddotError) as refused:
+        tokenize(pile, out, bpe)
+    assert f"(--input: {pile}/007.jsonl changed)" in str(refused.value)
+    for n in range(100):
+        (pile / f"{n:03}.jsonl").unlink()
+    with pytest.raises(GraddotError) as refused:
+        tokenize(pile, out, bpe)
+    assert "002.jsonl and 97 more changed)" in str(refused.value)
+    given = [str(path) for path in sorted(pile.iterdir(), reverse=True)]
+    tokenize(pile, tmp_path / "other", bpe)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(token_writer.TokenWriter, "finish", raise_interrupt)
+        tokenize(pile, tmp_path / "other", bpe, overwrite=True)
+    with pytest.raises(GraddotError, match="--input: its order changed"):
+        tokenize(given, tmp_path / "other", bpe)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_ctrl_c_is_quiet_and_the_run_goes_on(tmp_path, large, bpe):
     tokenize(large, tmp_path / "whole", bpe)
@@ -203,9 +256,10 @@ def test_lost_and_damaged_records_are_refused(tmp_path, pile, bpe, monkeypatch):
     (out / "github" / "train.bin").unlink()
     with pytest.raises(GraddotError, match="github/train.bin: shorter than recorded"):
         tokenize(pile, out, bpe)
-    (out / "progress.json").write_text("{")
-    with pytest.raises(GraddotError, match="progress.json: damaged"):
-        tokenize(pile, out, bpe)
+    for damaged in ("{", "[]"):
+        (out / "progress.json").write_text(damaged)
+        with pytest.raises(GraddotError, match="progress.json: damaged"):
+            tokenize(pile, out, bpe)
     tokenize(pile, out, bpe, overwrite=True)
     tokenize(pile, tmp_path / "whole", bpe)
     assert content(out) == content(tmp_path / "whole")

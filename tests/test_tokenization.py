@@ -123,6 +123,27 @@ def test_columns_slugs_and_empty_lines(tmp_path, bpe):
     assert found == {"a-b": ["one"], "a-b-2": ["two"], "domain": ["three"], "rest": [""]}
 
 
+def test_a_domain_of_any_name_has_a_folder(tmp_path, bpe):
+    names = [
+        "lock",
+        "writer.lock",
+        "progress.json",
+        "meta.json",
+        "..",
+        "/",
+        ".tmp-",
+        "a/b",
+        "x" * 999,
+    ]
+    lines = [json.dumps({"text": name, "domain": name}) for name in names]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    given = {"domain_column": "domain", "val_fraction": 0}
+    meta = tokenize(tmp_path / "a.jsonl", tmp_path / "out", bpe, **given)
+    for name, domain in zip(names, meta["domains"], strict=True):
+        assert domain["name"] == name
+        assert documents_in(tmp_path / "out" / domain["slug"] / "train.bin", bpe) == [name]
+
+
 def test_each_domain_is_reported_on_one_line(tmp_path, bpe, capsys):
     (tmp_path / "a.jsonl").write_text('{"text": "", "meta": {"pile_set_name": "a\\nb\\u001b[1m"}}')
     meta = tokenize(tmp_path / "a.jsonl", tmp_path / "out", bpe, val_fraction=0)
@@ -132,7 +153,9 @@ def test_each_domain_is_reported_on_one_line(tmp_path, bpe, capsys):
 
 
 @pytest.mark.parametrize(
-    "option", [{"val_fraction": 1}, {"max_tokens": 0}, {"workers": 0}], ids=str
+    "option",
+    [{"val_fraction": 1}, {"max_tokens": 0}, {"workers": 0}, {"default_domain": ""}],
+    ids=str,
 )
 def test_option_out_of_range(tmp_path, pile, bpe, option):
     with pytest.raises(GraddotError, match=f"--{next(iter(option))}"):
@@ -150,6 +173,15 @@ def test_tokenizer_errors(tmp_path, pile, bpe, monkeypatch):
         tokenize(pile, tmp_path / "out", "gpt2")
     with pytest.raises(GraddotError, match="no token '</s>'"):
         tokenize(pile, tmp_path / "out", bpe, eot_token="</s>")
+
+
+def test_text_that_the_tokenizer_has_no_tokens_for(tmp_path, pile):
+    tokenizer = Tokenizer(models.WordLevel({"Document": 0, "<|endoftext|>": 1}))
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(
+        GraddotError, match="a.jsonl: the tokenizer cannot encode all of lines 1 to"
+    ):
+        tokenize(pile, tmp_path / "out", tmp_path / "tokenizer.json")
 
 
 def test_an_unreachable_hub_is_asked_once_then_the_cache(bpe, monkeypatch):

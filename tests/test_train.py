@@ -20,7 +20,7 @@ from graddot_lm.data import TokenData, fixed_batch
 from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
 from graddot_lm.models import build_gpt2
 from graddot_lm.settings import read_config, write_config
-from graddot_lm.store import read_scores
+from graddot_lm.store import PartWriter, read_scores, scores_schema
 from graddot_lm.train import Trainer
 
 ROOT = Path(__file__).parent.parent
@@ -288,6 +288,37 @@ def test_sigterm_saves_a_checkpoint_first(tokens, tmp_path, monkeypatch, capsys)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, -15)])
+def test_the_overhead_is_not_waited_for(tokens, tmp_path, number, status):
+    """All is saved before it is measured, so what asks the process to end ends it."""
+    code = "import signal, sys; from graddot_lm import cli;"
+    # Ignored in what a shell runs behind.
+    code += "signal.signal(signal.SIGINT, signal.default_int_handler); sys.exit(cli.main())"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, *arguments(tokens, tmp_path, "--measure_overhead 1000000")],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    deadline = time.monotonic() + 120
+    try:
+        while not (tmp_path / "run" / "checkpoints" / "step-7").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(1)
+        process.send_signal(number)
+        _, error = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == status and "Traceback" not in error, error
+    assert train(tokens, tmp_path, "--resume") == 0
+    assert set(read_scores(tmp_path / "run")["step"].to_pylist()) == set(range(8))
+
+
+def test_the_smallest_block(tokens, tmp_path):
+    assert train(tokens, tmp_path, "--block_size 8 --max_steps 1") == 0
+
+
 def test_resume_with_other_settings_is_refused(tokens, tmp_path, capsys):
     assert train(tokens, tmp_path) == 0
     before = read_scores(tmp_path / "run")
@@ -322,6 +353,10 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
     config = read_config(tmp_path / "moved" / "run")
     assert config["data_dir"] == str(tmp_path / "elsewhere") and config["val_sample_ids"]
+    (tmp_path / "moved" / "run").rename(tmp_path / "moved" / "of another name")
+    (tmp_path / "moved" / "run").symlink_to("of another name")
+    again = ["--run_name", "of another name", *f"{constant} --resume".split()]
+    assert cli.main([*arguments("elsewhere", tmp_path / "moved"), *again]) == 0
     meta = json.loads((tmp_path / "elsewhere" / "meta.json").read_text())
     meta["domains"][0]["val"]["documents"] += 1
     (tmp_path / "elsewhere" / "meta.json").write_text(json.dumps(meta))
@@ -351,6 +386,25 @@ def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkey
     error = capsys.readouterr().err
     assert "the validation gradient of transformer.wte.weight is not finite at step 5" in error
     assert "Scores up to step 4 and the checkpoint step-2 are in" in error
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nProcess 7 has"),
+        MemoryError("Unable to allocate 7.45 GiB for an array"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_too_little_memory_is_one_line(tokens, tmp_path, capsys, monkeypatch, error):
+    def full(*_):
+        raise error
+
+    monkeypatch.setattr(Trainer, "_losses", full)
+    assert train(tokens, tmp_path) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"out of memory ({str(error).splitlines()[0]})" in line and "--batch_size" in line
 
 
 @pytest.mark.parametrize(
@@ -480,10 +534,21 @@ BAD = [
     ("--train_set prose,poems", "poems"),
     ("--val_batch_size 0", "--val_batch_size is 0"),
     ("--val_batch_size 100000", "100000"),
+    (
+        "--val_batch_size 100000",
+        "--val_batch_size asks for fewer, a smaller --block_size makes more",
+    ),
     ("--block_size 100000", "100000"),
+    ("--block_size 100000", "a smaller --block_size makes more"),
     ("--batch_size 0", "--batch_size is 0"),
     ("--dropout 1", "--dropout is 1.0"),
     ("--domain_weights prose=x", "prose"),
+    ("--domain_weights=", "weights: '': must be like NAME=NUMBER"),
+    ("--run_name=", "--run_name is empty"),
+    ("--block_size 7", "--block_size is 7; it must be at least 8"),
+    (f"--seed {2**64}", f"--seed is {2**64}; it must be from -2**63 up to 2**64 - 1"),
+    (f"--seed -{2**63 + 1}", f"--seed is -{2**63 + 1}; it must be from"),
+    ("--train_dtype float64", "dtype of the parameters, float32; add --model_dtype float64"),
     ("--domain_weights poems=1", "poems"),
     ("--method Regular --measure_overhead 3", "needs --method GradDotProd"),
     ("--method Regular --norms", "--norms needs --method GradDotProd"),
@@ -570,6 +635,46 @@ def test_output_that_there_is_no_room_for_is_one_line(unbuffered):
         )
     message = "graddot doctor: the output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.parametrize("command", ["scores", "tokenize", "train"])
+@pytest.mark.parametrize("fault", ["long", "forbidden"])
+def test_a_path_that_there_is_no_getting_at_is_one_line(
+    capsys, monkeypatch, tmp_path, command, fault
+):
+    place = str(tmp_path / ("a" * 300 if fault == "long" else "shut"))
+    if fault == "forbidden":  # root, which tests may run as, is let in everywhere
+        stat = os.stat
+
+        def refuse(path, **how):
+            if str(path).startswith(place):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+            return stat(path, **how)
+
+        monkeypatch.setattr(os, "stat", refuse)
+    words = {
+        "scores": [place],
+        "tokenize": ["--input", place, "--output", str(tmp_path / "out")],
+        "train": ["--pile_data_dir", place],
+    }[command]
+    assert cli.main([command, *words]) == 2
+    cause = "File name too long" if fault == "long" else "Permission denied"
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"graddot {command}: {place}") and line.endswith(f": {cause}")
+
+
+def test_text_that_the_terminal_cannot_show_is_no_error(tmp_path):
+    writer = PartWriter(tmp_path / "scores", scores_schema())
+    writer.append({"sample_id": [1], "domain": ["漢"], "dot": [1.0], "value": [1.0]}, 0)
+    writer.flush()
+    done = subprocess.run(
+        [sys.executable, "-m", "graddot_lm.cli", "scores", str(tmp_path)],
+        check=False,
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and r"\u6f22" in done.stdout
 
 
 @pytest.mark.parametrize("where", ["import_module", "report.run"])

@@ -1,6 +1,7 @@
 """`graddot train-tokenizer`."""
 
 import gzip
+import os
 
 import pytest
 from graddot_lm.errors import GraddotError
@@ -18,6 +19,15 @@ def test_train_bpe_round_trips_any_text(tmp_path):
     assert tokenizer.get_vocab_size() == 300 and tokenizer.token_to_id("<|endoftext|>") == 0
     for text in ("  two spaces\n\ttab", "漢字 🙂 \x00", "unseen Ωmega"):
         assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_a_link_stays_one(tmp_path):
+    """As /dev/stdout is one."""
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "link").symlink_to(tmp_path / "t.json")
+    for _ in range(2):
+        train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path / "link")
+        assert (tmp_path / "link").is_symlink() and (tmp_path / "t.json").stat().st_size > 0
 
 
 def test_closing_lines(tmp_path, capsys):
@@ -44,6 +54,13 @@ def test_train_bpe_errors(tmp_path):
         train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path / "t.json")
     with pytest.raises(GraddotError, match="--output .*: is a folder; name a file, as .*/t"):
         train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path)
+    with pytest.raises(
+        GraddotError, match="--vocab_size 1000000000000: must be at most 10,000,000"
+    ):
+        train_bpe([str(tmp_path / "a.jsonl")], 10**12, tmp_path / "t.json")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(GraddotError, match="--output .*pipe: is no file that can be replaced"):
+        train_bpe([str(tmp_path / "a.jsonl")], 300, tmp_path / "pipe")
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(GraddotError, match=r"no document in .*/empty\.jsonl$"):
         train_bpe([str(tmp_path / "empty.jsonl")], 300, tmp_path / "t.json")

@@ -90,7 +90,7 @@ def _read_json(folder: Path) -> dict | None:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         size = (folder / "tensors.safetensors").stat().st_size
         return content if content["tensor_bytes"] == size else None
-    except (FileNotFoundError, ValueError, KeyError):
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
         return None
 
 
@@ -167,4 +167,7 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
         state = {name: _unpack(value, tensors) for name, value in content["state"].items()}
         return Checkpoint(content["step"], state)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-        raise GraddotError(f"{path}: damaged: {error}") from error
+        raise GraddotError(
+            f"{path}: damaged: {error}; if you take this folder away, the run goes on from the"
+            " checkpoint before it"
+        ) from error

@@ -27,6 +27,8 @@ COMMANDS = {
 
 # What says of a write that there is no room for it, or no device under it.
 NOT_WRITTEN = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
+# What says of a path that people gave that there is no getting at it.
+NOT_REACHED = (errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -51,6 +53,8 @@ def _main(argv: list[str]) -> int:
             getattr(imported, add)(sub)
             sub.set_defaults(function=getattr(imported, run))
     args = parser.parse_args(argv)
+    if hasattr(sys.stdout, "reconfigure"):  # not every encoding has each name and text there is
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         status = args.function(args)
         sys.stdout.flush()
@@ -67,6 +71,9 @@ def _main(argv: list[str]) -> int:
         _discard_output()
         return 128 + 13  # as a shell reports SIGPIPE
     except OSError as error:
+        if error.errno in NOT_REACHED and error.filename is not None:
+            print(f"graddot {args.command}: {error.filename}: {error.strerror}", file=sys.stderr)
+            return 2
         # Files are opened by name, and what goes wrong with those of ours is a GraddotError.
         if error.errno not in NOT_WRITTEN or error.filename is not None:
             raise

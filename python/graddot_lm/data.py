@@ -19,6 +19,12 @@ from graddot_lm.errors import GraddotError
 from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
 from graddot_lm.token_writer import FORMAT_VERSION, SPLITS
 
+# What to do where a split has too few blocks.
+MORE_BLOCKS = (
+    "a smaller --block_size makes more of them, and --val_fraction of `graddot tokenize` decides which"
+    " share of the text is for validation"
+)
+
 SampleIds = np.ndarray | torch.Tensor | Sequence[int]
 
 
@@ -78,7 +84,7 @@ class TokenData:
             if not blocks[name]:
                 raise GraddotError(
                     f"domain {name!r}: its {self.split} split has too few tokens for one block "
-                    f"of {self.block_size}"
+                    f"of {self.block_size}; {MORE_BLOCKS}"
                 )
         return [name for name in self._names if name in domains]
 
@@ -272,7 +278,8 @@ class MixtureSampler:
             raise GraddotError(f"batch size {batch_size}: must be at least 1")
         if not len(data):
             raise GraddotError(
-                f"{data.root}: no block of {data.block_size} tokens in the {data.split} split"
+                f"{data.root}: no block of {data.block_size} tokens in the {data.split} split; "
+                f"{MORE_BLOCKS}"
             )
         self.batch_size = batch_size
         if weights is None:
@@ -338,8 +345,10 @@ def _check_weights(data: TokenData, weights: dict[str, float]) -> None:
             raise GraddotError(f"weights: {name}={weight}: must be a number of at least 0")
         if weight > 0 and not blocks[name]:
             raise GraddotError(f"weights: domain {name!r} has no block of {data.block_size} tokens")
-    if not any(weights.values()):
-        raise GraddotError("weights: at least one must be above 0")
+    total = sum(weights.values())
+    if not 0 < total < math.inf:
+        problem = "at least one must be above 0" if not total else "their sum is too large"
+        raise GraddotError(f"weights: {problem}")
 
 
 def parse_weights(text: str) -> dict[str, float]:
@@ -368,6 +377,7 @@ def fixed_batch(data: TokenData, n: int, seed: int) -> np.ndarray:
     if not 1 <= n <= len(data):
         raise GraddotError(
             f"a fixed batch of {n}: the {data.split} split of {_listed(data.domains)} has "
-            f"{len(data)} blocks of {data.block_size} tokens"
+            f"{len(data)} blocks of {data.block_size} tokens; --val_batch_size asks for fewer, "
+            f"{MORE_BLOCKS}"
         )
     return _Shuffled(data, data.domains, f"{seed}/fixed").take(0, n)

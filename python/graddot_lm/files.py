@@ -4,6 +4,7 @@ They are written under a temporary name, synced and then renamed. What a killed 
 such a name is ignored by readers and removed by the next writer.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -40,6 +41,21 @@ def sync(path: Path) -> None:
 
 def temporary_for(path: Path) -> Path:
     return path.with_name(TEMPORARY + path.name)
+
+
+def lock(path: Path, busy: str, length: int = 0, start: int = 0) -> int:
+    """Lock a file, made if need be, for this process; closing the handle returned unlocks it.
+
+    Of several processes each may take `length` bytes of its own, 0 for all from `start` on. Raises
+    GraddotError with the message `busy` if another process has one of them.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:  # a record lock, which a forked process that outlives a killed one does not hold
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except (BlockingIOError, PermissionError) as error:
+        os.close(handle)
+        raise GraddotError(busy) from error
+    return handle
 
 
 def write_atomic(path: Path, data: bytes | pa.Buffer) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from .errors import GraddotError
 
 Result = TypeVar("Result")
+MEMORY = (MemoryError, torch.OutOfMemoryError)  # of numpy and of GPUs; torch on CPUs has none
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,13 @@ class Processes:
         if isinstance(error, GraddotError):
             where = f"process {self.rank} of {self.world}: " if self.rank else ""
             return GraddotError(f"{where}{error}")
+        if isinstance(error, MEMORY) or "DefaultCPUAllocator" in str(error):
+            where = f"process {self.rank} of {self.world} is " if self.world > 1 else ""
+            return GraddotError(
+                f"{where}out of memory ({str(error).splitlines()[0][:200]}); a smaller --batch_size or"
+                " --block_size needs less, and so does --gradient_accumulation_steps, which leaves"
+                " weights and scores as they are"
+            )
         if self.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return GraddotError(
                 f"process {self.rank} of {self.world}: another process of the run has ended or"

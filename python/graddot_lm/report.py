@@ -17,7 +17,7 @@ from pyarrow import acero
 
 from graddot_lm.data import TokenData
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import writing
+from graddot_lm.files import write_atomic, writing
 from graddot_lm.load_tokenizer import load_tokenizer
 from graddot_lm.settings import recorded_config
 from graddot_lm.store import open_rows, reading
@@ -108,27 +108,34 @@ def _domain_table(
 
 
 def sample_table(
-    run: str | Path, by: str = "value", steps: Steps = (None, None), target: str | None = None
+    run: str | Path,
+    by: str = "value",
+    steps: Steps = (None, None),
+    target: str | None = None,
+    rows: ds.Dataset | None = None,
 ) -> pa.Table:
     """One row a sample: sample_id, domain, offset, times (rows), summed value and summed dot.
 
     Rows whose dot or `by` is not a finite number, and those of steps that the optimizer did not
-    take, are left out. Raises GraddotError.
+    take, are left out. `rows` is `open_rows` of the run, if it is there already: a run that is
+    still written has more of them from one opening to the next. Raises GraddotError.
     """
-    rows = open_rows(run)
+    rows = open_rows(run) if rows is None else rows
     columns = _columns(rows, target)
     aggregates: list[tuple] = [([], "hash_count_all", None, "times")]
     aggregates += [(name, "hash_sum", None, name) for name in MEASURES]
-    # A sample has one place; as further keys these two would double the time.
-    aggregates += [(name, "hash_one", None, name) for name in ("domain", "offset")]
+    # A sample has one place, which as a further key would cost time. Its domain is a key: a loop of
+    # one's own may number the samples of each domain from 0.
+    aggregates.append(("offset", "hash_one", None, "offset"))
     with reading(run):
         chosen = _in_steps(steps) & _counted(columns, by)
-        table = _grouped(rows, chosen, columns, aggregates, ["sample_id"])
+        table = _grouped(rows, chosen, columns, aggregates, ["sample_id", "domain"])
     return table.select(["sample_id", "domain", "offset", "times", *MEASURES])
 
 
 def _first(samples: pa.Table, by: str, order: str, count: int) -> list[dict[str, Any]]:
     keys = [(by, order), ("sample_id", "ascending")]
+    count = min(count, len(samples))
     picked = pc.select_k_unstable(samples, k=count, sort_keys=keys) if count else []
     return samples.take(picked).to_pylist() if count else []
 
@@ -136,8 +143,9 @@ def _first(samples: pa.Table, by: str, order: str, count: int) -> list[dict[str,
 def _extremes(samples: pa.Table, by: str, top: int) -> dict[str, list[dict[str, Any]]]:
     """The best and the worst samples; of few, none is both."""
     best = _first(samples, by, "descending", top)
-    shown = {row["sample_id"] for row in best}
-    worst = [r for r in _first(samples, by, "ascending", 2 * top) if r["sample_id"] not in shown]
+    named = lambda row: (row["sample_id"], row["domain"])
+    shown = {named(row) for row in best}
+    worst = [row for row in _first(samples, by, "ascending", 2 * top) if named(row) not in shown]
     return {"best": best, "worst": worst[:top]}
 
 
@@ -159,14 +167,15 @@ def summarize(
     steps: Steps = (None, None),
     target: str | None = None,
     samples: pa.Table | None = None,
+    rows: ds.Dataset | None = None,
 ) -> dict[str, Any]:
     """Everything `graddot scores` shows, in JSON types.
 
     `by` ranks domains by mean and samples by sum; `steps` are the first and the last to count;
-    `samples` is `sample_table` of the same arguments, if it is there already. Raises GraddotError
-    if the directory holds no scores of these steps.
+    `samples` is `sample_table` of the same arguments, if it is there already, and then `rows` what
+    it is of. Raises GraddotError if the directory holds no scores of these steps.
     """
-    rows = open_rows(run)
+    rows = open_rows(run) if rows is None else rows
     config = recorded_config(run)
     columns = _columns(rows, target)
     inside = _in_steps(steps)
@@ -179,7 +188,7 @@ def summarize(
         left_out = rows.count_rows(filter=inside) - rows.count_rows(filter=inside & counted)
         domains = _domain_table(rows, inside & counted, columns, by)
     if samples is None:
-        samples = sample_table(run, by, steps, target)
+        samples = sample_table(run, by, steps, target, rows)
     counts = samples.group_by("domain").aggregate([([], "count_all")])
     distinct = dict(zip(*(column.to_pylist() for column in counts.columns), strict=True))
     extremes = _extremes(samples, by, top)
@@ -211,7 +220,8 @@ def summarize_targets(
     run: str | Path, by: str = "value", steps: Steps = (None, None)
 ) -> dict[str, dict[str, Any]]:
     """`summarize`, without sequences, for every target of a run that has several, by name."""
-    return {name: summarize(run, 0, by, steps, name) for name in _targets(open_rows(run))}
+    rows = open_rows(run)
+    return {name: summarize(run, 0, by, steps, name, rows=rows) for name in _targets(rows)}
 
 
 def _named(steps: Steps) -> str:
@@ -258,6 +268,8 @@ def _add_excerpts(config: dict, samples: list[dict[str, Any]]) -> str | None:
     folder = config["data_dir"]
     try:
         data = TokenData(folder, block_size=config["block_size"])
+        if "data_fingerprint" in config and config["data_fingerprint"] != data.fingerprint:
+            return f"{folder}: tokenized anew or otherwise; not the data of this run"
         for sample in samples:
             sample_id = sample["sample_id"]
             place = (data.domain_of([sample_id])[0], int(data.offset_of([sample_id])[0]))
@@ -490,7 +502,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def parse_steps(text: str) -> Steps:
     """Read "A:B", either of them possibly empty. Raises GraddotError."""
-    match = re.fullmatch(r"\s*(\d*)\s*:\s*(\d*)\s*", text)
+    match = re.fullmatch(r"\s*(\d{0,18})\s*:\s*(\d{0,18})\s*", text)  # of 64 bits
     if not match:
         raise GraddotError(f"--steps {text}: must be like 100:200, 100: or :200")
     first, last = (int(number) if number else None for number in match.groups())
@@ -506,6 +518,17 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _write_csv(table: pa.Table, path: str) -> None:
+    """Write a file whole or not at all; what is no file of its own, as /dev/stdout, is written to."""
+    sink, place = pa.BufferOutputStream(), Path(path)
+    pyarrow.csv.write_csv(table, sink)
+    if place.is_symlink() or (place.exists() and not place.is_file()):
+        with writing(place), open(place, "wb") as file:
+            file.write(sink.getvalue())
+    else:
+        write_atomic(place, sink.getvalue())
+
+
 def run(args: argparse.Namespace) -> int:
     """`graddot scores`: print the report of `args.run`; returns the exit status 0."""
     if args.top < 0:
@@ -516,11 +539,10 @@ def run(args: argparse.Namespace) -> int:
         compared = {"run": args.run, "by": args.by, "targets": summaries}
         print(json.dumps(_finite(compared), indent=2) if args.json else format_targets(summaries))
         return 0
-    samples = sample_table(args.run, args.by, steps, args.target)
-    summary = summarize(args.run, args.top, args.by, steps, args.target, samples)
+    rows = open_rows(args.run)
+    samples = sample_table(args.run, args.by, steps, args.target, rows)
+    summary = summarize(args.run, args.top, args.by, steps, args.target, samples, rows)
     if args.csv is not None:
-        ranked = samples.sort_by([(args.by, "descending"), ("sample_id", "ascending")])
-        with writing(Path(args.csv)):
-            pyarrow.csv.write_csv(ranked, args.csv)
+        _write_csv(samples.sort_by([(args.by, "descending"), ("sample_id", "ascending")]), args.csv)
     print(json.dumps(_finite(summary), indent=2) if args.json else format_summary(summary))
     return 0

@@ -21,9 +21,9 @@ from typing import Any, final
 from graddot_lm.background import BackgroundWriter, WriterThread
 from graddot_lm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import TEMPORARY, remove_temporary, writing
+from graddot_lm.files import TEMPORARY, lock, remove_temporary, writing
 from graddot_lm.settings import check_resume, read_config, write_config
-from graddot_lm.store import KINDS, METRICS, PartWriter, scores_schema
+from graddot_lm.store import KINDS, METRICS, PartWriter, first_missing, scores_schema
 
 
 @final
@@ -54,15 +54,10 @@ class RunDirectory:
             if rank == 0:
                 for folder in folders:
                     folder.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o666)
-            try:  # a record lock, which a forked loader that outlives a killed run does not hold
-                # Each process holds the byte of its number, the first one all until the run is
-                # made: so it is not made while any process of an earlier start is still there.
-                length = 1 if rank else 0  # 0 is all
-                fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, length, rank)
-            except (BlockingIOError, PermissionError) as error:
-                os.close(self._lock)
-                raise GraddotError(f"{path}: another process is writing this run") from error
+            # Each process holds the byte of its number, the first one all until the run is
+            # made: so it is not made while any process of an earlier start is still there.
+            busy = f"{path}: another process is writing this run"
+            self._lock = lock(path / "lock", busy, 1 if rank else 0, rank)
             if rank == 0:
                 for folder in (path, *folders):
                     remove_temporary(folder)
@@ -123,7 +118,7 @@ class RunDirectory:
 
         Drops the rows of later steps; `world` need not be that of before. Raises GraddotError, and
         drops nothing, if settings differ (see `check_resume`), the checkpoints are lost or damaged,
-        or another process has the run.
+        scores of steps before are lost, or another process has the run.
         """
         path = Path(path)
         check_resume(path, config, may_differ)
@@ -135,6 +130,8 @@ class RunDirectory:
                 "as they were"
             )
         checkpoint = None if latest is None else load_checkpoint(latest)
+        if checkpoint is not None and config.get("method") != "Regular":
+            _check_whole(path / "scores", checkpoint.step)
         for rows in (run.scores, run.metrics):
             rows.truncate_after(-1 if checkpoint is None else checkpoint.step)
         measured = read_config(path).get("measured")
@@ -188,6 +185,16 @@ class RunDirectory:
                 self.flush()
         finally:
             self.close()
+
+
+def _check_whole(scores: Path, last: int) -> None:
+    """Raise GraddotError if a part of steps up to `last` is gone, as from half a copy of a run."""
+    step = first_missing(scores)
+    if step <= last:
+        raise GraddotError(
+            f"{scores}: the scores of step {step} are missing, and the run would go on from step"
+            f" {last + 1}; bring the files that were here back, or start a new run"
+        )
 
 
 def _foreign(path: Path) -> bool:

@@ -5,7 +5,7 @@ Where they lie in a run, and why a reader never sees half of them: run_directory
 
 import os
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -74,11 +74,15 @@ class Part(NamedTuple):
 def _parts(folder: Path) -> list[Part]:
     """The parts in a folder, in the order of their steps."""
     found = []
-    for path in folder.glob("part-*-*.parquet"):
+    try:
+        names = os.listdir(folder)  # Path.glob finds nothing where it may not look
+    except (FileNotFoundError, NotADirectoryError):
+        names = []
+    for name in names:
         form = r"part-(\d+)-(\d+)(?:-rank(\d+)of(\d+))?\.parquet"
-        if match := re.fullmatch(form, path.name):
+        if match := re.fullmatch(form, name):
             rank, world = int(match[3] or 0), int(match[4] or 1)
-            found.append(Part(int(match[1]), int(match[2]), rank, world, path))
+            found.append(Part(int(match[1]), int(match[2]), rank, world, folder / name))
     return sorted(found)
 
 
@@ -87,6 +91,20 @@ def _readable(folder: Path) -> list[Part]:
     parts = _parts(folder)
     written = Counter((part.first, part.last, part.world) for part in parts)
     return [part for part in parts if written[part.first, part.last, part.world] == part.world]
+
+
+def first_missing(folder: Path) -> int:
+    """The first step of which not all processes have a part, by the parts' names."""
+    changes: defaultdict[int, Counter[int]] = defaultdict(Counter, {0: Counter()})
+    for part in _parts(folder):
+        changes[part.first][part.world] += 1
+        changes[part.last + 1][part.world] -= 1
+    written: Counter[int] = Counter()  # by the number of processes: how many of them wrote a step
+    for step in sorted(changes):
+        written.update(changes[step])
+        if not any(count >= world for world, count in written.items()):
+            return step
+    raise AssertionError("behind the last part nothing is written")
 
 
 def _part_path(folder: Path, first: int, last: int, rank: int, world: int) -> Path:
@@ -215,7 +233,7 @@ def reading(path: str | Path) -> Iterator[None]:
         yield
     except FileNotFoundError as error:
         raise GraddotError(f"{path}: changed while it was read (resumed?); try again") from error
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, pa.ArrowException, UnicodeEncodeError) as error:
         raise GraddotError(f"{path}: cannot be read: {error}") from error
 
 

@@ -7,11 +7,12 @@ which a later process reads on.
 
 import codecs
 import json
+import os
 import re
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import zstandard
 
@@ -20,6 +21,7 @@ from graddot_lm.errors import GraddotError
 CHUNK_BYTES = 1 << 20
 READ_BYTES = 256 << 10
 FILE_NAME = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst))?$")
+SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
 INPUT_HELP = (
     "text as JSON lines, one object a document: .jsonl, .json or .ndjson files, plain, .gz or .zst;"
@@ -56,13 +58,14 @@ class Source(NamedTuple):
 def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source]:
     """List every file behind `inputs` (folders recursively, sorted) and every hub dataset name.
 
-    Raises GraddotError for a missing path, an unknown file ending, and a folder without text files.
+    Raises GraddotError for a missing path, an unknown file ending, a folder without text files or
+    with one that cannot be listed, and what would be read twice.
     """
-    sources = []
+    sources: list[Source] = []
     for name in inputs:
         path = Path(name)
         if path.is_dir():
-            files = sorted(p for p in path.rglob("*") if FILE_NAME.search(p.name) and p.is_file())
+            files = _files_in(path)
             if not files:
                 raise GraddotError(f"{name}: no .jsonl, .json or .ndjson file (.gz, .zst) in it")
             sources += [Source(str(p), p.stat().st_size) for p in files]
@@ -77,7 +80,31 @@ def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source
             raise GraddotError(f"{name}: no such file or folder")
         else:
             sources.append(Source(name, None, dataset_split))
+    _check_once(sources)
     return sources
+
+
+def _files_in(folder: Path) -> list[Path]:
+    """Every text file in it, sorted. Path.rglob would pass over a folder that it may not list."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise GraddotError(f"{error.filename}: cannot be read: {error.strerror}") from error
+
+    walked = os.walk(folder, onerror=refuse)
+    files = [Path(parent, name) for parent, _, names in walked for name in names]
+    return sorted(p for p in files if FILE_NAME.search(p.name) and p.is_file())
+
+
+def _check_once(sources: list[Source]) -> None:
+    """Refuse a file or dataset that is read twice: one time its documents may go to train, the
+    other to val."""
+    seen: dict[Path, str] = {}
+    for source in sources:
+        place = Path(source.name).resolve()
+        if place in seen:
+            other = "" if seen[place] == source.name else f", also as {seen[place]}"
+            raise GraddotError(f"--input has {source.name} twice{other}; give every text once")
+        seen[place] = source.name
 
 
 def check_apart(inputs: list[str], output: str) -> None:
@@ -228,13 +255,18 @@ def parse(
     text = _column(record, text_column)
     if not isinstance(text, str):
         raise BadRecordError(f"{text_column!r} is missing or not a string")
-    if re.search("[\ud800-\udfff]", text):
+    if SURROGATE.search(text):
         raise BadRecordError(f"{text_column!r} holds half of a surrogate pair")
     domain = _column(record, domain_column)
-    if not isinstance(domain, str) or not domain:
+    if domain is None or domain == "":
         domain = default_domain
     if domain is None:
         raise BadRecordError(f"no domain at {domain_column!r}; give --default_domain for such text")
+    if not isinstance(domain, str):  # as a dataset's labels, which the default would throw together
+        kind = type(domain).__name__
+        raise BadRecordError(f"the domain at {domain_column!r} is of type {kind}, not a string")
+    if SURROGATE.search(domain):
+        raise BadRecordError(f"{domain_column!r} holds half of a surrogate pair")
     return text, domain
 
 

@@ -6,6 +6,7 @@ Layout of the folder::
     <out>/tokenizer.json                           the tokenizer that wrote them
     <out>/progress.json                            while unfinished: what is safely on disk
     <out>/meta.json                                appears last: the folder is complete
+    <out>/writer.lock                              held by the process that writes them
 
 Token files only grow, and `progress.json` is replaced after they have been synced. So a run that
 was killed goes on from the recorded position: what lies beyond the recorded lengths is cut off.
@@ -23,11 +24,12 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import TEMPORARY, sync, write_atomic, writing
+from graddot_lm.files import TEMPORARY, lock, sync, write_atomic, writing
 from graddot_lm.text_source import nothing_skipped
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+LOCK = "writer.lock"  # with a dot, which no folder of a domain has
 COMMIT_SECONDS = 5.0
 COMMIT_BYTES = 64 << 20
 
@@ -37,7 +39,8 @@ class TokenWriter:
 
     `settings` decide the content; going on with other ones is refused. `state` is what
     progress.json holds: the settings, the position in the input, and the counts per domain.
-    Raises GraddotError for a finished folder, a foreign one, and whatever cannot be written.
+    Raises GraddotError for a finished folder, a foreign one, one that another process writes, and
+    whatever cannot be written.
     """
 
     def __init__(self, folder: Path, settings: dict, overwrite: bool) -> None:
@@ -48,34 +51,47 @@ class TokenWriter:
         self._pending: defaultdict[tuple[str, str], list[np.ndarray]] = defaultdict(list)
         self._pending_bytes = 0
         self._committed = time.monotonic()
-        meta, progress = folder / "meta.json", folder / "progress.json"
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            ours = meta.exists() or progress.exists()
-            if not ours and any(not path.name.startswith(TEMPORARY) for path in folder.iterdir()):
+            ours = (folder / "progress.json").exists() or _describes_tokens(folder / "meta.json")
+            if not ours and any(_foreign(path) for path in folder.iterdir()):
                 raise GraddotError(f"{folder}: holds other files; choose a new or empty folder")
-            if meta.exists() and not overwrite:
-                raise GraddotError(f"{folder}: holds finished token data; --overwrite replaces it")
-            if progress.exists() and not overwrite:
-                self.state = self._read_progress(progress)
-            else:
-                write_atomic(progress, json.dumps(self.state).encode())
-                meta.unlink(missing_ok=True)
-            self._cut_files()
+            # Two that append to the same files would mix their tokens up.
+            busy = f"{folder}: another process is writing token data"
+            self._lock = lock(folder / LOCK, busy)
+            try:
+                self._begin(overwrite)
+            except BaseException:
+                self.close()
+                raise
         self._domains = {domain["name"]: domain for domain in self.state["domains"]}
+
+    def _begin(self, overwrite: bool) -> None:
+        """Go on from the record that is there, or start anew."""
+        meta, progress = self.folder / "meta.json", self.folder / "progress.json"
+        if meta.exists() and not overwrite:
+            raise GraddotError(f"{self.folder}: holds finished token data; --overwrite replaces it")
+        if progress.exists() and not overwrite:
+            self.state = self._read_progress(progress)
+        else:
+            write_atomic(progress, json.dumps(self.state).encode())
+            meta.unlink(missing_ok=True)
+        self._cut_files()
 
     def _read_progress(self, path: Path) -> dict:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             old, read_nothing = state["settings"], (state["source"], state["line"]) == (0, 0)
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise GraddotError(f"{path}: damaged; --overwrite starts anew") from error
         new = self.state["settings"]
         differing = [
             f"{key}: {old.get(key)!r} before, {new.get(key)!r} now"
             for key in sorted({*old, *new})
-            if old.get(key) != new.get(key)
+            if old.get(key) != new.get(key) and key != "sources"
         ]
+        if old.get("sources") != new["sources"]:
+            differing.append(_differing_sources(old.get("sources", []), new["sources"]))
         if differing and read_nothing:
             return self.state
         if differing:
@@ -177,3 +193,28 @@ class TokenWriter:
             write_atomic(self.folder / "tokenizer.json", tokenizer.to_str().encode())
             write_atomic(self.folder / "meta.json", f"{json.dumps(meta, indent=2)}\n".encode())
             (self.folder / "progress.json").unlink()
+
+    def close(self) -> None:
+        """Let another process write the folder."""
+        os.close(self._lock)
+
+
+def _differing_sources(old: list[dict], new: list[dict]) -> str:
+    """Which files are others, or of another size; of thousands, not all."""
+    before, now = ({tuple(source.values()) for source in sources} for sources in (old, new))
+    names = sorted({name for name, *_ in before ^ now})
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return f"--input: {', '.join(names[:3]) or 'its order'}{more} changed"
+
+
+def _describes_tokens(meta: Path) -> bool:
+    """Whether it is ours: other programs write a meta.json too, and folders with a train.bin."""
+    try:
+        return "format_version" in json.loads(meta.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, TypeError):
+        return False
+
+
+def _foreign(path: Path) -> bool:
+    """Whether a file is none of those that a run which was killed as it began may leave."""
+    return path.name != LOCK and not path.name.startswith(TEMPORARY)

@@ -92,7 +92,14 @@ class Encoder:
                 texts.append(text)
             except BadRecordError as bad:
                 documents.append(Document(line, problem=bad))
-        encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        try:
+            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        except Exception as error:  # the Rust library raises bare Exception
+            lines = f"lines {documents[0].line} to {documents[-1].line}"
+            raise GraddotError(
+                f"{chunk.name}: the tokenizer cannot encode all of {lines}: {error}; choose another"
+                " --tokenizer, whose tokens every text can be made of"
+            ) from error
         pieces = iter([[*encoding.ids, self.eot_token_id] for encoding in encodings])
         tokens: list[int] = []
         for index, document in enumerate(documents):
@@ -212,6 +219,8 @@ def _check(args: argparse.Namespace) -> None:
         raise GraddotError(f"--max_tokens {args.max_tokens}: must be at least 1")
     if args.workers < 1:
         raise GraddotError(f"--workers {args.workers}: must be at least 1")
+    if args.default_domain == "":
+        raise GraddotError("--default_domain is empty; it must be a name")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -238,6 +247,9 @@ def run(args: argparse.Namespace) -> int:
             message += f"; {command} goes on where it was"
         print(message, file=sys.stderr)
         raise SystemExit(128 + signal.SIGINT) from None
+    finally:
+        if writer:
+            writer.close()
     return 0
 
 

@@ -89,7 +89,8 @@ class Trainer:
         self.val_data = TokenData(args.pile_data_dir, "val", args.val_set, args.block_size)
         # Excerpts in the report are decoded with the folder's copy: it must be the data's own.
         self.data.check_tokenizer(str(Path(args.pile_data_dir) / "tokenizer.json"))
-        weights = parse_weights(args.domain_weights) if args.domain_weights else None
+        weights = args.domain_weights
+        weights = None if weights is None else parse_weights(weights)
         self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
         self.val_ids = self._val_ids() if args.method == "GradDotProd" else {}
         self.val_batches = {
@@ -399,7 +400,7 @@ class Trainer:
 
     def _may_differ(self) -> list[str]:
         """Settings that a resumed run may change: none that its weights or scores depend on."""
-        names = "resume eval_only results_dir measure_overhead versions commit processes parallel"
+        names = "resume eval_only results_dir run_name measure_overhead versions commit processes parallel"
         names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
         # Where the data lies: what it is, the tokenizer with it, data_fingerprint says. The
         # validation samples follow from it and from settings, and older runs did not record them.
@@ -412,8 +413,8 @@ class Trainer:
         """All steps that are left, with rows and checkpoints saved on the way."""
         self._open_run()
         assert self.run_dir is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._on_signal)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, self._on_signal) for number in numbers}
         bar = tqdm(
             total=self.args.max_steps,
             initial=self.step,
@@ -436,6 +437,8 @@ class Trainer:
                 f"stopped by {name} after step {self.step - 1}; go on with --resume"
             )
         if self.args.measure_overhead:
+            for number, handler in before.items():  # all is saved: nothing to finish first
+                signal.signal(number, handler)
             self._measure_overhead()
 
     def _on_signal(self, number: int, frame: Any) -> None:
@@ -522,7 +525,7 @@ def run(args: argparse.Namespace) -> int:
         trainer = processes.together(lambda: Trainer(args, processes))
         trainer.distribute()
         trainer.evaluate_only() if args.eval_only else trainer.train()
-    except (GraddotError, RuntimeError) as error:
+    except (GraddotError, RuntimeError, MemoryError) as error:
         explained = processes.explained(error)
         if explained is None:
             raise

@@ -61,7 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--train_dtype",
         choices=list(DTYPES),
         default="float32",
-        help="dtype of the computation: bfloat16 runs under autocast (default: float32)",
+        help="dtype of the computation: bfloat16 runs under autocast, others compute in that of"
+        " the parameters (default: float32)",
     )
     method.add_argument(
         "--device",
@@ -108,10 +109,14 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
     )
     data.add_argument(
         "--domain_weights",
-        help="draw domains by weight, as in 'code=2,math=1' (default: by their size)",
+        help="draw domains by weight, as in 'code=2,math=1'; those not named are not drawn (default:"
+        " by their size)",
     )
     data.add_argument(
-        "--block_size", type=int, default=1024, help="tokens of a sample (default: 1024)"
+        "--block_size",
+        type=int,
+        default=1024,
+        help="tokens of a sample, at least 8 (default: 1024)",
     )
 
 
@@ -193,15 +198,16 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
 def check(args: argparse.Namespace) -> None:
     """Complete the arguments; GraddotError for a value that makes no sense."""
     positive = (
-        "batch_size gradient_accumulation_steps max_steps block_size dot_prod_save_interval"
+        "batch_size gradient_accumulation_steps max_steps dot_prod_save_interval"
         " checkpoint_interval eval_interval eval_iter eval_bs"
     )
-    for name in positive.split():
-        if getattr(args, name) < 1:
-            raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    for name in ("warmup_step", "measure_overhead"):
-        if getattr(args, name) < 0:
-            raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least 0")
+    least = dict.fromkeys(positive.split(), 1) | {"warmup_step": 0, "measure_overhead": 0}
+    least["block_size"] = 8  # the fused head is tried on as many tokens
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least {bound}")
+    if not -(2**63) <= args.seed < 2**64:  # which torch's generators take
+        raise GraddotError(f"--seed is {args.seed}; it must be from -2**63 up to 2**64 - 1")
     for name in ("learning_rate", "weight_decay", "grad_clip"):
         value = getattr(args, name)
         if not (math.isfinite(value) and value >= 0):
@@ -222,6 +228,13 @@ def check(args: argparse.Namespace) -> None:
     for name in ("norms", "target_per_domain", "measure_overhead"):
         if getattr(args, name) and args.method != "GradDotProd":
             raise GraddotError(f"--{name} needs --method GradDotProd")
+    if args.train_dtype == "float64" and args.model_dtype != "float64":
+        raise GraddotError(
+            f"--train_dtype float64 computes in the dtype of the parameters, {args.model_dtype}; add"
+            " --model_dtype float64"
+        )
+    if args.run_name == "":
+        raise GraddotError("--run_name is empty; it must be the name of a folder")
     if args.run_name is None:
         args.run_name = f"{args.architecture}-{args.method}-seed{args.seed}"
 

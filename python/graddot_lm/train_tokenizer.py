@@ -25,6 +25,8 @@ from graddot_lm.text_source import (
     with_skipped,
 )
 
+MOST = 10_000_000  # tokens of a vocabulary, for which memory is taken at once
+
 
 def train_bpe(
     paths: list[str],
@@ -42,9 +44,13 @@ def train_bpe(
     """
     if vocab_size < 257:
         raise GraddotError(f"--vocab_size {vocab_size}: must be at least 257 (all bytes, and eot)")
+    if vocab_size > MOST:
+        raise GraddotError(f"--vocab_size {vocab_size}: must be at most {MOST:,}")
     out = Path(out_path)
     if out.is_dir():
         raise GraddotError(f"--output {out}: is a folder; name a file, as {out / 'tokenizer.json'}")
+    if out.exists() and not out.is_file():  # as /dev/null, which a file would replace
+        raise GraddotError(f"--output {out}: is no file that can be replaced; name another")
     check_apart(paths, str(out))
     sources = find_sources(paths)
     tokenizer = Tokenizer(models.BPE())
@@ -57,6 +63,7 @@ def train_bpe(
         show_progress=sys.stderr.isatty(),
     )
     tokenizer.train_from_iterator(_texts(sources, text_column, skipped), trainer)
+    out = out.resolve()  # not a link, as /dev/stdout, but what it leads to is replaced
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         write_atomic(out, tokenizer.to_str(pretty=True).encode())
