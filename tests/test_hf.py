@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from brute_force import tiny_gpt2
 from datasets import Dataset
 from graddot_lm import GraddotError
+from graddot_lm.background import BackgroundWriter
 from graddot_lm.hf import GradDotProdTrainer
 from loop_steps import mapping_gradient, tiny_bert
 from torch import nn
@@ -357,6 +358,29 @@ def test_rows_are_saved_before_the_checkpoint_that_counts_on_them(tmp_path, monk
     monkeypatch.setattr(Trainer, "_save_checkpoint", save)
     train(tmp_path, tiny_gpt2(), save_strategy="steps", save_steps=1)
     assert saved == [(1, 6), (2, 12), (3, 18)]
+
+
+def test_rows_are_saved_every_so_often(tmp_path, monkeypatch):
+    """Also where no checkpoint is: a run that is killed leaves what was saved."""
+    monkeypatch.setattr("graddot_lm.hf._SAVED_EVERY", 2)
+
+    class Killed(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    trainer = scored(tmp_path, tiny_gpt2(), max_steps=6)
+    trainer.add_callback(Killed())
+    flush, saved = BackgroundWriter.flush, []
+
+    def noted(self, wait=True):
+        flush(self)  # waits, for the count
+        saved.append(len(rows_of(tmp_path / "scores")))
+
+    monkeypatch.setattr(BackgroundWriter, "flush", noted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert saved[:2] == [12, 20]  # an epoch ends with a smaller step
 
 
 def test_refusals(tmp_path, monkeypatch):

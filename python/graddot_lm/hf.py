@@ -29,6 +29,7 @@ from .scores import Number, clip_factor
 from .store import PartWriter, scores_schema
 
 _INDEX = "graddot_index"
+_SAVED_EVERY = 100  # steps between saves of the rows, beside those at checkpoints
 
 
 class _Indexed(Dataset):
@@ -82,10 +83,11 @@ class GradDotProdTrainer(Trainer):
     One row a training sample a step: step (from 0), sample_id (its index in train_dataset),
     n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and value, which takes
     account of gradient accumulation, clipping and each parameter group's own learning rate, and is
-    0 in a step that was not taken. With several validation sets there is a dot_<name> and
-    value_<name> of each. A run that resumes from a checkpoint drops the rows of later steps.
-    Several processes (torchrun, DistributedDataParallel) each write the rows of their own samples, into one folder that all of them see; scores, values
-    and weights are those of one process with the joint batch.
+    0 in a step that was not taken. They are saved every 100 steps, at checkpoints and at the end.
+    With several validation sets there is a dot_<name> and value_<name> of each. A run that resumes
+    from a checkpoint drops the rows of later steps. Several processes (torchrun,
+    DistributedDataParallel) each write the rows of their own samples, into one folder that all of
+    them see; scores, values and weights are those of one process with the joint batch.
 
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
@@ -340,3 +342,5 @@ class GradDotProdTrainer(Trainer):
             scale /= self.args.world_size  # a sum over a process's own tokens, and then averaged
         if self._scoring:
             self.engine.aggregate_and_log(gradient_scale=scale)
+        if self.state.global_step % _SAVED_EVERY == 0:
+            self.scores.flush(wait=False)
