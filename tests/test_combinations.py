@@ -3,6 +3,7 @@ checkpoints. Each is compared with the float64 brute force, one backward a sampl
 models and loops at random."""
 
 import copy
+import random
 
 import pytest
 import torch
@@ -278,3 +279,101 @@ def test_a_model_that_writes_to_its_input(checked, followed):
     positions = nn.Embedding(5, WIDTH).requires_grad_(followed)
     model = Net(forward, up=nn.Linear(8, 8), positions=positions, head=nn.Linear(8, 3))
     checked(model, data, loss)
+
+
+# Drawn at random
+
+
+class Residual(nn.Module):
+    """x + inner(x), scaled or not, called once or twice, in a checkpoint or not."""
+
+    def __init__(self, draw, inner):
+        super().__init__()
+        self.inner, self.times = inner, draw.choice([1, 1, 2])
+        self.scale = own_weight(WIDTH) if draw.random() < 0.3 else None
+        kinds = [None, None, True] if self.scale is None else [None]
+        self.reentrant = draw.choice([*kinds, False] if self.scale is None else kinds)
+
+    def forward(self, x):
+        for _ in range(self.times):
+            if self.reentrant is None:
+                y = self.inner(x)
+            else:
+                y = checkpoint(self.inner, x, use_reentrant=self.reentrant)
+            x = x + (y if self.scale is None else y * self.scale)
+        return x
+
+
+def transposed(layer, dims):
+    forward = lambda m, x: m.layer(x.transpose(*dims).contiguous()).transpose(*dims)
+    return Net(forward, layer=layer)
+
+
+BLOCKS = {
+    "mlp": lambda: nn.Sequential(nn.Linear(WIDTH, 6), nn.GELU(), nn.Linear(6, WIDTH)),
+    "flat": lambda: Net(
+        lambda m, x: m.layer(x.reshape(-1, WIDTH)).tanh().view(x.shape), layer=nn.Linear(8, 8)
+    ),
+    "pooled": lambda: Net(lambda m, x: m.layer(x.mean(1))[:, None].tanh(), layer=nn.Linear(8, 8)),
+    "norm": lambda: nn.LayerNorm(WIDTH),
+    "rms": lambda: nn.RMSNorm(WIDTH, eps=1e-5),
+    "groups": lambda: transposed(nn.GroupNorm(2, WIDTH), (1, 2)),
+    "convolution": lambda: transposed(nn.Conv1d(WIDTH, WIDTH, 3, padding=1), (1, 2)),
+    "grouped": lambda: transposed(nn.Conv1d(WIDTH, WIDTH, 3, padding="same", groups=4), (1, 2)),
+    "transformer": lambda: nn.TransformerEncoderLayer(WIDTH, 2, 6, 0.0, batch_first=True),
+    "time-first": lambda: transposed(nn.TransformerEncoderLayer(WIDTH, 2, 6, 0.0), (0, 1)),
+    "weight": lambda: Net(
+        lambda m, x: F.linear(x, m.w, m.b).sin(), w=own_weight(8, 8), b=own_weight(8)
+    ),
+    "positions": lambda: Net(
+        lambda m, x: m.positions(torch.arange(x.shape[1])).tanh() * x,
+        positions=nn.Embedding(9, WIDTH),
+    ),
+    "class-token": lambda: Net(
+        lambda m, x: m.layer(torch.cat([m.c.expand(len(x), 1, WIDTH), x], 1))[:, 1:],
+        c=own_weight(WIDTH),
+        layer=nn.TransformerEncoderLayer(WIDTH, 2, 6, 0.0, batch_first=True),
+    ),
+}
+
+
+def drawn_model(draw):
+    blocks = [
+        Residual(draw, BLOCKS[draw.choice(list(BLOCKS))]()) for _ in range(draw.choice([1, 2, 3]))
+    ]
+    embedding = nn.Embedding(VOCAB, WIDTH, padding_idx=draw.choice([None, 0]))
+    model = Net(
+        lambda m, ids: m.head(m.blocks(m.embedding(ids))).mean(1),
+        embedding=embedding,
+        blocks=nn.Sequential(*blocks),
+        head=nn.Linear(WIDTH, VOCAB, bias=draw.random() < 0.5),
+    )
+    if draw.random() < 0.5:
+        model.head.weight = embedding.weight
+    linear = [part for part in model.modules() if type(part) is nn.Linear]
+    for _ in range(draw.choice([0, 1, 2])):
+        one, other = draw.choice(linear), draw.choice(linear)
+        if one.weight.shape == other.weight.shape:
+            one.weight = other.weight
+    parameters = list(model.parameters())
+    for p in parameters[1:]:
+        p.requires_grad_(draw.random() < 0.9)
+    return model.train(draw.random() < 0.8)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_drawn(seed):
+    """Steps of other sizes, riding along or not, with norms or not."""
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    model, length = drawn_model(draw), draw.choice([3, 4, 8])
+    val, given = tokens(draw.choice([1, 2]), length, seed=99), draw.random() < 0.4
+    options = {"norms": draw.random() < 0.5, "label_shift": 0}
+    engine = GradDotProdEngine(model, None if given else val, **options)
+    engine.attach()
+    for number in range(3):
+        length = draw.choice([2, 3, 8]) if given else length
+        if given:
+            engine.set_directions(engine.compute_directions([val], classes))
+        train = tokens(draw.choice([1, 2, 3, 6]), length, seed=number)
+        check(engine, train, val, classes, number)

@@ -78,18 +78,19 @@ VAL = token_batch(2, 11, seed=99)
 
 @pytest.mark.parametrize("way", [compiled, in_a_function])
 def test_gpt2(way, close):
-    """One graph for a shape, one more for all others; the first step runs uncompiled."""
+    """One graph for a shape, one more for all others; the first step runs uncompiled, and the first
+    with padding."""
     model = gpt2().double()
     call = way(model)
     engine = GradDotProdEngine(model, VAL, label_shift=1, padding={"inputs": 0})
     engine.attach()
     seen = []
-    for i, shape in enumerate([(4, 11), (4, 11), (4, 11), (3, 13), (5, 12)]):
+    for i, shape in enumerate([(4, 11), (4, 11), (4, 11), (3, 13), (3, 13), (5, 12)]):
         train = token_batch(*shape, seed=i, ragged=True)
         step(engine, call, train, i)
         check(engine, close, train, VAL, 1e-10)
         seen.append(graphs())
-    assert seen == [0, 1, 1, 2, 2]
+    assert seen == [0, 1, 1, 1, 2, 2]
 
 
 def test_fused_head_accumulation_and_targets(close):
@@ -559,6 +560,36 @@ def test_batches_of_one_row_come_first(model, close):
         step(engine, call, train, i, run)
         check(engine, close, train, batch(2, 99), 1e-10, loss=loss)
     assert graphs() <= 3
+
+
+class Attending(nn.Module):
+    """A transformer layer with time first or not."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(30, 12), nn.Linear(12, 30)
+        self.layer = nn.TransformerEncoderLayer(12, 2, 16, 0.0, batch_first=batch_first)
+        self.batch_first = batch_first
+
+    def forward(self, ids):
+        x = self.tokens(ids)
+        x = self.layer(x) if self.batch_first else self.layer(x.transpose(0, 1))
+        return self.head(x if self.batch_first else x.transpose(0, 1))
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_attention_in_evaluation_and_of_as_many_tokens_as_rows(batch_first, close):
+    """In eval() PyTorch's attention has another way, whose outputs are others, where nothing needs a
+    gradient; and with time first T says nothing of the rows."""
+    model, val = Attending(batch_first).double().eval(), token_batch(2, 5, 30, seed=7)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, val, label_shift=1)
+    engine.attach()
+    for i, rows in enumerate((3, 4, 3, 2, 4)):
+        train = token_batch(rows, 5, 30, seed=i)
+        step(engine, call, train, i)
+        check(engine, close, train, val, 1e-10)
 
 
 def test_autocast():

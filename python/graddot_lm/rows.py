@@ -360,7 +360,7 @@ def check_padding(
     def run(length: int) -> list[_Digest]:
         def part(x: Tensor) -> Tensor:
             x = take_rows(x, index, rows)
-            return x[:, :length] if x.dim() > 1 and x.shape[1] == full else x
+            return x[:, :length].contiguous() if x.dim() > 1 and x.shape[1] == full else x
 
         part_args, part_kwargs = tree_map_only(Tensor, part, (args, kwargs))
         with own_buffers(model):

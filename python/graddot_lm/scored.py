@@ -211,7 +211,8 @@ class ScoredForward:
         returns = form_of(out, tensors, numbers)
         if numbers:  # a graph's output is tensors
             returns = None
-        with_rows = tuple(x.shape[:1] == (scored.rows,) for x in tensors)
+        first = scored.step.layouts.get(self.name) != "second"  # where T may be as many
+        with_rows = tuple(first and x.shape[:1] == (scored.rows,) for x in tensors)
         arguments = form_of((args, tuple(kwargs.values())), [], []), tuple(kwargs), scored.rows == 1
         self.calls[arguments] = Call(returns, with_rows, scored.broadcasts)
 

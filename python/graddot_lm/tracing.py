@@ -230,7 +230,8 @@ class LayerSite:
 
 @contextlib.contextmanager
 def _fake_state(module: nn.Module) -> Iterator[None]:
-    """Parameters and buffers without values in the place of a module's, its layers unscored."""
+    """Parameters and buffers without values in the place of a module's, its layers unscored, and
+    attention by the way of training, for its fast path returns another form."""
     parts = list(module.modules())
     before = [(part, part._parameters.copy(), part._buffers.copy()) for part in parts]
     forwards: list[tuple[nn.Module, Any]] = [(p, p.__dict__.get("forward")) for p in parts]
@@ -240,7 +241,9 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
         kinds = {n: (x.shape, x.dtype, x.device) for n, x in tensors.items() if x is not None}
         return {n: torch.empty(shape, dtype=t, device=d) for n, (shape, t, d) in kinds.items()}
 
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
+        torch.backends.mha.set_fastpath_enabled(False)
         for part, parameters, buffers in before:
             part._parameters.update(fakes(parameters))
             part._buffers.update(fakes(buffers))
@@ -248,6 +251,7 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
             part.__dict__["forward"] = forward.own_forward
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for part, parameters, buffers in before:
             part._parameters.update(parameters)
             part._buffers.update(buffers)
