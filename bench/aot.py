@@ -5,8 +5,7 @@
 A row is one kernel variant on one target: registers, spilled bytes, shared memory, the matrix
 instruction in its assembly. Exits non-zero when a hot kernel spills on sm_90, when a bf16 matrix
 kernel has no wgmma there or loads single elements, or when any needs more shared memory than its
-target has. Results are
-cached by source under build/triton-aot.
+target has. Results are cached by source under build/triton-aot.
 """
 
 import argparse
@@ -152,12 +151,8 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
             plain = f"*{pointee}" if name.startswith("p_") else "i32"
             signature[name] = scalars.get(name, plain)
             odd = name == "d_out" and constants.get("PADDED")
-            if (
-                not odd
-                and name.startswith(("p_", "d_"))
-                or re.search("_s[a-z]$", name)
-                or name in ("t", "d", "stride")
-            ):
+            even = name.startswith(("p_", "d_")) or name in ("t", "d", "stride")
+            if not odd and (even or re.search("_s[a-z]$", name)):
                 attributes[(i,)] = [["tt.divisibility", 16]]
     return ASTSource(case.kernel, signature, constants, attributes)
 

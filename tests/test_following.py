@@ -300,19 +300,16 @@ def test_a_layer_that_is_measured_beside(rows):
     same_gradients(model, want, 1e-10)
 
 
-def test_a_measure_as_long_as_the_batch_is_refused():
-    x, y = data(6)
-    x = x.double()
-    with pytest.raises(
-        GraddotError, match=r"layer layer .*\(6, 6\).* by layer scale.*another number"
-    ):
-        run_step(Scaled(True), (x[:5], y[:5]), (x[5:], y[5:]), loss=F.cross_entropy, label_shift=0)
-
-
-def test_a_layer_whose_measure_gets_a_gradient_is_refused():
-    x, y = data(4)
-    x = x.double()
-    with pytest.raises(
-        GraddotError, match=r"used outside of the layer that owns them.*layer\.weight"
-    ):
-        run_step(Scaled(False), (x[:3], y[:3]), (x[3:], y[3:]), loss=F.cross_entropy, label_shift=0)
+@pytest.mark.parametrize(
+    ("detached", "rows", "match"),
+    [
+        (True, 6, r"layer layer .*\(6, 6\).* by layer scale.*another number"),
+        (False, 4, r"used outside of the layer that owns them.*layer\.weight"),
+    ],
+    ids=["as long as the batch", "with a gradient"],
+)
+def test_a_measure_that_is_refused(detached, rows, match):
+    x, y = data(rows)
+    train, val = (x[:-1].double(), y[:-1]), (x[-1:].double(), y[-1:])
+    with pytest.raises(GraddotError, match=match):
+        run_step(Scaled(detached), train, val, loss=F.cross_entropy, label_shift=0)

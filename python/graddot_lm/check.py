@@ -14,7 +14,7 @@ from .general import Rule, caller_rule
 from .layers import Step
 from .rows import Layout, NoDropout, find_layouts, take_rows
 from .rules import rule_for
-from .scored import Scored, ScoredForward
+from .scored import Scored, ScoredForward, first_tensor
 from .verify import tensors_in
 
 WayType = TypeVar("WayType", bound=Rule)
@@ -32,7 +32,7 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 
     Raises GraddotError naming the first thing that differs by more than 1e-5 of its norm.
     """
-    first = next((x for x in tree_flatten((inputs, kwargs))[0] if isinstance(x, Tensor)), None)
+    first = first_tensor((inputs, kwargs))
     if first is None or first.dim() == 0 or first.shape[0] < 2:
         raise GraddotError("check_layer needs an input tensor with at least two samples")
     plain = copy.deepcopy(module)

@@ -332,7 +332,7 @@ class GradDotProdEngine:
         val_rows = [len(part) for part in self._val]
         targets = 1 if self._targets is None else len(self._targets)
         leaf_of = leaf_names(
-            self._parameters, self._coverage.covered, self._groups(), self._per_parameter
+            self._parameters, self._coverage.covered, self._optimizers, self._per_parameter
         )
         first = next(iter(self._parameters.values()))
         tokens = None
@@ -487,25 +487,11 @@ class GradDotProdEngine:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
 
-    def _groups(self) -> list[dict[str, Any]]:
-        """The groups of parameters of all optimizers."""
-        return [group for one in self._optimizers for group in one.param_groups]
-
     def _note_rates(self, micro: MicroBatch) -> None:
         """The optimizers' learning rates, unless they were noted when one took the step."""
         if self._optimizers and not micro.leaf_lrs:
-            rates = learning_rates(self._parameters, micro.leaf_of, self._groups())
-            micro.lr, micro.leaf_lrs = rates
-            by_id = {
-                id(p): k
-                for k, one in enumerate(self._optimizers)
-                for group in one.param_groups
-                for p in group["params"]
-            }
-            micro.optimizer_of = {
-                leaf: by_id.get(id(self._parameters[name]), 0)
-                for name, leaf in micro.leaf_of.items()
-            }
+            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizers)
+            micro.lr, micro.leaf_lrs, micro.optimizer_of = rates
 
     def _has_gradients(self) -> bool:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]

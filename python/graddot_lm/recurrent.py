@@ -17,7 +17,7 @@ from .errors import GraddotError
 from .layers import no_autocast
 from .scored import Scored, any_layout
 
-_KERNELS: dict[str, Any] = {
+KERNELS: dict[str, Any] = {
     "LSTM": torch._VF.lstm,  # type: ignore[attr-defined]
     "GRU": torch._VF.gru,  # type: ignore[attr-defined]
     "RNN_TANH": torch._VF.rnn_tanh,  # type: ignore[attr-defined]
@@ -74,7 +74,7 @@ def _run(
     w_ih, w_hh, b_ih, b_hh = (getattr(module, name, None) for name in named)
     assert w_ih is not None and w_hh is not None
     gates = scored.linear_of_rows(x, w_ih, b_ih)
-    kernel = _KERNELS[module.mode]
+    kernel = KERNELS[module.mode]
     state = tuple(s.to(gates.dtype) for s in state)
     identity = torch.eye(gates.shape[2], dtype=gates.dtype, device=gates.device)
     values = [identity, w_hh.detach().to(gates.dtype)]

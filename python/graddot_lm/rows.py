@@ -16,18 +16,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 
 from .errors import GraddotError
 from .layers import Step
+from .recurrent import KERNELS
+from .scored import first_tensor
 from .verify import tensors_in
 
 _DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     torch.dropout, torch.alpha_dropout, torch.feature_dropout,
 }  # fmt: skip
-
-_RECURRENT = {torch._VF.lstm, torch._VF.gru, torch._VF.rnn_tanh, torch._VF.rnn_relu}  # type: ignore[attr-defined]
 
 
 # What is drawn in place of random numbers. Uniform ones are compared with a rate, by layers of random
@@ -60,7 +60,7 @@ class NoDropout(TorchFunctionMode):
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
             kwargs.pop("dropout_p", None)
-        if func in _RECURRENT and isinstance(args[3], bool):  # of no PackedSequence
+        if func in KERNELS.values() and isinstance(args[3], bool):  # of no PackedSequence
             args = (*args[:5], 0.0, *args[6:])
         if func is F.multi_head_attention_forward:
             args = (*args[:10], 0.0, *args[11:])
@@ -506,7 +506,7 @@ def _digests(
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, kwargs: Any) -> None:
             on_layer(module, name)
-            x = next((x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)), None)
+            x = first_tensor((args, kwargs))
             # A layer without an input gives the same for every row.
             digest = _digest(torch.zeros(1) if x is None else x)
             found.setdefault(name, []).append(
@@ -574,9 +574,9 @@ def _check_beside(
     Raises GraddotError where such an input might then be taken for one of the layouts.
     """
     sizes = {rows * layout if isinstance(layout, int) else rows for layout in layouts}
+    at = 1 if "second" in layouts else 0
     for x in calls:
         inside = x.caller == "" or name.startswith(f"{x.caller}.")
-        at = 1 if "second" in layouts else 0
         if not inside and sizes & set(x.shape[at : at + 1]):
             raise GraddotError(
                 f"layer {name} is called with an input of shape {tuple(x.shape)} that has no rows, by"

@@ -136,7 +136,7 @@ class MicroBatch:
             return torch.full_like(self.scores(), float("nan"))
         parts: dict[int, list[Tensor]] = {}
         for leaf, lr in self.leaf_lrs.items():
-            parts.setdefault(self.optimizer_of.get(leaf, 0), []).append(lr * self.dots(leaf))
+            parts.setdefault(self.optimizer_of[leaf], []).append(lr * self.dots(leaf))
         sums = [torch.stack(own).sum(0).where(self._took(k), 0.0) for k, own in parts.items()]
         return sums[0] if len(sums) == 1 else torch.stack(sums).sum(0)
 
@@ -155,12 +155,13 @@ class MicroBatch:
 def leaf_names(
     parameters: Mapping[str, nn.Parameter],
     covered: Sequence[str],
-    groups: Sequence[Mapping[str, Any]],
+    optimizers: Sequence[torch.optim.Optimizer],
     per_parameter: bool,
 ) -> dict[str, str]:
     """The leaf of every covered parameter: its own, or that of its group in an optimizer."""
     if per_parameter:
         return {name: name for name in covered}
+    groups = [group for one in optimizers for group in one.param_groups]
     group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
     return {name: group_of.get(id(parameters[name]), "none") for name in covered}
 
@@ -168,14 +169,14 @@ def leaf_names(
 def learning_rates(
     parameters: Mapping[str, nn.Parameter],
     leaf_of: Mapping[str, str],
-    groups: Sequence[Mapping[str, Any]],
-) -> tuple[Number, dict[str, Number]]:
-    """The first group's, and by leaf."""
-    rates = [_rate(group["lr"]) for group in groups]
-    pairs = zip(groups, rates, strict=True)
-    by_id = {id(p): rate for group, rate in pairs for p in group["params"]}
-    by_leaf = {leaf: by_id.get(id(parameters[name]), 0.0) for name, leaf in leaf_of.items()}
-    return rates[0], by_leaf
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> tuple[Number, dict[str, Number], dict[str, int]]:
+    """The first group's, by leaf, and by leaf which optimizer updates it."""
+    groups = [(k, g, _rate(g["lr"])) for k, one in enumerate(optimizers) for g in one.param_groups]
+    by_id = {id(p): (rate, k) for k, group, rate in groups for p in group["params"]}
+    of_leaf = {leaf: by_id.get(id(parameters[name]), (0.0, 0)) for name, leaf in leaf_of.items()}
+    rates = {leaf: rate for leaf, (rate, _) in of_leaf.items()}
+    return groups[0][2], rates, {leaf: k for leaf, (_, k) in of_leaf.items()}
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
