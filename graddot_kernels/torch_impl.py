@@ -24,11 +24,16 @@ _GRAM_ELEMENTS = 4 * 1024 * 1024
 # ratio matters: it decides which exact route is cheaper, never what the result is.
 _MACS_PER_FUSED_ELEMENT = 40
 _MACS_PER_FUSED_ELEMENT_COMPILED = 12
+# A compiled kernel is one call, the other routes ten operations of PyTorch and more: 40 µs, in which
+# a matrix product does so many multiply-adds.
+_MACS_OF_CALLS = 1_000_000
 
 
-def _macs_per_fused_element(x: Tensor) -> int:
-    compiled = cpu_kernels.available(x)
-    return _MACS_PER_FUSED_ELEMENT_COMPILED if compiled else _MACS_PER_FUSED_ELEMENT
+def _fused_is_cheaper(x: Tensor, elements: int, macs: int) -> bool:
+    """Than another route of so many multiply-adds; elements are those of all samples' gradients."""
+    if cpu_kernels.available(x):
+        return _MACS_PER_FUSED_ELEMENT_COMPILED * elements <= macs + _MACS_OF_CALLS
+    return _MACS_PER_FUSED_ELEMENT * elements <= macs
 
 
 def _accumulated(x: Tensor) -> Tensor:
@@ -162,8 +167,8 @@ def linear_wgrad_dot(
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient and dots, by whichever of fused and direction costs less."""
     direction, act, grad = _accumulated(direction), _accumulated(act), _accumulated(grad)
-    k, t = direction.shape[0], act.shape[1]
-    if k * t < _macs_per_fused_element(act):
+    k, t, elements = direction.shape[0], act.shape[1], len(act) * act.shape[2] * grad.shape[2]
+    if not _fused_is_cheaper(act, elements, k * t * elements):
         dots = linear_direction_dot(direction, act, grad, per_token=False)
         if norms:
             dots = bordered(dots, linear_sample_dot(act, grad, act, grad))
@@ -197,9 +202,10 @@ def linear_wgrad_dot_into(
     sample's unscaled bias gradient Σ_t b into bias_grads, (N, Dout). Returns the dots."""
     direction, act, grad = (apart_from(weight_grad, x) for x in (direction, act, grad))
     acts, grads = _accumulated(act), _accumulated(grad)
-    long = direction.shape[0] * act.shape[1] >= _macs_per_fused_element(acts)
+    elements = len(act) * weight_grad.numel()
+    fused = _fused_is_cheaper(acts, elements, direction.shape[0] * act.shape[1] * elements)
     in_place = weight_grad.dtype == acts.dtype and weight_grad.is_contiguous()
-    if long and in_place and cpu_kernels.available(acts):
+    if fused and in_place and cpu_kernels.available(acts):
         dots = cpu_kernels.linear_wgrad_dot(
             weight_grad, _accumulated(direction), [], acts, grads, scale, accumulate, norms
         )
@@ -235,8 +241,8 @@ def linear_joint_wgrad_dot(
     act, grad = _accumulated(act), _accumulated(grad)
     n, t = act.shape[0] - sum(val_rows), act.shape[1]
     d_in, d_out = act.shape[2], grad.shape[2]
-    gram_macs = sum(val_rows) * t * t * (d_in + d_out)
-    if gram_macs < _macs_per_fused_element(act) * d_in * d_out:
+    gram_macs = n * t * sum(val_rows) * t * (d_in + d_out)
+    if not _fused_is_cheaper(act, n * d_in * d_out, gram_macs):
         dots = _joint_gram_dots(act, grad, val_rows, norms)
         return _weight_grad(act[:n], grad[:n], scale), dots
     if cpu_kernels.available(act):

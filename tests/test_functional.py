@@ -119,11 +119,13 @@ def test_direction_dot(case: dict) -> None:
     check_given_direction(make(**case))
 
 
+@pytest.mark.usefixtures("each_count")
 @every_case
 def test_wgrad_dot(case: dict) -> None:
     check_wgrad_dot(make(**case))
 
 
+@pytest.mark.usefixtures("each_count")
 @pytest.mark.parametrize("t", [3, 41])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 def test_directions_of_fp32_with_16_bit_samples(dtype: str, t: int) -> None:
@@ -133,12 +135,14 @@ def test_directions_of_fp32_with_16_bit_samples(dtype: str, t: int) -> None:
     check_wgrad_dot(p)
 
 
+@pytest.mark.usefixtures("each_count")
 @every_case
 def test_joint_wgrad_dot_of_one_and_several_targets(case: dict) -> None:
     for val_rows in VAL_ROWS:
         check_joint(make(**(case | {"v": sum(val_rows), "s": None})), val_rows)
 
 
+@pytest.mark.usefixtures("each_count")
 @every_case
 def test_squared_norms(case: dict) -> None:
     for val_rows in VAL_ROWS:
@@ -349,6 +353,12 @@ def test_a_backward_that_needs_the_buffer_as_it_was_is_refused(t: int) -> None:
         y.backward()
 
 
+@pytest.fixture(params=[0, 10**6], ids=["by-products", "by-calls"])
+def each_count(request, monkeypatch) -> None:
+    """Routes chosen by multiply-adds alone, as of large layers, and by calls, as of small ones."""
+    monkeypatch.setattr(torch_impl, "_MACS_OF_CALLS", request.param)
+
+
 @pytest.fixture
 def calls(monkeypatch) -> list[str]:
     """Names of torch_impl's inner functions, in the order of their calls."""
@@ -428,6 +438,7 @@ def test_gram_route_by_blocks(elements: int, calls: list[str], monkeypatch) -> N
     flattened = []
     tokens = torch_impl._tokens
     monkeypatch.setattr(torch_impl, "_tokens", lambda x: (flattened.append(x), tokens(x))[1])
+    monkeypatch.setattr(torch_impl, "_MACS_OF_CALLS", 0)
     p = make(t=5)
     gk.linear_ghost_dot(p.val_act, p.val_grad, p.act, p.grad, method="gram")
     assert len(flattened) == 2 * blocks  # act and grad of every block of samples and of val rows
@@ -459,6 +470,7 @@ OTHERS: dict[str, Callable[[Problem], Tensor]] = {
 }
 
 
+@pytest.mark.usefixtures("each_count")
 @pytest.mark.parametrize("t", [3, 41], ids=["gram-or-direction", "fused"])
 @pytest.mark.parametrize("name", ["ghost-gram", "ghost-direction", "direction", "wgrad", "joint"])
 def test_outlier_does_not_blur_the_other_dots(name: str, t: int) -> None:
@@ -473,6 +485,7 @@ def test_outlier_does_not_blur_the_other_dots(name: str, t: int) -> None:
     assert_within(got, want, bound, 1e-5)
 
 
+@pytest.mark.usefixtures("each_count")
 @pytest.mark.parametrize("t", [3, 41], ids=["gram-or-direction", "fused"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("call", (DOTS | OTHERS).values(), ids=DOTS | OTHERS)
@@ -489,6 +502,7 @@ def test_result_dtype_repeats_bitwise_also_under_autocast(
     assert all(torch.equal(x, y) for x, y in zip(p, inputs, strict=True))
 
 
+@pytest.mark.usefixtures("each_count")
 @pytest.mark.parametrize("t", [3, 41], ids=["gram-or-direction", "fused"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "fp64"])
 @pytest.mark.parametrize("call", (DOTS | OTHERS).values(), ids=DOTS | OTHERS)

@@ -380,7 +380,7 @@ class LinearDot(ScoredFunction):
         flat = x.flatten(0, -2)
         out = F.linear(flat, w.t() if transposed else w, b)
         # No view, which a function's output that is modified in place (an activation) may not be.
-        return torch.ops.aten._unsafe_view(out, [*x.shape[:-1], out.shape[1]])
+        return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[1]])
 
     @staticmethod
     @without_autocast

@@ -165,6 +165,7 @@ class ScoredForward:
         """begin(module, name) gives the step that is under way, if any; watch sees the output;
         model_forward is what compiled code asks (compiled.py)."""
         self.module, self.name, self._rule = module, name, rule
+        self._any_layout = getattr(getattr(rule, "func", rule), "any_layout", False)
         self.begin, self._watch, self.own_forward = begin, watch, module.forward
         self.model_forward, self.sites = model_forward, []  # type: ignore[var-annotated]
         self.key = new_owner(self)
@@ -185,7 +186,7 @@ class ScoredForward:
         if self.model_forward is not None:
             self.model_forward.require_layout(step, self.name)
         scored = Scored(self.name, step, self.own_forward)
-        if not getattr(getattr(self._rule, "func", self._rule), "any_layout", False):
+        if not self._any_layout:
             scored.require_rows_first()
         around, ScoredForward.around = ScoredForward.around, None
         before = _tensor_attributes(self.module) if step.first else None
@@ -212,8 +213,12 @@ class ScoredForward:
         if numbers:  # a graph's output is tensors
             returns = None
         first = scored.step.layouts.get(self.name) != "second"  # where T may be as many
-        with_rows = tuple(first and x.shape[:1] == (scored.rows,) for x in tensors)
-        arguments = form_of((args, tuple(kwargs.values())), [], []), tuple(kwargs), scored.rows == 1
+        with_rows = tuple([first and x.shape[:1] == (scored.rows,) for x in tensors])
+        if len(args) == 1 and not kwargs and type(args[0]) is Tensor:  # as most calls
+            form = _ONE_TENSOR
+        else:
+            form = form_of((args, tuple(kwargs.values())), [], [])
+        arguments = form, tuple(kwargs), scored.rows == 1
         self.calls[arguments] = Call(returns, with_rows, scored.broadcasts)
 
     @uncompiled("graddot: a scored layer with an input or a result that no graph can hold")
@@ -225,6 +230,9 @@ class ScoredForward:
         """A copied model is a plain one: its layers must not run this model's weights."""
         copied = memo[id(self.module)]
         return type(copied).forward.__get__(copied)
+
+
+_ONE_TENSOR = form_of(((torch.empty(0),), ()), [], [])
 
 
 def first_tensor(arguments: Any) -> Tensor | None:
