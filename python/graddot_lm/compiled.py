@@ -129,10 +129,11 @@ def _owned(value: Any, borrowed: set[int]) -> Any:
     return value
 
 
-def _own_uses(step: Step, module: nn.Module, borrowed: set[int]) -> None:
-    for p in module.parameters():
-        if id(p) in step.shared:
-            _owned(step.shared[id(p)], borrowed)
+def _own_uses(step: Step, parameters: list[nn.Parameter], borrowed: set[int]) -> None:
+    for p in parameters:
+        uses = step.shared.get(id(p))
+        if uses is not None and uses.holds:
+            _owned(uses, borrowed)
 
 
 def _returned(tensors: list[Tensor], borrowed: set[int]) -> list[Tensor]:
@@ -149,7 +150,10 @@ def _returned(tensors: list[Tensor], borrowed: set[int]) -> list[Tensor]:
 @contextlib.contextmanager
 def _with_autograd(device: torch.device, autocast: torch.dtype | None) -> Iterator[None]:
     """Ops run below autograd and autocast; a rule needs both, as they were where it was called."""
-    as_it_was = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
+    as_it_was: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+    # Entering its context takes longer than small layers.
+    if autocast is not None or torch.is_autocast_enabled(device.type):
+        as_it_was = torch.autocast(device.type, dtype=autocast, enabled=autocast is not None)
     with torch._C._ForceDispatchKeyGuard(*_keys), torch.enable_grad(), as_it_was:
         yield
 
@@ -186,7 +190,8 @@ def _site(number: int) -> Any:
 
 def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  # type: ignore[no-untyped-def]
     site = _site(number)
-    if any(p._backward_hooks for p in site.parameters()):
+    own = site.parameters()
+    if any(p._backward_hooks for p in own):
         raise GraddotError(
             f"layer {site.scored.name} has a parameter with a gradient hook (register_hook), which"
             " would run twice in a compiled model; use register_post_accumulate_grad_hook"
@@ -200,9 +205,9 @@ def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  
             outputs = [out.view_as(out) for out in site.run(leaves, numbers)]
     edges = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
     call = _Call(step, edges, [x for x in leaves if x.requires_grad], kept.inputs)
-    _own_uses(step, site.scored.module, kept.borrowed())
-    own = _returned(outputs, kept.borrowed() | kept.storages)
-    return [*own, _numbered(call)]
+    _own_uses(step, own, kept.borrowed())
+    results = _returned(outputs, kept.borrowed() | kept.storages)
+    return [*results, _numbered(call)]
 
 
 def _numbered(call: _Call) -> Tensor:
@@ -251,7 +256,7 @@ def _layer_backward(number, call_number, grads, inputs, parameters, needs):  # t
     ]
     borrowed = {_storage(x) for x in (*inputs, *grads)} - {0}
     returned = _returned(results, borrowed)
-    _own_uses(step, site.scored.module, borrowed | {_storage(x) for x in returned})
+    _own_uses(step, own, borrowed | {_storage(x) for x in returned})
     return returned
 
 

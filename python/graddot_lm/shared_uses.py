@@ -109,6 +109,12 @@ class SharedUses:
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
     _vectors: list[Tensor] = field(default_factory=list)
 
+    @property
+    def holds(self) -> bool:
+        """Whether one use keeps tensors of its own for another."""
+        kept = self.embedding_ids or self._linears or self._embeddings or self._parts
+        return bool(kept or self._vectors) or self.held is not None or self.head_tables is not None
+
     def direction(self) -> Tensor:
         """The whole of what is given, for as long as one layer's backward needs it."""
         assert self.given is not None
