@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+import inspect
 from pathlib import Path
 from typing import NamedTuple
 
@@ -217,6 +218,10 @@ def test_classifier_with_a_mean_of_its_own(tmp_path, close):
         close(column("value"), factor * dots, 1e-4, factor * scales)
 
 
+@pytest.mark.skipif(
+    "num_items_in_batch" not in inspect.signature(LabelSmoother.__call__).parameters,
+    reason="older versions divide by each micro-batch's own tokens: refused, see test_refusals",
+)
 @pytest.mark.parametrize("kind", ["gpt2", "bert"])
 def test_label_smoothing(tmp_path, close, kind):
     """Of the training loss, which Trainer then computes; the validation loss is the model's own."""
@@ -319,8 +324,10 @@ def test_scores_for_adamw(tmp_path, close):
         close(torch.tensor([row["dot"] for row in at], dtype=torch.float64), dots, 1e-4, scales)
 
 
-def test_bf16(tmp_path, record_property):
+def test_bf16(tmp_path, record_property, monkeypatch):
     """Scores within 2e-2 of their Cauchy-Schwarz scale, as in 16 bit elsewhere."""
+    # Transformers 4 sets it for whatever trains later in this process; this is undone after the test.
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     models, rows = train(tmp_path, tiny_gpt2(), bf16=True, max_steps=1)
     dots, scales, _ = brute_force(models[0], TRAIN, VAL, [row["sample_id"] for row in rows])
     got = torch.tensor([row["dot"] for row in rows], dtype=torch.float64)

@@ -4,12 +4,25 @@ process of its own."""
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
+else:
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def with_index_of_one_element(tensor: Any, scope: Any) -> None:
+        """A loop's bound is an array of one element; Triton 3.6 calls int() on it, which numpy does
+        not take from 2.4 on."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = with_index_of_one_element
 
 
 @pytest.fixture(autouse=True)
