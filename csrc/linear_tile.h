@@ -189,7 +189,7 @@ void add_row(const LinearProblem& p, int64_t row, const LinearTile& tile, const 
   const float* act_panels = panels.act;
   if (panels.all_act != nullptr) {
     act_panels = panels.all_act + row * packed_size(p) + tile.in_begin * p.tokens;
-  } else {
+  } else if (p.tokens > 0) {  // else there may be no address to count from, here and below
     pack<kBlockIn>(p.act.row(row) + tile.in_begin, p.act.token_stride, p.tokens, in, panels.act);
   }
   const Target between{{panels.sums, 1, to.sum.out}, false, {}, nullptr, false};
@@ -199,8 +199,10 @@ void add_row(const LinearProblem& p, int64_t row, const LinearTile& tile, const 
     const Target& into = first + tokens == p.tokens ? to : between;
     for (int64_t begin = tile.out_begin; begin < tile.out_end; begin += step) {
       const int64_t out = smaller(step, tile.out_end - begin);
-      const float* grad = p.grad.row(row) + first * p.grad.token_stride + begin;
-      pack<kBlockOut>(grad, p.grad.token_stride, tokens, out, panels.grad);
+      if (tokens > 0) {
+        const float* grad = p.grad.row(row) + first * p.grad.token_stride + begin;
+        pack<kBlockOut>(grad, p.grad.token_stride, tokens, out, panels.grad);
+      }
       for (int64_t j = 0; j < in; j += kBlockIn) {
         const float* act = act_panels + j * p.tokens + first * kBlockIn;
         for (int64_t i = 0; i < out; i += kBlockOut) {

@@ -9,12 +9,14 @@
 namespace {
 
 constexpr int kLanes = GRADDOT_LANES;
-// Loads and stores go through this type wherever the floats lie.
-typedef float Vector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
-typedef int32_t IntVector __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef float Vector __attribute__((vector_size(4 * kLanes), may_alias));
+typedef int32_t IntVector __attribute__((vector_size(4 * kLanes), may_alias));
+// Loads and stores go through this type wherever the floats lie; no variable has it: clang forgets
+// the alignment of an array's elements, and would then write to one that is not aligned as if it were.
+typedef float VectorInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
 
-inline Vector load(const float* from) { return *reinterpret_cast<const Vector*>(from); }
-inline void store(float* to, const Vector& x) { *reinterpret_cast<Vector*>(to) = x; }
+inline Vector load(const float* from) { return *reinterpret_cast<const VectorInMemory*>(from); }
+inline void store(float* to, const Vector& x) { *reinterpret_cast<VectorInMemory*>(to) = x; }
 inline Vector all(float x) { return x - Vector{}; }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
