@@ -588,6 +588,8 @@ class ModelForward:
             self._check_numbers(micro, output)
             self._label_check = LabelCheck(output, micro.labels, micro.counts, self._finished == 0)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
+            if self.directions is not None:
+                distributed.check_static_graph()
             self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
