@@ -344,7 +344,7 @@ class ModelForward:
         """Labelled tokens of each row, and the weight of one in the gradient of all processes."""
         group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
         n_train = None
-        if self.global_mean:
+        if self.global_mean or (micro.loss_reduction == "sum" and micro.items is None):
             own = counts[: micro.n].sum().to(micro.step.scale.device)
             n_train = distributed.summed(own, group)
         micro.set_counts(counts, distributed.world_size(group), n_train)
