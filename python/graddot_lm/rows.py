@@ -447,6 +447,8 @@ def _check_number(losses: Tensor, rows: int, weights: Tensor | None, tolerance: 
     half = rows // 2
     shares = losses[0].new_ones(2)
     if weights is not None:
+        if not weights.any():  # the mean of nothing
+            return
         shares = torch.stack([weights[:half].sum(), weights[half:].sum()]).to(losses[0])
         shares = shares / shares.sum()
     # The mean of a half without labels is NaN.
