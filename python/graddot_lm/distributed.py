@@ -107,6 +107,13 @@ def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> Non
         )
 
 
+def unshard(model: nn.Module) -> None:
+    """Put the whole parameters back for the forward under way, in whose midst another of the model
+    may have given them up (as `fully_shard(model, reshard_after_forward=True)` asks)."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
+
+
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are there whole at this moment, by name."""
     return {n: p for n, p in model.named_parameters() if not isinstance(p, DTensor)}

@@ -104,6 +104,10 @@ class KnownLayouts:
         """Those of inputs of these shapes, the rows' dimension left out; None if not known."""
         return self._found.get(mode, self._found.get((mode, *shapes)))
 
+    def are_for_all(self, mode: Any) -> bool:
+        """Whether those found in this mode are for all inputs."""
+        return mode in self._found
+
     def learn(self, mode: Any, shapes: Sequence[torch.Size], layouts: dict[str, Layout]) -> None:
         """What `find_layouts` found for such inputs."""
         flat = any(isinstance(layout, int) for layout in layouts.values())
