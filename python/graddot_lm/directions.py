@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from . import distributed
 from .batches import Rows
+from .checkpointing import has_reentrant_checkpoint
 from .errors import GraddotError
 
 Direction = Mapping[str, Tensor]
@@ -141,10 +142,9 @@ def mean_gradient(
     tokens = 0.0
     try:
         for batch in batches:
-            weight, count, loss_scale = _backward(batch, parameters, loss_of, loss_scale)
+            grads, weight, count, loss_scale = _backward(batch, parameters, loss_of, loss_scale)
             for name in covered:
-                grad = parameters[name].grad
-                if grad is not None:
+                if (grad := grads.get(name)) is not None:
                     total[name].add_(grad, alpha=weight)
             tokens += count
     finally:
@@ -164,17 +164,41 @@ def _backward(
     parameters: Mapping[str, nn.Parameter],
     loss_of: Callable[[Any], tuple[Tensor, float, float]],
     scale: float,
-) -> tuple[float, float, float]:
-    """Leave the scaled gradient on the parameters; its weight, the tokens, and the scale used."""
+) -> tuple[dict[str, Tensor | None], float, float, float]:
+    """The scaled gradients by name, their weight, the tokens, and the scale used."""
     while True:
         for p in parameters.values():
             p.grad = None
         loss, weight, count = loss_of(batch)
-        (loss * scale).backward()  # not autograd.grad, which reentrant checkpoints refuse
-        grads = [p.grad for p in parameters.values() if p.grad is not None]
-        if scale <= 1 or all(distributed.are_finite(grads)):
-            return weight / scale, count, scale
+        grads = _gradients(loss * scale, parameters)
+        found = [grad for grad in grads.values() if grad is not None]
+        if scale <= 1 or all(distributed.are_finite(found)):
+            return grads, weight / scale, count, scale
         scale = max(1.0, scale / 16)
+
+
+def _gradients(loss: Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor | None]:
+    """By name, where that can be had without `.grad`: what waits there for a training gradient, as
+    an optimizer in the backward or DDP, whose static_graph would take this for its first, is not to
+    see it."""
+    sharded = distributed.is_sharded(parameters.values())
+    if not sharded and not has_reentrant_checkpoint([loss]):
+        wanted = {name: p for name, p in parameters.items() if p.requires_grad}
+        found = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True)
+        # A backward inside of the backward, as of checkpoints by other means, writes to .grad.
+        parts = [
+            (name, (grad, wanted[name].grad)) for name, grad in zip(wanted, found, strict=True)
+        ]
+        sums = {name: [x for x in both if x is not None] for name, both in parts}
+        return {name: sum(both[1:], both[0]) if both else None for name, both in sums.items()}
+    loss.backward()
+    grads = {name: p.grad for name, p in parameters.items()}
+    if sharded and all(grad is None for grad in grads.values()):
+        raise GraddotError(
+            "no gradient came to the sharded parameters; call set_requires_gradient_sync(True) on the"
+            " model before compute_directions"
+        )
+    return grads
 
 
 def adamw_direction(

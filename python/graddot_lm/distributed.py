@@ -65,6 +65,18 @@ def averaging_group(
     )
 
 
+def check_static_graph() -> None:
+    """Raise GraddotError if the DistributedDataParallel that runs takes the first backward of the
+    parameters for its own: with reentrant checkpoints that of compute_directions calls its hooks."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None and wrapper.static_graph:
+        raise GraddotError(
+            "DistributedDataParallel(static_graph=True) with reentrant checkpoints counts the backward"
+            " of compute_directions as its first, and would give wrong gradients; pass"
+            " use_reentrant=False to the checkpoints, or give val_data instead of directions"
+        )
+
+
 def world_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
@@ -93,6 +105,13 @@ def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> Non
             f"{name} was replaced since the engine was made; make the engine last, after"
             " fully_shard and whatever else replaces parameters"
         )
+
+
+def unshard(model: nn.Module) -> None:
+    """Put the whole parameters back for the forward under way, in whose midst another of the model
+    may have given them up (as `fully_shard(model, reshard_after_forward=True)` asks)."""
+    if isinstance(model, FSDPModule):
+        model.unshard()
 
 
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

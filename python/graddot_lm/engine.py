@@ -221,6 +221,8 @@ class GradDotProdEngine:
         scaled. `.grad` and scores are left alone. Raises GraddotError without labelled tokens and
         if the gradient is not finite.
         """
+        if distributed.is_sharded(self._parameters.values()):  # which may hold a step's gradients
+            self._require_no_step()
         if isinstance(batches, Mapping):
             return {
                 name: self.compute_directions(own, loss_fn, loss_scale=loss_scale)

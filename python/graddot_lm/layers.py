@@ -45,7 +45,7 @@ class Step:
     name how its input holds the rows, as `rows.find_layouts` saw it; first is True in the step that
     saw it; expands has the layers that return for all rows at once, in copies for each. A trial has
     no backward, and `moved` in it says in which rows what these layers return is moved a little, to
-    see whom it reaches. Of sharded weights a layer's backward may only use its own.
+    see whom it reaches. counts has the rows' labelled tokens, if known. Of sharded weights a layer's backward may only use its own.
     """
 
     rows: int
@@ -62,6 +62,7 @@ class Step:
     trial: bool = False
     moved: tuple[slice, Collection[str]] | None = None
     expands: set[str] = field(default_factory=set)
+    counts: Tensor | None = None
     in_backward: bool = False  # of which there were dots, and which is not through
     shared: dict[int, SharedUses] = field(default_factory=dict)
     _dots: dict[str, list[Tensor]] = field(default_factory=dict)

@@ -26,6 +26,7 @@ from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
 from .rows import (
     KnownLayouts,
+    Layout,
     check_loss,
     check_outputs,
     check_padding,
@@ -344,7 +345,7 @@ class ModelForward:
         """Labelled tokens of each row, and the weight of one in the gradient of all processes."""
         group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
         n_train = None
-        if self.global_mean:
+        if self.global_mean or (micro.loss_reduction == "sum" and micro.items is None):
             own = counts[: micro.n].sum().to(micro.step.scale.device)
             n_train = distributed.summed(own, group)
         micro.set_counts(counts, distributed.world_size(group), n_train)
@@ -455,7 +456,10 @@ class ModelForward:
                 with self.set_aside():
                     check_padding(self.model, args, kwargs, micro.step.rows, filled)
             self._padding_checked = True
-        known = None if micro.step.first else self._layouts.of(mode, shapes)
+        if micro.step.sharded:
+            known = self._known_to_all(micro, shapes)
+        else:
+            known = None if micro.step.first else self._layouts.of(mode, shapes)
         if known is not None:
             micro.step.layouts.update(known)
             return
@@ -478,6 +482,40 @@ class ModelForward:
                 if not self._follow_callers(same | micro.step.expands):
                     raise problem from error
         self._layouts.learn(mode, shapes, layouts)
+        distributed.unshard(self.model)
+
+    def _known_to_all(
+        self, micro: MicroBatch, shapes: list[torch.Size]
+    ) -> dict[str, Layout] | None:
+        """The layouts of a sharded model's step; None where all processes are to find them, for they
+        have to run the model equally often. That takes fewer runs in a batch of one row.
+
+        Layouts that are for all inputs of several rows are so in all processes; of others they have
+        to ask each other in every step."""
+        step, one_row = micro.step, micro.step.rows == 1
+        many, one = ((self.model.training, alone) for alone in (False, True))
+        known = self._layouts.of(many, shapes)
+        if one_row and known is not None:  # what holds for several rows holds for one
+            self._layouts.learn(one, shapes, known)
+        elif one_row:
+            known = self._layouts.of(one, shapes)
+        if not step.first and self._layouts.are_for_all(many):
+            return known
+        group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
+        votes = torch.tensor([1, one_row, known is None], device=step.scale.device)
+        processes, of_one, unknown = distributed.summed(votes, group).tolist()
+        if not (step.first or unknown):
+            return known
+        if of_one in (0, processes):
+            return None
+        if unknown:
+            raise GraddotError(
+                f"the model is sharded, and {of_one} of {processes} processes have a batch of one row,"
+                " the others of more, so that they cannot run it equally often to see whether samples"
+                " are kept apart; begin with at least two rows in every process, or one in each"
+            )
+        step.first = False  # checked before, and again at the next occasion
+        return known
 
     def _follow_callers(self, layers: Iterable[str]) -> bool:
         """Follow what these layers return, the same for every row, through the modules around them,
@@ -585,9 +623,12 @@ class ModelForward:
             whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
             check_parameter_uses(output, whole)
             self._whole = whole
-            self._check_numbers(micro, output)
+            if micro.step.first:
+                self._check_numbers(micro, output)
             self._label_check = LabelCheck(output, micro.labels, micro.counts, self._finished == 0)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
+            if self.directions is not None:
+                distributed.check_static_graph()
             self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None

@@ -104,6 +104,10 @@ class KnownLayouts:
         """Those of inputs of these shapes, the rows' dimension left out; None if not known."""
         return self._found.get(mode, self._found.get((mode, *shapes)))
 
+    def are_for_all(self, mode: Any) -> bool:
+        """Whether those found in this mode are for all inputs."""
+        return mode in self._found
+
     def learn(self, mode: Any, shapes: Sequence[torch.Size], layouts: dict[str, Layout]) -> None:
         """What `find_layouts` found for such inputs."""
         flat = any(isinstance(layout, int) for layout in layouts.values())
@@ -447,6 +451,8 @@ def _check_number(losses: Tensor, rows: int, weights: Tensor | None, tolerance: 
     half = rows // 2
     shares = losses[0].new_ones(2)
     if weights is not None:
+        if not weights.any():  # the mean of nothing
+            return
         shares = torch.stack([weights[:half].sum(), weights[half:].sum()]).to(losses[0])
         shares = shares / shares.sum()
     # The mean of a half without labels is NaN.

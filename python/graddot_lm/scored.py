@@ -127,7 +127,9 @@ class Scored:
         """An output whose rows are the same, checked in the first step to be used row by row."""
 
         def check(grad: Tensor) -> None:
-            if grad[0].any() and not grad[1:].any():
+            counts = self.step.counts
+            unlabelled = counts is not None and not counts[1:].any()
+            if grad[0].any() and not grad[1:].any() and not unlabelled:
                 raise GraddotError(
                     f"layer {self.name} got an input without rows, and the model used the first of"
                     " its expanded output's rows for all samples; use it by broadcasting"

@@ -64,7 +64,7 @@ class MicroBatch:
         The gradient is averaged over `world` processes. A training token's weight there is
         1 / n_train, by default that of a mean over processes of means.
         """
-        self.counts = counts
+        self.counts = self.step.counts = counts
         n_train = counts[: self.n].sum() * world if n_train is None else n_train
         self.n_train = n_train.clamp(min=1).double()
         scale = counts.new_ones((), dtype=torch.float64)

@@ -1,0 +1,211 @@
+"""What processes may do differently from each other, and options of DDP and FSDP2, against float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
+from graddot_lm import GraddotError, GradDotProdEngine
+from loop_steps import Store, attached, run
+from process_group import on_processes
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+TOLERANCE = 1e-9
+
+
+def val_batch():
+    return token_batch(2, 9, seed=99)
+
+
+def given(model, loss_fn=None, **kwargs):
+    engine = GradDotProdEngine(model, **kwargs)
+    engine.set_directions(engine.compute_directions([val_batch()], loss_fn))
+    engine.attach()
+    return engine
+
+
+def message(function, *args):
+    """Of the GraddotError that it raises, if it does."""
+    try:
+        function(*args)
+    except GraddotError as error:
+        return str(error)
+    return None
+
+
+class Flat(nn.Module):
+    """A layer in it sees tokens without their rows, which is learnt for each length."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.table, self.inner, self.head = nn.Embedding(61, 6), nn.Linear(6, 6), nn.Linear(6, 61)
+
+    def forward(self, x):
+        h = self.table(x)
+        return self.head(torch.tanh(self.inner(h.flatten(0, 1)).view_as(h)))
+
+
+def flat_loss(logits, y):
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+# Rows and tokens of each of two processes, by step
+UNEVEN = [((2, 9), (3, 9)), ((1, 9), (3, 7)), ((4, 5), (1, 7)), ((1, 3), (1, 4))]
+
+
+def uneven_batch(step, rank, flat):
+    """With at least two rows for a flat layer, whose layout is learnt anew for each length."""
+    rows, tokens = UNEVEN[step][rank]
+    return token_batch(rows + flat, tokens, seed=10 * step + rank)
+
+
+def uneven_steps(rank, world, flat, begin, reshard):
+    """Scores of a sharded model whose processes have other rows, and tokens, than each other."""
+    model = (Flat() if flat else tiny_gpt2()).double()
+    if not flat:
+        for block in model.transformer.h:
+            fully_shard(block)
+    fully_shard(model, reshard_after_forward=reshard)
+    engine = given(model, (lambda m, x, y: flat_loss(m(x), y)) if flat else None)
+    scores = []
+
+    def one_step(step):
+        x, y = uneven_batch(step, rank, flat)
+        engine.attach_train_batch(x, y, step, None)
+        if flat:
+            engine.track_loss(flat_loss(model(x), y)).backward()
+        else:
+            model(x, labels=y).loss.backward()
+        scores.append(engine.aggregate_and_log())
+
+    for step in range(begin, len(UNEVEN)):
+        if (refusal := message(one_step, step)) is not None:
+            return refusal
+    return scores
+
+
+@pytest.mark.parametrize("reshard", [None, True])
+@pytest.mark.parametrize("flat", [False, True])
+def test_sharded_processes_with_other_rows_than_each_other(tmp_path, flat, reshard):
+    """Which all run the model equally often, for its shards are gathered in step."""
+    got = on_processes(2, tmp_path, uneven_steps, flat, 0, reshard)
+    model = (Flat() if flat else tiny_gpt2()).double()
+    loss = {"loss": flat_loss} if flat else {}
+    for rank, scores in enumerate(got):
+        for step, found in enumerate(scores):
+            train = uneven_batch(step, rank, flat)
+            want, scale = (total(d) for d in sample_dots(model, train, val_batch(), **loss))
+            # Hugging Face's loss is fp32.
+            assert ((found - want).abs() / scale).max() <= (TOLERANCE if flat else 1e-6)
+
+
+def test_one_row_beside_several_is_refused_by_all_where_it_is_the_first(tmp_path):
+    got = on_processes(2, tmp_path, uneven_steps, False, 1, None)
+    assert got[0] == got[1] and "1 of 2 processes have a batch of one row" in got[0], got
+
+
+def static_steps(rank, world, reentrant):
+    """Gradients of three steps behind the directions of a model that DDP takes for static."""
+    model = tiny_gpt2().double()
+    if reentrant:
+        for block in model.transformer.h:
+            plain = block.forward
+            block.forward = lambda x, *_, plain=plain, **__: checkpoint(
+                plain, x, use_reentrant=True
+            )
+    wrapper = DistributedDataParallel(model, static_graph=True)
+    engine = given(wrapper)
+    grads = []
+    for step in range(3):
+        x, y = token_batch(2, 9, seed=10 * step + rank)
+        engine.attach_train_batch(x, y, step, None)
+        if (refusal := message(lambda x=x, y=y: wrapper(x, labels=y).loss.backward())) is not None:
+            return refusal
+        engine.aggregate_and_log()
+        grads.append({n: p.grad for n, p in model.named_parameters()})
+        model.zero_grad()
+    return grads
+
+
+def test_directions_are_no_first_backward_of_a_static_graph(tmp_path):
+    model = tiny_gpt2().double()
+    got = on_processes(2, tmp_path / "plain", static_steps, False)
+    for step in range(3):
+        parts = [gradient(model, *token_batch(2, 9, seed=10 * step + rank)) for rank in range(2)]
+        for grads in got:
+            for name, grad in grads[step].items():
+                want = (parts[0][name] + parts[1][name]) / 2
+                assert (grad - want).norm() <= 1e-6 * want.norm(), (step, name)
+    for refusal in on_processes(2, tmp_path / "reentrant", static_steps, True):
+        assert "static_graph=True) with reentrant checkpoints" in refusal
+
+
+def unsynced(rank, world):
+    """Messages where a sharded model's gradients stay where they are."""
+    model = fully_shard(tiny_gpt2())
+    engine = given(model)
+    x, y = token_batch(2, 9, seed=rank)
+    engine.attach_train_batch(x, y, 0, None)
+    model(x, labels=y).loss.backward()
+    engine.prepare_gradients()
+    midst = message(engine.compute_directions, [val_batch()])
+    engine.aggregate_and_log()
+    model.set_requires_gradient_sync(False)
+    return midst, message(engine.compute_directions, [val_batch()])
+
+
+def test_directions_of_shards_need_their_gradients(tmp_path):
+    for midst, refusal in on_processes(2, tmp_path, unsynced):
+        assert "a step is under way" in midst
+        assert "set_requires_gradient_sync(True)" in refusal
+
+
+def sum_step(rank, world):
+    """Values of a summed loss, of which this process has one row or three."""
+    model = tiny_gpt2().double()
+    wrapper, store = DistributedDataParallel(model), Store()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = GradDotProdEngine(
+        wrapper, val_batch(), loss_reduction="sum", label_shift=1, store=store
+    )
+    engine.attach(optimizer)
+    x, y = token_batch(1 + 2 * rank, 9, seed=rank)
+    engine.attach_train_batch(x, y, 0, torch.arange(len(x)))
+    xx, yy = engine.prepare_forward_input(x, y)
+    logits = wrapper(xx).logits[:, :-1].flatten(0, 1)
+    engine.track_loss(F.cross_entropy(logits, yy[:, 1:].flatten(), reduction="sum")).backward()
+    optimizer.step()
+    engine.aggregate_and_log()
+    return store.column("dot"), store.column("value")
+
+
+def test_values_of_a_summed_loss_count_the_tokens_of_all_processes(tmp_path):
+    for dots, values in on_processes(2, tmp_path, sum_step):
+        assert torch.allclose(values, 0.5 / 4 * dots, rtol=1e-12)
+
+
+def test_a_first_batch_in_which_only_the_first_row_has_labels():
+    """Position ids of shape (T,): the other rows' gradients are zero for want of labels."""
+    model, x = tiny_gpt2().double(), token_batch(3, 9, seed=0)[0]
+    y = x.clone()
+    y[1:] = -100
+    engine = attached(model, None)
+    engine.detach()
+    engine.set_directions(engine.compute_directions([val_batch()]))
+    engine.attach()
+    run(engine, (x, y))
+    want, scale = (total(d) for d in sample_dots(model, (x[:1], y[:1]), val_batch()))
+    got = engine.aggregate_and_log()
+    assert ((got[:1] - want).abs() / scale).max() <= 1e-6 and not got[1:].any()
+
+
+def test_a_first_batch_without_labels_has_scores_of_zero():
+    """As one process of several may get."""
+    model, x = tiny_gpt2(), token_batch(3, 9, seed=0)[0]
+    engine = given(model)
+    engine.attach_train_batch(x, torch.full_like(x, -100), 0, None)
+    model(x, labels=torch.full_like(x, -100)).loss.backward()
+    assert not engine.aggregate_and_log().any()
