@@ -270,6 +270,7 @@ def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> Tens
     elif uses.given is not None:
         step.check_samples(uses.name, act.shape[0])
         direction = uses.direction().flatten(2)  # a convolution's has its kernel's dimensions
+        direction = direction.to(accumulator(act.dtype))  # weights may be cast, as a router's
         weight_grad, dots = _ops.linear_wgrad_dot(direction, act, grad, step.scale, uses.norms)
     else:
         return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale)
