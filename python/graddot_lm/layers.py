@@ -12,7 +12,7 @@ of biases and norms, which are small, are made for many parameters at once.
 
 import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class Step:
     first: bool = False
     norms: bool = False
     trial: bool = False
+    buffers: Callable[[], Iterable[Tensor]] = tuple  # the model's
     moved: tuple[slice, Collection[str]] | None = None
     expands: set[str] = field(default_factory=set)
     in_backward: bool = False  # of which there were dots, and which is not through
