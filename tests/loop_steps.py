@@ -65,9 +65,9 @@ def mapping_dots(model, train, val):
     direction, dots, scales = mapping_gradient(model, val), [], []
     norm = torch.stack([d.norm() for d in direction.values()]).norm()
     for i in range(len(train["labels"])):
-        n = int(train["attention_mask"][i].sum())
+        n = int(train["attention_mask"][i].sum()) if "attention_mask" in train else None
         row = {k: v[i : i + 1, :n] if v.dim() > 1 else v[i : i + 1] for k, v in train.items()}
-        row.pop("attention_mask")
+        row.pop("attention_mask", None)
         own = mapping_gradient(model, row)
         dots.append(sum((direction[n] * own[n]).sum() for n in direction))
         scales.append(norm * torch.stack([g.norm() for g in own.values()]).norm())

@@ -49,6 +49,14 @@ class Layer(nn.Module):
         return self._forward(self, *inputs)
 
 
+class Around(Layer):
+    """A layer without parameters of its own, and one inside that it does not call."""
+
+    def __init__(self, forward):
+        super().__init__(forward)
+        self.inner = nn.Conv1d(8, 8, 3, groups=8, bias=False)
+
+
 def pooled(m, h):
     return m.head(h.tanh().mean(1))
 
@@ -199,6 +207,20 @@ EXACT = {
     "loss-alone": lambda: Net(
         lambda m, x, y: F.cross_entropy(pooled(m, m.up(x) * m.w), y), w=N(8)
     ),
+    "weight-behind-a-dataclass": lambda: Net(
+        lambda m, x: Output(pooled(m, F.linear(m.up(x), m.up.weight)))
+    ),
+    "weight-used-by-a-layer-around": lambda: Net(
+        lambda m, x: pooled(m, m.around(m.up(x))),
+        around=Around(lambda m, x: F.conv1d(x, m.inner.weight.squeeze(1)[:, None], padding=1, groups=8)),
+    ),
+    "forward-called-directly": lambda: Net(
+        lambda m, x: pooled(m, m.scale.forward(m.up(x))), scale=Layer(lambda m, x: x * m.w, w=N(8))
+    ),
+    "buffer-as-an-argument": lambda: Net(
+        lambda m, x: pooled(m, m.gate(m.up(x), m.BIAS)),
+        gate=Layer(lambda m, x, bias: x * (m.w + bias), w=N(8)), BIAS=N(8),
+    ),
 }  # fmt: skip
 
 
@@ -322,10 +344,14 @@ REFUSED = {
         lambda out, y: F.cross_entropy(out[0], y) + out[1].square().sum(),
         r"used outside of the layer that owns them.*head\.weight",
     ),
-    "weight-behind-a-dataclass": (
-        lambda: Net(lambda m, x: Output(pooled(m, F.linear(m.up(x), m.up.weight)))),
+    "large-weight-behind-a-dataclass": (
+        lambda: Net(
+            lambda m, x: Output(
+                pooled(m, m.up(x)) + (x[:, 0, :1] * m.up.weight.repeat(2, 1).flatten()).mean(1, True)
+            )
+        ),
         loss_of,
-        r"up\.weight",
+        r"used outside of the layer that owns them.*up\.weight",
     ),
     "output-without-tensors": (
         lambda: Net(lambda m, x: Hidden(pooled(m, m.up(x)))),

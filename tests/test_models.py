@@ -9,8 +9,10 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from loop_steps import mapping_dots
 from model_zoo import (
     LANGUAGE_MODELS,
     OTHER_MODELS,
@@ -19,7 +21,9 @@ from model_zoo import (
     WithMask,
     adapters,
     causal,
+    deepseek_v3,
     moe,
+    shaken,
     t5,
 )
 from test_engine import run_step
@@ -187,6 +191,61 @@ def test_losses_that_are_no_mean_over_labelled_tokens_are_refused():
     )
     with pytest.raises(GraddotError, match="the first 2 and the other 3 rows have the mean"):
         step(model)
+
+
+def tiny(name, **settings):
+    """A model of transformers whose loss is its own."""
+    torch.manual_seed(0)
+    cls = getattr(transformers, name)
+    sizes = {
+        "vocab_size": VOCAB, "hidden_size": 16, "d_model": 16, "n_embd": 16, "n_layer": 2, "n_head": 2,
+        "num_hidden_layers": 2, "decoder_layers": 2, "num_attention_heads": 2, "intermediate_size": 24,
+        "decoder_attention_heads": 2, "decoder_ffn_dim": 24, "max_position_embeddings": 32,
+        "dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        "n_positions": 32, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0,
+    }  # fmt: skip
+    return shaken(cls(cls.config_class(**sizes, **settings))).double()
+
+
+@pytest.mark.parametrize(
+    "name", ["BartForCausalLM", "BertForMultipleChoice", "ImageGPTForCausalImageModeling"]
+)
+def test_losses_that_forwards_make_themselves(name, record_property):
+    """transformers says ForCausalLMLoss of them all: one that does not shift, one of whole rows, one
+    that shifts by itself."""
+    model = tiny(name)
+    ids, labels = token_batch(6, 11, VOCAB - 1, seed=1, ragged=True)
+    if name == "BertForMultipleChoice":
+        choices = token_batch(18, 11, VOCAB, seed=1)[0].view(6, 3, 11)
+        batch = {"input_ids": choices, "labels": torch.arange(6) % 3}
+    else:
+        batch = {"input_ids": ids, "labels": labels}
+    train, val = ({key: x[rows] for key, x in batch.items()} for rows in (range(4), range(4, 6)))
+    want, scale = mapping_dots(model, train, val)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    engine.attach_train_batch(train, None, 0, None)
+    model(**engine.prepare_forward_input(train)[0]).loss.backward()
+    engine.prepare_gradients()
+    error = ((engine.aggregate_and_log() - want).abs() / scale).max().item()
+    record_property("relative_error", error)
+    assert error <= TOLERANCE
+
+
+def test_given_directions_of_weights_that_the_forward_casts(record_property):
+    """A router in fp32, whatever the model's dtype."""
+    model = deepseek_v3().double()
+    train, val = token_batch(4, 11, VOCAB, seed=1), token_batch(2, 11, VOCAB, seed=2)
+    dots, scales = sample_dots(model, train, val)
+    engine = GradDotProdEngine(model)
+    engine.attach()
+    engine.set_directions(gradient(model, *val))
+    engine.attach_train_batch(*train, 0, None)
+    model(train[0], labels=train[1]).loss.backward()
+    engine.prepare_gradients()
+    error = ((engine.aggregate_and_log() - total(dots)).abs() / total(scales)).max().item()
+    record_property("relative_error", error)
+    assert error <= TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["Mixtral", "GptOss"])

@@ -3,6 +3,7 @@
 Validation rows ride behind the training rows in one forward, so batches are joined key by key.
 """
 
+import inspect
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -197,15 +198,23 @@ class LossForm:
 def label_shift_of(model: nn.Module) -> int:
     """By how many tokens a transformers model shifts the `labels` it is passed, 0 or 1."""
     fused = getattr(model.__dict__.get("forward"), "label_shift", None)
-    return int(has_causal_lm_loss(model)) if fused is None else fused
+    shifts = has_causal_lm_loss(model) or "shift_labels" in _own_loss(model)
+    return int(shifts) if fused is None else fused
 
 
 def has_causal_lm_loss(model: nn.Module) -> bool:
     """Whether a model's loss is transformers' ForCausalLMLoss, which shifts the labels and divides
-    by num_items_in_batch. Encoder-decoders go by its name, but have a loss of their own."""
+    by num_items_in_batch. Encoder-decoders, decoders like Bart's and models for multiple choice go
+    by its name, but have a loss of their own."""
     name = getattr(getattr(model, "loss_function", None), "__name__", "")
-    config = getattr(model, "config", None)
-    return name == "ForCausalLMLoss" and not getattr(config, "is_encoder_decoder", False)
+    encoder_decoder = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    return name == "ForCausalLMLoss" and not encoder_decoder and not _own_loss(model)
+
+
+def _own_loss(model: nn.Module) -> tuple[str, ...]:
+    """The variables of a forward that makes a cross-entropy by itself; none of any other."""
+    code = getattr(inspect.unwrap(type(model).forward), "__code__", None)
+    return code.co_varnames if code and "CrossEntropyLoss" in code.co_names else ()
 
 
 def count_labels(labels: Tensor, shift: int, ignore_index: int) -> Tensor:

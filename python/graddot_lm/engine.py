@@ -355,6 +355,7 @@ class GradDotProdEngine:
             sharded=distributed.is_sharded(self._parameters.values()),
             first=self._forward.is_first,
             norms=self.norms,
+            buffers=self.model.buffers,
         )
         micro = MicroBatch(
             step=step,

@@ -12,7 +12,7 @@ of biases and norms, which are small, are made for many parameters at once.
 
 import contextlib
 import functools
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,7 @@ class Step:
     first: bool = False
     norms: bool = False
     trial: bool = False
+    buffers: Callable[[], Iterable[Tensor]] = tuple  # the model's
     moved: tuple[slice, Collection[str]] | None = None
     expands: set[str] = field(default_factory=set)
     counts: Tensor | None = None
@@ -271,6 +272,7 @@ def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> Tens
     elif uses.given is not None:
         step.check_samples(uses.name, act.shape[0])
         direction = uses.direction().flatten(2)  # a convolution's has its kernel's dimensions
+        direction = direction.to(accumulator(act.dtype))  # weights may be cast, as a router's
         weight_grad, dots = _ops.linear_wgrad_dot(direction, act, grad, step.scale, uses.norms)
     else:
         return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale)

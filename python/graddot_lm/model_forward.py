@@ -27,12 +27,14 @@ from .layers import ScoredFunction, Step
 from .rows import (
     KnownLayouts,
     Layout,
+    Packed,
     check_loss,
     check_outputs,
     check_padding,
     find_layouts,
     own_buffers,
     own_inputs,
+    packed_inputs,
 )
 from .rules import rule_for
 from .scored import ScoredForward
@@ -43,6 +45,7 @@ from .verify import (
     LabelCheck,
     check_parameter_uses,
     check_same_model,
+    foreign_uses,
     tensors_in,
 )
 
@@ -96,6 +99,7 @@ class ModelForward:
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._inputs: tuple[Any, Any] | None = None  # of the forward under way
+        self._packed: Packed = {}  # of these, what holds several entries of a row
         self._buffers: BufferCheck | None = None  # as they were before it
         self._buffers_aside: Any = None
         self._whole: dict[str, nn.Parameter] = {}
@@ -275,7 +279,7 @@ class ModelForward:
             with self.set_aside():
                 found = find_layouts(
                     self.model, layers, *self._inputs, micro.step.rows,
-                    followed=self._followed(layers),
+                    followed=self._followed(layers), packed=self._packed,
                 )  # fmt: skip
             micro.step.layouts.update({**found, **micro.step.layouts})
             if name in found:
@@ -446,15 +450,20 @@ class ModelForward:
     def _kind(self, micro: MicroBatch, args: Any, kwargs: Any) -> tuple[Any, list[torch.Size]]:
         """Under which layouts are learnt: the mode, and the inputs' shapes."""
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        return self._mode(micro.step.rows, inputs), [x.shape[1:] for x in inputs]
+        # What is found for rows of equally many patches does not hold for others.
+        each = [
+            torch.Size({*counts} if len({*counts}) == 1 else ()) for counts in self._packed.values()
+        ]
+        return self._mode(micro.step.rows, inputs), [*(x.shape[1:] for x in inputs), *each]
 
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was."""
+        self._packed = packed_inputs(kwargs, micro.step.rows)
         mode, shapes = self._kind(micro, args, kwargs)
         if micro.filled and (micro.step.first or not self._padding_checked):
             for filled in micro.filled if not micro.step.sharded else []:
                 with self.set_aside():
-                    check_padding(self.model, args, kwargs, micro.step.rows, filled)
+                    check_padding(self.model, args, kwargs, micro.step.rows, filled, self._packed)
             self._padding_checked = True
         if micro.step.sharded:
             known = self._known_to_all(micro, shapes)
@@ -470,16 +479,17 @@ class ModelForward:
             with self.set_aside():
                 layouts = find_layouts(
                     self.model, layers, args, kwargs, micro.step.rows,
-                    functools.partial(self._resolve, micro), self._followed(layers),
+                    functools.partial(self._resolve, micro), self._followed(layers), self._packed,
                 )  # fmt: skip
             micro.step.layouts.update(layouts)
+            foreign: set[str] = set()
             try:
-                self._check_outputs(micro, args, kwargs)
+                self._check_outputs(micro, args, kwargs, foreign)
                 break
             except GraddotError as error:
                 problem = problem or error
                 same = {name for name, layout in layouts.items() if layout == "same"}
-                if not self._follow_callers(same | micro.step.expands):
+                if not self._follow_callers(foreign or same | micro.step.expands):
                     raise problem from error
         self._layouts.learn(mode, shapes, layouts)
         distributed.unshard(self.model)
@@ -539,8 +549,9 @@ class ModelForward:
         general = (ProvenRule, functools.partial)
         return [name for name in names if isinstance(self._rules[name], general)]
 
-    def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
-        """Run the model once as it was and once with its layers scored, in a step of no account."""
+    def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any, foreign: set[str]) -> None:
+        """Run the model once as it was and once with its layers scored, in a step of no account.
+        Into foreign come the layers whose parameters others use."""
         step = dataclasses.replace(micro.step, trial=True, shared={}, _dots={}, _rows={}, _held=0)
         trial = dataclasses.replace(micro, step=step, running=True)
 
@@ -552,14 +563,18 @@ class ModelForward:
         def scored(moved: Any = None) -> Any:
             self.micro, self._probing, step.moved = trial, True, moved
             try:
-                # With gradients where layers are followed, which heed whether there are any, as in
-                # the step that this rehearses; but nothing is kept for them, and activation
-                # checkpointing around does not see them.
-                followed = bool(self._followed(self._rules))
+                # With gradients, which layers that are followed heed, and whose graph shows what is
+                # used where; but nothing is kept for them, and activation checkpointing around does
+                # not see them.
                 nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
                 own_args, own_kwargs = own_inputs((args, kwargs))
-                with torch.set_grad_enabled(followed), nothing, own_buffers(self.model):
-                    return self.model(*own_args, **own_kwargs)
+                with torch.enable_grad(), nothing, own_buffers(self.model):
+                    out = self.model(*own_args, **own_kwargs)
+                if moved is None and not step.sharded:
+                    uses = foreign_uses(out, self._parameters)
+                    foreign.update(name.rpartition(".")[0] for name in uses)
+                    check_parameter_uses(out, self._parameters)
+                return out
             finally:
                 self.micro, self._probing = micro, False
 
@@ -575,7 +590,9 @@ class ModelForward:
         if numbers and not fused:
             weights = micro.counts if micro.loss_reduction == "mean" else None
             with self.set_aside():
-                check_loss(self.model, args, kwargs, micro.step.rows, weights, numbers)
+                check_loss(
+                    self.model, args, kwargs, micro.step.rows, weights, numbers, self._packed
+                )
 
     def end_compiled(self) -> None:
         """The end of a forward inside a compiled graph."""

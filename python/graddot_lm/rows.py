@@ -8,6 +8,8 @@ rows as its first dimension, one after the other in it (rows·T, D), or not at a
 
 import contextlib
 import dataclasses
+import functools
+import itertools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import GraddotError
 from .layers import Step
@@ -82,6 +84,49 @@ def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor
     return x
 
 
+# By id of a tensor among a model's inputs that holds several entries of every row, one row's after the
+# other's: how many each row has.
+Packed = Mapping[int, Sequence[int]]
+
+
+def packed_inputs(kwargs: Mapping[str, Any], rows: int) -> Packed:
+    """The patches of images, of which every row has one: as many as its entry in a grid says, as
+    vision-language models of transformers have it."""
+    found = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        grid, patches = kwargs.get(f"{kind}_grid_thw"), kwargs.get(name)
+        if isinstance(grid, Tensor) and isinstance(patches, Tensor) and grid.shape == (rows, 3):
+            counts = grid.prod(1).tolist()
+            if sum(counts) == len(patches) != rows:
+                found[id(patches)] = counts
+    return found
+
+
+def take_inputs(arguments: Any, index: list[int], rows: int, packed: Packed) -> Any:
+    """`take_rows` of all tensors among a model's inputs."""
+
+    def one(x: Tensor) -> Tensor:
+        if id(x) not in packed:
+            return take_rows(x, index, rows)
+        parts = x.split(list(packed[id(x)]))
+        return torch.cat([parts[i] for i in index])
+
+    return tree_map_only(Tensor, one, arguments)
+
+
+def _split(rows: int, packed: Packed) -> int:
+    """How many of the first rows are left out to see how layers hold the rows: half of them, or where
+    they have more or fewer patches than as many others, lest a layer of patches seem to have equally
+    many of each row."""
+    for counts in packed.values():
+        before = 0
+        for k, count in enumerate(counts):
+            if before * rows != k * sum(counts):
+                return k
+            before += count
+    return rows // 2
+
+
 @dataclass
 class _Digest:
     """An input's shape, and one random projection of every vector in it."""
@@ -134,6 +179,7 @@ def find_layouts(
     rows: int,
     on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
     followed: Collection[str] = (),
+    packed: Packed | None = None,
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
     followed are those of the layers whose forward is followed (following.py).
@@ -153,9 +199,9 @@ def find_layouts(
             for name, layouts in of_one.items()
             if name != _OUTPUTS
         }
-    later = list(range(rows // 2, rows))
-    half = lambda x: take_rows(x, later, rows)
-    few_args, few_kwargs = tree_map_only(Tensor, half, (args, kwargs))
+    packed = packed or {}
+    later = list(range(_split(rows, packed), rows))
+    few_args, few_kwargs = take_inputs((args, kwargs), later, rows, packed)
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
         whole = _digests(model, layers, args, kwargs, on_layer, followed)
         try:
@@ -169,7 +215,9 @@ def find_layouts(
         with_rows = _with_rows(whole[_OUTPUTS], part[_OUTPUTS], rows, len(later))
         for digests in (whole, part):
             digests[_OUTPUTS] = [digests[_OUTPUTS][i] for i in with_rows]
-        found = {name: _layout(name, whole[name], part.get(name, []), rows) for name in whole}
+        found = {
+            name: _layout(name, whole[name], part.get(name, []), rows, len(later)) for name in whole
+        }
         if None in found.values():  # noise of the model's own, or mixed samples?
             torch.seed()
             again = _digests(model, layers, args, kwargs)
@@ -204,17 +252,27 @@ def _check_not_picked(
     """
     begin = rows // 2
 
-    def alike(x: Tensor) -> Tensor:
-        if x.dim() < 2 or x.shape[0] != rows or x.shape[1] == 0:
+    def alike(only: Tensor | None, x: Tensor) -> Tensor:
+        if (
+            x.dim() < 2
+            or x.shape[0] != rows
+            or x.shape[1] == 0
+            or (only is not None and only is not x)
+        ):
             return x
         return torch.cat([x[:begin], x[begin:, :1].expand_as(x[begin:])])
 
-    alike_args, alike_kwargs = tree_map_only(Tensor, alike, (args, kwargs))
-    try:
-        found = _digests(model, layers, alike_args, alike_kwargs)
-    except Exception:  # noqa: BLE001 - the model's own code may refuse such rows
-        return
-    for name, calls in flat.items():
+    def seen(only: Tensor | None) -> dict[str, list[_Digest]] | None:
+        changed = tree_map_only(Tensor, functools.partial(alike, only), (args, kwargs))
+        try:
+            return _digests(model, layers, *changed)
+        except Exception:  # noqa: BLE001 - the model's own code may refuse such rows
+            return None
+
+    runs = [seen(None)]
+    if runs == [None]:  # an image has its tokens; but a mask may be another
+        runs = [seen(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    for found, (name, calls) in itertools.product(filter(None, runs), flat.items()):
         pairs = list(zip(found.get(name, []), calls, strict=False))
         if any(x.shape[:1] != y.shape[:1] and len(x.shape) == len(y.shape) for x, y in pairs):
             raise GraddotError(
@@ -353,7 +411,12 @@ def _check_kept_apart(
 
 
 def check_padding(
-    model: nn.Module, args: Any, kwargs: Any, rows: int, filled: tuple[list[int], int, int]
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    rows: int,
+    filled: tuple[list[int], int, int],
+    packed: Packed,
 ) -> None:
     """Raise GraddotError if rows that were filled up at the right change what the model returns.
 
@@ -362,11 +425,11 @@ def check_padding(
     index, own, full = filled
 
     def run(length: int) -> list[_Digest]:
-        def part(x: Tensor) -> Tensor:
-            x = take_rows(x, index, rows)
+        def short(x: Tensor) -> Tensor:
             return x[:, :length].contiguous() if x.dim() > 1 and x.shape[1] == full else x
 
-        part_args, part_kwargs = tree_map_only(Tensor, part, (args, kwargs))
+        few = take_inputs((args, kwargs), index, rows, packed)
+        part_args, part_kwargs = tree_map_only(Tensor, short, few)
         with own_buffers(model):
             out = model(*part_args, **part_kwargs)
         cut = lambda x: x[:, :own] if x.dim() > 1 and x.shape[1] == full else x
@@ -412,6 +475,7 @@ def check_loss(
     rows: int,
     weights: Tensor | None,
     numbers: list[int],
+    packed: Packed,
 ) -> None:
     """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
 
@@ -427,8 +491,7 @@ def check_loss(
     losses = []
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
         for part in parts[: 1 if rows == 1 else 3]:
-            few = lambda x, part=part: take_rows(x, part, rows)
-            part_args, part_kwargs = tree_map_only(Tensor, few, (args, kwargs))
+            part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
             with own_buffers(model):
                 out = model(*part_args, **part_kwargs)
             if isinstance(out, Mapping) and out.get("aux_loss") is not None:
@@ -509,8 +572,11 @@ def _digests(
     found: dict[str, list[_Digest]] = {}
     within: list[str] = []
 
-    def hook(name: str) -> Callable[..., None]:
-        def see(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def seen(name: str, module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def see(*args: Any, **kwargs: Any) -> Any:
             on_layer(module, name)
             x = first_tensor((args, kwargs))
             # A layer without an input gives the same for every row.
@@ -518,23 +584,29 @@ def _digests(
             found.setdefault(name, []).append(
                 dataclasses.replace(digest, caller=within[-1] if within else None)
             )
-            if name in followed:
-                within.append(name)
+            if name not in followed:
+                return forward(*args, **kwargs)
+            within.append(name)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                within.pop()
 
         return see
 
-    def leave(module: nn.Module, args: Any, out: Any) -> None:
-        within.pop()
-
-    hooks = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
-    hooks += [layers[name].register_forward_hook(leave) for name in followed]
+    # In the forwards' place, for they may be called directly, where no hook would see it.
+    before = [(module, module.__dict__.get("forward")) for module in layers.values()]
     args, kwargs = own_inputs((args, kwargs))
     try:
+        for name, module in layers.items():
+            module.forward = seen(name, module)  # type: ignore[method-assign]
         with own_buffers(model):
             out = model(*args, **kwargs)
     finally:
-        for handle in hooks:
-            handle.remove()
+        for module, kept in before:
+            module.__dict__.pop("forward", None)
+            if kept is not None:
+                module.__dict__["forward"] = kept
     found[_OUTPUTS] = [_digest(x) for x in tensors_in(out) if x.dim() > 0]
     return found
 
@@ -552,11 +624,13 @@ def _digest(x: Tensor) -> _Digest:
     return _Digest(x.shape, values, tolerance)
 
 
-def _layout(name: str, whole: list[_Digest], part: list[_Digest], rows: int) -> Layout | None:
+def _layout(
+    name: str, whole: list[_Digest], part: list[_Digest], rows: int, later: int
+) -> Layout | None:
     """The layout that a layer's calls share; None if a call has none."""
     if len(whole) != len(part):
         return None
-    calls = [(x, _layout_of_call(x, y, rows)) for x, y in zip(whole, part, strict=True)]
+    calls = [(x, _layout_of_call(x, y, rows, later)) for x, y in zip(whole, part, strict=True)]
     layouts = {layout for _, layout in calls}
     if len(layouts) > 1:
         is_beside = lambda x, layout: layout == "same" and x.caller is not None
@@ -591,7 +665,7 @@ def _check_beside(
             )
 
 
-def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
+def _layout_of_call(whole: _Digest, part: _Digest, rows: int, later: int) -> Layout | None:
     if not whole.shape.numel() or not part.shape.numel():  # tokens picked from the batch: none
         return None
     if whole.shape == part.shape:
@@ -600,11 +674,11 @@ def _layout_of_call(whole: _Digest, part: _Digest, rows: int) -> Layout | None:
         if not _differ_at(at, whole.shape, part.shape) or at >= whole.values.dim():
             continue
         tokens = whole.shape[at] // rows
-        kept = whole.shape[at] - rows // 2 * tokens
+        kept = later * tokens
         if whole.shape[at] % rows or part.shape[at] != kept or (at and tokens > 1):
             return None
-        later = whole.values.narrow(at, whole.shape[at] - kept, kept)
-        if not _close(later, part.values, whole.tolerance):
+        theirs = whole.values.narrow(at, whole.shape[at] - kept, kept)
+        if not _close(theirs, part.values, whole.tolerance):
             return None
         return "second" if at else "rows" if tokens == 1 else tokens
     return None

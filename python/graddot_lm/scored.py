@@ -33,10 +33,12 @@ class Scored:
 
     def has_rows(self, x: Tensor) -> bool:
         """Whether a tensor's first dimension holds the samples."""
-        if x is self.same:  # however many entries it has
+        if x is self.same or isinstance(x, nn.Parameter):  # however many entries it has
             return False
         tokens = self.step.row_tokens(self.name)
-        return x.dim() > 0 and x.shape[0] in (self.rows, self.rows * tokens)
+        if x.dim() == 0 or x.shape[0] not in (self.rows, self.rows * tokens):
+            return False
+        return x.requires_grad or not any(x is buffer for buffer in self.step.buffers())
 
     def require_rows_first(self) -> None:
         """Raise GraddotError if the layer may be used where the rows are the second dimension."""

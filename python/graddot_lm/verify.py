@@ -131,6 +131,17 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
             f"the model returned a {type(output).__name__}, in which no tensor was found, so that it"
             " cannot be checked; return tensors, or a tuple, mapping or dataclass of them"
         )
+    foreign = foreign_uses(output, names)
+    if foreign:
+        uses = ", ".join(f"{name} (by {op})" for name, op in sorted(foreign.items()))
+        raise GraddotError(
+            f"parameters used outside of the layer that owns them cannot be scored: {uses}."
+            " Freeze them, or call their layer's forward instead"
+        )
+
+
+def foreign_uses(output: Any, names: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """The parameters that reach the output other than through a scored layer, and what used them."""
     by_id = {id(p): name for name, p in names.items()}
     stack = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
     seen = set(stack)
@@ -147,12 +158,7 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
             if following not in seen:
                 seen.add(following)
                 stack.append(following)
-    if foreign:
-        uses = ", ".join(f"{name} (by {op})" for name, op in sorted(foreign.items()))
-        raise GraddotError(
-            f"parameters used outside of the layer that owns them cannot be scored: {uses}."
-            " Freeze them, or call their layer's forward instead"
-        )
+    return foreign
 
 
 class LabelCheck:
@@ -193,9 +199,9 @@ class LabelCheck:
             row = wrong[0]
             self.problem = (
                 f"row {row} of the joint batch has {int(self._counts[row])} labelled tokens by its"
-                f" labels, but the loss used {int(used[row])}. If the loss shifts the labels"
-                " itself, pass label_shift=1; if it ignores another value than -100, pass"
-                " ignore_index"
+                f" labels, but the loss used {int(used[row])}. Pass label_shift=1 if the loss"
+                " shifts the labels itself, and 0 if it does not; if it ignores another value than"
+                " -100, pass ignore_index"
             )
 
 

@@ -1,0 +1,119 @@
+"""Vision-language models whose patches lie one image's after the other's, (sum of patches, D)."""
+
+import pytest
+import torch
+import transformers
+from brute_force import norm
+from graddot_lm import GraddotError, GradDotProdEngine
+from model_zoo import shaken
+
+IMAGE = 60
+
+
+def qwen_vl():
+    torch.manual_seed(0)
+    text = {
+        "vocab_size": 61, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "pad_token_id": 0,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]},
+    }  # fmt: skip
+    vision = {
+        "depth": 2, "embed_dim": 16, "hidden_size": 16, "num_heads": 2, "mlp_ratio": 2,
+        "patch_size": 2, "temporal_patch_size": 1, "spatial_merge_size": 2,
+    }  # fmt: skip
+    config = transformers.Qwen2VLConfig(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=59
+    )
+    return shaken(transformers.Qwen2VLForConditionalGeneration(config)).double()
+
+
+def batch(heights, *, seed):
+    """A row an image of so many times four patches; every row has ten tokens."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 58, (len(heights), 10), generator=g)
+    for row, h in enumerate(heights):
+        ids[row, 1], ids[row, 2 : 2 + h] = 59, IMAGE
+    labels = torch.where(ids == IMAGE, -100, ids)
+    patches = torch.randn(4 * sum(heights), 12, generator=g, dtype=torch.float64)
+    grid = torch.tensor([[1, 2, 2 * h] for h in heights])
+    return {"input_ids": ids, "image_grid_thw": grid, "labels": labels}, patches
+
+
+def loss_of(model, rows, patches):
+    types = (rows["input_ids"] == IMAGE).long()
+    return model(**rows, pixel_values=patches, mm_token_type_ids=types).loss
+
+
+def gradient(model, rows, patches):
+    model.zero_grad()
+    loss_of(model, rows, patches).backward()
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def dots(model, train, patches, val):
+    """Scores by brute force, and their scale."""
+    direction, per_image = gradient(model, *val), train["image_grid_thw"].prod(1).tolist()
+    alone = [
+        gradient(model, {key: x[i : i + 1] for key, x in train.items()}, part)
+        for i, part in enumerate(patches.split(per_image))
+    ]
+    scores = [sum((direction[n] * g[n]).sum() for n in direction) for g in alone]
+    model.zero_grad()
+    return torch.stack(scores), norm(direction) * torch.stack([norm(g) for g in alone])
+
+
+def step(engine, train, patches, val_patches, number=0):
+    engine.attach_train_batch(train, None, number, None)
+    joint = engine.prepare_forward_input(train)[0]
+    loss_of(engine.model, joint, torch.cat([patches, val_patches])).backward()
+    engine.prepare_gradients()
+    return engine.aggregate_and_log()
+
+
+def engine_of(model, val):
+    engine = GradDotProdEngine(model, val[0])
+    engine.attach()
+    return engine
+
+
+@pytest.mark.parametrize(
+    ("frozen", "batches"),
+    [
+        (False, [[2, 2, 2], [2, 2, 2, 2, 2], [1, 1, 1]]),
+        (True, [[2, 3, 2], [3, 1, 2, 2], [2, 2, 2]]),
+    ],
+    ids=["of one size", "of many sizes, before a frozen tower"],
+)
+def test_images(frozen, batches, record_property):
+    model = qwen_vl()
+    model.model.visual.requires_grad_(not frozen)
+    val = batch(2 * batches[0][-1:], seed=9)
+    engine = engine_of(model, val)
+    for number, heights in enumerate(batches):
+        if heights[0] == 1:
+            engine.detach()
+            val = batch([1, 1], seed=9)
+            engine = engine_of(model, val)
+        train, patches = batch(heights, seed=number)
+        engine.detach()
+        want, scale = dots(model, train, patches, val)
+        engine.reattach_after_evaluation()
+        error = ((step(engine, train, patches, val[1], number) - want).abs() / scale).max().item()
+        record_property("relative_error", error)
+        assert error <= 1e-5
+
+
+def test_images_of_many_sizes_in_a_trained_tower_are_refused():
+    """Also where half of the rows have half of the patches."""
+    model, val = qwen_vl(), batch([3], seed=9)
+    with pytest.raises(GraddotError, match="depends on other samples of the batch of 4 rows"):
+        step(engine_of(model, val), *batch([1, 3, 1], seed=1), val[1])
+
+
+def test_a_later_batch_of_other_sizes_is_judged_by_itself():
+    model, val = qwen_vl(), batch([2], seed=9)
+    engine = engine_of(model, val)
+    train, patches = batch([2, 2, 2], seed=1)
+    assert torch.isfinite(step(engine, train, patches, val[1])).all()
+    with pytest.raises(GraddotError, match="depends on other samples of the batch of 4 rows"):
+        step(engine, *batch([1, 3, 2], seed=2), val[1], 1)
