@@ -1,13 +1,20 @@
 """Builds the extension with CMake (CMakeLists.txt) when pip builds or installs the package."""
 
 import os
+import shutil
 import subprocess
+import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+
+
+def run(*command: str) -> None:
+    if subprocess.call(command) != 0:
+        raise SystemExit("building graddot's compiled library failed: the reason is above")
 
 
 class CMakeBuild(build_ext):
@@ -19,6 +26,16 @@ class CMakeBuild(build_ext):
                 "building graddot needs torch's headers: install torch, then run pip with"
                 " --no-build-isolation"
             ) from e
+        if tuple(map(int, torch.__version__.split(".")[:2])) < (2, 11):
+            raise SystemExit(
+                f"graddot needs torch 2.11 or newer, and here is {torch.__version__}: run"
+                " pip install --upgrade torch, then try again"
+            )
+        # pip puts cmake beside Python, which is on no PATH where the environment is not activated.
+        places = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", "")])
+        cmake = shutil.which("cmake", path=places)
+        if cmake is None:
+            raise SystemExit("building graddot needs CMake 3.24 or newer: run pip install cmake")
         output = Path(self.get_ext_fullpath(ext.name)).resolve().parent
         build = Path(self.build_temp).resolve() / "cmake"
         settings = {
@@ -27,9 +44,11 @@ class CMakeBuild(build_ext):
             "GRADDOT_OUTPUT_DIR": str(output),
         }
         defines = [f"-D{name}={value}" for name, value in settings.items()]
-        subprocess.check_call(["cmake", "-S", str(ROOT), "-B", str(build), *defines])
+        # What an earlier try found, as a compiler, is not what the user asks for now.
+        (build / "CMakeCache.txt").unlink(missing_ok=True)
+        run(cmake, "-S", str(ROOT), "-B", str(build), *defines)
         jobs = str(min(8, os.cpu_count() or 1))
-        subprocess.check_call(["cmake", "--build", str(build), "--target", "_C", "-j", jobs])
+        run(cmake, "--build", str(build), "--target", "_C", "-j", jobs)
 
 
 setup(

@@ -1,8 +1,8 @@
 #!/bin/sh
-# Checks of the compiled code: the core's unit tests under sanitizers; the CUDA kernels run as plain
-# C++, by the same unit test and by the tests of the embedding ops, and compiled for every
-# architecture (where nvcc is installed); and that the library needs nothing outside LibTorch's
-# stable ABI, libc and libstdc++.
+# Checks of the compiled code: the core's unit tests under sanitizers, also with clang where that is
+# installed; the CUDA kernels run as plain C++, by the same unit test and by the tests of the
+# embedding ops, and compiled for every architecture (where nvcc is installed); and that the library
+# needs nothing outside LibTorch's stable ABI, libc and libstdc++.
 # Usage: csrc/check.sh [build-folder], with the Python that has torch first on PATH.
 set -eu
 cd "$(dirname "$0")/.."
@@ -12,12 +12,24 @@ build=$(cd "${1:-build/check}" && pwd)
 cuda=OFF
 if command -v nvcc >/dev/null 2>&1 || [ -x /usr/local/cuda/bin/nvcc ]; then cuda=ON; fi
 
+# -ffast-math stands for flags that a builder's environment may have: results must not depend on it.
 cmake -S . -B "$build" -DGRADDOT_OUTPUT_DIR="$build" -DGRADDOT_CHECK_CUDA=$cuda \
+  -DCMAKE_CXX_FLAGS=-ffast-math \
   -DPython_EXECUTABLE="$(command -v python)" >/dev/null
 cmake --build "$build" -j 2 \
   --target test_embedding test_dense test_cuda_on_host cuda_on_host _C >/dev/null
 "$build/test_embedding"
 "$build/test_dense"
+clang=${CLANG:-clang++}
+if echo 'int main() {}' | "$clang" -fsanitize=address,undefined -x c++ - -o "$build/probe" 2>/dev/null
+then
+  cmake -S . -B "$build/clang" -DCMAKE_CXX_COMPILER="$clang" -DCMAKE_CXX_FLAGS=-Wno-pass-failed \
+    -DPython_EXECUTABLE="$(command -v python)" >/dev/null
+  cmake --build "$build/clang" -j 2 --target test_embedding test_dense >/dev/null
+  echo "The same with $clang:"
+  "$build/clang/test_embedding"
+  "$build/clang/test_dense"
+fi
 echo "The CUDA kernels as plain C++ (their stacks draw a warning from the address sanitizer):"
 "$build/test_cuda_on_host"
 for file in $(cd graddot_kernels && find . -name '*.py'); do

@@ -17,6 +17,10 @@
 #include "huge_pages.h"
 #include "parallel.h"
 
+#if defined(__linux__) && defined(_LIBCPP_VERSION)
+#error "PyTorch on Linux is built with libstdc++ and crashes on an exception of libc++: leave out -stdlib=libc++"
+#endif
+
 namespace graddot {
 
 void parallel_for(int64_t size, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {

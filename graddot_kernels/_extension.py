@@ -44,11 +44,12 @@ HAS_CUDA = bool(_build["cuda_architectures"])
 def build_info() -> dict[str, Any]:
     """What was built and what runs where.
 
-    Keys: version, extension (its path), devices, cuda_architectures, compiler, cuda_compiler
+    Keys: version, extension (its path), devices, instruction_set (of the CPU's compiled linear and
+    loss kernels; "" where PyTorch serves instead), cuda_architectures, compiler, cuda_compiler
     ("" without one), built_with_torch, torch, triton (None if absent), and routes: for every op
     and device the module that implements it there, `graddot_kernels._C` being the extension.
     """
-    from . import __version__, ops  # they import this module
+    from . import __version__, cpu_kernels, ops  # they import this module
 
     try:
         triton_version = importlib.metadata.version("triton")
@@ -58,6 +59,7 @@ def build_info() -> dict[str, Any]:
         "version": __version__,
         "extension": str(PATH),
         "devices": ["CPU", "CUDA"] if HAS_CUDA else ["CPU"],
+        "instruction_set": cpu_kernels.INSTRUCTION_SET,
         "cuda_architectures": _build["cuda_architectures"].split(),
         "compiler": _build["compiler"],
         "cuda_compiler": _build["cuda_compiler"],

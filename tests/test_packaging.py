@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import zipfile
 from pathlib import Path
 
@@ -80,18 +81,49 @@ def test_doctor_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     doctor.add_arguments(parser)
     assert doctor.run(parser.parse_args([])) == 0
     printed = capsys.readouterr().out
-    for text in (torch.__version__, "_C.abi3.so", "embedding_joint_wgrad_dot"):
+    for text in (torch.__version__, "_C.abi3.so", "instruction set", "embedding_joint_wgrad_dot"):
         assert text in printed
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="building needs cmake")
-def test_wheel(tmp_path: Path) -> None:
-    # From a copy, so that the source tree's own build folder is left alone.
-    source = tmp_path / "source"
+def unpacked_sdist(folder: Path) -> Path:
+    """The source distribution, made from a copy, so that the source tree's own build folder is left
+    alone, and unpacked into a folder of its own."""
     ignore = shutil.ignore_patterns("build", ".git", "*.so", ".*cache", "__pycache__", "results")
-    shutil.copytree(ROOT, source, ignore=ignore)
+    shutil.copytree(ROOT, folder / "source", ignore=ignore)
+    command = [sys.executable, "setup.py", "-q", "sdist", "-d", folder]
+    subprocess.run(command, check=True, cwd=folder / "source")
+    (sdist,) = folder.glob("*.tar.gz")
+    shutil.unpack_archive(sdist, folder / "an sdist")
+    (source,) = (folder / "an sdist").iterdir()
+    return source
+
+
+def executable(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="building needs cmake")
+def test_wheel_from_an_sdist(tmp_path: Path) -> None:
+    source = unpacked_sdist(tmp_path)
+    for directory in ("csrc", "tests/csrc"):
+        every = {p.relative_to(ROOT) for p in (ROOT / directory).rglob("*") if p.is_file()}
+        assert every == {
+            p.relative_to(source) for p in (source / directory).rglob("*") if p.is_file()
+        }
+    # An earlier try with a compiler that is no more.
+    platform = f"temp.{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
+    cache = source / "build" / platform / "cmake" / "CMakeCache.txt"
+    cache.parent.mkdir(parents=True)
+    cache.write_text("CMAKE_CXX_COMPILER:FILEPATH=/no/such/compiler\n")
+    # pip's cmake is taken where it is there, though the environment is not activated.
+    path = os.environ["PATH"]
+    if Path(sysconfig.get_path("scripts"), "cmake").exists():
+        executable(tmp_path / "bin" / "cmake", "#!/bin/sh\nexit 1\n")
+        path = f"{tmp_path / 'bin'}{os.pathsep}{path}"
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", tmp_path, source], check=True)
+    subprocess.run([*command, "-w", tmp_path, source], check=True, env=os.environ | {"PATH": path})
     (wheel,) = tmp_path.glob("*.whl")
     assert re.fullmatch(r"graddot-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
@@ -107,3 +139,18 @@ def test_wheel(tmp_path: Path) -> None:
     done = import_elsewhere(tmp_path / "installed")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "installed/graddot_kernels/_C.abi3.so")
+
+
+def test_a_torch_too_old_to_build_with_is_named(tmp_path: Path) -> None:
+    (tmp_path / "torch.py").write_text("__version__ = '2.10.1+cpu'\n")
+    done = subprocess.run(
+        [sys.executable, "setup.py", "build_ext", "-b", tmp_path, "-t", tmp_path],
+        check=False,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert "torch 2.11 or newer, and here is 2.10.1+cpu" in done.stderr
+    assert "Traceback" not in done.stderr
