@@ -60,7 +60,8 @@ def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     returns, with_rows, broadcasts = call
     site = new_site(LayerSite, scored.key, arguments, call)
     # Only where an output depends on them, for then the graph is bound to them.
-    several = returns != 0 and True in with_rows
+    # (Not by "returns != 0": torch 2.11 cannot trace that where returns is a constant tuple.)
+    several = isinstance(returns, tuple) and True in with_rows
     rows = rows_of[scored.model_forward.number].shape[0] if broadcasts or several else 0
     outputs = _trace_call(site, scored, tensors, numbers, rows)
     return filled(returns, outputs[:-1], [])
