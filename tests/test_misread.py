@@ -307,6 +307,11 @@ def _sorted(m, x):
     return pooled(m, m.up(x[order]))[back]
 
 
+def _neighbours(x):
+    """Of the first row the second, of the third the fourth, and the other way round."""
+    return x[(torch.arange(len(x)) ^ 1).clamp(max=len(x) - 1)]
+
+
 def _similar(m, x):
     h = F.normalize(m.up(x).mean(1), dim=-1)
     return h @ F.normalize(m.other(x).mean(1), dim=-1).t()
@@ -357,6 +362,21 @@ REFUSED = {
         lambda: Net(lambda m, x: Hidden(pooled(m, m.up(x)))),
         lambda out, y: F.cross_entropy(out.get(), y),
         "a Hidden, in which no tensor was found",
+    ),
+    "a-later-row": (
+        lambda: Net(lambda m, x: pooled(m, m.up(x) * x[-1].norm())),
+        loss_of,
+        "depends on other samples of the batch of 5 rows",
+    ),
+    "neighbouring-rows": (
+        lambda: Net(lambda m, x: pooled(m, m.up(x) + _neighbours(m.up(x)))),
+        loss_of,
+        "depends on other samples of the batch of 5 rows",
+    ),
+    "loss-of-neighbouring-rows": (
+        lambda: Net(lambda m, x: F.mse_loss(m.up(x), _neighbours(m.up(x)))),
+        loss_of,
+        "Expected the mean over the labelled tokens of all rows",
     ),
     "every-pair-of-rows": (
         lambda: Net(_similar, other=nn.Linear(8, 8)),
