@@ -14,6 +14,7 @@ from graddot_lm import GraddotError, GradDotProdEngine
 from loop_steps import same_gradients
 from test_engine import close
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 ROWS = (5, 8, 4, 2, 8)
@@ -206,6 +207,11 @@ EXACT = {
     ),
     "loss-alone": lambda: Net(
         lambda m, x, y: F.cross_entropy(pooled(m, m.up(x) * m.w), y), w=N(8)
+    ),
+    "weight-norms": lambda: Net(
+        lambda m, x: pooled(m, m.conv(m.normed(m.up(x)))),
+        normed=weight_norm(nn.Linear(8, 8, bias=False)),
+        conv=weight_norm(nn.Conv1d(8, 8, 3, padding=1, groups=4), dim=2),
     ),
     "weight-behind-a-dataclass": lambda: Net(
         lambda m, x: Output(pooled(m, F.linear(m.up(x), m.up.weight)))
