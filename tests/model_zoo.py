@@ -205,6 +205,7 @@ LANGUAGE_MODELS = {
     "granite-moe": lambda: moe("GraniteMoe", num_local_experts=4),
     "jamba": jamba,
     "qwen3-next": qwen3_next,
+    "lfm2": lambda: causal("Lfm2", layer_types=["conv", "full_attention"], block_ff_dim=24),
     "qwen3-moe": lambda: moe("Qwen3Moe", num_experts=4, moe_intermediate_size=12),
 }
 

@@ -14,6 +14,7 @@ from graddot_lm import GraddotError, GradDotProdEngine
 from loop_steps import same_gradients
 from test_engine import close
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint
 
 ROWS = (5, 8, 4, 2, 8)
@@ -207,6 +208,11 @@ EXACT = {
     "loss-alone": lambda: Net(
         lambda m, x, y: F.cross_entropy(pooled(m, m.up(x) * m.w), y), w=N(8)
     ),
+    "weight-norms": lambda: Net(
+        lambda m, x: pooled(m, m.conv(m.normed(m.up(x)))),
+        normed=weight_norm(nn.Linear(8, 8, bias=False)),
+        conv=weight_norm(nn.Conv1d(8, 8, 3, padding=1, groups=4), dim=2),
+    ),
     "weight-behind-a-dataclass": lambda: Net(
         lambda m, x: Output(pooled(m, F.linear(m.up(x), m.up.weight)))
     ),
@@ -307,6 +313,11 @@ def _sorted(m, x):
     return pooled(m, m.up(x[order]))[back]
 
 
+def _neighbours(x):
+    """Of the first row the second, of the third the fourth, and the other way round."""
+    return x[(torch.arange(len(x)) ^ 1).clamp(max=len(x) - 1)]
+
+
 def _similar(m, x):
     h = F.normalize(m.up(x).mean(1), dim=-1)
     return h @ F.normalize(m.other(x).mean(1), dim=-1).t()
@@ -357,6 +368,21 @@ REFUSED = {
         lambda: Net(lambda m, x: Hidden(pooled(m, m.up(x)))),
         lambda out, y: F.cross_entropy(out.get(), y),
         "a Hidden, in which no tensor was found",
+    ),
+    "a-later-row": (
+        lambda: Net(lambda m, x: pooled(m, m.up(x) * x[-1].norm())),
+        loss_of,
+        "depends on other samples of the batch of 5 rows",
+    ),
+    "neighbouring-rows": (
+        lambda: Net(lambda m, x: pooled(m, m.up(x) + _neighbours(m.up(x)))),
+        loss_of,
+        "depends on other samples of the batch of 5 rows",
+    ),
+    "loss-of-neighbouring-rows": (
+        lambda: Net(lambda m, x: F.mse_loss(m.up(x), _neighbours(m.up(x)))),
+        loss_of,
+        "Expected the mean over the labelled tokens of all rows",
     ),
     "every-pair-of-rows": (
         lambda: Net(_similar, other=nn.Linear(8, 8)),

@@ -189,7 +189,7 @@ def test_losses_that_are_no_mean_over_labelled_tokens_are_refused():
     model.loss_function = lambda logits, labels, vocab_size, **_: F.cross_entropy(
         logits.flatten(0, 1), labels.flatten(), weight
     )
-    with pytest.raises(GraddotError, match="the first 2 and the other 3 rows have the mean"):
+    with pytest.raises(GraddotError, match="those of 2 and the other 3 rows have the mean"):
         step(model)
 
 

@@ -480,6 +480,7 @@ class ModelForward:
                 layouts = find_layouts(
                     self.model, layers, args, kwargs, micro.step.rows,
                     functools.partial(self._resolve, micro), self._followed(layers), self._packed,
+                    thorough=micro.step.first,
                 )  # fmt: skip
             micro.step.layouts.update(layouts)
             foreign: set[str] = set()

@@ -1,9 +1,10 @@
 """How the samples lie in every layer's input, seen by leaving half of them out.
 
-Before the first step the model runs twice without gradients, on all rows and on the later half. A
-layer whose input is that of its rows alone is safe; one whose input changed when other samples were
-left out gets mixed samples and is refused. The same two runs tell whether a layer's input has the
-rows as its first dimension, one after the other in it (rows·T, D), or not at all (position ids).
+Before the first step the model runs without gradients on all rows, and on so many halves of them that
+each row is once without each other. A layer whose input is that of its rows alone is safe; one whose
+input changed when other samples were left out gets mixed samples and is refused. The same runs tell
+whether a layer's input has the rows as its first dimension, one after the other in it (rows·T, D), or
+not at all (position ids).
 """
 
 import contextlib
@@ -114,17 +115,19 @@ def take_inputs(arguments: Any, index: list[int], rows: int, packed: Packed) -> 
     return tree_map_only(Tensor, one, arguments)
 
 
-def _split(rows: int, packed: Packed) -> int:
-    """How many of the first rows are left out to see how layers hold the rows: half of them, or where
-    they have more or fewer patches than as many others, lest a layer of patches seem to have equally
-    many of each row."""
-    for counts in packed.values():
-        before = 0
-        for k, count in enumerate(counts):
-            if before * rows != k * sum(counts):
-                return k
-            before += count
-    return rows // 2
+def _splits(rows: int) -> list[tuple[list[int], list[int]]]:
+    """The rows in two parts, (later, earlier), in so many ways that any two rows are apart in one."""
+    if rows < 4:
+        return [([i for i in range(rows) if i != k], [k]) for k in range(rows - 1 or 1)]
+    signs = [[i >= rows // 2 for i in range(rows)]]  # the later half first
+    signs += [[i >> b & 1 == 1 for i in range(rows)] for b in range((rows - 1).bit_length())]
+    parts = [
+        ([i for i in range(rows) if sign[i]], [i for i in range(rows) if not sign[i]])
+        for k, sign in enumerate(signs)
+        if sign not in signs[:k]
+    ]
+    # But for one row alone, which models may squeeze; it is apart from its half in other ways, too.
+    return [part for part in parts if min(map(len, part)) > 1]
 
 
 @dataclass
@@ -180,9 +183,12 @@ def find_layouts(
     on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
     followed: Collection[str] = (),
     packed: Packed | None = None,
+    *,
+    thorough: bool = True,
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
-    followed are those of the layers whose forward is followed (following.py).
+    followed are those of the layers whose forward is followed (following.py). Where it is not
+    thorough, rows are left out by halves only, for a model that was checked on others before.
 
     A layer whose input is random in a way of its own cannot be judged: "unseen". In a batch of one
     row all is that row's; this says nothing about larger batches.
@@ -200,31 +206,42 @@ def find_layouts(
             if name != _OUTPUTS
         }
     packed = packed or {}
-    later = list(range(_split(rows, packed), rows))
-    few_args, few_kwargs = take_inputs((args, kwargs), later, rows, packed)
+    splits = _splits(rows)
+    kept = [part for split in splits[: None if thorough or packed else 1] for part in split]
+    if rows == 3:
+        kept = [*kept[::2], [0, 1]]  # every pair, and no row alone
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
         whole = _digests(model, layers, args, kwargs, on_layer, followed)
-        try:
-            part = _digests(model, layers, few_args, few_kwargs)
-        except Exception as error:  # the model's own code may raise anything
-            raise GraddotError(
-                f"the model runs on the joint batch of {rows} rows, but not on {len(later)} of them"
-                f" ({type(error).__name__}: {error}), so that it cannot be shown to keep samples"
-                " apart"
-            ) from error
-        with_rows = _with_rows(whole[_OUTPUTS], part[_OUTPUTS], rows, len(later))
-        for digests in (whole, part):
-            digests[_OUTPUTS] = [digests[_OUTPUTS][i] for i in with_rows]
-        found = {
-            name: _layout(name, whole[name], part.get(name, []), rows, len(later)) for name in whole
-        }
-        if None in found.values():  # noise of the model's own, or mixed samples?
-            torch.seed()
-            again = _digests(model, layers, args, kwargs)
-            again[_OUTPUTS] = [again[_OUTPUTS][i] for i in with_rows]
-            for name, layout in found.items():
-                if layout is None and _equal(whole[name], again.get(name, [])):
-                    raise GraddotError(_mixed(name, whole[name][0].shape, rows, later[0]))
+        outputs, found = whole[_OUTPUTS], dict[str, Layout | None]()
+        for index in kept:
+            few_args, few_kwargs = take_inputs((args, kwargs), index, rows, packed)
+            try:
+                part = _digests(model, layers, few_args, few_kwargs)
+            except Exception as error:  # the model's own code may raise anything
+                raise GraddotError(
+                    f"the model runs on the joint batch of {rows} rows, but not on {len(index)} of"
+                    f" them ({type(error).__name__}: {error}), so that it cannot be shown to keep"
+                    " samples apart"
+                ) from error
+            with_rows = _with_rows(outputs, part[_OUTPUTS], rows, len(index))
+            whole[_OUTPUTS] = [outputs[i] for i in with_rows]
+            part[_OUTPUTS] = [part[_OUTPUTS][i] for i in with_rows]
+            layouts = {
+                name: _layout(name, whole[name], part.get(name, []), rows, index) for name in whole
+            }
+            # Noise of the model's own, mixed samples, or what has rows by one part of them only?
+            unclear = {name for name in whole if layouts[name] != found.get(name, layouts[name])}
+            unclear |= {name for name in whole if layouts[name] is None}
+            if unclear:
+                torch.seed()
+                again = _digests(model, layers, args, kwargs)
+                again[_OUTPUTS] = [again[_OUTPUTS][i] for i in with_rows]
+                for name in [name for name in whole if name in unclear]:
+                    layouts[name] = None
+                    if _equal(whole[name], again.get(name, [])):
+                        shape = whole[name][0].shape
+                        raise GraddotError(_mixed(name, shape, rows, rows - len(index)))
+            found = {**layouts, **{name: None for name, x in found.items() if x is None}}
         # Picked tokens have lost a dimension: (rows·T, D), or (rows, D) if there is one a row.
         flat = {
             name: whole[name]
@@ -486,11 +503,10 @@ def check_loss(
     p = next(model.parameters())
     rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
     tolerance = 2e-2 if rounded else 1e-4
-    half = rows // 2
-    parts = [list(range(rows)), list(range(half)), list(range(half, rows))]
+    splits = _splits(rows) if rows > 1 else []
     losses = []
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-        for part in parts[: 1 if rows == 1 else 3]:
+        for part in [list(range(rows)), *(part for split in splits for part in split)]:
             part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
             with own_buffers(model):
                 out = model(*part_args, **part_kwargs)
@@ -502,40 +518,42 @@ def check_loss(
                 )
             found = list(tensors_in(out))
             losses.append([found[k].double() for k in numbers])
-    if rows > 1:
-        for of_one in zip(*losses, strict=True):
-            _check_number(torch.stack(of_one), rows, weights, tolerance)
+    for whole, *of_parts in zip(*losses, strict=True):
+        if all(bool(x == whole) for x in of_parts):  # no loss of rows, such as a temperature
+            continue
+        for k, split in enumerate(splits):
+            losses_of_split = torch.stack([whole, *of_parts[2 * k : 2 * k + 2]])
+            _check_number(losses_of_split, split, weights, tolerance)
 
 
-def _check_number(losses: Tensor, rows: int, weights: Tensor | None, tolerance: float) -> None:
-    """Of a loss of all rows, of the first half and of the others, (3,)."""
-    if (losses == losses[0]).all():  # no loss of rows, such as a temperature
-        return
-    half = rows // 2
+def _check_number(
+    losses: Tensor, split: tuple[list[int], list[int]], weights: Tensor | None, tolerance: float
+) -> None:
+    """Of a loss of all rows and of both parts of them, (3,)."""
     shares = losses[0].new_ones(2)
     if weights is not None:
         if not weights.any():  # the mean of nothing
             return
-        shares = torch.stack([weights[:half].sum(), weights[half:].sum()]).to(losses[0])
+        shares = torch.stack([weights[part].sum() for part in split]).to(losses[0])
         shares = shares / shares.sum()
-    # The mean of a half without labels is NaN.
+    # The mean of a part without labels is NaN.
     want = torch.where(shares == 0, 0, shares * losses[1:]).sum()
     if not (losses[0] - want).abs() <= tolerance * want.abs():
         how = "sum" if weights is None else f"mean, weighted {shares.tolist()} by labelled tokens,"
         raise GraddotError(
-            f"the model's loss is {float(losses[0]):.6g}, but those of the first {half} and the"
-            f" other {rows - half} rows have the {how} {float(want):.6g}. Expected the"
+            f"the model's loss is {float(losses[0]):.6g}, but those of {len(split[1])} and the"
+            f" other {len(split[0])} rows have the {how} {float(want):.6g}. Expected the"
             f" {'sum' if weights is None else 'mean'} over the labelled tokens of all rows: pass"
             " loss_reduction or label_shift, or a loss of your own to track_loss"
         )
 
 
-def _mixed(name: str, shape: torch.Size, rows: int, left_out: int) -> str:
+def _mixed(name: str, shape: torch.Size, rows: int, without: int) -> str:
     what = "the model has an output" if name == _OUTPUTS else f"layer {name} gets an input"
     return (
         f"{what} (of shape {tuple(shape)}) that depends on other samples of the batch of {rows}"
-        " rows, or that does not hold them one after the other: when the first"
-        f" {left_out} rows were left out, the others' part changed"
+        f" rows, or that does not hold them one after the other: when {without} of the rows were"
+        " left out, the others' part changed"
     )
 
 
@@ -625,12 +643,12 @@ def _digest(x: Tensor) -> _Digest:
 
 
 def _layout(
-    name: str, whole: list[_Digest], part: list[_Digest], rows: int, later: int
+    name: str, whole: list[_Digest], part: list[_Digest], rows: int, index: list[int]
 ) -> Layout | None:
     """The layout that a layer's calls share; None if a call has none."""
     if len(whole) != len(part):
         return None
-    calls = [(x, _layout_of_call(x, y, rows, later)) for x, y in zip(whole, part, strict=True)]
+    calls = [(x, _layout_of_call(x, y, rows, index)) for x, y in zip(whole, part, strict=True)]
     layouts = {layout for _, layout in calls}
     if len(layouts) > 1:
         is_beside = lambda x, layout: layout == "same" and x.caller is not None
@@ -665,7 +683,7 @@ def _check_beside(
             )
 
 
-def _layout_of_call(whole: _Digest, part: _Digest, rows: int, later: int) -> Layout | None:
+def _layout_of_call(whole: _Digest, part: _Digest, rows: int, index: list[int]) -> Layout | None:
     if not whole.shape.numel() or not part.shape.numel():  # tokens picked from the batch: none
         return None
     if whole.shape == part.shape:
@@ -674,10 +692,11 @@ def _layout_of_call(whole: _Digest, part: _Digest, rows: int, later: int) -> Lay
         if not _differ_at(at, whole.shape, part.shape) or at >= whole.values.dim():
             continue
         tokens = whole.shape[at] // rows
-        kept = later * tokens
-        if whole.shape[at] % rows or part.shape[at] != kept or (at and tokens > 1):
+        if whole.shape[at] % rows or part.shape[at] != len(index) * tokens or (at and tokens > 1):
             return None
-        theirs = whole.values.narrow(at, whole.shape[at] - kept, kept)
+        theirs = whole.values.unflatten(at, (rows, tokens))
+        theirs = theirs.index_select(at, torch.tensor(index, device=theirs.device))
+        theirs = theirs.flatten(at, at + 1)
         if not _close(theirs, part.values, whole.tolerance):
             return None
         return "second" if at else "rows" if tokens == 1 else tokens

@@ -95,11 +95,8 @@ def refusal(module: nn.Module) -> str | None:
         return "sparse gradients are not supported" if module.sparse else None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and mixes_samples(module):
         return "BatchNorm in training mode mixes samples; use GroupNorm, or eval() it"
-    kind = type(module).__name__
     if isinstance(module, nn.RNNBase) and module.proj_size > 0:
         return PROJECTIONS
-    if nn.utils.parametrize.is_parametrized(module) or kind == "ParametrizationList":
-        return "a parametrized weight is not a parameter; remove the parametrization"
     return None
 
 
@@ -136,6 +133,9 @@ def rule_for(module: nn.Module) -> Rule | None:
         return registered
     if is_relative_bias(module):
         return general_rule()
+    trained = any(p.requires_grad for p in module.parameters())
+    if trained and nn.utils.parametrize.is_parametrized(module):  # a weight is computed of others
+        return general_rule(any_size=getattr(module, "groups", 1) > 1)
     lists = (nn.ParameterList, nn.ParameterDict)  # which have no forward of their own
     listed: list[nn.Module] = [part for part in module.children() if isinstance(part, lists)]
     if isinstance(module, nn.MultiheadAttention):  # which does not call it
