@@ -143,6 +143,29 @@ def test_directions_are_no_first_backward_of_a_static_graph(tmp_path):
         assert "static_graph=True) with reentrant checkpoints" in refusal
 
 
+def compiled_step(rank, world):
+    """Scores of a compiled model whose shared weight has a sharded direction."""
+    model = tiny_gpt2().double()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    engine = given(model)
+    model.compile(backend="eager")
+    for _ in range(2):  # the first runs uncompiled
+        x, y = token_batch(2, 9, seed=rank)
+        engine.attach_train_batch(x, y, 0, None)
+        model(x, labels=y).loss.backward()
+        scores = engine.aggregate_and_log()
+    return scores
+
+
+def test_given_directions_of_a_compiled_sharded_model(tmp_path):
+    for rank, scores in enumerate(on_processes(2, tmp_path, compiled_step)):
+        train = token_batch(2, 9, seed=rank)
+        want, scale = (total(d) for d in sample_dots(tiny_gpt2(), train, val_batch()))
+        assert ((scores - want).abs() / scale).max() <= 1e-6
+
+
 def unsynced(rank, world):
     """Messages where a sharded model's gradients stay where they are."""
     model = fully_shard(tiny_gpt2())
