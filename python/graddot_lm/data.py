@@ -9,6 +9,7 @@ of meta.json, so that it names the same tokens whichever domains a run selects.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -351,10 +352,16 @@ def _check_weights(data: TokenData, weights: dict[str, float]) -> None:
         raise GraddotError(f"weights: {problem}")
 
 
+def separated(text: str) -> list[str]:
+    """The parts between commas, which are none between the double quotes that a part begins with."""
+    parts = re.findall(r'(?:^|,)\s*("[^"]*"[^,]*|[^,]*)', text)
+    return [re.sub(r'^"([^"]*)"', r"\1", part.strip()) for part in parts]
+
+
 def parse_weights(text: str) -> dict[str, float]:
     """Read "code=2,math=1". Raises GraddotError naming the part that cannot be read."""
     weights: dict[str, float] = {}
-    for part in text.split(","):
+    for part in separated(text):
         name, equals, number = part.rpartition("=")
         name = name.strip()
         try:
