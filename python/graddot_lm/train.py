@@ -111,6 +111,7 @@ class Trainer:
             shard(self.model, self.model.get_submodule("transformer.h").children())
         elif self.processes.world > 1:
             self.wrapped = DistributedDataParallel(self.model)
+            self._settle_buckets()
         self.optimizer = _optimizer(self.model, self.args)
         if self.val_batches:
             self.engine = GradDotProdEngine(
@@ -119,6 +120,14 @@ class Trainer:
                 label_shift=0,
                 norms=self.args.norms,
             )
+
+    def _settle_buckets(self) -> None:
+        """Have DistributedDataParallel's first backward behind us, after which it puts gradients in
+        another order: of three processes or more that decides how their sum is rounded, and a resumed
+        run is to round every step as one that goes on does."""
+        x = torch.zeros(1, self.args.block_size, dtype=torch.int64, device=self.device)
+        self._losses(x, x)[0].backward()
+        self.model.zero_grad(set_to_none=True)
 
     # Targets
 
