@@ -137,6 +137,13 @@ def test_foreign_and_unfinished_folders(tmp_path, root):
         (tmp_path / "meta.json").write_text(text)
         with pytest.raises(GraddotError, match="not the meta.json of token data"):
             TokenData(tmp_path)
+    write(tmp_path / "whole")
+    meta = json.loads((tmp_path / "whole" / "meta.json").read_text())
+    domain = {**meta["domains"][0], "train": 7}
+    for change in ({"domains": [domain]}, {"domains": 7}, {"vocab_size": "7"}, {"tokenizer": None}):
+        (tmp_path / "meta.json").write_text(json.dumps(meta | change))
+        with pytest.raises(GraddotError, match="not the meta.json of token data"):
+            TokenData(tmp_path)
     write(tmp_path / "new", format_version=FORMAT_VERSION + 1)
     with pytest.raises(GraddotError, match=f"format version {FORMAT_VERSION + 1}"):
         TokenData(tmp_path / "new")

@@ -497,6 +497,42 @@ def test_eval_only_wants_the_model_and_the_tokenizer_of_the_run(tokens, tmp_path
     assert "not a run's directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    "key, value", [("sampler", None), ("model", {"dict": []}), ("optimizer", 7)]
+)
+def test_a_checkpoint_of_another_shape_is_named(tokens, tmp_path, capsys, key, value):
+    assert train(tokens, tmp_path) == 0
+    path = latest_checkpoint(tmp_path / "run")
+    content = json.loads((path / "state.json").read_text())
+    content["state"][key] = value
+    (path / "state.json").write_text(json.dumps(content))
+    before = read_scores(tmp_path / "run")
+    assert train(tokens, tmp_path, "--resume") == 2
+    assert f"{path}: damaged: " in capsys.readouterr().err
+    assert read_scores(tmp_path / "run").equals(before)
+    if key == "model":
+        assert train(tokens, tmp_path, "--resume --eval_only") == 2
+        assert f"{path}: damaged: " in capsys.readouterr().err
+
+
+SHAPES = [
+    {"coverage": {"excluded": [1]}},
+    {"measured": 7},
+    {"val_sample_ids": ["a"]},
+    {"data_dir": 1},
+]
+
+
+@pytest.mark.parametrize("change", [*SHAPES, []], ids=str)
+def test_a_config_of_another_shape_is_named(tokens, tmp_path, capsys, change):
+    assert train(tokens, tmp_path, "--max_steps 1") == 0
+    config = read_config(tmp_path / "run") | change if change else []
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    for command in (["scores", str(tmp_path / "run")], arguments(tokens, tmp_path, "--resume")):
+        assert cli.main(command) == 2
+        assert f"{tmp_path}/run/config.json: cannot be read: " in capsys.readouterr().err
+
+
 def test_the_report_shows_the_validation_sequences(tokens, tmp_path, capsys):
     assert train(tokens, tmp_path, "--max_steps 1 --val_set sums,prose") == 0
     data = TokenData(tokens, "val", ["sums", "prose"], 24)

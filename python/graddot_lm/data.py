@@ -183,6 +183,10 @@ def _read_meta(root: Path) -> dict:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version = meta["format_version"]
+        if version == FORMAT_VERSION and not _is_meta(meta):
+            raise ValueError
+    except OSError as error:
+        raise GraddotError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise GraddotError(f"{path}: not the meta.json of token data") from error
     if version != FORMAT_VERSION:
@@ -191,6 +195,20 @@ def _read_meta(root: Path) -> dict:
             "tokenize the text again"
         )
     return meta
+
+
+def _is_meta(meta: dict) -> bool:
+    """Whether it says what `graddot tokenize` writes there. May raise KeyError and TypeError."""
+    counts = [domain[split]["tokens"] for domain in meta["domains"] for split in SPLITS]
+    names = [domain[key] for domain in meta["domains"] for key in ("name", "slug")]
+    names += [meta["tokenizer"][key] for key in ("name", "sha256")]
+    whole = {"eot_token_id", "seed", "val_fraction"} <= meta.keys()
+    return (
+        whole
+        and meta["dtype"] in ("uint16", "uint32")
+        and all(type(count) is int and count >= 0 for count in (*counts, meta["vocab_size"]))
+        and all(isinstance(name, str) for name in names)
+    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -331,7 +349,10 @@ class MixtureSampler:
                     f"the saved sampler had {key} {state.get(key)!r}, this run has {value!r}; "
                     "a resumed run needs the same"
                 )
-        self._drawn = [int(count) for count in state["drawn"]]
+        drawn = list(state["drawn"])
+        if len(drawn) != len(self._streams) or any(type(n) is not int or n < 0 for n in drawn):
+            raise ValueError(f"the sampler's position is {drawn!r}")
+        self._drawn = drawn
 
 
 def _check_weights(data: TokenData, weights: dict[str, float]) -> None:

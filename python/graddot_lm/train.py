@@ -10,8 +10,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, damaged, latest_checkpoint, load_checkpoint
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
 from .distributed import gathered, load_model, load_optimizer, shard, whole
 from .engine import GradDotProdEngine
@@ -305,7 +305,8 @@ class Trainer:
         """Print the val loss of the run's last checkpoint, or of random weights; write nothing."""
         if self.args.resume:
             checkpoint = self.processes.together(self._checkpoint_to_evaluate)
-            load_model(self.model, checkpoint.state["model"])
+            with self._fitting(checkpoint) as state:
+                load_model(self.model, state["model"])
             self.step = checkpoint.step + 1
         loss = self.evaluate()
         if self.processes.rank == 0:
@@ -357,10 +358,22 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
         }
 
-    def _load_state(self, state: dict[str, Any]) -> None:
-        load_model(self.model, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
+    def _load_state(self, checkpoint: Checkpoint) -> None:
+        with self._fitting(checkpoint) as state:
+            load_model(self.model, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.sampler.load_state_dict(state["sampler"])
+
+    @contextmanager
+    def _fitting(self, checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+        """End all processes, which read the same state, if it is not this run's."""
+        try:
+            yield checkpoint.state
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if self.processes.explained(error) is not None:
+                raise
+            path = self._path() / "checkpoints" / f"step-{checkpoint.step}"
+            self.processes.fail(str(damaged(path, error)))
 
     def _path(self) -> Path:
         return Path(self.args.results_dir) / self.args.run_name
@@ -371,7 +384,7 @@ class Trainer:
         made = self.processes.together(self._make_run if first else lambda: None)
         checkpoint = self.processes.together((lambda: made) if first else self._join_run)
         if checkpoint is not None:
-            self._load_state(checkpoint.state)
+            self._load_state(checkpoint)
             self.step = checkpoint.step + 1
         assert self.run_dir is not None
         if self.engine is not None:
