@@ -343,7 +343,7 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
     assert train(tokens, tmp_path / "moved", f"{constant} --max_steps 4 --resume") == 0
     assert f"no run at {tmp_path}/moved/run yet: starting one" in capsys.readouterr().err
     config = read_config(tmp_path / "moved" / "run")
-    for name in ("tokenizer_sha256", "val_sample_ids"):
+    for name in ("tokenizer_sha256", "val_sample_ids", "data_content"):
         del config[name]
     write_config(tmp_path / "moved" / "run", {**config, "device": "cuda"})
     shutil.copytree(tokens, tmp_path / "elsewhere")
@@ -353,6 +353,13 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
     config = read_config(tmp_path / "moved" / "run")
     assert config["data_dir"] == str(tmp_path / "elsewhere") and config["val_sample_ids"]
+    for split in ("train", "val"):
+        file = tmp_path / "elsewhere" / "sums" / f"{split}.bin"
+        kept = file.read_bytes()
+        file.write_bytes(kept[2:] + kept[:2])
+        assert train("elsewhere", tmp_path / "moved", f"{constant} --resume") == 2
+        assert "token files hold other tokens" in capsys.readouterr().err
+        file.write_bytes(kept)
     (tmp_path / "moved" / "run").rename(tmp_path / "moved" / "of another name")
     (tmp_path / "moved" / "run").symlink_to("of another name")
     again = ["--run_name", "of another name", *f"{constant} --resume".split()]

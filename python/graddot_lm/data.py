@@ -26,6 +26,8 @@ MORE_BLOCKS = (
     " share of the text is for validation"
 )
 
+PIECES, PIECE = 8, 1024  # of a domain's tokens, for `TokenData.content`
+
 SampleIds = np.ndarray | torch.Tensor | Sequence[int]
 
 
@@ -172,6 +174,16 @@ class TokenData:
         matter["tokenizer"] = self.meta["tokenizer"]["sha256"]
         matter["domains"] = self.meta["domains"]
         return hashlib.sha256(json.dumps(matter, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def content(self) -> str:
+        """sha256 over pieces of every domain's tokens, which other text of as many tokens has not in
+        common: a resumed run must find the same, and a whole Pile takes too long to read."""
+        digest = hashlib.sha256()
+        for tokens in self._tokens:
+            for start in np.linspace(0, max(0, len(tokens) - PIECE), PIECES).astype(np.int64):
+                digest.update(tokens[start : start + PIECE].tobytes())
+        return digest.hexdigest()
 
 
 def _read_meta(root: Path) -> dict:

@@ -28,7 +28,10 @@ _IS_RIGHT: dict[str, Callable[[Any], bool]] = {
         _all(x["covered"], str) and _all(x["excluded"], str) and type(x["share"]) is float
     ),
 }
-_NOTES = {"max_steps": "; only a run with --lr_schedule constant can be extended"}
+_NOTES = {
+    "max_steps": "; only a run with --lr_schedule constant can be extended",
+    "data_content": "; the token files hold other tokens",
+}
 
 
 def read_config(run: str | Path) -> dict:

@@ -30,7 +30,7 @@ from .models import DTYPES, build_gpt2
 from .processes import Processes, seed_step
 from .run_directory import RunDirectory
 from .scores import clip_factor
-from .settings import check_evaluation
+from .settings import check_evaluation, recorded_config
 from .train_options import (
     add_arguments,  # noqa: F401 (the command line looks here)
     check,
@@ -395,6 +395,7 @@ class Trainer:
         path, world, targets = self._path(), self.processes.world, self._targets()
         val_ids = [int(number) for ids in self.val_ids.values() for number in ids]
         config = describe(self.args, self.data, self.model, self.engine, world, val_ids)
+        config["data_content"] = [data.content for data in (self.data, self.val_data)]
         if self.args.resume and (path / "config.json").exists():
             self.run_dir, checkpoint = RunDirectory.resume(
                 path, config, self._may_differ(), targets, world
@@ -425,8 +426,11 @@ class Trainer:
         names = "resume eval_only results_dir run_name measure_overhead versions commit processes parallel"
         names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
         # Where the data lies: what it is, the tokenizer with it, data_fingerprint says. The
-        # validation samples follow from it and from settings, and older runs did not record them.
+        # validation samples follow from it and from settings, and older runs did not record them,
+        # nor data_content.
         names += " device pile_data_dir data_dir tokenizer tokenizer_sha256 val_sample_ids"
+        if "data_content" not in recorded_config(self._path()):
+            names += " data_content"
         return names.split() + (["max_steps"] if self.args.lr_schedule == "constant" else [])
 
     # The run
