@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
-from graddot_lm import GraddotError, GradDotProdEngine
+from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from loop_steps import Store, attached, run
+from model_zoo import causal
 from process_group import on_processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -141,6 +142,31 @@ def test_directions_are_no_first_backward_of_a_static_graph(tmp_path):
                 assert (grad - want).norm() <= 1e-6 * want.norm(), (step, name)
     for refusal in on_processes(2, tmp_path / "reentrant", static_steps, True):
         assert "static_graph=True) with reentrant checkpoints" in refusal
+
+
+def relearnt_steps(rank, world):
+    """Scores where one process alone looks again how the rows lie, for 3 rows have 9 tokens."""
+    model = causal("Llama")
+    fuse_head(model)
+    wrapper = DistributedDataParallel(model)
+    engine = GradDotProdEngine(wrapper, val_batch(), global_mean=True)
+    engine.attach()
+    scores = []
+    for step in range(2):
+        x, y = token_batch(3 if step == 0 or rank == 0 else 1, 9, seed=10 * step + rank)
+        engine.attach_train_batch(x, y, step, None)
+        xx, yy = engine.prepare_forward_input(x, y)
+        wrapper(xx, labels=yy).loss.backward()
+        scores.append((x, y, engine.aggregate_and_log()))
+        model.zero_grad()
+    return scores
+
+
+def test_a_process_that_looks_again_does_not_count_again_with_the_others(tmp_path):
+    for scores in on_processes(2, tmp_path, relearnt_steps):
+        for x, y, found in scores:
+            want, scale = (total(d) for d in sample_dots(causal("Llama"), (x, y), val_batch()))
+            assert ((found - want).abs() / scale).max() <= 1e-5  # fp32
 
 
 def compiled_step(rank, world):

@@ -325,7 +325,8 @@ class ModelForward:
                     f"the fused head's loss is a {'mean' if mean else 'sum'} over labelled tokens,"
                     f" but the engine expects a {expected}; pass loss_reduction="
                 )
-            self._count_by_loss(self.micro, counts)
+            if not step.trial:  # which other processes may not make
+                self._count_by_loss(self.micro, counts)
         return step
 
     def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
