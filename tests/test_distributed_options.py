@@ -54,7 +54,7 @@ def flat_loss(logits, y):
 
 
 # Rows and tokens of each of two processes, by step
-UNEVEN = [((2, 9), (3, 9)), ((1, 9), (3, 7)), ((4, 5), (1, 7)), ((1, 3), (1, 4))]
+UNEVEN = [((2, 9), (3, 9)), ((1, 9), (3, 7)), ((4, 6), (1, 7)), ((1, 3), (1, 4)), ((3, 7), (4, 4))]
 
 
 def uneven_batch(step, rank, flat):
@@ -103,9 +103,11 @@ def test_sharded_processes_with_other_rows_than_each_other(tmp_path, flat, resha
             assert ((found - want).abs() / scale).max() <= (TOLERANCE if flat else 1e-6)
 
 
-def test_one_row_beside_several_is_refused_by_all_where_it_is_the_first(tmp_path):
+def test_what_takes_other_runs_is_refused_by_all_where_it_comes_first(tmp_path):
     got = on_processes(2, tmp_path, uneven_steps, False, 1, None)
     assert got[0] == got[1] and "1 of 2 processes have a batch of one row" in got[0], got
+    got = on_processes(2, tmp_path / "square", uneven_steps, False, 4, None)
+    assert got[0] == got[1] and " 1 one of as many tokens as rows" in got[0], got
 
 
 def static_steps(rank, world, reentrant):
