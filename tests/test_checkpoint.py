@@ -146,6 +146,9 @@ def test_a_checkpoint_with_a_tensor_missing_is_refused(tmp_path):
     (path / "state.json").write_text(text)
     with pytest.raises(GraddotError, match="damaged: 'model.v'; if you take this folder away, the"):
         load_checkpoint(path)
+    (path / "state.json").write_text(json.dumps({**content, "step": 7}))
+    with pytest.raises(GraddotError, match="damaged: state.json is of step 7"):
+        load_checkpoint(path)
 
 
 def test_what_is_no_checkpoint_is_passed_over(tmp_path):
@@ -155,4 +158,5 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path):
         save_checkpoint(folder, step, state_at(step))
     (folder / "step-2" / "state.json").write_text("[]")
     (folder / "step-3").write_text("a file")
+    (folder / "step-4" / "state.json").mkdir(parents=True)
     assert latest_checkpoint(tmp_path) == folder / "step-1"

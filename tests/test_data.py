@@ -7,7 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graddot_lm.data import MixtureSampler, TokenData, fixed_batch, parse_weights, permute
+from graddot_lm.data import (
+    MixtureSampler,
+    TokenData,
+    fixed_batch,
+    parse_weights,
+    permute,
+    separated,
+)
 from graddot_lm.errors import GraddotError
 from graddot_lm.load_tokenizer import tokenizer_sha256
 from graddot_lm.token_writer import FORMAT_VERSION
@@ -128,6 +135,13 @@ def test_foreign_and_unfinished_folders(tmp_path, root):
         TokenData(tmp_path)
     for text in ("{", "[]", "{}"):
         (tmp_path / "meta.json").write_text(text)
+        with pytest.raises(GraddotError, match="not the meta.json of token data"):
+            TokenData(tmp_path)
+    write(tmp_path / "whole")
+    meta = json.loads((tmp_path / "whole" / "meta.json").read_text())
+    domain = {**meta["domains"][0], "train": 7}
+    for change in ({"domains": [domain]}, {"domains": 7}, {"vocab_size": "7"}, {"tokenizer": None}):
+        (tmp_path / "meta.json").write_text(json.dumps(meta | change))
         with pytest.raises(GraddotError, match="not the meta.json of token data"):
             TokenData(tmp_path)
     write(tmp_path / "new", format_version=FORMAT_VERSION + 1)
@@ -335,6 +349,12 @@ def test_sampler_errors(root):
         MixtureSampler(data, 0, 0)
     with pytest.raises(GraddotError, match="no block of 1024 tokens in the train split"):
         MixtureSampler(TokenData(root), 2, 0)
+
+
+def test_a_comma_in_a_name():
+    assert separated('a, "b, c" ,d') == ["a", "b, c", "d"]
+    assert separated('5" disks,"x') == ['5" disks', '"x']
+    assert parse_weights('"b, c"=2,a=1') == {"b, c": 2.0, "a": 1.0}
 
 
 def test_parse_weights():

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
-from graddot_lm import GraddotError, GradDotProdEngine
+from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from loop_steps import Store, attached, run
+from model_zoo import causal
 from process_group import on_processes
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -53,7 +54,7 @@ def flat_loss(logits, y):
 
 
 # Rows and tokens of each of two processes, by step
-UNEVEN = [((2, 9), (3, 9)), ((1, 9), (3, 7)), ((4, 5), (1, 7)), ((1, 3), (1, 4))]
+UNEVEN = [((2, 9), (3, 9)), ((1, 9), (3, 7)), ((4, 6), (1, 7)), ((1, 3), (1, 4)), ((3, 7), (4, 4))]
 
 
 def uneven_batch(step, rank, flat):
@@ -102,9 +103,11 @@ def test_sharded_processes_with_other_rows_than_each_other(tmp_path, flat, resha
             assert ((found - want).abs() / scale).max() <= (TOLERANCE if flat else 1e-6)
 
 
-def test_one_row_beside_several_is_refused_by_all_where_it_is_the_first(tmp_path):
+def test_what_takes_other_runs_is_refused_by_all_where_it_comes_first(tmp_path):
     got = on_processes(2, tmp_path, uneven_steps, False, 1, None)
     assert got[0] == got[1] and "1 of 2 processes have a batch of one row" in got[0], got
+    got = on_processes(2, tmp_path / "square", uneven_steps, False, 4, None)
+    assert got[0] == got[1] and " 1 one of as many tokens as rows" in got[0], got
 
 
 def static_steps(rank, world, reentrant):
@@ -141,6 +144,54 @@ def test_directions_are_no_first_backward_of_a_static_graph(tmp_path):
                 assert (grad - want).norm() <= 1e-6 * want.norm(), (step, name)
     for refusal in on_processes(2, tmp_path / "reentrant", static_steps, True):
         assert "static_graph=True) with reentrant checkpoints" in refusal
+
+
+def relearnt_steps(rank, world):
+    """Scores where one process alone looks again how the rows lie, for 3 rows have 9 tokens."""
+    model = causal("Llama")
+    fuse_head(model)
+    wrapper = DistributedDataParallel(model)
+    engine = GradDotProdEngine(wrapper, val_batch(), global_mean=True)
+    engine.attach()
+    scores = []
+    for step in range(2):
+        x, y = token_batch(3 if step == 0 or rank == 0 else 1, 9, seed=10 * step + rank)
+        engine.attach_train_batch(x, y, step, None)
+        xx, yy = engine.prepare_forward_input(x, y)
+        wrapper(xx, labels=yy).loss.backward()
+        scores.append((x, y, engine.aggregate_and_log()))
+        model.zero_grad()
+    return scores
+
+
+def test_a_process_that_looks_again_does_not_count_again_with_the_others(tmp_path):
+    for scores in on_processes(2, tmp_path, relearnt_steps):
+        for x, y, found in scores:
+            want, scale = (total(d) for d in sample_dots(causal("Llama"), (x, y), val_batch()))
+            assert ((found - want).abs() / scale).max() <= 1e-5  # fp32
+
+
+def compiled_step(rank, world):
+    """Scores of a compiled model whose shared weight has a sharded direction."""
+    model = tiny_gpt2().double()
+    for block in model.transformer.h:
+        fully_shard(block)
+    fully_shard(model)
+    engine = given(model)
+    model.compile(backend="eager")
+    for _ in range(2):  # the first runs uncompiled
+        x, y = token_batch(2, 9, seed=rank)
+        engine.attach_train_batch(x, y, 0, None)
+        model(x, labels=y).loss.backward()
+        scores = engine.aggregate_and_log()
+    return scores
+
+
+def test_given_directions_of_a_compiled_sharded_model(tmp_path):
+    for rank, scores in enumerate(on_processes(2, tmp_path, compiled_step)):
+        train = token_batch(2, 9, seed=rank)
+        want, scale = (total(d) for d in sample_dots(tiny_gpt2(), train, val_batch()))
+        assert ((scores - want).abs() / scale).max() <= 1e-6
 
 
 def unsynced(rank, world):

@@ -329,6 +329,39 @@ def test_a_damaged_part_is_named(tmp_path):
         read_scores(tmp_path)
 
 
+def test_a_flipped_bit_is_noticed(tmp_path):
+    writer = folder_of_parts(tmp_path, (0, 4))
+    part = tmp_path / "scores" / "part-00000000-00000004.parquet"
+    data = bytearray(part.read_bytes())
+    at = data.index(np.cos(np.arange(5 * N)).tobytes()[:8])  # a page of dots, not compressed
+    data[at] ^= 1
+    part.write_bytes(data)
+    with pytest.raises(GraddotError, match="cannot be read.*[Cc][Rr][Cc]"):
+        read_scores(tmp_path)
+    writer.truncate_after(4)  # looks at what the parts are, not at all they hold
+
+
+@pytest.mark.parametrize("kind", ["scores", "metrics"])
+@pytest.mark.parametrize("damage", ["cut", "empty", "folder"])
+def test_a_run_with_a_damaged_part_does_not_go_on(tmp_path, kind, damage):
+    path = tmp_path / "run"
+    train(path, 9)
+    parts = sorted((path / kind).glob("part-*"))
+    data = parts[1].read_bytes()
+    parts[1].unlink()
+    if damage == "folder":
+        parts[1].mkdir()
+    else:
+        parts[1].write_bytes(data[: len(data) // 2 if damage == "cut" else 0])
+    with pytest.raises(GraddotError, match=f"{parts[1].name}: cannot be read"):
+        RunDirectory.resume(path, CONFIG)
+    if damage == "folder":
+        parts[1].rmdir()
+    parts[1].write_bytes(data)
+    RunDirectory.resume(path, CONFIG)[0].close()
+    expect_steps(path, 9)
+
+
 # No room
 
 

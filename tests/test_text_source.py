@@ -163,3 +163,11 @@ def test_input_errors(tmp_path, bpe):
     for name, message in cases.items():
         with pytest.raises(GraddotError, match=message):
             tokenize(f"{tmp_path}/{name}", tmp_path / "out", bpe)
+
+
+def test_a_file_beside_its_compressed_self_is_refused(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "a.jsonl.zst").write_bytes(zstandard.compress(GOOD))
+    for inputs in ([str(tmp_path)], [str(tmp_path / "a.jsonl"), str(tmp_path / "a.jsonl.zst")]):
+        with pytest.raises(GraddotError, match=r"a.jsonl.zst twice, also as .*a.jsonl; give every"):
+            find_sources(inputs)

@@ -256,7 +256,12 @@ def test_lost_and_damaged_records_are_refused(tmp_path, pile, bpe, monkeypatch):
     (out / "github" / "train.bin").unlink()
     with pytest.raises(GraddotError, match="github/train.bin: shorter than recorded"):
         tokenize(pile, out, bpe)
-    for damaged in ("{", "[]"):
+    state = json.loads((out / "progress.json").read_text())
+    domain = {**state["domains"][0], "train": 7}
+    sources = [{**state["settings"]["sources"][0], "split": [1]}]
+    shapes = [state | {"domains": [domain]}, state | {"bad_lines": []}]
+    shapes += [state | {"settings": state["settings"] | {"sources": sources}}]
+    for damaged in ("{", "[]", *map(json.dumps, shapes)):
         (out / "progress.json").write_text(damaged)
         with pytest.raises(GraddotError, match="progress.json: damaged"):
             tokenize(pile, out, bpe)

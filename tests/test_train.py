@@ -343,7 +343,7 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
     assert train(tokens, tmp_path / "moved", f"{constant} --max_steps 4 --resume") == 0
     assert f"no run at {tmp_path}/moved/run yet: starting one" in capsys.readouterr().err
     config = read_config(tmp_path / "moved" / "run")
-    for name in ("tokenizer_sha256", "val_sample_ids"):
+    for name in ("tokenizer_sha256", "val_sample_ids", "data_content"):
         del config[name]
     write_config(tmp_path / "moved" / "run", {**config, "device": "cuda"})
     shutil.copytree(tokens, tmp_path / "elsewhere")
@@ -353,6 +353,13 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
     assert_same_run(tmp_path / "whole", tmp_path / "moved")
     config = read_config(tmp_path / "moved" / "run")
     assert config["data_dir"] == str(tmp_path / "elsewhere") and config["val_sample_ids"]
+    for split in ("train", "val"):
+        file = tmp_path / "elsewhere" / "sums" / f"{split}.bin"
+        kept = file.read_bytes()
+        file.write_bytes(kept[2:] + kept[:2])
+        assert train("elsewhere", tmp_path / "moved", f"{constant} --resume") == 2
+        assert "token files hold other tokens" in capsys.readouterr().err
+        file.write_bytes(kept)
     (tmp_path / "moved" / "run").rename(tmp_path / "moved" / "of another name")
     (tmp_path / "moved" / "run").symlink_to("of another name")
     again = ["--run_name", "of another name", *f"{constant} --resume".split()]
@@ -495,6 +502,42 @@ def test_eval_only_wants_the_model_and_the_tokenizer_of_the_run(tokens, tmp_path
     assert train(tokens, tmp_path, "--eval_only --resume") == 0
     assert train(tokens, tmp_path / "no", "--eval_only --resume") == 2
     assert "not a run's directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "key, value", [("sampler", None), ("model", {"dict": []}), ("optimizer", 7)]
+)
+def test_a_checkpoint_of_another_shape_is_named(tokens, tmp_path, capsys, key, value):
+    assert train(tokens, tmp_path) == 0
+    path = latest_checkpoint(tmp_path / "run")
+    content = json.loads((path / "state.json").read_text())
+    content["state"][key] = value
+    (path / "state.json").write_text(json.dumps(content))
+    before = read_scores(tmp_path / "run")
+    assert train(tokens, tmp_path, "--resume") == 2
+    assert f"{path}: damaged: " in capsys.readouterr().err
+    assert read_scores(tmp_path / "run").equals(before)
+    if key == "model":
+        assert train(tokens, tmp_path, "--resume --eval_only") == 2
+        assert f"{path}: damaged: " in capsys.readouterr().err
+
+
+SHAPES = [
+    {"coverage": {"excluded": [1]}},
+    {"measured": 7},
+    {"val_sample_ids": ["a"]},
+    {"data_dir": 1},
+]
+
+
+@pytest.mark.parametrize("change", [*SHAPES, []], ids=str)
+def test_a_config_of_another_shape_is_named(tokens, tmp_path, capsys, change):
+    assert train(tokens, tmp_path, "--max_steps 1") == 0
+    config = read_config(tmp_path / "run") | change if change else []
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    for command in (["scores", str(tmp_path / "run")], arguments(tokens, tmp_path, "--resume")):
+        assert cli.main(command) == 2
+        assert f"{tmp_path}/run/config.json: cannot be read: " in capsys.readouterr().err
 
 
 def test_the_report_shows_the_validation_sequences(tokens, tmp_path, capsys):

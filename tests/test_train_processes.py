@@ -198,6 +198,20 @@ def test_dropout_resumes_bit_exactly_and_signals_stop_all(tokens, tmp_path):  # 
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_three_processes_resume_bit_exactly(tokens, tmp_path, parallel):  # noqa: F811
+    """Whose sums are rounded by the order in which they are added up."""
+    extra = f"--batch_size 6 --parallel {parallel} --resume"
+    codes, outputs = launch(3, tmp_path / "a", arguments(tokens, tmp_path / "whole", extra))
+    assert codes == [0, 0, 0], outputs
+    command = arguments(tokens, tmp_path / "killed", extra)
+    codes, outputs = launch(3, tmp_path / "b", command, dies(0, "rename", 2))
+    assert codes[0] == -signal.SIGKILL
+    codes, outputs = launch(3, tmp_path / "c", command)
+    assert codes == [0, 0, 0], outputs
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+
+
 def test_regular_moves_the_weights_alike(tokens, tmp_path, record_property):  # noqa: F811
     assert train(tokens, tmp_path / "scored", f"{FP64} --max_steps 4") == 0
     command = arguments(

@@ -90,7 +90,9 @@ def _read_json(folder: Path) -> dict | None:
         content = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         size = (folder / "tensors.safetensors").stat().st_size
         return content if content["tensor_bytes"] == size else None
-    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError):
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError):
         return None
 
 
@@ -165,9 +167,16 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     try:
         tensors = load_file(Path(path) / "tensors.safetensors")
         state = {name: _unpack(value, tensors) for name, value in content["state"].items()}
+        if Path(path).name.startswith("step-") and Path(path).name != f"step-{content['step']}":
+            raise ValueError(f"state.json is of step {content['step']}")
         return Checkpoint(content["step"], state)
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-        raise GraddotError(
-            f"{path}: damaged: {error}; if you take this folder away, the run goes on from the"
-            " checkpoint before it"
-        ) from error
+    except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: str | Path, error: Exception) -> GraddotError:
+    """What to say of a checkpoint that cannot be read, or whose state does not fit the run."""
+    return GraddotError(
+        f"{path}: damaged: {error}; if you take this folder away, the run goes on from the"
+        " checkpoint before it"
+    )

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
 from .compiler import uncompiled
+from .distributed import own_part
 from .errors import GraddotError
 from .layers import Step
 
@@ -112,7 +113,7 @@ def _is_contiguous(shape: torch.Size, stride: tuple[int, ...]) -> bool:
 
 
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    return own_part(x).untyped_storage().data_ptr()  # a sharded direction has none of its own
 
 
 def _owned(value: Any, borrowed: set[int]) -> Any:

@@ -9,6 +9,7 @@ of meta.json, so that it names the same tokens whichever domains a run selects.
 import hashlib
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,8 @@ MORE_BLOCKS = (
     "a smaller --block_size makes more of them, and --val_fraction of `graddot tokenize` decides which"
     " share of the text is for validation"
 )
+
+PIECES, PIECE = 8, 1024  # of a domain's tokens, for `TokenData.content`
 
 SampleIds = np.ndarray | torch.Tensor | Sequence[int]
 
@@ -172,6 +175,16 @@ class TokenData:
         matter["domains"] = self.meta["domains"]
         return hashlib.sha256(json.dumps(matter, sort_keys=True).encode()).hexdigest()
 
+    @property
+    def content(self) -> str:
+        """sha256 over pieces of every domain's tokens, which other text of as many tokens has not in
+        common: a resumed run must find the same, and a whole Pile takes too long to read."""
+        digest = hashlib.sha256()
+        for tokens in self._tokens:
+            for start in np.linspace(0, max(0, len(tokens) - PIECE), PIECES).astype(np.int64):
+                digest.update(tokens[start : start + PIECE].tobytes())
+        return digest.hexdigest()
+
 
 def _read_meta(root: Path) -> dict:
     path = root / "meta.json"
@@ -182,6 +195,10 @@ def _read_meta(root: Path) -> dict:
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
         version = meta["format_version"]
+        if version == FORMAT_VERSION and not _is_meta(meta):
+            raise ValueError
+    except OSError as error:
+        raise GraddotError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError) as error:
         raise GraddotError(f"{path}: not the meta.json of token data") from error
     if version != FORMAT_VERSION:
@@ -190,6 +207,20 @@ def _read_meta(root: Path) -> dict:
             "tokenize the text again"
         )
     return meta
+
+
+def _is_meta(meta: dict) -> bool:
+    """Whether it says what `graddot tokenize` writes there. May raise KeyError and TypeError."""
+    counts = [domain[split]["tokens"] for domain in meta["domains"] for split in SPLITS]
+    names = [domain[key] for domain in meta["domains"] for key in ("name", "slug")]
+    names += [meta["tokenizer"][key] for key in ("name", "sha256")]
+    whole = {"eot_token_id", "seed", "val_fraction"} <= meta.keys()
+    return (
+        whole
+        and meta["dtype"] in ("uint16", "uint32")
+        and all(type(count) is int and count >= 0 for count in (*counts, meta["vocab_size"]))
+        and all(isinstance(name, str) for name in names)
+    )
 
 
 def _listed(names: Sequence[str]) -> str:
@@ -330,7 +361,10 @@ class MixtureSampler:
                     f"the saved sampler had {key} {state.get(key)!r}, this run has {value!r}; "
                     "a resumed run needs the same"
                 )
-        self._drawn = [int(count) for count in state["drawn"]]
+        drawn = list(state["drawn"])
+        if len(drawn) != len(self._streams) or any(type(n) is not int or n < 0 for n in drawn):
+            raise ValueError(f"the sampler's position is {drawn!r}")
+        self._drawn = drawn
 
 
 def _check_weights(data: TokenData, weights: dict[str, float]) -> None:
@@ -351,10 +385,16 @@ def _check_weights(data: TokenData, weights: dict[str, float]) -> None:
         raise GraddotError(f"weights: {problem}")
 
 
+def separated(text: str) -> list[str]:
+    """The parts between commas, which are none between the double quotes that a part begins with."""
+    parts = re.findall(r'(?:^|,)\s*("[^"]*"[^,]*|[^,]*)', text)
+    return [re.sub(r'^"([^"]*)"', r"\1", part.strip()) for part in parts]
+
+
 def parse_weights(text: str) -> dict[str, float]:
     """Read "code=2,math=1". Raises GraddotError naming the part that cannot be read."""
     weights: dict[str, float] = {}
-    for part in text.split(","):
+    for part in separated(text):
         name, equals, number = part.rpartition("=")
         name = name.strip()
         try:

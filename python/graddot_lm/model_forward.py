@@ -329,7 +329,8 @@ class ModelForward:
                     f"the fused head's loss is a {'mean' if mean else 'sum'} over labelled tokens,"
                     f" but the engine expects a {expected}; pass loss_reduction="
                 )
-            self._count_by_loss(self.micro, counts)
+            if not step.trial:  # which other processes may not make
+                self._count_by_loss(self.micro, counts)
         return step
 
     def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
@@ -499,7 +500,8 @@ class ModelForward:
         self, micro: MicroBatch, shapes: list[torch.Size]
     ) -> dict[str, Layout] | None:
         """The layouts of a sharded model's step; None where all processes are to find them, for they
-        have to run the model equally often. That takes fewer runs in a batch of one row.
+        have to run the model equally often. That takes fewer runs in a batch of one row, and may take
+        more where there are as many tokens as rows.
 
         Layouts that are for all inputs of several rows are so in all processes; of others they have
         to ask each other in every step."""
@@ -513,17 +515,19 @@ class ModelForward:
         if not step.first and self._layouts.are_for_all(many):
             return known
         group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
-        votes = torch.tensor([1, one_row, known is None], device=step.scale.device)
-        processes, of_one, unknown = distributed.summed(votes, group).tolist()
+        square = any(step.rows in shape for shape in shapes)
+        votes = torch.tensor([1, one_row, square, known is None], device=step.scale.device)
+        processes, of_one, of_square, unknown = distributed.summed(votes, group).tolist()
         if not (step.first or unknown):
             return known
-        if of_one in (0, processes):
+        if {of_one, of_square} <= {0, processes}:
             return None
         if unknown:
             raise GraddotError(
                 f"the model is sharded, and {of_one} of {processes} processes have a batch of one row,"
-                " the others of more, so that they cannot run it equally often to see whether samples"
-                " are kept apart; begin with at least two rows in every process, or one in each"
+                f" {of_square} one of as many tokens as rows, the others not, so that they cannot run it"
+                " equally often to see whether samples are kept apart; begin with at least two rows in"
+                " every process, or one in each, and with more tokens than rows"
             )
         step.first = False  # checked before, and again at the next occasion
         return known

@@ -1,26 +1,65 @@
 """A run's config.json: its settings, and whether a resumed run keeps to them."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import write_atomic
 
 WIDTH = 100  # of a value in a message
 
-_NOTES = {"max_steps": "; only a run with --lr_schedule constant can be extended"}
+_OVERHEAD = ("overhead", "overhead_over_regular_n")
+
+
+def _all(values: Any, kind: type) -> bool:
+    return isinstance(values, list) and all(type(value) is kind for value in values)
+
+
+# What is read again, beside being compared: whether it is what was written.
+_IS_RIGHT: dict[str, Callable[[Any], bool]] = {
+    "block_size": lambda x: type(x) is int,
+    "data_dir": lambda x: type(x) is str,
+    "tokenizer": lambda x: type(x) is str,
+    "val_sample_ids": lambda x: _all(x, int),
+    "measured": lambda x: all(isinstance(x.get(k, 0), int | float) for k in _OVERHEAD),
+    "coverage": lambda x: (
+        _all(x["covered"], str) and _all(x["excluded"], str) and type(x["share"]) is float
+    ),
+}
+_NOTES = {
+    "max_steps": "; only a run with --lr_schedule constant can be extended",
+    "data_content": "; the token files hold other tokens",
+}
 
 
 def read_config(run: str | Path) -> dict:
     """A run's config.json. Raises GraddotError if there is none."""
     path = Path(run) / "config.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if problem := _wrong(config):
+            raise ValueError(problem)
+        return config
     except (FileNotFoundError, NotADirectoryError) as error:
         raise GraddotError(f"{run}: not a run's directory, for it has no config.json") from error
     except (OSError, ValueError) as error:
         raise GraddotError(f"{path}: cannot be read: {error}") from error
+
+
+def _wrong(config: Any) -> str | None:
+    """What in it is of another kind than what is written there."""
+    if not isinstance(config, dict):
+        return "it holds no settings by name"
+    for name in _IS_RIGHT.keys() & config.keys():
+        try:
+            right = _IS_RIGHT[name](config[name])
+        except (LookupError, TypeError, AttributeError):
+            right = False
+        if not right:
+            return f"{name} is {_shown(json.dumps(config[name]))}"
+    return None
 
 
 def recorded_config(folder: str | Path) -> dict:

@@ -114,7 +114,8 @@ def _part_path(folder: Path, first: int, last: int, rank: int, world: int) -> Pa
 
 def _encode(table: pa.Table) -> pa.Buffer:
     sink = pa.BufferOutputStream()
-    pq.write_table(table.unify_dictionaries(), sink, compression="zstd")
+    table = table.unify_dictionaries()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
     return sink.getvalue()
 
 
@@ -191,9 +192,10 @@ class PartWriter:
 
     def truncate_after(self, step: int) -> None:
         """Drop all rows of later steps, and what was not saved. Raises GraddotError, and drops
-        nothing, if the rows that stay have other columns, as those of a run with norms have."""
+        nothing, if a part that stays cannot be opened, or has other columns, as those of a run with
+        norms have."""
         kept = [part for part in _parts(self.folder) if part.first <= step]
-        for part in kept[:1]:
+        for part in kept:
             with reading(part.path):
                 columns = pq.read_schema(part.path).names
             if columns != self.schema.names:
@@ -223,7 +225,10 @@ class PartWriter:
 
 
 def _open(parts: Sequence[Part], schema: pa.Schema) -> ds.Dataset:
-    return ds.dataset([str(part.path) for part in parts], schema=schema, format="parquet")
+    options = ds.ParquetFragmentScanOptions(page_checksum_verification=True)
+    form = ds.ParquetFileFormat(default_fragment_scan_options=options)
+    with reading(parts[0].path.parent):
+        return ds.dataset([str(part.path) for part in parts], schema=schema, format=form)
 
 
 @contextmanager

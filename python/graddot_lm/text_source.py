@@ -96,11 +96,13 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _check_once(sources: list[Source]) -> None:
-    """Refuse a file or dataset that is read twice: one time its documents may go to train, the
-    other to val."""
+    """Refuse a file or dataset that is read twice, also in two compressions: one time its documents
+    may go to train, the other to val."""
     seen: dict[Path, str] = {}
     for source in sources:
         place = Path(source.name).resolve()
+        if source.bytes is not None and place.suffix in (".gz", ".zst"):
+            place = place.with_suffix("")
         if place in seen:
             other = "" if seen[place] == source.name else f", also as {seen[place]}"
             raise GraddotError(f"--input has {source.name} twice{other}; give every text once")

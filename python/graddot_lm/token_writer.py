@@ -82,7 +82,9 @@ class TokenWriter:
         try:
             state = json.loads(path.read_text(encoding="utf-8"))
             old, read_nothing = state["settings"], (state["source"], state["line"]) == (0, 0)
-        except (ValueError, KeyError, TypeError) as error:
+            if not _is_progress(state):
+                raise ValueError
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise GraddotError(f"{path}: damaged; --overwrite starts anew") from error
         new = self.state["settings"]
         differing = [
@@ -197,6 +199,21 @@ class TokenWriter:
     def close(self) -> None:
         """Let another process write the folder."""
         os.close(self._lock)
+
+
+def _is_progress(state: dict) -> bool:
+    """Whether it is what `commit` records. May raise what other shapes do."""
+    counts = [state["source"], state["line"], state.get("bad_lines", 0)]
+    parts = [domain[split] for domain in state["domains"] for split in SPLITS]
+    counts += [part[key] for part in parts for key in ("tokens", "documents")]
+    names = [domain[key] for domain in state["domains"] for key in ("name", "slug")]
+    sources = {tuple(source.values()) for source in state["settings"]["sources"]}
+    return (
+        all(type(count) is int and count >= 0 for count in counts)
+        and all(type(name) is str for name in names)
+        and all(type(source[0]) is str for source in sources)
+        and isinstance(state.get("damaged_files", []), list)
+    )
 
 
 def _differing_sources(old: list[dict], new: list[dict]) -> str:

@@ -10,8 +10,8 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from .checkpoint import Checkpoint, latest_checkpoint, load_checkpoint
+from .checkpoint import Checkpoint, damaged, latest_checkpoint, load_checkpoint
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
 from .distributed import gathered, load_model, load_optimizer, shard, whole
 from .engine import GradDotProdEngine
@@ -30,7 +30,7 @@ from .models import DTYPES, build_gpt2
 from .processes import Processes, seed_step
 from .run_directory import RunDirectory
 from .scores import clip_factor
-from .settings import check_evaluation
+from .settings import check_evaluation, recorded_config
 from .train_options import (
     add_arguments,  # noqa: F401 (the command line looks here)
     check,
@@ -111,6 +111,7 @@ class Trainer:
             shard(self.model, self.model.get_submodule("transformer.h").children())
         elif self.processes.world > 1:
             self.wrapped = DistributedDataParallel(self.model)
+            self._settle_buckets()
         self.optimizer = _optimizer(self.model, self.args)
         if self.val_batches:
             self.engine = GradDotProdEngine(
@@ -119,6 +120,14 @@ class Trainer:
                 label_shift=0,
                 norms=self.args.norms,
             )
+
+    def _settle_buckets(self) -> None:
+        """Have DistributedDataParallel's first backward behind us, after which it puts gradients in
+        another order: of three processes or more that decides how their sum is rounded, and a resumed
+        run is to round every step as one that goes on does."""
+        x = torch.zeros(1, self.args.block_size, dtype=torch.int64, device=self.device)
+        self._losses(x, x)[0].backward()
+        self.model.zero_grad(set_to_none=True)
 
     # Targets
 
@@ -296,7 +305,8 @@ class Trainer:
         """Print the val loss of the run's last checkpoint, or of random weights; write nothing."""
         if self.args.resume:
             checkpoint = self.processes.together(self._checkpoint_to_evaluate)
-            load_model(self.model, checkpoint.state["model"])
+            with self._fitting(checkpoint) as state:
+                load_model(self.model, state["model"])
             self.step = checkpoint.step + 1
         loss = self.evaluate()
         if self.processes.rank == 0:
@@ -348,10 +358,22 @@ class Trainer:
             "sampler": self.sampler.state_dict(),
         }
 
-    def _load_state(self, state: dict[str, Any]) -> None:
-        load_model(self.model, state["model"])
-        load_optimizer(self.optimizer, state["optimizer"])
-        self.sampler.load_state_dict(state["sampler"])
+    def _load_state(self, checkpoint: Checkpoint) -> None:
+        with self._fitting(checkpoint) as state:
+            load_model(self.model, state["model"])
+            load_optimizer(self.optimizer, state["optimizer"])
+            self.sampler.load_state_dict(state["sampler"])
+
+    @contextmanager
+    def _fitting(self, checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
+        """End all processes, which read the same state, if it is not this run's."""
+        try:
+            yield checkpoint.state
+        except (LookupError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            if self.processes.explained(error) is not None:
+                raise
+            path = self._path() / "checkpoints" / f"step-{checkpoint.step}"
+            self.processes.fail(str(damaged(path, error)))
 
     def _path(self) -> Path:
         return Path(self.args.results_dir) / self.args.run_name
@@ -362,7 +384,7 @@ class Trainer:
         made = self.processes.together(self._make_run if first else lambda: None)
         checkpoint = self.processes.together((lambda: made) if first else self._join_run)
         if checkpoint is not None:
-            self._load_state(checkpoint.state)
+            self._load_state(checkpoint)
             self.step = checkpoint.step + 1
         assert self.run_dir is not None
         if self.engine is not None:
@@ -373,6 +395,7 @@ class Trainer:
         path, world, targets = self._path(), self.processes.world, self._targets()
         val_ids = [int(number) for ids in self.val_ids.values() for number in ids]
         config = describe(self.args, self.data, self.model, self.engine, world, val_ids)
+        config["data_content"] = [data.content for data in (self.data, self.val_data)]
         if self.args.resume and (path / "config.json").exists():
             self.run_dir, checkpoint = RunDirectory.resume(
                 path, config, self._may_differ(), targets, world
@@ -403,8 +426,11 @@ class Trainer:
         names = "resume eval_only results_dir run_name measure_overhead versions commit processes parallel"
         names += " eval_iter eval_bs eval_interval checkpoint_interval dot_prod_save_interval"
         # Where the data lies: what it is, the tokenizer with it, data_fingerprint says. The
-        # validation samples follow from it and from settings, and older runs did not record them.
+        # validation samples follow from it and from settings, and older runs did not record them,
+        # nor data_content.
         names += " device pile_data_dir data_dir tokenizer tokenizer_sha256 val_sample_ids"
+        if "data_content" not in recorded_config(self._path()):
+            names += " data_content"
         return names.split() + (["max_steps"] if self.args.lr_schedule == "constant" else [])
 
     # The run

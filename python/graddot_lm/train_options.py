@@ -14,15 +14,15 @@ from torch import nn
 import graddot_kernels
 
 from . import config
-from .data import TokenData
+from .data import TokenData, separated
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .models import ARCHITECTURES, DTYPES
 
 
 def _domains(text: str) -> list[str] | None:
-    """Comma-separated names; None for all."""
-    return None if text == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    """Comma-separated names, as `separated` reads them; None for all."""
+    return None if text == "all" else [name for name in separated(text) if name]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +99,8 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
         "--train_set",
         type=_domains,
         default=None,
-        help="domains to train on, separated by commas, or all (default: all)",
+        help="domains to train on, separated by commas, or all; a name with a comma in it in double"
+        " quotes, as '\"a, b\",c' (default: all)",
     )
     data.add_argument(
         "--val_set",
