@@ -90,6 +90,15 @@ def summed(value: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return value
 
 
+def largest(value: int, group: dist.ProcessGroup | None, device: torch.device) -> int:
+    """The largest over the processes of a group."""
+    if group is None:
+        return value
+    most = torch.tensor(value, device=device)
+    dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    return int(most)
+
+
 def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> None:
     """Raise unless a layer sees, in its forward, the whole of the parameter `known` by this name.
 

@@ -35,6 +35,7 @@ from .rows import (
     own_buffers,
     own_inputs,
     packed_inputs,
+    runs_of,
 )
 from .rules import rule_for
 from .scored import ScoredForward
@@ -99,6 +100,7 @@ class ModelForward:
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._inputs: tuple[Any, Any] | None = None  # of the forward under way
+        self._runs = 0  # of a sharded model in a check of it, as many in all processes
         self._packed: Packed = {}  # of these, what holds several entries of a row
         self._buffers: BufferCheck | None = None  # as they were before it
         self._buffers_aside: Any = None
@@ -481,7 +483,7 @@ class ModelForward:
                 layouts = find_layouts(
                     self.model, layers, args, kwargs, micro.step.rows,
                     functools.partial(self._resolve, micro), self._followed(layers), self._packed,
-                    thorough=micro.step.first,
+                    thorough=micro.step.first, runs=self._runs,
                 )  # fmt: skip
             micro.step.layouts.update(layouts)
             foreign: set[str] = set()
@@ -521,6 +523,7 @@ class ModelForward:
         if not (step.first or unknown):
             return known
         if {of_one, of_square} <= {0, processes}:
+            self._runs = distributed.largest(runs_of(step.rows), group, step.scale.device)
             return None
         if unknown:
             raise GraddotError(
@@ -596,8 +599,9 @@ class ModelForward:
             weights = micro.counts if micro.loss_reduction == "mean" else None
             with self.set_aside():
                 check_loss(
-                    self.model, args, kwargs, micro.step.rows, weights, numbers, self._packed
-                )
+                    self.model, args, kwargs, micro.step.rows, weights, numbers, self._packed,
+                    self._runs,
+                )  # fmt: skip
 
     def end_compiled(self) -> None:
         """The end of a forward inside a compiled graph."""

@@ -130,6 +130,16 @@ def _splits(rows: int) -> list[tuple[list[int], list[int]]]:
     return [part for part in parts if min(map(len, part)) > 1]
 
 
+def runs_of(rows: int) -> int:
+    """In how many parts of so many rows a model is run to see whether they are kept apart."""
+    return 2 * len(_splits(rows)) if rows > 1 else 0
+
+
+def _filled_up(parts: list[list[int]], runs: int) -> list[list[int]]:
+    """At least as many parts, the last of them several times."""
+    return parts + parts[-1:] * (runs - len(parts))
+
+
 @dataclass
 class _Digest:
     """An input's shape, and one random projection of every vector in it."""
@@ -185,10 +195,12 @@ def find_layouts(
     packed: Packed | None = None,
     *,
     thorough: bool = True,
+    runs: int = 0,
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
     followed are those of the layers whose forward is followed (following.py). Where it is not
-    thorough, rows are left out by halves only, for a model that was checked on others before.
+    thorough, rows are left out by halves only, for a model that was checked on others before. It is
+    run on at least `runs` parts of the rows, as on the other processes that share it.
 
     A layer whose input is random in a way of its own cannot be judged: "unseen". In a batch of one
     row all is that row's; this says nothing about larger batches.
@@ -210,6 +222,7 @@ def find_layouts(
     kept = [part for split in splits[: None if thorough or packed else 1] for part in split]
     if rows == 3:
         kept = [*kept[::2], [0, 1]]  # every pair, and no row alone
+    kept = _filled_up(kept, runs)
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
         whole = _digests(model, layers, args, kwargs, on_layer, followed)
         outputs, found = whole[_OUTPUTS], dict[str, Layout | None]()
@@ -493,10 +506,11 @@ def check_loss(
     weights: Tensor | None,
     numbers: list[int],
     packed: Packed,
+    runs: int = 0,
 ) -> None:
     """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
 
-    numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
+    runs as in `find_layouts`. numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
     tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
     class weights or a comparison of samples make a loss that is neither.
     """
@@ -504,9 +518,10 @@ def check_loss(
     rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
     tolerance = 2e-2 if rounded else 1e-4
     splits = _splits(rows) if rows > 1 else []
+    parts = _filled_up([part for split in splits for part in split], runs)
     losses = []
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-        for part in [list(range(rows)), *(part for split in splits for part in split)]:
+        for part in [list(range(rows)), *parts]:
             part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
             with own_buffers(model):
                 out = model(*part_args, **part_kwargs)
