@@ -30,7 +30,8 @@ void parallel_for(int64_t size, int64_t grain, const std::function<void(int64_t,
 namespace {
 
 // The public functions have checked their arguments; this guards the memory against a direct call
-// of an op. std::invalid_argument arrives in Python as ValueError, std::out_of_range as IndexError.
+// of an op. std::out_of_range arrives in Python as IndexError, std::invalid_argument as ValueError
+// (up to torch 2.14; then as RuntimeError).
 void check(bool ok, const char* expected) {
   if (!ok) {
     throw std::invalid_argument(std::string("expected ") + expected);

@@ -248,10 +248,11 @@ def test_an_op_called_directly_refuses_what_it_cannot_read() -> None:
         (direction[..., :2], ids, grad),
         (direction.to(torch.int32), ids, grad.to(torch.int32)),
     ]
+    newer = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 15)  # keeps the words only
     for args in bad:
-        with pytest.raises(ValueError, match="expected"):
+        with pytest.raises(RuntimeError if newer else ValueError, match="expected"):
             ops.embedding_wgrad_dot(*args, -1, None)
-    with pytest.raises(ValueError, match="val_rows"):
+    with pytest.raises(RuntimeError if newer else ValueError, match="val_rows"):
         ops.embedding_joint_wgrad_dot(ids, grad, [3], 5, -1, None)
 
 

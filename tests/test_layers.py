@@ -277,10 +277,11 @@ class FirstOfPositions(nn.Module):
     def __init__(self):
         super().__init__()
         self.positions, self.head = nn.Embedding(5, 6), nn.Linear(6, 2)
+        self.noise = random.Random(0)  # not two draws that are close by chance
 
     def forward(self, x):
         out = self.head(x + self.positions(torch.arange(5)[None])[0])
-        return out + random.random()
+        return out + self.noise.random()
 
 
 class SparseExperts(nn.Module):

@@ -70,6 +70,13 @@ class Step:
     _rows: dict[str, list[Tensor]] = field(default_factory=dict)
     _held: int = 0  # elements of _rows
     _scales: Tensor | None = None
+    _buffers: dict[int, Tensor] | None = None  # which keeps them, so that no id is another's
+
+    def is_buffer(self, x: Tensor) -> bool:
+        """Whether a tensor was one of the model's buffers when this step first asked."""
+        if self._buffers is None or self.trial:  # whose runs have copies, each its own
+            self._buffers = {id(buffer): buffer for buffer in self.buffers()}
+        return id(x) in self._buffers
 
     @property
     def train_rows(self) -> int:

@@ -38,7 +38,7 @@ class Scored:
         tokens = self.step.row_tokens(self.name)
         if x.dim() == 0 or x.shape[0] not in (self.rows, self.rows * tokens):
             return False
-        return x.requires_grad or not any(x is buffer for buffer in self.step.buffers())
+        return x.requires_grad or not self.step.is_buffer(x)
 
     def require_rows_first(self) -> None:
         """Raise GraddotError if the layer may be used where the rows are the second dimension."""
