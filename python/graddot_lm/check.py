@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
+from .digests import NoDropout
 from .errors import GraddotError
 from .general import Rule, caller_rule
 from .layers import Step
-from .rows import Layout, NoDropout, find_layouts, take_rows
+from .parts import take_rows
+from .rows import Layout, find_layouts
 from .rules import rule_for
 from .scored import Scored, ScoredForward, first_tensor
 from .verify import tensors_in

@@ -21,22 +21,13 @@ from . import compiled, distributed
 from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
+from .digests import own_buffers, own_inputs
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .rows import (
-    KnownLayouts,
-    Layout,
-    Packed,
-    check_loss,
-    check_outputs,
-    check_padding,
-    find_layouts,
-    own_buffers,
-    own_inputs,
-    packed_inputs,
-    runs_of,
-)
+from .outputs import check_loss, check_outputs, check_padding
+from .parts import Packed, packed_inputs, runs_of
+from .rows import KnownLayouts, Layout, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number

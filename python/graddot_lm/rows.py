@@ -7,147 +7,22 @@ whether a layer's input has the rows as its first dimension, one after the other
 not at all (position ids).
 """
 
-import contextlib
-import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .digests import OUTPUTS, Digest, NoDropout, close, digests, equal
 from .errors import GraddotError
-from .layers import Step
-from .recurrent import KERNELS
-from .scored import first_tensor
-from .verify import tensors_in
-
-_DROPOUTS = {
-    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
-    torch.dropout, torch.alpha_dropout, torch.feature_dropout,
-}  # fmt: skip
-
-
-# What is drawn in place of random numbers. Uniform ones are compared with a rate, by layers of random
-# depth: what keeps a layer.
-_DRAWN = {
-    torch.rand: 1 - 2**-7, torch.rand_like: 1 - 2**-7, Tensor.uniform_: 1 - 2**-7,
-    torch.randn: 0.5, torch.randn_like: 0.5, torch.normal: 0.5, Tensor.normal_: 0.5,
-    torch.bernoulli: 1, Tensor.bernoulli_: 1, Tensor.exponential_: 1,
-}  # fmt: skip
-
-
-class NoDropout(TorchFunctionMode):
-    """Dropout does nothing, whatever the mode of the module that calls it, and noise is the same for
-    every row and in every run, so that layers behind it can be compared."""
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        kwargs = dict(kwargs or {})
-        if func is torch.randn and kwargs.get("generator") is not None:  # our own numbers
-            return func(*args, **kwargs)
-        if func in _DRAWN:
-            return func(*args, **kwargs).fill_(_DRAWN[func])
-        if func is torch.randperm:  # every row gets another
-            return func(*args, **kwargs).sort().values.roll(1)
-        if func is torch.randint:
-            ints = [x for x in args[:2] if isinstance(x, int)]
-            low = ints[0] if len(ints) == 2 else kwargs.get("low", 0)
-            return func(*args, **kwargs).fill_(low)
-        if func in _DROPOUTS:
-            return args[0] if args else kwargs["input"]
-        if func is F.scaled_dot_product_attention:
-            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
-            kwargs.pop("dropout_p", None)
-        if func in KERNELS.values() and isinstance(args[3], bool):  # of no PackedSequence
-            args = (*args[:5], 0.0, *args[6:])
-        if func is F.multi_head_attention_forward:
-            args = (*args[:10], 0.0, *args[11:])
-        return func(*args, **kwargs)
-
+from .parts import Packed, filled_up, splits_of, take_inputs
 
 # "rows" (rows, ..., D); "second" (T, rows, ..., D); "same" for every row; T where a row's T tokens
 # lie together, (rows·T, ..., D); "unseen" where noise kept a layer from being judged.
 Layout = str | int
-_OUTPUTS = " outputs"  # beside the layers' names
-
-
-def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor:
-    """Some of the samples of (rows, ...) or (rows·tokens, ...); a tensor without samples itself."""
-    if x.dim() > 0 and x.shape[0] == rows:
-        return x[index]
-    if tokens and x.dim() > 0 and x.shape[0] == rows * tokens:
-        return x.unflatten(0, (rows, tokens))[index].flatten(0, 1)
-    return x
-
-
-# By id of a tensor among a model's inputs that holds several entries of every row, one row's after the
-# other's: how many each row has.
-Packed = Mapping[int, Sequence[int]]
-
-
-def packed_inputs(kwargs: Mapping[str, Any], rows: int) -> Packed:
-    """The patches of images, of which every row has one: as many as its entry in a grid says, as
-    vision-language models of transformers have it."""
-    found = {}
-    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
-        grid, patches = kwargs.get(f"{kind}_grid_thw"), kwargs.get(name)
-        if isinstance(grid, Tensor) and isinstance(patches, Tensor) and grid.shape == (rows, 3):
-            counts = grid.prod(1).tolist()
-            if sum(counts) == len(patches) != rows:
-                found[id(patches)] = counts
-    return found
-
-
-def take_inputs(arguments: Any, index: list[int], rows: int, packed: Packed) -> Any:
-    """`take_rows` of all tensors among a model's inputs."""
-
-    def one(x: Tensor) -> Tensor:
-        if id(x) not in packed:
-            return take_rows(x, index, rows)
-        parts = x.split(list(packed[id(x)]))
-        return torch.cat([parts[i] for i in index])
-
-    return tree_map_only(Tensor, one, arguments)
-
-
-def _splits(rows: int) -> list[tuple[list[int], list[int]]]:
-    """The rows in two parts, (later, earlier), in so many ways that any two rows are apart in one."""
-    if rows < 4:
-        return [([i for i in range(rows) if i != k], [k]) for k in range(rows - 1 or 1)]
-    signs = [[i >= rows // 2 for i in range(rows)]]  # the later half first
-    signs += [[i >> b & 1 == 1 for i in range(rows)] for b in range((rows - 1).bit_length())]
-    parts = [
-        ([i for i in range(rows) if sign[i]], [i for i in range(rows) if not sign[i]])
-        for k, sign in enumerate(signs)
-        if sign not in signs[:k]
-    ]
-    # But for one row alone, which models may squeeze; it is apart from its half in other ways, too.
-    return [part for part in parts if min(map(len, part)) > 1]
-
-
-def runs_of(rows: int) -> int:
-    """In how many parts of so many rows a model is run to see whether they are kept apart."""
-    return 2 * len(_splits(rows)) if rows > 1 else 0
-
-
-def _filled_up(parts: list[list[int]], runs: int) -> list[list[int]]:
-    """At least as many parts, the last of them several times."""
-    return parts + parts[-1:] * (runs - len(parts))
-
-
-@dataclass
-class _Digest:
-    """An input's shape, and one random projection of every vector in it."""
-
-    shape: torch.Size
-    values: Tensor
-    tolerance: float = 0.0  # for what rounding makes of the same rows in a smaller batch
-    caller: str | None = None  # the innermost of the layers around whose forward is followed
 
 
 class KnownLayouts:
@@ -210,35 +85,35 @@ def find_layouts(
     """
     if rows < 2:
         with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-            alone = _digests(model, layers, args, kwargs, on_layer)
+            alone = digests(model, layers, args, kwargs, on_layer)
         of_one = {name: {_layout_of_one(digest) for digest in alone[name]} for name in alone}
         return {
             name: layouts.pop() if len(layouts) == 1 else "unseen"
             for name, layouts in of_one.items()
-            if name != _OUTPUTS
+            if name != OUTPUTS
         }
     packed = packed or {}
-    splits = _splits(rows)
+    splits = splits_of(rows)
     kept = [part for split in splits[: None if thorough or packed else 1] for part in split]
     if rows == 3:
         kept = [*kept[::2], [0, 1]]  # every pair, and no row alone
-    kept = _filled_up(kept, runs)
+    kept = filled_up(kept, runs)
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-        whole = _digests(model, layers, args, kwargs, on_layer, followed)
-        outputs, found = whole[_OUTPUTS], dict[str, Layout | None]()
+        whole = digests(model, layers, args, kwargs, on_layer, followed)
+        outputs, found = whole[OUTPUTS], dict[str, Layout | None]()
         for index in kept:
             few_args, few_kwargs = take_inputs((args, kwargs), index, rows, packed)
             try:
-                part = _digests(model, layers, few_args, few_kwargs)
+                part = digests(model, layers, few_args, few_kwargs)
             except Exception as error:  # the model's own code may raise anything
                 raise GraddotError(
                     f"the model runs on the joint batch of {rows} rows, but not on {len(index)} of"
                     f" them ({type(error).__name__}: {error}), so that it cannot be shown to keep"
                     " samples apart"
                 ) from error
-            with_rows = _with_rows(outputs, part[_OUTPUTS], rows, len(index))
-            whole[_OUTPUTS] = [outputs[i] for i in with_rows]
-            part[_OUTPUTS] = [part[_OUTPUTS][i] for i in with_rows]
+            with_rows = _with_rows(outputs, part[OUTPUTS], rows, len(index))
+            whole[OUTPUTS] = [outputs[i] for i in with_rows]
+            part[OUTPUTS] = [part[OUTPUTS][i] for i in with_rows]
             layouts = {
                 name: _layout(name, whole[name], part.get(name, []), rows, index) for name in whole
             }
@@ -247,11 +122,11 @@ def find_layouts(
             unclear |= {name for name in whole if layouts[name] is None}
             if unclear:
                 torch.seed()
-                again = _digests(model, layers, args, kwargs)
-                again[_OUTPUTS] = [again[_OUTPUTS][i] for i in with_rows]
+                again = digests(model, layers, args, kwargs)
+                again[OUTPUTS] = [again[OUTPUTS][i] for i in with_rows]
                 for name in [name for name in whole if name in unclear]:
                     layouts[name] = None
-                    if _equal(whole[name], again.get(name, [])):
+                    if equal(whole[name], again.get(name, [])):
                         shape = whole[name][0].shape
                         raise GraddotError(_mixed(name, shape, rows, rows - len(index)))
             found = {**layouts, **{name: None for name, x in found.items() if x is None}}
@@ -259,12 +134,12 @@ def find_layouts(
         flat = {
             name: whole[name]
             for name, layout in found.items()
-            if name != _OUTPUTS
+            if name != OUTPUTS
             and (isinstance(layout, int) or layout == "rows" and _is_flat(whole[name]))
         }
         if flat:
             _check_not_picked(model, layers, args, kwargs, rows, flat)
-    return {name: layout or "unseen" for name, layout in found.items() if name != _OUTPUTS}
+    return {name: layout or "unseen" for name, layout in found.items() if name != OUTPUTS}
 
 
 def _check_not_picked(
@@ -273,7 +148,7 @@ def _check_not_picked(
     args: Any,
     kwargs: Any,
     rows: int,
-    flat: Mapping[str, list[_Digest]],
+    flat: Mapping[str, list[Digest]],
 ) -> None:
     """Raise GraddotError if a flat layer's input, (rows·T, D), is of tokens picked by their values:
     as many as there are rows, or a multiple, but of which row each is nobody could tell.
@@ -292,10 +167,10 @@ def _check_not_picked(
             return x
         return torch.cat([x[:begin], x[begin:, :1].expand_as(x[begin:])])
 
-    def seen(only: Tensor | None) -> dict[str, list[_Digest]] | None:
+    def seen(only: Tensor | None) -> dict[str, list[Digest]] | None:
         changed = tree_map_only(Tensor, functools.partial(alike, only), (args, kwargs))
         try:
-            return _digests(model, layers, *changed)
+            return digests(model, layers, *changed)
         except Exception:  # noqa: BLE001 - the model's own code may refuse such rows
             return None
 
@@ -312,259 +187,13 @@ def _check_not_picked(
             )
 
 
-def _is_flat(calls: list[_Digest]) -> bool:
+def _is_flat(calls: list[Digest]) -> bool:
     """Whether a layer with the rows as its input's first dimension gets one vector, or id, a row."""
     return any(len(x.shape) == (2 if x.values.is_floating_point() else 1) for x in calls)
 
 
-@contextlib.contextmanager
-def own_buffers(model: nn.Module) -> Iterator[None]:
-    """Inside of it the model has copies of its buffers: what a forward adds to a running mean or a
-    counter is gone afterwards."""
-    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    copies: dict[int, Tensor] = {}
-    for module, buffers in kept:
-        for name, x in buffers.items():
-            if x is not None:
-                module._buffers[name] = copies.setdefault(id(x), x.detach().clone())
-    try:
-        yield
-    finally:
-        for module, buffers in kept:
-            module._buffers.clear()
-            module._buffers.update(buffers)
-
-
-def own_inputs(arguments: Any) -> Any:
-    """A call's arguments with copies of their tensors, for a model may write to its input."""
-    copies: dict[int, Tensor] = {}
-    one = lambda x: copies[id(x)] if id(x) in copies else copies.setdefault(id(x), x.clone())
-    return tree_map_only(Tensor, one, arguments)
-
-
-def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: Step) -> None:
-    """Raise GraddotError if a model with its layers scored does not return what it did before.
-
-    Where a layer's input has no rows its output gets them, (rows, ...) in place of (1, ...), or of
-    (T, ...), which code that does more than to broadcast it takes for something else. On the device
-    of the step, a trial, autocast is off, if the model runs so: rounded to 16 bits, tokens go to other
-    experts.
-    """
-    kind = step.scale.device.type
-
-    def outputs(run: Callable[[], Any], seed: int) -> list[_Digest]:
-        torch.manual_seed(seed)
-        return [_digest(x) for x in tensors_in(run())]
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng())
-        stack.enter_context(NoDropout())
-        try:
-            with torch.autocast(kind, enabled=False):
-                want = outputs(plain, 0)
-            stack.enter_context(torch.autocast(kind, enabled=False))
-        except Exception:  # noqa: BLE001 - the model's own code may raise anything
-            want = outputs(plain, 0)
-        try:
-            got = outputs(scored, 0)
-        except GraddotError:
-            raise
-        except Exception as error:  # the model's own code may raise anything
-            raise GraddotError(
-                "the model does not run with its layers scored"
-                f" ({type(error).__name__}: {error}). {_EXPANDED}"
-            ) from error
-        if _same(got, want):
-            if step.rows > 1:
-                moved = lambda *where: outputs(lambda: scored(where), 0)
-                _check_kept_apart(moved, got, step)
-            return
-        if not _same(outputs(plain, 1), want):  # random by itself: not judged
-            return
-    raise GraddotError(f"the model's outputs change when its layers are scored. {_EXPANDED}")
-
-
-def _check_kept_apart(
-    run: Callable[[slice, Collection[str]], list[_Digest]], still: list[_Digest], step: Step
-) -> None:
-    """Raise GraddotError if what a layer returns for a sample reaches another sample's output.
-
-    So it does where layers return copies for every row, and the model takes a mean over all of them,
-    which is the same as without copies, but its gradient is not; and where a flat layer's input is the
-    same for all rows and tokens, so that their order was misread. run(rows, layers) gives the outputs
-    with what these layers return for these rows moved. An output of other rows must stay; a loss
-    alone must change by as much with all rows as with one half and with the other.
-    """
-    rows, half = step.rows, step.rows // 2
-
-    def apart(layers: Collection[str]) -> bool:
-        first = run(slice(half), layers)
-        if len(still) == 1 and not still[0].shape:
-            losses = [still, first, run(slice(half, rows), layers), run(slice(rows), layers)]
-            before, *after = (of[0].values.double() for of in losses)
-            one, other, both = (x - before for x in after)
-            rounding = 64 * torch.finfo(still[0].values.dtype).eps * before.abs()
-            error = (one + other - both).abs()
-            return not bool(error > rounding + 1e-3 * (one.abs() + other.abs()))
-        return all(map(stays, still, first))
-
-    def stays(x: _Digest, y: _Digest) -> bool:
-        # Of rows of the same batch, for which rounding does less.
-        tolerance = {1e-5: 1e-8, 1e-2: 1e-5}.get(x.tolerance, 1e-2)
-        later = lambda d, k: d.values.narrow(k, half, rows - half)
-        at = [k for k in (0, 1) if k < x.values.dim() and x.shape[k] == rows]
-        return not at or any(_close(later(x, k), later(y, k), tolerance) for k in at)
-
-    flat = {name for name, layout in step.layouts.items() if isinstance(layout, int)}
-    layers = sorted(flat | step.expands)
-    try:
-        if not layers or apart(layers):
-            return
-    except GraddotError:
-        raise
-    except Exception:  # noqa: BLE001 - the model's own code may refuse what was moved
-        return
-    while len(layers) > 1:
-        begin, end = layers[: len(layers) // 2], layers[len(layers) // 2 :]
-        layers = end if apart(begin) else begin
-    raise GraddotError(
-        f"what layer {layers[0]} returns for a sample reaches what the model returns for others"
-        + (
-            ": it returns the same for all rows, of which every row gets a copy, and samples look at"
-            " other samples' copies, as in a mean over all or in the first of them; use it by"
-            " broadcasting only"
-            if layers[0] in step.expands
-            else f", or it does not hold the {rows} rows of the batch one after the other"
-        )
-    )
-
-
-def check_padding(
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    rows: int,
-    filled: tuple[list[int], int, int],
-    packed: Packed,
-) -> None:
-    """Raise GraddotError if rows that were filled up at the right change what the model returns.
-
-    filled is which rows of the batch, their own length, and that to which they were filled up.
-    """
-    index, own, full = filled
-
-    def run(length: int) -> list[_Digest]:
-        def short(x: Tensor) -> Tensor:
-            return x[:, :length].contiguous() if x.dim() > 1 and x.shape[1] == full else x
-
-        few = take_inputs((args, kwargs), index, rows, packed)
-        part_args, part_kwargs = tree_map_only(Tensor, short, few)
-        with own_buffers(model):
-            out = model(*part_args, **part_kwargs)
-        cut = lambda x: x[:, :own] if x.dim() > 1 and x.shape[1] == full else x
-        return [_digest(cut(x)) for x in tensors_in(out) if x.dim() > 0]
-
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-        got = run(full)
-        try:
-            want = run(own)
-        except Exception as error:  # the model's own code may raise anything
-            raise GraddotError(
-                f"the model does not run on rows of length {own} before they are filled up to {full}"
-                f" ({type(error).__name__}: {error}), so that it cannot be shown to ignore padding"
-            ) from error
-    pairs = [(x, y) for x, y in zip(got, want, strict=False) if x.shape == y.shape]
-    if not all(_same([x], [y]) for x, y in pairs):
-        raise GraddotError(
-            f"rows of length {own} that were filled up to {full} change what the model returns for"
-            " them: it looks at the padding. Give it an attention mask that it heeds, or training and"
-            " validation rows of one length"
-        )
-
-
-def _same(got: list[_Digest], want: list[_Digest]) -> bool:
-    def close(x: _Digest, y: _Digest) -> bool:
-        by_dtype = {torch.float64: 1e-6, torch.float32: 1e-3}.get(y.values.dtype, 0.1)
-        tolerance = 0.1 if y.tolerance == 0.1 else by_dtype  # 16 bits, whose digests are of fp32
-        return x.shape == y.shape and _close(x.values, y.values, tolerance)
-
-    return len(got) == len(want) and all(map(close, got, want))
-
-
-_EXPANDED = (
-    "A layer whose input has no rows, such as position ids of shape (T,), returns (rows, T, ...)"
-    " while it is scored; give it ids of shape (1, T), or use its output by broadcasting only"
-)
-
-
-def check_loss(
-    model: nn.Module,
-    args: Any,
-    kwargs: Any,
-    rows: int,
-    weights: Tensor | None,
-    numbers: list[int],
-    packed: Packed,
-    runs: int = 0,
-) -> None:
-    """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
-
-    runs as in `find_layouts`. numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
-    tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
-    class weights or a comparison of samples make a loss that is neither.
-    """
-    p = next(model.parameters())
-    rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
-    tolerance = 2e-2 if rounded else 1e-4
-    splits = _splits(rows) if rows > 1 else []
-    parts = _filled_up([part for split in splits for part in split], runs)
-    losses = []
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
-        for part in [list(range(rows)), *parts]:
-            part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
-            with own_buffers(model):
-                out = model(*part_args, **part_kwargs)
-            if isinstance(out, Mapping) and out.get("aux_loss") is not None:
-                raise GraddotError(
-                    f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
-                    " batch, as that which balances experts, in which no row has a part of its"
-                    " own; pass output_router_logits=False"
-                )
-            found = list(tensors_in(out))
-            losses.append([found[k].double() for k in numbers])
-    for whole, *of_parts in zip(*losses, strict=True):
-        if all(bool(x == whole) for x in of_parts):  # no loss of rows, such as a temperature
-            continue
-        for k, split in enumerate(splits):
-            losses_of_split = torch.stack([whole, *of_parts[2 * k : 2 * k + 2]])
-            _check_number(losses_of_split, split, weights, tolerance)
-
-
-def _check_number(
-    losses: Tensor, split: tuple[list[int], list[int]], weights: Tensor | None, tolerance: float
-) -> None:
-    """Of a loss of all rows and of both parts of them, (3,)."""
-    shares = losses[0].new_ones(2)
-    if weights is not None:
-        if not weights.any():  # the mean of nothing
-            return
-        shares = torch.stack([weights[part].sum() for part in split]).to(losses[0])
-        shares = shares / shares.sum()
-    # The mean of a part without labels is NaN.
-    want = torch.where(shares == 0, 0, shares * losses[1:]).sum()
-    if not (losses[0] - want).abs() <= tolerance * want.abs():
-        how = "sum" if weights is None else f"mean, weighted {shares.tolist()} by labelled tokens,"
-        raise GraddotError(
-            f"the model's loss is {float(losses[0]):.6g}, but those of {len(split[1])} and the"
-            f" other {len(split[0])} rows have the {how} {float(want):.6g}. Expected the"
-            f" {'sum' if weights is None else 'mean'} over the labelled tokens of all rows: pass"
-            " loss_reduction or label_shift, or a loss of your own to track_loss"
-        )
-
-
 def _mixed(name: str, shape: torch.Size, rows: int, without: int) -> str:
-    what = "the model has an output" if name == _OUTPUTS else f"layer {name} gets an input"
+    what = "the model has an output" if name == OUTPUTS else f"layer {name} gets an input"
     return (
         f"{what} (of shape {tuple(shape)}) that depends on other samples of the batch of {rows}"
         f" rows, or that does not hold them one after the other: when {without} of the rows were"
@@ -572,7 +201,7 @@ def _mixed(name: str, shape: torch.Size, rows: int, without: int) -> str:
     )
 
 
-def _with_rows(whole: list[_Digest], part: list[_Digest], rows: int, later: int) -> list[int]:
+def _with_rows(whole: list[Digest], part: list[Digest], rows: int, later: int) -> list[int]:
     """Which outputs have rows as their first or second dimension; a mask may do otherwise."""
     found = []
     for i, (x, y) in enumerate(zip(whole, part, strict=False)):
@@ -593,72 +222,8 @@ def _differ_at(at: int, a: torch.Size, b: torch.Size) -> bool:
     return len(a) == len(b) and [i for i in range(len(a)) if a[i] != b[i]] == [at]
 
 
-def _digests(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    args: Any,
-    kwargs: Any,
-    on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
-    followed: Collection[str] = (),
-) -> dict[str, list[_Digest]]:
-    """Digests of every call's first tensor by layer name, and of the outputs."""
-    found: dict[str, list[_Digest]] = {}
-    within: list[str] = []
-
-    def seen(name: str, module: nn.Module) -> Callable[..., Any]:
-        forward = module.forward
-
-        @functools.wraps(forward)
-        def see(*args: Any, **kwargs: Any) -> Any:
-            on_layer(module, name)
-            x = first_tensor((args, kwargs))
-            # A layer without an input gives the same for every row.
-            digest = _digest(torch.zeros(1) if x is None else x)
-            found.setdefault(name, []).append(
-                dataclasses.replace(digest, caller=within[-1] if within else None)
-            )
-            if name not in followed:
-                return forward(*args, **kwargs)
-            within.append(name)
-            try:
-                return forward(*args, **kwargs)
-            finally:
-                within.pop()
-
-        return see
-
-    # In the forwards' place, for they may be called directly, where no hook would see it.
-    before = [(module, module.__dict__.get("forward")) for module in layers.values()]
-    args, kwargs = own_inputs((args, kwargs))
-    try:
-        for name, module in layers.items():
-            module.forward = seen(name, module)  # type: ignore[method-assign]
-        with own_buffers(model):
-            out = model(*args, **kwargs)
-    finally:
-        for module, kept in before:
-            module.__dict__.pop("forward", None)
-            if kept is not None:
-                module.__dict__["forward"] = kept
-    found[_OUTPUTS] = [_digest(x) for x in tensors_in(out) if x.dim() > 0]
-    return found
-
-
-def _digest(x: Tensor) -> _Digest:
-    if x.dim() == 0 or not x.is_floating_point():
-        return _Digest(x.shape, x.detach().clone())
-    tolerance = {torch.float64: 1e-5, torch.float32: 1e-2}.get(x.dtype, 0.1)
-    if torch.is_autocast_enabled(x.device.type):
-        tolerance = 0.1
-    generator = torch.Generator().manual_seed(x.shape[-1])
-    direction = torch.randn(x.shape[-1], generator=generator).to(x.device)
-    wide = x if x.dtype == torch.float64 else x.float()
-    values = (wide * direction).sum(-1) if x.dim() > 1 else wide.clone()
-    return _Digest(x.shape, values, tolerance)
-
-
 def _layout(
-    name: str, whole: list[_Digest], part: list[_Digest], rows: int, index: list[int]
+    name: str, whole: list[Digest], part: list[Digest], rows: int, index: list[int]
 ) -> Layout | None:
     """The layout that a layer's calls share; None if a call has none."""
     if len(whole) != len(part):
@@ -669,7 +234,7 @@ def _layout(
         is_beside = lambda x, layout: layout == "same" and x.caller is not None
         layouts = {layout for x, layout in calls if not is_beside(x, layout)}
         _check_beside(name, [x for x, layout in calls if is_beside(x, layout)], layouts, rows)
-    if name != _OUTPUTS and None not in layouts and len(layouts) > 1:
+    if name != OUTPUTS and None not in layouts and len(layouts) > 1:
         shapes = ", ".join(str(tuple(digest.shape)) for digest in whole)
         raise GraddotError(
             f"layer {name} is called several times, and its inputs (of shapes {shapes}) hold the"
@@ -679,7 +244,7 @@ def _layout(
 
 
 def _check_beside(
-    name: str, calls: list[_Digest], layouts: Collection[Layout | None], rows: int
+    name: str, calls: list[Digest], layouts: Collection[Layout | None], rows: int
 ) -> None:
     """Calls with inputs that have no rows, by layers that are followed: which know it, and do not
     have the layer scored there. Of a layer that is not inside of theirs that is not proven.
@@ -698,11 +263,11 @@ def _check_beside(
             )
 
 
-def _layout_of_call(whole: _Digest, part: _Digest, rows: int, index: list[int]) -> Layout | None:
+def _layout_of_call(whole: Digest, part: Digest, rows: int, index: list[int]) -> Layout | None:
     if not whole.shape.numel() or not part.shape.numel():  # tokens picked from the batch: none
         return None
     if whole.shape == part.shape:
-        return "same" if _close(whole.values, part.values, whole.tolerance) else None
+        return "same" if close(whole.values, part.values, whole.tolerance) else None
     for at in (0, 1):
         if not _differ_at(at, whole.shape, part.shape) or at >= whole.values.dim():
             continue
@@ -712,25 +277,12 @@ def _layout_of_call(whole: _Digest, part: _Digest, rows: int, index: list[int]) 
         theirs = whole.values.unflatten(at, (rows, tokens))
         theirs = theirs.index_select(at, torch.tensor(index, device=theirs.device))
         theirs = theirs.flatten(at, at + 1)
-        if not _close(theirs, part.values, whole.tolerance):
+        if not close(theirs, part.values, whole.tolerance):
             return None
         return "second" if at else "rows" if tokens == 1 else tokens
     return None
 
 
-def _layout_of_one(whole: _Digest) -> Layout:
+def _layout_of_one(whole: Digest) -> Layout:
     """The layout of a single row's input: its tokens (T, ..., D) or (T,), or the row itself."""
     return whole.shape[0] if len(whole.shape) and whole.shape[0] != 1 else "rows"
-
-
-def _equal(a: list[_Digest], b: list[_Digest]) -> bool:
-    return len(a) == len(b) and all(
-        x.shape == y.shape and _close(x.values, y.values, x.tolerance)
-        for x, y in zip(a, b, strict=True)
-    )
-
-
-def _close(values: Tensor, part: Tensor, tolerance: float) -> bool:
-    if not values.is_floating_point():
-        return torch.equal(values, part)
-    return bool((values - part).norm() <= tolerance * values.norm())

@@ -1,0 +1,172 @@
+"""Runs of a model beside its training, and what is kept of its layers' inputs to compare them."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
+
+from .recurrent import KERNELS
+from .scored import first_tensor
+from .verify import tensors_in
+
+OUTPUTS = " outputs"  # beside the layers' names
+
+_DROPOUTS = {
+    F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    torch.dropout, torch.alpha_dropout, torch.feature_dropout,
+}  # fmt: skip
+
+
+# What is drawn in place of random numbers. Uniform ones are compared with a rate, by layers of random
+# depth: what keeps a layer.
+_DRAWN = {
+    torch.rand: 1 - 2**-7, torch.rand_like: 1 - 2**-7, Tensor.uniform_: 1 - 2**-7,
+    torch.randn: 0.5, torch.randn_like: 0.5, torch.normal: 0.5, Tensor.normal_: 0.5,
+    torch.bernoulli: 1, Tensor.bernoulli_: 1, Tensor.exponential_: 1,
+}  # fmt: skip
+
+
+class NoDropout(TorchFunctionMode):
+    """Dropout does nothing, whatever the mode of the module that calls it, and noise is the same for
+    every row and in every run, so that layers behind it can be compared."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = dict(kwargs or {})
+        if func is torch.randn and kwargs.get("generator") is not None:  # our own numbers
+            return func(*args, **kwargs)
+        if func in _DRAWN:
+            return func(*args, **kwargs).fill_(_DRAWN[func])
+        if func is torch.randperm:  # every row gets another
+            return func(*args, **kwargs).sort().values.roll(1)
+        if func is torch.randint:
+            ints = [x for x in args[:2] if isinstance(x, int)]
+            low = ints[0] if len(ints) == 2 else kwargs.get("low", 0)
+            return func(*args, **kwargs).fill_(low)
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+            kwargs.pop("dropout_p", None)
+        if func in KERNELS.values() and isinstance(args[3], bool):  # of no PackedSequence
+            args = (*args[:5], 0.0, *args[6:])
+        if func is F.multi_head_attention_forward:
+            args = (*args[:10], 0.0, *args[11:])
+        return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def own_buffers(model: nn.Module) -> Iterator[None]:
+    """Inside of it the model has copies of its buffers: what a forward adds to a running mean or a
+    counter is gone afterwards."""
+    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
+    copies: dict[int, Tensor] = {}
+    for module, buffers in kept:
+        for name, x in buffers.items():
+            if x is not None:
+                module._buffers[name] = copies.setdefault(id(x), x.detach().clone())
+    try:
+        yield
+    finally:
+        for module, buffers in kept:
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+def own_inputs(arguments: Any) -> Any:
+    """A call's arguments with copies of their tensors, for a model may write to its input."""
+    copies: dict[int, Tensor] = {}
+    one = lambda x: copies[id(x)] if id(x) in copies else copies.setdefault(id(x), x.clone())
+    return tree_map_only(Tensor, one, arguments)
+
+
+@dataclass
+class Digest:
+    """An input's shape, and one random projection of every vector in it."""
+
+    shape: torch.Size
+    values: Tensor
+    tolerance: float = 0.0  # for what rounding makes of the same rows in a smaller batch
+    caller: str | None = None  # the innermost of the layers around whose forward is followed
+
+
+def digests(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    args: Any,
+    kwargs: Any,
+    on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
+    followed: Collection[str] = (),
+) -> dict[str, list[Digest]]:
+    """Digests of every call's first tensor by layer name, and of the outputs."""
+    found: dict[str, list[Digest]] = {}
+    within: list[str] = []
+
+    def seen(name: str, module: nn.Module) -> Callable[..., Any]:
+        forward = module.forward
+
+        @functools.wraps(forward)
+        def see(*args: Any, **kwargs: Any) -> Any:
+            on_layer(module, name)
+            x = first_tensor((args, kwargs))
+            # A layer without an input gives the same for every row.
+            seen_now = digest(torch.zeros(1) if x is None else x)
+            seen_now.caller = within[-1] if within else None
+            found.setdefault(name, []).append(seen_now)
+            if name not in followed:
+                return forward(*args, **kwargs)
+            within.append(name)
+            try:
+                return forward(*args, **kwargs)
+            finally:
+                within.pop()
+
+        return see
+
+    # In the forwards' place, for they may be called directly, where no hook would see it.
+    before = [(module, module.__dict__.get("forward")) for module in layers.values()]
+    args, kwargs = own_inputs((args, kwargs))
+    try:
+        for name, module in layers.items():
+            module.forward = seen(name, module)  # type: ignore[method-assign]
+        with own_buffers(model):
+            out = model(*args, **kwargs)
+    finally:
+        for module, kept in before:
+            module.__dict__.pop("forward", None)
+            if kept is not None:
+                module.__dict__["forward"] = kept
+    found[OUTPUTS] = [digest(x) for x in tensors_in(out) if x.dim() > 0]
+    return found
+
+
+def digest(x: Tensor) -> Digest:
+    if x.dim() == 0 or not x.is_floating_point():
+        return Digest(x.shape, x.detach().clone())
+    tolerance = {torch.float64: 1e-5, torch.float32: 1e-2}.get(x.dtype, 0.1)
+    if torch.is_autocast_enabled(x.device.type):
+        tolerance = 0.1
+    generator = torch.Generator().manual_seed(x.shape[-1])
+    direction = torch.randn(x.shape[-1], generator=generator).to(x.device)
+    wide = x if x.dtype == torch.float64 else x.float()
+    values = (wide * direction).sum(-1) if x.dim() > 1 else wide.clone()
+    return Digest(x.shape, values, tolerance)
+
+
+def equal(a: list[Digest], b: list[Digest]) -> bool:
+    return len(a) == len(b) and all(
+        x.shape == y.shape and close(x.values, y.values, x.tolerance)
+        for x, y in zip(a, b, strict=True)
+    )
+
+
+def close(values: Tensor, part: Tensor, tolerance: float) -> bool:
+    if not values.is_floating_point():
+        return torch.equal(values, part)
+    return bool((values - part).norm() <= tolerance * values.norm())

@@ -1,0 +1,236 @@
+"""Whether what a model returns is what its scored layers and its rows make of it."""
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from .digests import Digest, NoDropout, close, digest, own_buffers
+from .errors import GraddotError
+from .layers import Step
+from .parts import Packed, filled_up, splits_of, take_inputs
+from .verify import tensors_in
+
+
+def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: Step) -> None:
+    """Raise GraddotError if a model with its layers scored does not return what it did before.
+
+    Where a layer's input has no rows its output gets them, (rows, ...) in place of (1, ...), or of
+    (T, ...), which code that does more than to broadcast it takes for something else. On the device
+    of the step, a trial, autocast is off, if the model runs so: rounded to 16 bits, tokens go to other
+    experts.
+    """
+    kind = step.scale.device.type
+
+    def outputs(run: Callable[[], Any], seed: int) -> list[Digest]:
+        torch.manual_seed(seed)
+        return [digest(x) for x in tensors_in(run())]
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(NoDropout())
+        try:
+            with torch.autocast(kind, enabled=False):
+                want = outputs(plain, 0)
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        except Exception:  # noqa: BLE001 - the model's own code may raise anything
+            want = outputs(plain, 0)
+        try:
+            got = outputs(scored, 0)
+        except GraddotError:
+            raise
+        except Exception as error:  # the model's own code may raise anything
+            raise GraddotError(
+                "the model does not run with its layers scored"
+                f" ({type(error).__name__}: {error}). {_EXPANDED}"
+            ) from error
+        if _same(got, want):
+            if step.rows > 1:
+                moved = lambda *where: outputs(lambda: scored(where), 0)
+                _check_kept_apart(moved, got, step)
+            return
+        if not _same(outputs(plain, 1), want):  # random by itself: not judged
+            return
+    raise GraddotError(f"the model's outputs change when its layers are scored. {_EXPANDED}")
+
+
+def _check_kept_apart(
+    run: Callable[[slice, Collection[str]], list[Digest]], still: list[Digest], step: Step
+) -> None:
+    """Raise GraddotError if what a layer returns for a sample reaches another sample's output.
+
+    So it does where layers return copies for every row, and the model takes a mean over all of them,
+    which is the same as without copies, but its gradient is not; and where a flat layer's input is the
+    same for all rows and tokens, so that their order was misread. run(rows, layers) gives the outputs
+    with what these layers return for these rows moved. An output of other rows must stay; a loss
+    alone must change by as much with all rows as with one half and with the other.
+    """
+    rows, half = step.rows, step.rows // 2
+
+    def apart(layers: Collection[str]) -> bool:
+        first = run(slice(half), layers)
+        if len(still) == 1 and not still[0].shape:
+            losses = [still, first, run(slice(half, rows), layers), run(slice(rows), layers)]
+            before, *after = (of[0].values.double() for of in losses)
+            one, other, both = (x - before for x in after)
+            rounding = 64 * torch.finfo(still[0].values.dtype).eps * before.abs()
+            error = (one + other - both).abs()
+            return not bool(error > rounding + 1e-3 * (one.abs() + other.abs()))
+        return all(map(stays, still, first))
+
+    def stays(x: Digest, y: Digest) -> bool:
+        # Of rows of the same batch, for which rounding does less.
+        tolerance = {1e-5: 1e-8, 1e-2: 1e-5}.get(x.tolerance, 1e-2)
+        later = lambda d, k: d.values.narrow(k, half, rows - half)
+        at = [k for k in (0, 1) if k < x.values.dim() and x.shape[k] == rows]
+        return not at or any(close(later(x, k), later(y, k), tolerance) for k in at)
+
+    flat = {name for name, layout in step.layouts.items() if isinstance(layout, int)}
+    layers = sorted(flat | step.expands)
+    try:
+        if not layers or apart(layers):
+            return
+    except GraddotError:
+        raise
+    except Exception:  # noqa: BLE001 - the model's own code may refuse what was moved
+        return
+    while len(layers) > 1:
+        begin, end = layers[: len(layers) // 2], layers[len(layers) // 2 :]
+        layers = end if apart(begin) else begin
+    raise GraddotError(
+        f"what layer {layers[0]} returns for a sample reaches what the model returns for others"
+        + (
+            ": it returns the same for all rows, of which every row gets a copy, and samples look at"
+            " other samples' copies, as in a mean over all or in the first of them; use it by"
+            " broadcasting only"
+            if layers[0] in step.expands
+            else f", or it does not hold the {rows} rows of the batch one after the other"
+        )
+    )
+
+
+def check_padding(
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    rows: int,
+    filled: tuple[list[int], int, int],
+    packed: Packed,
+) -> None:
+    """Raise GraddotError if rows that were filled up at the right change what the model returns.
+
+    filled is which rows of the batch, their own length, and that to which they were filled up.
+    """
+    index, own, full = filled
+
+    def run(length: int) -> list[Digest]:
+        def short(x: Tensor) -> Tensor:
+            return x[:, :length].contiguous() if x.dim() > 1 and x.shape[1] == full else x
+
+        few = take_inputs((args, kwargs), index, rows, packed)
+        part_args, part_kwargs = tree_map_only(Tensor, short, few)
+        with own_buffers(model):
+            out = model(*part_args, **part_kwargs)
+        cut = lambda x: x[:, :own] if x.dim() > 1 and x.shape[1] == full else x
+        return [digest(cut(x)) for x in tensors_in(out) if x.dim() > 0]
+
+    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        got = run(full)
+        try:
+            want = run(own)
+        except Exception as error:  # the model's own code may raise anything
+            raise GraddotError(
+                f"the model does not run on rows of length {own} before they are filled up to {full}"
+                f" ({type(error).__name__}: {error}), so that it cannot be shown to ignore padding"
+            ) from error
+    pairs = [(x, y) for x, y in zip(got, want, strict=False) if x.shape == y.shape]
+    if not all(_same([x], [y]) for x, y in pairs):
+        raise GraddotError(
+            f"rows of length {own} that were filled up to {full} change what the model returns for"
+            " them: it looks at the padding. Give it an attention mask that it heeds, or training and"
+            " validation rows of one length"
+        )
+
+
+def _same(got: list[Digest], want: list[Digest]) -> bool:
+    def alike(x: Digest, y: Digest) -> bool:
+        by_dtype = {torch.float64: 1e-6, torch.float32: 1e-3}.get(y.values.dtype, 0.1)
+        tolerance = 0.1 if y.tolerance == 0.1 else by_dtype  # 16 bits, whose digests are of fp32
+        return x.shape == y.shape and close(x.values, y.values, tolerance)
+
+    return len(got) == len(want) and all(map(alike, got, want))
+
+
+_EXPANDED = (
+    "A layer whose input has no rows, such as position ids of shape (T,), returns (rows, T, ...)"
+    " while it is scored; give it ids of shape (1, T), or use its output by broadcasting only"
+)
+
+
+def check_loss(
+    model: nn.Module,
+    args: Any,
+    kwargs: Any,
+    rows: int,
+    weights: Tensor | None,
+    numbers: list[int],
+    packed: Packed,
+    runs: int = 0,
+) -> None:
+    """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
+
+    runs as in `find_layouts`. numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
+    tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
+    class weights or a comparison of samples make a loss that is neither.
+    """
+    p = next(model.parameters())
+    rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
+    tolerance = 2e-2 if rounded else 1e-4
+    splits = splits_of(rows) if rows > 1 else []
+    parts = filled_up([part for split in splits for part in split], runs)
+    losses = []
+    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        for part in [list(range(rows)), *parts]:
+            part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
+            with own_buffers(model):
+                out = model(*part_args, **part_kwargs)
+            if isinstance(out, Mapping) and out.get("aux_loss") is not None:
+                raise GraddotError(
+                    f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
+                    " batch, as that which balances experts, in which no row has a part of its"
+                    " own; pass output_router_logits=False"
+                )
+            found = list(tensors_in(out))
+            losses.append([found[k].double() for k in numbers])
+    for whole, *of_parts in zip(*losses, strict=True):
+        if all(bool(x == whole) for x in of_parts):  # no loss of rows, such as a temperature
+            continue
+        for k, split in enumerate(splits):
+            losses_of_split = torch.stack([whole, *of_parts[2 * k : 2 * k + 2]])
+            _check_number(losses_of_split, split, weights, tolerance)
+
+
+def _check_number(
+    losses: Tensor, split: tuple[list[int], list[int]], weights: Tensor | None, tolerance: float
+) -> None:
+    """Of a loss of all rows and of both parts of them, (3,)."""
+    shares = losses[0].new_ones(2)
+    if weights is not None:
+        if not weights.any():  # the mean of nothing
+            return
+        shares = torch.stack([weights[part].sum() for part in split]).to(losses[0])
+        shares = shares / shares.sum()
+    # The mean of a part without labels is NaN.
+    want = torch.where(shares == 0, 0, shares * losses[1:]).sum()
+    if not (losses[0] - want).abs() <= tolerance * want.abs():
+        how = "sum" if weights is None else f"mean, weighted {shares.tolist()} by labelled tokens,"
+        raise GraddotError(
+            f"the model's loss is {float(losses[0]):.6g}, but those of {len(split[1])} and the"
+            f" other {len(split[0])} rows have the {how} {float(want):.6g}. Expected the"
+            f" {'sum' if weights is None else 'mean'} over the labelled tokens of all rows: pass"
+            " loss_reduction or label_shift, or a loss of your own to track_loss"
+        )

@@ -1,0 +1,72 @@
+"""Parts of a batch's rows, on which a model is run to see whether it keeps samples apart."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+
+def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor:
+    """Some of the samples of (rows, ...) or (rows·tokens, ...); a tensor without samples itself."""
+    if x.dim() > 0 and x.shape[0] == rows:
+        return x[index]
+    if tokens and x.dim() > 0 and x.shape[0] == rows * tokens:
+        return x.unflatten(0, (rows, tokens))[index].flatten(0, 1)
+    return x
+
+
+# By id of a tensor among a model's inputs that holds several entries of every row, one row's after the
+# other's: how many each row has.
+Packed = Mapping[int, Sequence[int]]
+
+
+def packed_inputs(kwargs: Mapping[str, Any], rows: int) -> Packed:
+    """The patches of images, of which every row has one: as many as its entry in a grid says, as
+    vision-language models of transformers have it."""
+    found = {}
+    for kind, name in (("image", "pixel_values"), ("video", "pixel_values_videos")):
+        grid, patches = kwargs.get(f"{kind}_grid_thw"), kwargs.get(name)
+        if isinstance(grid, Tensor) and isinstance(patches, Tensor) and grid.shape == (rows, 3):
+            counts = grid.prod(1).tolist()
+            if sum(counts) == len(patches) != rows:
+                found[id(patches)] = counts
+    return found
+
+
+def take_inputs(arguments: Any, index: list[int], rows: int, packed: Packed) -> Any:
+    """`take_rows` of all tensors among a model's inputs."""
+
+    def one(x: Tensor) -> Tensor:
+        if id(x) not in packed:
+            return take_rows(x, index, rows)
+        parts = x.split(list(packed[id(x)]))
+        return torch.cat([parts[i] for i in index])
+
+    return tree_map_only(Tensor, one, arguments)
+
+
+def splits_of(rows: int) -> list[tuple[list[int], list[int]]]:
+    """The rows in two parts, (later, earlier), in so many ways that any two rows are apart in one."""
+    if rows < 4:
+        return [([i for i in range(rows) if i != k], [k]) for k in range(rows - 1 or 1)]
+    signs = [[i >= rows // 2 for i in range(rows)]]  # the later half first
+    signs += [[i >> b & 1 == 1 for i in range(rows)] for b in range((rows - 1).bit_length())]
+    parts = [
+        ([i for i in range(rows) if sign[i]], [i for i in range(rows) if not sign[i]])
+        for k, sign in enumerate(signs)
+        if sign not in signs[:k]
+    ]
+    # But for one row alone, which models may squeeze; it is apart from its half in other ways, too.
+    return [part for part in parts if min(map(len, part)) > 1]
+
+
+def runs_of(rows: int) -> int:
+    """In how many parts of so many rows a model is run to see whether they are kept apart."""
+    return 2 * len(splits_of(rows)) if rows > 1 else 0
+
+
+def filled_up(parts: list[list[int]], runs: int) -> list[list[int]]:
+    """At least as many parts, the last of them several times."""
+    return parts + parts[-1:] * (runs - len(parts))
