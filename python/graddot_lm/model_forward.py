@@ -26,7 +26,7 @@ from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
 from .outputs import check_loss, check_outputs, check_padding
-from .parts import Packed, packed_inputs, runs_of
+from .parts import Packed, packed_inputs, splits_of
 from .rows import KnownLayouts, Layout, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
@@ -87,6 +87,7 @@ class ModelForward:
         self._hooks: list[Any] = []
         # The first step's checks, made again now and then, and what they found.
         self._finished = 0
+        self._thorough = True  # until a check left out rows in all ways; then by halves
         self._padding_checked = False  # whether there were rows that `padding` filled up
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
@@ -209,6 +210,7 @@ class ModelForward:
         if self._reentrant is not None:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
+        self._thorough &= not micro.step.first or micro.step.rows == 1
         self._finished += 1
         if self._finished in CHECKED_AFTER:
             self._label_check = None
@@ -474,7 +476,7 @@ class ModelForward:
                 layouts = find_layouts(
                     self.model, layers, args, kwargs, micro.step.rows,
                     functools.partial(self._resolve, micro), self._followed(layers), self._packed,
-                    thorough=micro.step.first, runs=self._runs,
+                    thorough=self._thorough, runs=self._runs,
                 )  # fmt: skip
             micro.step.layouts.update(layouts)
             foreign: set[str] = set()
@@ -514,7 +516,8 @@ class ModelForward:
         if not (step.first or unknown):
             return known
         if {of_one, of_square} <= {0, processes}:
-            self._runs = distributed.largest(runs_of(step.rows), group, step.scale.device)
+            splits = splits_of(step.rows, self._thorough or bool(self._packed))
+            self._runs = distributed.largest(2 * len(splits), group, step.scale.device)
             return None
         if unknown:
             raise GraddotError(
@@ -591,7 +594,7 @@ class ModelForward:
             with self.set_aside():
                 check_loss(
                     self.model, args, kwargs, micro.step.rows, weights, numbers, self._packed,
-                    self._runs,
+                    thorough=self._thorough, runs=self._runs,
                 )  # fmt: skip
 
     def end_compiled(self) -> None:

@@ -179,18 +179,21 @@ def check_loss(
     weights: Tensor | None,
     numbers: list[int],
     packed: Packed,
+    *,
+    thorough: bool = True,
     runs: int = 0,
 ) -> None:
     """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
 
-    runs as in `find_layouts`. numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
+    numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
     tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
-    class weights or a comparison of samples make a loss that is neither.
+    class weights or a comparison of samples make a loss that is neither. thorough and runs as in
+    `find_layouts`.
     """
     p = next(model.parameters())
     rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
     tolerance = 2e-2 if rounded else 1e-4
-    splits = splits_of(rows) if rows > 1 else []
+    splits = splits_of(rows, thorough)
     parts = filled_up([part for split in splits for part in split], runs)
     losses = []
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():

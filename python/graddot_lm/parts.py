@@ -47,10 +47,13 @@ def take_inputs(arguments: Any, index: list[int], rows: int, packed: Packed) -> 
     return tree_map_only(Tensor, one, arguments)
 
 
-def splits_of(rows: int) -> list[tuple[list[int], list[int]]]:
-    """The rows in two parts, (later, earlier), in so many ways that any two rows are apart in one."""
+def splits_of(rows: int, thorough: bool = True) -> list[tuple[list[int], list[int]]]:
+    """The rows in two parts, (later, earlier), in so many ways that any two rows are apart in one; or
+    in one way. None of a single row."""
+    if not thorough:
+        return splits_of(rows)[:1]
     if rows < 4:
-        return [([i for i in range(rows) if i != k], [k]) for k in range(rows - 1 or 1)]
+        return [([i for i in range(rows) if i != k], [k]) for k in range(rows - 1)]
     signs = [[i >= rows // 2 for i in range(rows)]]  # the later half first
     signs += [[i >> b & 1 == 1 for i in range(rows)] for b in range((rows - 1).bit_length())]
     parts = [
@@ -60,11 +63,6 @@ def splits_of(rows: int) -> list[tuple[list[int], list[int]]]:
     ]
     # But for one row alone, which models may squeeze; it is apart from its half in other ways, too.
     return [part for part in parts if min(map(len, part)) > 1]
-
-
-def runs_of(rows: int) -> int:
-    """In how many parts of so many rows a model is run to see whether they are kept apart."""
-    return 2 * len(splits_of(rows)) if rows > 1 else 0
 
 
 def filled_up(parts: list[list[int]], runs: int) -> list[list[int]]:

@@ -93,8 +93,7 @@ def find_layouts(
             if name != OUTPUTS
         }
     packed = packed or {}
-    splits = splits_of(rows)
-    kept = [part for split in splits[: None if thorough or packed else 1] for part in split]
+    kept = [part for split in splits_of(rows, thorough or bool(packed)) for part in split]
     if rows == 3:
         kept = [*kept[::2], [0, 1]]  # every pair, and no row alone
     kept = filled_up(kept, runs)
