@@ -203,6 +203,38 @@ def test_every_row_and_the_weights(tmp_path, close, options, sizes):
         close(column("value"), lr * clip * weights * dots, 1e-4, lr * clip * weights * scales)
 
 
+def masking(rows):
+    batch = collate(rows)
+    batch["labels"][torch.rand(batch["labels"].shape) < 0.2] = -100
+    return batch
+
+
+def test_random_numbers_of_training_are_those_without_scores(tmp_path):
+    """Those of dropout, of a collator that masks and of the order by length; and the validation
+    batches of a run that resumes, masked at random, are those it had."""
+
+    def trainer(cls, **kwargs):
+        model = tiny_gpt2()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.2
+        options = {"max_steps": -1, "num_train_epochs": 2, **BY_LENGTH}
+        args = arguments(tmp_path / cls.__name__, **options)
+        return cls(model=model, args=args, data_collator=masking, train_dataset=TRAIN, **kwargs)
+
+    regular = trainer(Trainer)
+    regular.train()
+    scored = trainer(GradDotProdTrainer, val_dataset=VAL)  # a trainer that is made sets the seed
+    scored.train()
+    parameters = regular.model.parameters()
+    for (name, p), q in zip(scored.model.named_parameters(), parameters, strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    again = trainer(GradDotProdTrainer, val_dataset=VAL)
+    torch.rand(1)
+    for got, want in zip(*(x._validation_batches("val") for x in (again, scored)), strict=True):
+        assert torch.equal(got["labels"], want["labels"])
+
+
 def test_classifier_with_a_mean_of_its_own(tmp_path, close):
     """The last step is of micro-batches of three samples and of two, whose means count alike."""
     data, val = samples(11, seed=1, classes=3), samples(5, seed=2, classes=3)

@@ -213,7 +213,11 @@ class GradDotProdTrainer(Trainer):
                 batch_size=self.args.eval_batch_size,
                 collate_fn=self._own_collator("validation"),
             )
-            self._val_batches[target] = list(loader)
+            # Nothing drawn here, by the loader and by collators that mask at random, moves what
+            # dropout and samplers draw in training; and a run that resumes has the same batches.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.args.seed)
+                self._val_batches[target] = list(loader)
         return self._val_batches[target]
 
     # Training
