@@ -383,6 +383,38 @@ def test_resumed_run_has_every_row_once(tmp_path):
         train(tmp_path / "cut", tiny_gpt2(), **options)
 
 
+@pytest.mark.parametrize("when", ["on_pre_optimizer_step", "on_substep_end"])
+def test_an_interrupted_trainer_goes_on(tmp_path, monkeypatch, when):
+    """The same one, as in a notebook: nothing of the step that was cut off is in its values."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    _, whole = train(tmp_path / "whole", tiny_gpt2(), **options)
+    trainer = scored(tmp_path / "cut", tiny_gpt2(), **options)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("graddot_lm.hf._ScoreCallback." + when, interrupt)
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    rows = rows_of(tmp_path / "cut" / "scores")
+    assert [row["sample_id"] for row in rows] == [row["sample_id"] for row in whole]
+    for got, want in zip(rows, whole, strict=True):
+        assert got["value"] == pytest.approx(want["value"], rel=1e-4, abs=1e-8)
+
+
+def test_an_epoch_that_ends_in_the_midst_of_a_step_is_refused(tmp_path):
+    class Ends(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 1
+
+    trainer = scored(tmp_path, tiny_gpt2(), max_steps=6)  # of two epochs
+    trainer.add_callback(Ends())
+    with pytest.raises(GraddotError, match="an epoch was stopped after 1 of step 1's micro-batches"):
+        trainer.train()
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter(TRAIN)
@@ -443,6 +475,8 @@ def test_refusals(tmp_path, monkeypatch):
         make(compute_loss_func=lambda *args, **kwargs: None)
     with pytest.raises(GraddotError, match="model_init"):
         make(model_init=lambda: tiny_gpt2())
+    with pytest.raises(GraddotError, match="optimizer is a SGD"):  # which never has a state
+        train(tmp_path, tiny_gpt2(), adamw=True)
 
 
 def scored(folder, model, *, cls=GradDotProdTrainer, collator=collate, options=None, **kwargs):

@@ -66,6 +66,9 @@ class _ScoreCallback(TrainerCallback):
     def __init__(self, trainer: "GradDotProdTrainer") -> None:
         self.trainer = trainer
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_step_is_new()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.write_scores()
 
@@ -254,7 +257,7 @@ class GradDotProdTrainer(Trainer):
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_note
         self._training, self._step = True, None
-        self._directions = {}
+        self._clip, self._directions = 1.0, {}  # of a step that an exception cut off
 
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
@@ -313,7 +316,7 @@ class GradDotProdTrainer(Trainer):
         directions: Mapping[str, Mapping[str, Tensor]] = self._directions
         if self._adamw:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            if not optimizer.state:
+            if not optimizer.state and isinstance(optimizer, torch.optim.Adam):
                 return False
             parameters = dict(self.engine.model.named_parameters())
             directions = {
@@ -338,6 +341,15 @@ class GradDotProdTrainer(Trainer):
             }
         finally:
             model.train(was_training)
+
+    def check_step_is_new(self) -> None:
+        """Raise GraddotError if gradients of a step that was not taken would be in this one's."""
+        if self._training and (micros := self.engine._pending):
+            raise GraddotError(
+                f"an epoch was stopped after {len(micros)} of step {self._step}'s micro-batches, whose"
+                " gradients Trainer adds to those of the next epoch's first step; set"
+                " should_epoch_stop in on_step_end, not in on_substep_end"
+            )
 
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""
