@@ -411,7 +411,9 @@ def test_an_epoch_that_ends_in_the_midst_of_a_step_is_refused(tmp_path):
 
     trainer = scored(tmp_path, tiny_gpt2(), max_steps=6)  # of two epochs
     trainer.add_callback(Ends())
-    with pytest.raises(GraddotError, match="an epoch was stopped after 1 of step 1's micro-batches"):
+    with pytest.raises(
+        GraddotError, match="an epoch was stopped after 1 of step 1's micro-batches"
+    ):
         trainer.train()
 
 
