@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import NamedTuple
 
+import model_zoo
 import pyarrow.dataset
 import pytest
 import torch
@@ -366,6 +367,15 @@ def test_bf16(tmp_path, record_property, monkeypatch):
     error = ((got - dots).abs() / scales).max().item()
     record_property("relative_error", error)
     assert 0 < error <= 2e-2
+
+
+def test_what_16_bits_round_is_not_refused(tmp_path, monkeypatch):
+    """The model's outputs are compared without autocast, which accelerate has in its forward."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    models, rows = train(tmp_path, model_zoo.t5().float().train(), bf16=True, max_steps=1)
+    dots, scales, _ = brute_force(models[0].eval(), TRAIN, VAL, [row["sample_id"] for row in rows])
+    got = torch.tensor([row["dot"] for row in rows], dtype=torch.float64)
+    assert ((got - dots).abs() / scales).max() <= 2e-2
 
 
 def test_resumed_run_has_every_row_once(tmp_path):
