@@ -92,6 +92,10 @@ class GradDotProdTrainer(Trainer):
     DistributedDataParallel) each write the rows of their own samples, into one folder that all of
     them see; scores, values and weights are those of one process with the joint batch.
 
+    Weights move as under Trainer, but for models whose loss is not transformers' ForCausalLMLoss
+    (classifiers, masked and encoder-decoder models) with gradient accumulation: they are trained on
+    the mean of the micro-batches' losses, where Trainer sums them if it takes the model to divide.
+
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
             of the evaluation batch size, or a dict {target name: dataset}. It is run in
