@@ -6,6 +6,7 @@ import inspect
 from pathlib import Path
 from typing import NamedTuple
 
+import model_zoo
 import pyarrow.dataset
 import pytest
 import torch
@@ -203,6 +204,38 @@ def test_every_row_and_the_weights(tmp_path, close, options, sizes):
         close(column("value"), lr * clip * weights * dots, 1e-4, lr * clip * weights * scales)
 
 
+def masking(rows):
+    batch = collate(rows)
+    batch["labels"][torch.rand(batch["labels"].shape) < 0.2] = -100
+    return batch
+
+
+def test_random_numbers_of_training_are_those_without_scores(tmp_path):
+    """Those of dropout, of a collator that masks and of the order by length; and the validation
+    batches of a run that resumes, masked at random, are those it had."""
+
+    def trainer(cls, **kwargs):
+        model = tiny_gpt2()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.2
+        options = {"max_steps": -1, "num_train_epochs": 2, **BY_LENGTH}
+        args = arguments(tmp_path / cls.__name__, **options)
+        return cls(model=model, args=args, data_collator=masking, train_dataset=TRAIN, **kwargs)
+
+    regular = trainer(Trainer)
+    regular.train()
+    scored = trainer(GradDotProdTrainer, val_dataset=VAL)  # a trainer that is made sets the seed
+    scored.train()
+    parameters = regular.model.parameters()
+    for (name, p), q in zip(scored.model.named_parameters(), parameters, strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    again = trainer(GradDotProdTrainer, val_dataset=VAL)
+    torch.rand(1)
+    for got, want in zip(*(x._validation_batches("val") for x in (again, scored)), strict=True):
+        assert torch.equal(got["labels"], want["labels"])
+
+
 def test_classifier_with_a_mean_of_its_own(tmp_path, close):
     """The last step is of micro-batches of three samples and of two, whose means count alike."""
     data, val = samples(11, seed=1, classes=3), samples(5, seed=2, classes=3)
@@ -336,6 +369,15 @@ def test_bf16(tmp_path, record_property, monkeypatch):
     assert 0 < error <= 2e-2
 
 
+def test_what_16_bits_round_is_not_refused(tmp_path, monkeypatch):
+    """The model's outputs are compared without autocast, which accelerate has in its forward."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    models, rows = train(tmp_path, model_zoo.t5().float().train(), bf16=True, max_steps=1)
+    dots, scales, _ = brute_force(models[0].eval(), TRAIN, VAL, [row["sample_id"] for row in rows])
+    got = torch.tensor([row["dot"] for row in rows], dtype=torch.float64)
+    assert ((got - dots).abs() / scales).max() <= 2e-2
+
+
 def test_resumed_run_has_every_row_once(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     _, whole = train(tmp_path / "whole", tiny_gpt2(), **options)
@@ -349,6 +391,40 @@ def test_resumed_run_has_every_row_once(tmp_path):
         assert got["dot"] == pytest.approx(want["dot"], rel=1e-4, abs=1e-6)
     with pytest.raises(GraddotError, match="holds the scores of an earlier run"):
         train(tmp_path / "cut", tiny_gpt2(), **options)
+
+
+@pytest.mark.parametrize("when", ["on_pre_optimizer_step", "on_substep_end"])
+def test_an_interrupted_trainer_goes_on(tmp_path, monkeypatch, when):
+    """The same one, as in a notebook: nothing of the step that was cut off is in its values."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    _, whole = train(tmp_path / "whole", tiny_gpt2(), **options)
+    trainer = scored(tmp_path / "cut", tiny_gpt2(), **options)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("graddot_lm.hf._ScoreCallback." + when, interrupt)
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    rows = rows_of(tmp_path / "cut" / "scores")
+    assert [row["sample_id"] for row in rows] == [row["sample_id"] for row in whole]
+    for got, want in zip(rows, whole, strict=True):
+        assert got["value"] == pytest.approx(want["value"], rel=1e-4, abs=1e-8)
+
+
+def test_an_epoch_that_ends_in_the_midst_of_a_step_is_refused(tmp_path):
+    class Ends(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 1
+
+    trainer = scored(tmp_path, tiny_gpt2(), max_steps=6)  # of two epochs
+    trainer.add_callback(Ends())
+    with pytest.raises(
+        GraddotError, match="an epoch was stopped after 1 of step 1's micro-batches"
+    ):
+        trainer.train()
 
 
 class Stream(IterableDataset):
@@ -411,6 +487,8 @@ def test_refusals(tmp_path, monkeypatch):
         make(compute_loss_func=lambda *args, **kwargs: None)
     with pytest.raises(GraddotError, match="model_init"):
         make(model_init=lambda: tiny_gpt2())
+    with pytest.raises(GraddotError, match="optimizer is a SGD"):  # which never has a state
+        train(tmp_path, tiny_gpt2(), adamw=True)
 
 
 def scored(folder, model, *, cls=GradDotProdTrainer, collator=collate, options=None, **kwargs):

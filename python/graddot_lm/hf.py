@@ -66,6 +66,9 @@ class _ScoreCallback(TrainerCallback):
     def __init__(self, trainer: "GradDotProdTrainer") -> None:
         self.trainer = trainer
 
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.check_step_is_new()
+
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.write_scores()
 
@@ -88,6 +91,10 @@ class GradDotProdTrainer(Trainer):
     from a checkpoint drops the rows of later steps. Several processes (torchrun,
     DistributedDataParallel) each write the rows of their own samples, into one folder that all of
     them see; scores, values and weights are those of one process with the joint batch.
+
+    Weights move as under Trainer, but for models whose loss is not transformers' ForCausalLMLoss
+    (classifiers, masked and encoder-decoder models) with gradient accumulation: they are trained on
+    the mean of the micro-batches' losses, where Trainer sums them if it takes the model to divide.
 
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
@@ -213,7 +220,11 @@ class GradDotProdTrainer(Trainer):
                 batch_size=self.args.eval_batch_size,
                 collate_fn=self._own_collator("validation"),
             )
-            self._val_batches[target] = list(loader)
+            # Nothing drawn here, by the loader and by collators that mask at random, moves what
+            # dropout and samplers draw in training; and a run that resumes has the same batches.
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(self.args.seed)
+                self._val_batches[target] = list(loader)
         return self._val_batches[target]
 
     # Training
@@ -250,7 +261,7 @@ class GradDotProdTrainer(Trainer):
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_note
         self._training, self._step = True, None
-        self._directions = {}
+        self._clip, self._directions = 1.0, {}  # of a step that an exception cut off
 
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
@@ -309,7 +320,7 @@ class GradDotProdTrainer(Trainer):
         directions: Mapping[str, Mapping[str, Tensor]] = self._directions
         if self._adamw:
             optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
-            if not optimizer.state:
+            if not optimizer.state and isinstance(optimizer, torch.optim.Adam):
                 return False
             parameters = dict(self.engine.model.named_parameters())
             directions = {
@@ -334,6 +345,15 @@ class GradDotProdTrainer(Trainer):
             }
         finally:
             model.train(was_training)
+
+    def check_step_is_new(self) -> None:
+        """Raise GraddotError if gradients of a step that was not taken would be in this one's."""
+        if self._training and (micros := self.engine._pending):
+            raise GraddotError(
+                f"an epoch was stopped after {len(micros)} of step {self._step}'s micro-batches, whose"
+                " gradients Trainer adds to those of the next epoch's first step; set"
+                " should_epoch_stop in on_step_end, not in on_substep_end"
+            )
 
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""

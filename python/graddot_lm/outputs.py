@@ -1,7 +1,7 @@
 """Whether what a model returns is what its scored layers and its rows make of it."""
 
 import contextlib
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -13,6 +13,16 @@ from .errors import GraddotError
 from .layers import Step
 from .parts import Packed, filled_up, splits_of, take_inputs
 from .verify import tensors_in
+
+
+@contextlib.contextmanager
+def _no_autocast(kind: str) -> Iterator[None]:
+    """Inside of it none is turned on either, as the model's forward that accelerate wrapped does."""
+    with torch.autocast(kind, enabled=False), contextlib.ExitStack() as restored:
+        for name in ("__enter__", "__exit__"):
+            restored.callback(setattr, torch.autocast, name, getattr(torch.autocast, name))
+            setattr(torch.autocast, name, lambda self, *error: None)
+        yield
 
 
 def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: Step) -> None:
@@ -34,9 +44,9 @@ def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: St
         stack.enter_context(torch.random.fork_rng())
         stack.enter_context(NoDropout())
         try:
-            with torch.autocast(kind, enabled=False):
+            with _no_autocast(kind):
                 want = outputs(plain, 0)
-            stack.enter_context(torch.autocast(kind, enabled=False))
+            stack.enter_context(_no_autocast(kind))
         except Exception:  # noqa: BLE001 - the model's own code may raise anything
             want = outputs(plain, 0)
         try:
