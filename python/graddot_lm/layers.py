@@ -45,7 +45,8 @@ class Step:
     name how its input holds the rows, as `rows.find_layouts` saw it; first is True in the step that
     saw it; expands has the layers that return for all rows at once, in copies for each. A trial has
     no backward, and `moved` in it says in which rows what these layers return is moved a little, to
-    see whom it reaches. counts has the rows' labelled tokens, if known. Of sharded weights a layer's backward may only use its own.
+    see whom it reaches. buffers gives the model's, which are no rows, and counts has the rows' labelled
+    tokens, if known. Of sharded weights a layer's backward may only use its own.
     """
 
     rows: int
@@ -60,7 +61,7 @@ class Step:
     first: bool = False
     norms: bool = False
     trial: bool = False
-    buffers: Callable[[], Iterable[Tensor]] = tuple  # the model's
+    buffers: Callable[[], Iterable[Tensor]] = tuple
     moved: tuple[slice, Collection[str]] | None = None
     expands: set[str] = field(default_factory=set)
     counts: Tensor | None = None
