@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 from transformers import Trainer, TrainerCallback
 from transformers.trainer_pt_utils import LabelSmoother
@@ -22,7 +23,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 from .background import BackgroundWriter
 from .batches import has_causal_lm_loss
 from .directions import adamw_direction
-from .distributed import unwrapped
+from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .scores import Number, clip_factor
@@ -89,12 +90,12 @@ class GradDotProdTrainer(Trainer):
     0 in a step that was not taken. They are saved every 100 steps, at checkpoints and at the end.
     With several validation sets there is a dot_<name> and value_<name> of each. A run that resumes
     from a checkpoint drops the rows of later steps. Several processes (torchrun,
-    DistributedDataParallel) each write the rows of their own samples, into one folder that all of
-    them see; scores, values and weights are those of one process with the joint batch.
+    DistributedDataParallel or FSDP of version 2) each write the rows of their own samples, into one folder that all of
+    them see; scores are those of one process with the joint batch.
 
-    Weights move as under Trainer, but for models whose loss is not transformers' ForCausalLMLoss
-    (classifiers, masked and encoder-decoder models) with gradient accumulation: they are trained on
-    the mean of the micro-batches' losses, where Trainer sums them if it takes the model to divide.
+    Weights move as under Trainer, and values are those of its steps: where it adds up the mean losses
+    of micro-batches and processes instead of averaging them (it does so for models that take
+    num_items_in_batch and ignore it, as many classifiers), samples weigh as much more.
 
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
@@ -109,9 +110,10 @@ class GradDotProdTrainer(Trainer):
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
-    several GPUs in one process, DeepSpeed, FSDP and parallelism_config, a `compute_loss` other than
-    Trainer's, `compute_loss_func`, loss_is_scaled_for_ga, `model_init`, auto_find_batch_size,
-    iterable training sets, padding-free batches, and batches whose targets are not in "labels".
+    several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
+    parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`, `model_init`,
+    auto_find_batch_size, iterable training sets, padding-free batches, and batches whose targets are
+    not in "labels".
     """
 
     def __init__(
@@ -137,10 +139,10 @@ class GradDotProdTrainer(Trainer):
         self._val_interval, self._val_named, self._adamw = val_interval, named, adamw
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
-        options, smoother = dict(engine_options or {}), self.label_smoother
+        self._options, smoother = dict(engine_options or {}), self.label_smoother
         if smoother is not None:  # which gets the labels in the model's place
-            options.setdefault("label_shift", int(has_causal_lm_loss(unwrapped(self.model))))
-        self.engine = GradDotProdEngine(self.model, **options)
+            self._options.setdefault("label_shift", int(has_causal_lm_loss(unwrapped(self.model))))
+        self.engine = GradDotProdEngine(self.model, **self._options)
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
         self._folder = Path(self.args.output_dir) / "scores"
@@ -149,23 +151,21 @@ class GradDotProdTrainer(Trainer):
         self._step: int | None = None
         self._scoring = False
         self._clip: Number = 1.0
-        if not has_causal_lm_loss(self.engine.model):
-            # Whether another loss divides by num_items_in_batch is not known: a mean for each
-            # micro-batch then, which Trainer averages.
-            self.model_accepts_loss_kwargs = False
         self.add_callback(_ScoreCallback(self))
 
     def _refuse(self) -> None:
-        args = self.args
+        args, fsdp = self.args, self._fsdp()
         reasons = {
             "several GPUs in one process": args.n_gpu > 1,
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
-            "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
+            'FSDP of version 1; pass fsdp_config={"version": 2}': fsdp and fsdp.fsdp_version == 1,
+            "FSDP and cpu_offload": isinstance(
+                getattr(fsdp, "cpu_offload", None), CPUOffloadPolicy
+            ),
+            "FSDP and torch_compile": fsdp and args.torch_compile,
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
             "label_smoothing_factor in this version of transformers": self._smooths_otherwise(),
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
-            # For a loss of one's own; another factor than Trainer's is not in the values.
-            "loss_is_scaled_for_ga": getattr(self, "loss_is_scaled_for_ga", None) is not None,
             "model_init": self.model_init is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
             "an iterable training set": isinstance(self.train_dataset, IterableDataset),
@@ -182,6 +182,10 @@ class GradDotProdTrainer(Trainer):
                 " compute_loss = transformers.Trainer.compute_loss in the class if the model's own"
                 " loss is the same, or use GradDotProdEngine in a loop of your own"
             )
+
+    def _fsdp(self) -> Any:
+        """accelerate's plugin, if the model is or will be sharded."""
+        return getattr(self.accelerator.state, "fsdp_plugin", None)
 
     def _smooths_otherwise(self) -> bool:
         """Whether a smoothed loss is no sum over num_items_in_batch, as the values take it to be."""
@@ -256,6 +260,8 @@ class GradDotProdTrainer(Trainer):
         if self.args.process_index == 0:
             self.scores.truncate_after(self.state.global_step - 1)
         self.accelerator.wait_for_everyone()
+        if self._fsdp() is not None:  # whose parameters have taken the place of others
+            self.engine = GradDotProdEngine(self.model, **self._options)  # type: ignore[arg-type]
         self.engine.store = self.scores = self._writer()
         self.engine.attach(self.optimizer)
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
@@ -266,7 +272,7 @@ class GradDotProdTrainer(Trainer):
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
         if norm is not None:
-            self._clip = self._clip * clip_factor(torch.as_tensor(norm), float(max_norm))
+            self._clip = self._clip * clip_factor(whole(torch.as_tensor(norm)), float(max_norm))
         return norm
 
     def training_step(
@@ -285,8 +291,12 @@ class GradDotProdTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         self.engine.attach_train_batch(inputs, None, step, index)
-        loss = super().training_step(model, inputs, num_items_in_batch)
         micro = self.engine._forward.micro
+        if micro is not None:  # without waiting for a device, as get_scale() would
+            one = torch.ones((), dtype=torch.float64, device=self.args.device)
+            scaler = getattr(self.accelerator, "scaler", None)
+            micro.unit = one if scaler is None else scaler.scale(one)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if micro is not None and not micro.loss_scale.factors():  # its scaling would be taken for 1
             raise GraddotError(
                 'the loss trained on is not one that the model returned as a mapping\'s "loss" or'
@@ -334,6 +344,8 @@ class GradDotProdTrainer(Trainer):
         model, scaler = self.engine.model, getattr(self.accelerator, "scaler", None)
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         was_training = model.training
+        if isinstance(model, FSDPModule):  # Trainer may have told it to reduce no gradients yet
+            model.set_requires_gradient_sync(True)
         model.eval()
         try:
             return {
@@ -358,8 +370,6 @@ class GradDotProdTrainer(Trainer):
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""
         scale, self._clip = self._clip, 1.0
-        if self.model_accepts_loss_kwargs and not self.args.average_tokens_across_devices:
-            scale /= self.args.world_size  # a sum over a process's own tokens, and then averaged
         if self._scoring:
             self.engine.aggregate_and_log(gradient_scale=scale)
         if self.state.global_step % _SAVED_EVERY == 0:
