@@ -1,6 +1,7 @@
 """GradDotProdTrainer on two processes: rows, values, and Trainer's weights."""
 
 import os
+import time
 from unittest import mock
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from brute_force import tiny_gpt2
+from graddot_lm.background import BackgroundWriter
 from graddot_lm.store import _parts
 from loop_steps import tiny_bert
 from process_group import on_processes
@@ -159,6 +161,31 @@ def test_two_processes(tmp_path, close, kind, accumulation):
         lr = 0.02 * (1 - step / STEPS)
         factor = lr * clipping(own_grads, weights) * weights
         close(column("value"), factor * dots, 1e-4, factor * scales)
+
+
+def saved_late(rank, world, folder):
+    """How many rows there are when each process comes to save the checkpoint; the last is slow."""
+    flush, counts = BackgroundWriter.flush, []
+
+    def slow(self, wait=True):
+        time.sleep(rank if wait else 0)
+        flush(self, wait=wait)
+
+    def save(self, *_):
+        counts.append(len(rows_of(folder / "scores")))
+
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    with (
+        mock.patch.object(BackgroundWriter, "flush", slow),
+        mock.patch.object(Trainer, "_save_checkpoint", save),
+    ):
+        run(rank, world, folder, "gpt2", options)
+    return counts[0]
+
+
+def test_rows_of_all_are_saved_before_a_checkpoint(tmp_path):
+    counts = on_processes(WORLD, tmp_path / "two", saved_late, tmp_path / "scored")
+    assert counts == [2 * 2 * 4] * WORLD
 
 
 @pytest.mark.parametrize("further", [{}, sharded("gpt2")], ids=["", "sharded"])

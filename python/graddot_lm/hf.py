@@ -8,20 +8,24 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
+import copy
 import inspect
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from .background import BackgroundWriter
 from .batches import has_causal_lm_loss
+from .digests import own_random
 from .directions import adamw_direction
 from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
@@ -63,9 +67,21 @@ class _IndexCollator:
         return batch
 
 
+def _with_own_generators(collator: Any) -> Any:
+    """The same collator, whose own generators, if it has any, draw apart from the other's."""
+    own = copy.copy(collator)
+    for name, value in dict(getattr(own, "__dict__", {})).items():
+        if isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
+            setattr(own, name, copy.deepcopy(value))
+    return own
+
+
 class _ScoreCallback(TrainerCallback):
     def __init__(self, trainer: "GradDotProdTrainer") -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_rows()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_step_is_new()
@@ -136,6 +152,7 @@ class GradDotProdTrainer(Trainer):
         named = isinstance(val_dataset, Mapping)
         self._val_sets = dict(val_dataset) if named else {"val": val_dataset}
         self._val_batches: dict[str, list[Any]] = {}
+        self._val_collator = _with_own_generators(self.data_collator)
         self._val_interval, self._val_named, self._adamw = val_interval, named, adamw
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
@@ -204,14 +221,14 @@ class GradDotProdTrainer(Trainer):
         """Trainer's, with every sample's index in the batch."""
         dataset, collator = self.train_dataset, self.data_collator
         self.train_dataset = _Indexed(dataset)
-        self.data_collator = _IndexCollator(self._own_collator("training"))
+        self.data_collator = _IndexCollator(self._own_collator("training", collator))
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = dataset, collator
 
-    def _own_collator(self, description: str) -> Callable[[list[Any]], Any]:
-        return self._get_collator_with_removed_columns(self.data_collator, description=description)
+    def _own_collator(self, description: str, collator: Any) -> Callable[[list[Any]], Any]:
+        return self._get_collator_with_removed_columns(collator, description=description)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         given = self.train_dataset if train_dataset is None else train_dataset
@@ -222,12 +239,12 @@ class GradDotProdTrainer(Trainer):
             loader = DataLoader(
                 self._val_sets[target],
                 batch_size=self.args.eval_batch_size,
-                collate_fn=self._own_collator("validation"),
+                collate_fn=self._own_collator("validation", self._val_collator),
             )
             # Nothing drawn here, by the loader and by collators that mask at random, moves what
             # dropout and samplers draw in training; and a run that resumes has the same batches.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.args.seed)
+            with own_random():
+                set_seed(self.args.seed)
                 self._val_batches[target] = list(loader)
         return self._val_batches[target]
 
@@ -237,6 +254,7 @@ class GradDotProdTrainer(Trainer):
         """Trainer's, after the rows that a run resumed from it counts on."""
         if self._training:
             self.scores.flush()
+            self.accelerator.wait_for_everyone()  # for the checkpoint counts on the rows of all
         return super()._save_checkpoint(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -250,7 +268,8 @@ class GradDotProdTrainer(Trainer):
                 self.accelerator.clip_grad_norm_ = self._clip_grad_norm_of_accelerator
                 self.scores.flush()
 
-    def _begin(self) -> None:
+    def begin_rows(self) -> None:
+        """Drop the rows of steps that are to come, also where none does any more."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self.state.global_step == 0 and any(self._folder.glob("part-*")):
             raise GraddotError(
@@ -260,9 +279,12 @@ class GradDotProdTrainer(Trainer):
         if self.args.process_index == 0:
             self.scores.truncate_after(self.state.global_step - 1)
         self.accelerator.wait_for_everyone()
+        self.scores = self._writer()
+
+    def _begin(self) -> None:
         if self._fsdp() is not None:  # whose parameters have taken the place of others
             self.engine = GradDotProdEngine(self.model, **self._options)  # type: ignore[arg-type]
-        self.engine.store = self.scores = self._writer()
+        self.engine.store = self.scores
         self.engine.attach(self.optimizer)
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_note
@@ -348,13 +370,14 @@ class GradDotProdTrainer(Trainer):
             model.set_requires_gradient_sync(True)
         model.eval()
         try:
-            return {
-                target: self.engine.compute_directions(
-                    map(self._prepare_inputs, self._validation_batches(target)),
-                    loss_scale=loss_scale,
-                )
-                for target in self._val_sets
-            }
+            with own_random():
+                return {
+                    target: self.engine.compute_directions(
+                        map(self._prepare_inputs, self._validation_batches(target)),
+                        loss_scale=loss_scale,
+                    )
+                    for target in self._val_sets
+                }
         finally:
             model.train(was_training)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .digests import Digest, NoDropout, close, digest, own_buffers, own_inputs
+from .digests import Digest, NoDropout, close, digest, own_buffers, own_inputs, own_random
 from .errors import GraddotError
 from .layers import Step
 from .parts import Packed, filled_up, splits_of, take_inputs
@@ -42,7 +42,7 @@ def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: St
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(own_random())
         stack.enter_context(NoDropout())
         try:
             with _no_autocast(kind):
@@ -149,7 +149,7 @@ def check_padding(
         cut = lambda x: x[:, :own] if x.dim() > 1 and x.shape[1] == full else x
         return [digest(cut(x)) for x in tensors_in(out) if x.dim() > 0]
 
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+    with torch.no_grad(), own_random(), NoDropout():
         got = run(full)
         try:
             want = run(own)
@@ -188,7 +188,7 @@ def is_divided(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool |
     cannot be seen, of a loss of 0 or of no labelled token. Raises GraddotError if it is neither.
     """
     losses: list[Tensor] = []
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+    with torch.no_grad(), own_random(), NoDropout():
         for times in (1, 2):
             items = times * kwargs["num_items_in_batch"]
             torch.manual_seed(0)
@@ -242,7 +242,7 @@ def check_loss(
     splits = splits_of(rows, thorough)
     parts = filled_up([part for split in splits for part in split], runs)
     losses = []
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+    with torch.no_grad(), own_random(), NoDropout():
         for part in [list(range(rows)), *parts]:
             part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
             with own_buffers(model):
