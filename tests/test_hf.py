@@ -678,6 +678,27 @@ class Own(nn.Module):
         return self.form(loss, logits)
 
 
+class HeadByHand(Own):
+    """Reads the head's weight behind its layer's back, so that its own forward is followed."""
+
+    def forward(self, input_ids, attention_mask, labels):
+        hidden = F.dropout(self.embedding(input_ids).tanh(), 0.2, self.training)
+        logits = F.linear(hidden, self.head.weight)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return loss, logits
+
+
+def test_a_model_that_is_followed_draws_once(tmp_path):
+    """Its first step, whose forward runs outside of the step and again, has the same dropout."""
+    options = {"remove_unused_columns": False, "max_steps": 2}
+    model, regular = (HeadByHand(None) for _ in range(2))
+    scored(tmp_path / "scored", model, options={"label_shift": 1}, **options).train()
+    args = arguments(tmp_path / "regular", **options)
+    Trainer(model=regular, args=args, data_collator=collate, train_dataset=TRAIN).train()
+    for (name, p), q in zip(model.named_parameters(), regular.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+
+
 OUTPUTS = {
     "tuple": lambda loss, logits: (loss, logits),
     "list": lambda loss, logits: [loss, logits],

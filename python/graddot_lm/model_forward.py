@@ -21,7 +21,7 @@ from . import compiled, distributed
 from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import own_buffers, own_inputs
+from .digests import own_buffers, own_inputs, own_random
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
@@ -97,7 +97,7 @@ class ModelForward:
         self._runs = 0  # of a sharded model in a check of it, as many in all processes
         self._packed: Packed = {}  # of these, what holds several entries of a row
         self._buffers: BufferCheck | None = None  # as they were before it
-        self._buffers_aside: Any = None
+        self._aside = contextlib.ExitStack()  # what the forward outside of it is not to change
         self._whole: dict[str, nn.Parameter] = {}
         self._label_check: LabelCheck | None = None
         self._reentrant: ReentrantCheck | None = None
@@ -398,8 +398,8 @@ class ModelForward:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
             self.micro, self._postponed = None, (micro, *own_inputs((args, kwargs)))
-            self._buffers_aside = own_buffers(self.model)
-            self._buffers_aside.__enter__()
+            self._aside.enter_context(own_buffers(self.model))
+            self._aside.enter_context(own_random())
             return
         micro.running = True
 
@@ -626,7 +626,7 @@ class ModelForward:
 
     def _run_postponed(self) -> Any:
         assert self._postponed is not None
-        self._buffers_aside.__exit__(None, None, None)
+        self._aside.close()
         (self.micro, args, kwargs), self._postponed = self._postponed, None
         self.micro.running = self._probing = True
         try:
