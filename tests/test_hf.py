@@ -3,10 +3,15 @@
 import copy
 import importlib.util
 import inspect
+import itertools
+import random
+import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 import model_zoo
+import numpy as np
 import pyarrow.dataset
 import pytest
 import torch
@@ -18,10 +23,13 @@ from graddot_lm.background import BackgroundWriter
 from graddot_lm.hf import GradDotProdTrainer
 from loop_steps import mapping_gradient, tiny_bert
 from torch import nn
+from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils.data import IterableDataset
 from transformers import (
     BertForQuestionAnswering,
     DataCollatorWithFlattening,
+    ModernBertConfig,
+    ModernBertForMaskedLM,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -63,7 +71,7 @@ class Snapshots(TrainerCallback):
         plain.__dict__.pop("forward", None)  # accelerate's, under autocast
         if hasattr(plain, "gradient_checkpointing_disable"):
             plain.gradient_checkpointing_disable()
-        self.models.append(plain.float().train())
+        self.models.append(plain.double().train())
 
 
 def arguments(folder, **kwargs):
@@ -204,13 +212,34 @@ def test_every_row_and_the_weights(tmp_path, close, options, sizes):
         close(column("value"), lr * clip * weights * dots, 1e-4, lr * clip * weights * scales)
 
 
-def masking(rows):
-    batch = collate(rows)
-    batch["labels"][torch.rand(batch["labels"].shape) < 0.2] = -100
-    return batch
+class Masking:
+    """A collator that leaves labels out at random."""
+
+    def __init__(self, by):
+        self.by, self.own = by, np.random.default_rng(3)
+
+    def __call__(self, rows):
+        batch = collate(rows)
+        draw = {
+            "torch": torch.rand,
+            "numpy": np.random.random,
+            "python": lambda shape: [[random.random() for _ in range(shape[1])] for _ in rows],
+            "its-own": self.own.random,
+        }[self.by]
+        batch["labels"][torch.as_tensor(draw(tuple(batch["labels"].shape))) < 0.2] = -100
+        return batch
 
 
-def test_random_numbers_of_training_are_those_without_scores(tmp_path):
+class Drawing(nn.Embedding):
+    """Draws numbers of which nothing comes, as layers do that may be dropped."""
+
+    def forward(self, x):
+        np.random.random(), random.random()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("by", ["torch", "numpy", "python", "its-own"])
+def test_random_numbers_of_training_are_those_without_scores(tmp_path, by):
     """Those of dropout, of a collator that masks and of the order by length; and the validation
     batches of a run that resumes, masked at random, are those it had."""
 
@@ -219,9 +248,10 @@ def test_random_numbers_of_training_are_those_without_scores(tmp_path):
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.2
+        model.transformer.wte.__class__ = Drawing
         options = {"max_steps": -1, "num_train_epochs": 2, **BY_LENGTH}
         args = arguments(tmp_path / cls.__name__, **options)
-        return cls(model=model, args=args, data_collator=masking, train_dataset=TRAIN, **kwargs)
+        return cls(model=model, args=args, data_collator=Masking(by), train_dataset=TRAIN, **kwargs)
 
     regular = trainer(Trainer)
     regular.train()
@@ -231,24 +261,95 @@ def test_random_numbers_of_training_are_those_without_scores(tmp_path):
     for (name, p), q in zip(scored.model.named_parameters(), parameters, strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
     again = trainer(GradDotProdTrainer, val_dataset=VAL)
-    torch.rand(1)
+    torch.rand(1), np.random.random(1), random.random()
     for got, want in zip(*(x._validation_batches("val") for x in (again, scored)), strict=True):
         assert torch.equal(got["labels"], want["labels"])
 
 
-def test_classifier_with_a_mean_of_its_own(tmp_path, close):
-    """The last step is of micro-batches of three samples and of two, whose means count alike."""
-    data, val = samples(11, seed=1, classes=3), samples(5, seed=2, classes=3)
-    model = tiny_bert().float()
-    models, rows = train(tmp_path, model, data, val, max_steps=2, remove_unused_columns=False)
-    for step, snapshot in enumerate(models):
+def masked(rows):
+    """A batch for a masked language model: some tokens are labels, none of some rows."""
+    batch = collate(rows)
+    batch["labels"][batch["input_ids"] % 4 > 0] = -100
+    return batch
+
+
+def modern_bert():
+    torch.manual_seed(0)
+    config = ModernBertConfig(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, pad_token_id=0, embedding_dropout=0, mlp_dropout=0,
+    )  # fmt: skip
+    return model_zoo.shaken(ModernBertForMaskedLM(config))
+
+
+# A model, its collator, and what Trainer makes of micro-batches' mean losses where it accumulates.
+ACCUMULATED = {
+    "classifier": (tiny_bert, collate, "sum"),  # takes num_items_in_batch and ignores it
+    "encoder-decoder": (model_zoo.t5, collate, "sum"),
+    "masked": (modern_bert, masked, "mean over tokens"),  # is divided by it
+    "takes-no-number": (lambda: Own(OUTPUTS["tuple"]), collate, "mean"),
+    "told-to-divide": (tiny_bert, collate, "mean"),
+}
+
+
+@pytest.mark.parametrize("kind", ACCUMULATED)
+def test_what_trainer_makes_of_accumulated_losses(tmp_path, close, kind):
+    """Weights are its, and values those of its steps; the last has micro-batches of three and two."""
+    make, collator, whole = ACCUMULATED[kind]
+    classes = 3 if make is tiny_bert else 0
+    data, val = samples(11, seed=1, classes=classes), samples(5, seed=2, classes=classes)
+    runs, snapshots = {}, Snapshots()
+    for cls in (Trainer, GradDotProdTrainer):
+        own = {"val_dataset": val} if cls is GradDotProdTrainer else {}
+        if own and kind == "takes-no-number":
+            own["engine_options"] = {"label_shift": 1}
+        args = arguments(tmp_path / cls.__name__, max_steps=4, remove_unused_columns=False)
+        trainer = runs[cls] = cls(
+            model=make().double(), args=args, data_collator=collator, train_dataset=data, **own
+        )
+        if kind == "told-to-divide":
+            trainer.loss_is_scaled_for_ga = False
+    if kind == "told-to-divide" and not hasattr(Trainer, "loss_is_scaled_for_ga"):
+        pytest.skip("this version's Trainer cannot be told")
+    runs[GradDotProdTrainer].add_callback(snapshots)
+    for trainer in runs.values():
+        trainer.train()
+    if whole == "sum" and not runs[Trainer].model_accepts_loss_kwargs:
+        whole = "mean"  # with a version in which the model does not take the number
+    trained, regular = (runs[cls].model for cls in (GradDotProdTrainer, Trainer))
+    for (name, p), q in zip(trained.named_parameters(), regular.parameters(), strict=True):
+        assert (p - q).norm() <= 1e-9 * q.norm() + 1e-12, name
+
+    def gradient(model, rows):
+        loss = model(**collator(rows))[0]
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, [*model.parameters()])])
+
+    rows = rows_of(tmp_path / "GradDotProdTrainer" / "scores")
+    states = [*snapshots.models, trained]
+    for step, (model, after) in enumerate(itertools.pairwise(states)):
         at = [row for row in rows if row["step"] == step]
-        dots, scales, own = brute_force(snapshot, data, val, [row["sample_id"] for row in at])
+        count = torch.tensor([float(row["n_tokens"]) for row in at]).double()
+        micros = count.split(3)
+        weights = torch.cat([own / own.sum() for own in micros])
+        if whole != "sum":
+            weights = weights / len(micros) if whole == "mean" else count / count.sum()
+        direction = gradient(model, val)
+        own = [
+            gradient(model, [data[row["sample_id"]]]) if row["n_tokens"] else 0 * direction
+            for row in at
+        ]
+        dots = torch.stack([direction @ g for g in own])
+        scales = torch.stack([direction.norm() * g.norm() for g in own])
         column = lambda name, at=at: torch.tensor([row[name] for row in at], dtype=torch.float64)
-        close(column("dot"), dots, 1e-5, scales)
-        weights = torch.tensor([1 / 6] * 6 if step == 0 else [1 / 6] * 3 + [1 / 4] * 2)
-        factor = 0.02 * (1 - step / 2) * weights * clipping(own, weights)
-        close(column("value"), factor * dots, 1e-4, factor * scales)
+        close(column("dot"), dots, 1e-6, scales)
+        factor = 0.02 * (1 - step / 4) * weights * clipping(own, weights)
+        close(column("value"), factor * dots, 1e-5, factor * scales)
+        moved = [
+            (p - q).detach().flatten()
+            for p, q in zip(model.parameters(), after.parameters(), strict=True)
+        ]
+        change = direction @ torch.cat(moved)  # of the validation loss, to first order
+        assert column("value").sum().item() == pytest.approx(change.item(), rel=1e-6)
 
 
 @pytest.mark.skipif(
@@ -270,7 +371,6 @@ def test_label_smoothing(tmp_path, close, kind):
         data_collator=collate,
         train_dataset=data,
     )
-    trainer.model_accepts_loss_kwargs = classes == 0
     trainer.train()
     for (name, p), q in zip(model.named_parameters(), regular.parameters(), strict=True):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
@@ -393,6 +493,15 @@ def test_resumed_run_has_every_row_once(tmp_path):
         train(tmp_path / "cut", tiny_gpt2(), **options)
 
 
+def test_rows_of_steps_that_are_not_taken_again_are_dropped(tmp_path):
+    """Where a run that went on is taken up from a checkpoint, to end there."""
+    options = {"save_strategy": "steps", "save_steps": 4}  # an epoch
+    train(tmp_path, tiny_gpt2(), max_steps=6, **options)
+    checkpoint = str(tmp_path / "checkpoint-4")
+    _, rows = train(tmp_path, tiny_gpt2(), max_steps=4, resume=checkpoint, **options)
+    assert {row["step"] for row in rows} == {0, 1, 2, 3}
+
+
 @pytest.mark.parametrize("when", ["on_pre_optimizer_step", "on_substep_end"])
 def test_an_interrupted_trainer_goes_on(tmp_path, monkeypatch, when):
     """The same one, as in a notebook: nothing of the step that was cut off is in its values."""
@@ -485,6 +594,15 @@ def test_refusals(tmp_path, monkeypatch):
             make(label_smoothing_factor=0.1)
     with pytest.raises(GraddotError, match="compute_loss_func"):
         make(compute_loss_func=lambda *args, **kwargs: None)
+    for version, offload, reason in [
+        (1, None, 'FSDP of version 1; pass fsdp_config={"version": 2}'),
+        (2, CPUOffloadPolicy(), "FSDP and cpu_offload"),
+        (2, None, "FSDP and torch_compile"),
+    ]:
+        plugin = SimpleNamespace(fsdp_version=version, cpu_offload=offload)
+        with monkeypatch.context() as patch, pytest.raises(GraddotError, match=re.escape(reason)):
+            patch.setattr(GradDotProdTrainer, "_fsdp", lambda self, plugin=plugin: plugin)
+            make(torch_compile="compile" in reason, torch_compile_backend="eager")
     with pytest.raises(GraddotError, match="model_init"):
         make(model_init=lambda: tiny_gpt2())
     with pytest.raises(GraddotError, match="optimizer is a SGD"):  # which never has a state
@@ -523,17 +641,11 @@ class OwnLossAgain(GradDotProdTrainer, FromLogits):
     compute_loss = Trainer.compute_loss
 
 
-class Rescaled(GradDotProdTrainer):
-    loss_is_scaled_for_ga = False
-
-
 def test_a_loss_of_the_users_own_is_refused(tmp_path):
     with pytest.raises(GraddotError, match="compute_loss of its own, HalfLoss.compute_loss"):
         scored(tmp_path, tiny_gpt2(), cls=HalfLoss)
     with pytest.raises(GraddotError, match="compute_loss of its own, FromLogits.compute_loss"):
         scored(tmp_path, tiny_gpt2(), cls=MixedIn)
-    with pytest.raises(GraddotError, match="loss_is_scaled_for_ga"):
-        scored(tmp_path, tiny_gpt2(), cls=Rescaled)
     trainer = scored(tmp_path, tiny_gpt2())
     trainer.compute_loss = lambda model, inputs, **kwargs: 0.5 * model(**inputs).loss
     with pytest.raises(GraddotError, match="compute_loss of its own, .*lambda"):
@@ -564,6 +676,27 @@ class Own(nn.Module):
         logits = self.head(self.embedding(input_ids).tanh())
         loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         return self.form(loss, logits)
+
+
+class HeadByHand(Own):
+    """Reads the head's weight behind its layer's back, so that its own forward is followed."""
+
+    def forward(self, input_ids, attention_mask, labels):
+        hidden = F.dropout(self.embedding(input_ids).tanh(), 0.2, self.training)
+        logits = F.linear(hidden, self.head.weight)
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return loss, logits
+
+
+def test_a_model_that_is_followed_draws_once(tmp_path):
+    """Its first step, whose forward runs outside of the step and again, has the same dropout."""
+    options = {"remove_unused_columns": False, "max_steps": 2}
+    model, regular = (HeadByHand(None) for _ in range(2))
+    scored(tmp_path / "scored", model, options={"label_shift": 1}, **options).train()
+    args = arguments(tmp_path / "regular", **options)
+    Trainer(model=regular, args=args, data_collator=collate, train_dataset=TRAIN).train()
+    for (name, p), q in zip(model.named_parameters(), regular.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
 
 
 OUTPUTS = {

@@ -1,16 +1,21 @@
-"""GradDotProdTrainer on two processes: rows, values and weights of one process with all rows."""
+"""GradDotProdTrainer on two processes: rows, values, and Trainer's weights."""
 
 import os
+import time
+from unittest import mock
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
 from brute_force import tiny_gpt2
+from graddot_lm.background import BackgroundWriter
 from graddot_lm.store import _parts
 from loop_steps import tiny_bert
 from process_group import on_processes
 from test_hf import (
     VAL,
+    Snapshots,
     arguments,
     brute_force,
     clipping,
@@ -20,14 +25,46 @@ from test_hf import (
     tokens,
     train,
 )
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import Trainer
 
 WORLD, STEPS = 2, 3
+BLOCKS = {"gpt2": "GPT2Block", "bert": "BertLayer"}
 MODELS = {"gpt2": tiny_gpt2, "bert": lambda: tiny_bert().float()}
 DATA = {  # 24 rows: whole steps
     "gpt2": (samples(24, seed=1), VAL),
     "bert": (samples(24, seed=1, classes=3), samples(5, seed=2, classes=3)),
 }
+
+
+def shard_on_cpus():
+    """Have accelerate heed an FSDP plugin, which it passes over on CPUs."""
+    init = AcceleratorState.__init__
+
+    def heeding(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = heeding
+
+
+def sharded(name):
+    config = {"version": 2, "transformer_layer_cls_to_wrap": [BLOCKS[name]]}
+    return {"fsdp": True, "fsdp_config": config}
+
+
+def weights(model):
+    """Whole ones, if it is sharded."""
+    named = dict(model.named_parameters()).items()
+    return {n: p.full_tensor() if isinstance(p, DTensor) else p for n, p in named}
+
+
+class WholeWeights(Snapshots):
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.models.append({n: p.detach().clone() for n, p in weights(model).items()})
 
 
 def run(rank, world, folder, model, options):
@@ -37,9 +74,25 @@ def run(rank, world, folder, model, options):
     )
     for state in (AcceleratorState, GradientState, PartialState):  # the parent's, after a fork
         state._reset_state()
-    trained = MODELS[model]()
-    models = train(folder, trained, *DATA[model], per_device_train_batch_size=2, **options)[0]
-    return [snapshot.state_dict() for snapshot in models], dict(trained.named_parameters())
+    trained, regular = MODELS[model](), MODELS[model]()
+    options = {"per_device_train_batch_size": 2, **options}
+    shard_on_cpus()
+    with mock.patch("test_hf.Snapshots", WholeWeights):
+        states = train(folder, trained, *DATA[model], **options)[0]
+    assert isinstance(trained, FSDPModule) == ("fsdp" in options)
+    if "resume" not in options:
+        train_plainly(folder.with_name("plain"), regular, DATA[model][0], options)
+    return states, weights(trained), weights(regular)
+
+
+def train_plainly(folder, model, data, options):
+    args = arguments(folder, **options)
+    Trainer(model=model, args=args, data_collator=collate, train_dataset=data).train()
+
+
+def same_weights(got, want):
+    for n, p in want.items():
+        assert (got[n] - p).norm() <= 1e-5 * p.norm() + 1e-7, n
 
 
 def own_counts(data, rows):
@@ -55,10 +108,15 @@ def tokens_by_trainer(folder, model, data, rows):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
-    "kind", ["gpt2", "bert", "gpt2-own-tokens", "gpt2-checkpointing", "gpt2-compiled"]
-)
-def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
-    """A clipped SGD run; own-tokens: each process divides by the number of its own tokens."""
+    "kind",
+    [
+        "gpt2", "bert", "gpt2-own-tokens", "bert-own-tokens", "gpt2-checkpointing", "gpt2-compiled",
+        "gpt2-sharded", "bert-sharded", "gpt2-sharded-own-tokens", "gpt2-sharded-checkpointing",
+    ],
+)  # fmt: skip
+def test_two_processes(tmp_path, close, kind, accumulation):
+    """A clipped SGD run; own-tokens: each process divides by the number of its own tokens. Weights are
+    those of Trainer on two processes, and, where it divides by the tokens of all, on one."""
     name = kind.split("-")[0]
     data, snapshot = DATA[name], MODELS[name]()
     own = "own-tokens" in kind
@@ -70,30 +128,23 @@ def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
         "torch_compile": "compiled" in kind,
         "torch_compile_backend": "aot_eager" if "compiled" in kind else None,
     }
+    if "sharded" in kind:
+        options.update(sharded(name))
     results = on_processes(WORLD, tmp_path / "two", run, tmp_path / "scored", name, options)
     for n, p in results[0][1].items():
         assert torch.equal(p, results[1][1][n]), "the processes hold one model"
-    if not own:
+    same_weights(results[0][1], results[0][2])
+    if name == "gpt2" and not own:
         regular = MODELS[name]()
+        options = {k: v for k, v in options.items() if k not in sharded(name)}
         options["per_device_train_batch_size"] = 2 * WORLD
-        trainer = Trainer(
-            model=regular,
-            args=arguments(tmp_path / "regular", **options),
-            data_collator=collate,
-            train_dataset=data[0],
-        )
-        if (
-            name == "bert"
-        ):  # whose loss is a mean, whatever it is passed; Trainer believes otherwise
-            trainer.model_accepts_loss_kwargs = False
-        trainer.train()
-        for n, p in regular.named_parameters():
-            assert (results[0][1][n] - p).norm() <= 1e-5 * p.norm() + 1e-7, n
+        train_plainly(tmp_path / "regular", regular, data[0], options)
+        same_weights(results[0][1], dict(regular.named_parameters()))
     parts = _parts(tmp_path / "scored" / "scores")
     assert [(p.first, p.last, p.rank, p.world) for p in parts] == [(0, 2, 0, 2), (0, 2, 1, 2)]
     by_rank = [rows_of(part.path) for part in parts]
     for step, state in enumerate(results[0][0]):
-        snapshot.load_state_dict(state)
+        snapshot.load_state_dict(state, strict=False)  # the head is tied
         rows = [[row for row in rank if row["step"] == step] for rank in by_rank]
         by_process, rows = rows, [row for rank in rows for row in rank]
         counts = [own_counts(data[0], rank) for rank in by_process]
@@ -105,13 +156,42 @@ def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
         if own:
             totals = [tokens_by_trainer(tmp_path, snapshot, data[0], rank) for rank in by_process]
             weights = torch.cat([n / m / WORLD for n, m in zip(counts, totals, strict=True)])
+        if name == "bert":  # whose losses are means of two, and Trainer adds them up
+            weights = torch.full_like(weights, 1 / 2 if not own else 1 / 2 / WORLD)
         lr = 0.02 * (1 - step / STEPS)
         factor = lr * clipping(own_grads, weights) * weights
         close(column("value"), factor * dots, 1e-4, factor * scales)
 
 
-def test_resumed_run_has_every_row_once(tmp_path):
-    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+def saved_late(rank, world, folder):
+    """How many rows there are when each process comes to save the checkpoint; the last is slow."""
+    flush, counts = BackgroundWriter.flush, []
+
+    def slow(self, wait=True):
+        time.sleep(rank if wait else 0)
+        flush(self, wait=wait)
+
+    def save(self, *_):
+        counts.append(len(rows_of(folder / "scores")))
+
+    options = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    with (
+        mock.patch.object(BackgroundWriter, "flush", slow),
+        mock.patch.object(Trainer, "_save_checkpoint", save),
+    ):
+        run(rank, world, folder, "gpt2", options)
+    return counts[0]
+
+
+def test_rows_of_all_are_saved_before_a_checkpoint(tmp_path):
+    counts = on_processes(WORLD, tmp_path / "two", saved_late, tmp_path / "scored")
+    assert counts == [2 * 2 * 4] * WORLD
+
+
+@pytest.mark.parametrize("further", [{}, sharded("gpt2")], ids=["", "sharded"])
+def test_resumed_run_has_every_row_once(tmp_path, further):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **further}
+    options["optim"] = "adamw_torch"  # SGD has no state, which FSDP cannot load
     for folder in ("whole", "cut"):
         on_processes(WORLD, tmp_path / f"{folder}-1", run, tmp_path / folder, "gpt2", options)
     again = {**options, "resume": str(tmp_path / "cut" / "checkpoint-2")}

@@ -182,8 +182,6 @@ def test_losses_that_are_no_mean_over_labelled_tokens_are_refused():
 
     with pytest.raises(GraddotError, match=r"aux_loss \(2.*output_router_logits=False"):
         step(moe("Mixtral", num_local_experts=4, output_router_logits=True))
-    with pytest.raises(GraddotError, match="only ForCausalLMLoss is known"):
-        step(t5(), num_items_in_batch=torch.tensor(30))  # which it takes, and ignores
     model = causal("Llama")
     weight = torch.linspace(0.1, 3, VOCAB)
     model.loss_function = lambda logits, labels, vocab_size, **_: F.cross_entropy(
@@ -191,6 +189,48 @@ def test_losses_that_are_no_mean_over_labelled_tokens_are_refused():
     )
     with pytest.raises(GraddotError, match="those of 2 and the other 3 rows have the mean"):
         step(model)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_num_items_in_batch_is_seen_to_divide_or_not(rows, close):
+    """T5 takes it and ignores it; another loss is divided by it, even under another name."""
+    batch = lambda n, seed: dict(
+        zip(["input_ids", "labels"], token_batch(n, 9, VOCAB, seed=seed), strict=True)
+    )
+    train, val, items = batch(rows, 1), batch(2, 2), torch.tensor(40)
+
+    def named_otherwise(logits, labels, vocab_size, num_items_in_batch=None, **_):
+        logits, labels = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+        whole = F.cross_entropy(logits, labels, reduction="sum")
+        return whole / (len(labels) if num_items_in_batch is None else num_items_in_batch)
+
+    def ignoring(logits, labels, vocab_size, num_items_in_batch=None, **_):
+        return named_otherwise(logits, labels, vocab_size)
+
+    ignoring.__name__ = "ForCausalLMLoss"
+    for model, own in [
+        (t5(), None),
+        (causal("Llama"), named_otherwise),
+        (causal("Llama"), ignoring),
+    ]:
+        if own is not None:
+            model.loss_function = own
+        dots, scales = mapping_dots(model, train, val)
+        engine = GradDotProdEngine(model, label_shift=int(own is not None))
+        engine.attach()
+        engine.set_directions(engine.compute_directions([val]))
+        engine.attach_train_batch(train, None, 0, None)
+        model(**train, num_items_in_batch=items).loss.backward()
+        engine.prepare_gradients()
+        close(engine.aggregate_and_log(), dots, TOLERANCE, scales)
+
+    model = causal("Llama")
+    model.loss_function = lambda *args, **kwargs: named_otherwise(*args, **kwargs) + 1
+    with pytest.raises(GraddotError, match="num_items_in_batch=40 the model's loss is"):
+        engine = GradDotProdEngine(model, val, label_shift=1)
+        engine.attach()
+        engine.attach_train_batch(train, None, 0, None)
+        model(**engine.prepare_forward_input(train)[0], num_items_in_batch=items)
 
 
 def tiny(name, **settings):

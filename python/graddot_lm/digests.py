@@ -2,10 +2,12 @@
 
 import contextlib
 import functools
+import random
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,6 +61,18 @@ class NoDropout(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             args = (*args[:10], 0.0, *args[11:])
         return func(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def own_random() -> Iterator[None]:
+    """Inside of it what is drawn at random, by torch, numpy or Python, is not missing afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextlib.contextmanager

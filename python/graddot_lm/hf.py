@@ -8,21 +8,26 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
+import copy
 import inspect
+import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.data import DataLoader, Dataset, IterableDataset
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from .background import BackgroundWriter
 from .batches import has_causal_lm_loss
+from .digests import own_random
 from .directions import adamw_direction
-from .distributed import unwrapped
+from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .scores import Number, clip_factor
@@ -62,9 +67,21 @@ class _IndexCollator:
         return batch
 
 
+def _with_own_generators(collator: Any) -> Any:
+    """The same collator, whose own generators, if it has any, draw apart from the other's."""
+    own = copy.copy(collator)
+    for name, value in dict(getattr(own, "__dict__", {})).items():
+        if isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
+            setattr(own, name, copy.deepcopy(value))
+    return own
+
+
 class _ScoreCallback(TrainerCallback):
     def __init__(self, trainer: "GradDotProdTrainer") -> None:
         self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.trainer.begin_rows()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.check_step_is_new()
@@ -89,12 +106,12 @@ class GradDotProdTrainer(Trainer):
     0 in a step that was not taken. They are saved every 100 steps, at checkpoints and at the end.
     With several validation sets there is a dot_<name> and value_<name> of each. A run that resumes
     from a checkpoint drops the rows of later steps. Several processes (torchrun,
-    DistributedDataParallel) each write the rows of their own samples, into one folder that all of
-    them see; scores, values and weights are those of one process with the joint batch.
+    DistributedDataParallel or FSDP of version 2) each write the rows of their own samples, into one folder that all of
+    them see; scores are those of one process with the joint batch.
 
-    Weights move as under Trainer, but for models whose loss is not transformers' ForCausalLMLoss
-    (classifiers, masked and encoder-decoder models) with gradient accumulation: they are trained on
-    the mean of the micro-batches' losses, where Trainer sums them if it takes the model to divide.
+    Weights move as under Trainer, and values are those of its steps: where it adds up the mean losses
+    of micro-batches and processes instead of averaging them (it does so for models that take
+    num_items_in_batch and ignore it, as many classifiers), samples weigh as much more.
 
     Args, beside those of Trainer:
         val_dataset: what scores are about: a dataset as train_dataset is, collated alike in batches
@@ -109,9 +126,10 @@ class GradDotProdTrainer(Trainer):
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
-    several GPUs in one process, DeepSpeed, FSDP and parallelism_config, a `compute_loss` other than
-    Trainer's, `compute_loss_func`, loss_is_scaled_for_ga, `model_init`, auto_find_batch_size,
-    iterable training sets, padding-free batches, and batches whose targets are not in "labels".
+    several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
+    parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`, `model_init`,
+    auto_find_batch_size, iterable training sets, padding-free batches, and batches whose targets are
+    not in "labels".
     """
 
     def __init__(
@@ -134,13 +152,14 @@ class GradDotProdTrainer(Trainer):
         named = isinstance(val_dataset, Mapping)
         self._val_sets = dict(val_dataset) if named else {"val": val_dataset}
         self._val_batches: dict[str, list[Any]] = {}
+        self._val_collator = _with_own_generators(self.data_collator)
         self._val_interval, self._val_named, self._adamw = val_interval, named, adamw
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
-        options, smoother = dict(engine_options or {}), self.label_smoother
+        self._options, smoother = dict(engine_options or {}), self.label_smoother
         if smoother is not None:  # which gets the labels in the model's place
-            options.setdefault("label_shift", int(has_causal_lm_loss(unwrapped(self.model))))
-        self.engine = GradDotProdEngine(self.model, **options)
+            self._options.setdefault("label_shift", int(has_causal_lm_loss(unwrapped(self.model))))
+        self.engine = GradDotProdEngine(self.model, **self._options)
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
         self._folder = Path(self.args.output_dir) / "scores"
@@ -149,23 +168,21 @@ class GradDotProdTrainer(Trainer):
         self._step: int | None = None
         self._scoring = False
         self._clip: Number = 1.0
-        if not has_causal_lm_loss(self.engine.model):
-            # Whether another loss divides by num_items_in_batch is not known: a mean for each
-            # micro-batch then, which Trainer averages.
-            self.model_accepts_loss_kwargs = False
         self.add_callback(_ScoreCallback(self))
 
     def _refuse(self) -> None:
-        args = self.args
+        args, fsdp = self.args, self._fsdp()
         reasons = {
             "several GPUs in one process": args.n_gpu > 1,
             "DeepSpeed": bool(getattr(self, "is_deepspeed_enabled", False)),
-            "FSDP": bool(getattr(self, "is_fsdp_enabled", False)),
+            'FSDP of version 1; pass fsdp_config={"version": 2}': fsdp and fsdp.fsdp_version == 1,
+            "FSDP and cpu_offload": isinstance(
+                getattr(fsdp, "cpu_offload", None), CPUOffloadPolicy
+            ),
+            "FSDP and torch_compile": fsdp and args.torch_compile,
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
             "label_smoothing_factor in this version of transformers": self._smooths_otherwise(),
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
-            # For a loss of one's own; another factor than Trainer's is not in the values.
-            "loss_is_scaled_for_ga": getattr(self, "loss_is_scaled_for_ga", None) is not None,
             "model_init": self.model_init is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
             "an iterable training set": isinstance(self.train_dataset, IterableDataset),
@@ -182,6 +199,10 @@ class GradDotProdTrainer(Trainer):
                 " compute_loss = transformers.Trainer.compute_loss in the class if the model's own"
                 " loss is the same, or use GradDotProdEngine in a loop of your own"
             )
+
+    def _fsdp(self) -> Any:
+        """accelerate's plugin, if the model is or will be sharded."""
+        return getattr(self.accelerator.state, "fsdp_plugin", None)
 
     def _smooths_otherwise(self) -> bool:
         """Whether a smoothed loss is no sum over num_items_in_batch, as the values take it to be."""
@@ -200,14 +221,14 @@ class GradDotProdTrainer(Trainer):
         """Trainer's, with every sample's index in the batch."""
         dataset, collator = self.train_dataset, self.data_collator
         self.train_dataset = _Indexed(dataset)
-        self.data_collator = _IndexCollator(self._own_collator("training"))
+        self.data_collator = _IndexCollator(self._own_collator("training", collator))
         try:
             return super().get_train_dataloader()
         finally:
             self.train_dataset, self.data_collator = dataset, collator
 
-    def _own_collator(self, description: str) -> Callable[[list[Any]], Any]:
-        return self._get_collator_with_removed_columns(self.data_collator, description=description)
+    def _own_collator(self, description: str, collator: Any) -> Callable[[list[Any]], Any]:
+        return self._get_collator_with_removed_columns(collator, description=description)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         given = self.train_dataset if train_dataset is None else train_dataset
@@ -218,12 +239,12 @@ class GradDotProdTrainer(Trainer):
             loader = DataLoader(
                 self._val_sets[target],
                 batch_size=self.args.eval_batch_size,
-                collate_fn=self._own_collator("validation"),
+                collate_fn=self._own_collator("validation", self._val_collator),
             )
             # Nothing drawn here, by the loader and by collators that mask at random, moves what
             # dropout and samplers draw in training; and a run that resumes has the same batches.
-            with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(self.args.seed)
+            with own_random():
+                set_seed(self.args.seed)
                 self._val_batches[target] = list(loader)
         return self._val_batches[target]
 
@@ -233,6 +254,7 @@ class GradDotProdTrainer(Trainer):
         """Trainer's, after the rows that a run resumed from it counts on."""
         if self._training:
             self.scores.flush()
+            self.accelerator.wait_for_everyone()  # for the checkpoint counts on the rows of all
         return super()._save_checkpoint(*args, **kwargs)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -246,7 +268,8 @@ class GradDotProdTrainer(Trainer):
                 self.accelerator.clip_grad_norm_ = self._clip_grad_norm_of_accelerator
                 self.scores.flush()
 
-    def _begin(self) -> None:
+    def begin_rows(self) -> None:
+        """Drop the rows of steps that are to come, also where none does any more."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self.state.global_step == 0 and any(self._folder.glob("part-*")):
             raise GraddotError(
@@ -256,7 +279,12 @@ class GradDotProdTrainer(Trainer):
         if self.args.process_index == 0:
             self.scores.truncate_after(self.state.global_step - 1)
         self.accelerator.wait_for_everyone()
-        self.engine.store = self.scores = self._writer()
+        self.scores = self._writer()
+
+    def _begin(self) -> None:
+        if self._fsdp() is not None:  # whose parameters have taken the place of others
+            self.engine = GradDotProdEngine(self.model, **self._options)  # type: ignore[arg-type]
+        self.engine.store = self.scores
         self.engine.attach(self.optimizer)
         self._clip_grad_norm_of_accelerator = self.accelerator.clip_grad_norm_
         self.accelerator.clip_grad_norm_ = self._clip_and_note
@@ -266,7 +294,7 @@ class GradDotProdTrainer(Trainer):
     def _clip_and_note(self, parameters: Any, max_norm: float, *args: Any, **kwargs: Any) -> Any:
         norm = self._clip_grad_norm_of_accelerator(parameters, max_norm, *args, **kwargs)
         if norm is not None:
-            self._clip = self._clip * clip_factor(torch.as_tensor(norm), float(max_norm))
+            self._clip = self._clip * clip_factor(whole(torch.as_tensor(norm)), float(max_norm))
         return norm
 
     def training_step(
@@ -285,8 +313,12 @@ class GradDotProdTrainer(Trainer):
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
         self.engine.attach_train_batch(inputs, None, step, index)
-        loss = super().training_step(model, inputs, num_items_in_batch)
         micro = self.engine._forward.micro
+        if micro is not None:  # without waiting for a device, as get_scale() would
+            one = torch.ones((), dtype=torch.float64, device=self.args.device)
+            scaler = getattr(self.accelerator, "scaler", None)
+            micro.unit = one if scaler is None else scaler.scale(one)
+        loss = super().training_step(model, inputs, num_items_in_batch)
         if micro is not None and not micro.loss_scale.factors():  # its scaling would be taken for 1
             raise GraddotError(
                 'the loss trained on is not one that the model returned as a mapping\'s "loss" or'
@@ -334,15 +366,18 @@ class GradDotProdTrainer(Trainer):
         model, scaler = self.engine.model, getattr(self.accelerator, "scaler", None)
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
         was_training = model.training
+        if isinstance(model, FSDPModule):  # Trainer may have told it to reduce no gradients yet
+            model.set_requires_gradient_sync(True)
         model.eval()
         try:
-            return {
-                target: self.engine.compute_directions(
-                    map(self._prepare_inputs, self._validation_batches(target)),
-                    loss_scale=loss_scale,
-                )
-                for target in self._val_sets
-            }
+            with own_random():
+                return {
+                    target: self.engine.compute_directions(
+                        map(self._prepare_inputs, self._validation_batches(target)),
+                        loss_scale=loss_scale,
+                    )
+                    for target in self._val_sets
+                }
         finally:
             model.train(was_training)
 
@@ -358,8 +393,6 @@ class GradDotProdTrainer(Trainer):
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""
         scale, self._clip = self._clip, 1.0
-        if self.model_accepts_loss_kwargs and not self.args.average_tokens_across_devices:
-            scale /= self.args.world_size  # a sum over a process's own tokens, and then averaged
         if self._scoring:
             self.engine.aggregate_and_log(gradient_scale=scale)
         if self.state.global_step % _SAVED_EVERY == 0:

@@ -21,11 +21,11 @@ from . import compiled, distributed
 from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import own_buffers, own_inputs
+from .digests import own_buffers, own_inputs, own_random
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .outputs import check_loss, check_outputs, check_padding
+from .outputs import check_loss, check_outputs, check_padding, is_divided
 from .parts import Packed, packed_inputs, splits_of
 from .rows import KnownLayouts, Layout, find_layouts
 from .rules import rule_for
@@ -88,6 +88,8 @@ class ModelForward:
         # The first step's checks, made again now and then, and what they found.
         self._finished = 0
         self._thorough = True  # until a check left out rows in all ways; then by halves
+        self._divided = has_causal_lm_loss(model)  # the model's loss, by num_items_in_batch
+        self._undecided = False
         self._padding_checked = False  # whether there were rows that `padding` filled up
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
@@ -95,7 +97,7 @@ class ModelForward:
         self._runs = 0  # of a sharded model in a check of it, as many in all processes
         self._packed: Packed = {}  # of these, what holds several entries of a row
         self._buffers: BufferCheck | None = None  # as they were before it
-        self._buffers_aside: Any = None
+        self._aside = contextlib.ExitStack()  # what the forward outside of it is not to change
         self._whole: dict[str, nn.Parameter] = {}
         self._label_check: LabelCheck | None = None
         self._reentrant: ReentrantCheck | None = None
@@ -212,7 +214,7 @@ class ModelForward:
             self._check_reentrant = not check.finish()
         self._thorough &= not micro.step.first or micro.step.rows == 1
         self._finished += 1
-        if self._finished in CHECKED_AFTER:
+        if self._finished in CHECKED_AFTER or self._undecided:
             self._label_check = None
         self.micro, self._whole = None, {}
         return micro
@@ -383,7 +385,10 @@ class ModelForward:
                 "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
                 " in time; checkpoint parts of it, or pass use_reentrant=False"
             )
-        self._start(micro, kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None)
+        items, labelled = kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None
+        if micro.step.first and not micro.forwarded and items is not None and labelled:
+            self._see_whether_divided(args, kwargs)
+        self._start(micro, items, labelled)
         self._followed_whole = False
         self._find_layouts(micro, args, kwargs)
         self._inputs = args, kwargs
@@ -393,8 +398,8 @@ class ModelForward:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
             self.micro, self._postponed = None, (micro, *own_inputs((args, kwargs)))
-            self._buffers_aside = own_buffers(self.model)
-            self._buffers_aside.__enter__()
+            self._aside.enter_context(own_buffers(self.model))
+            self._aside.enter_context(own_random())
             return
         micro.running = True
 
@@ -420,17 +425,26 @@ class ModelForward:
     def _start(self, micro: MicroBatch, items: Number | None, labelled: bool) -> None:
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
-        if items is not None:
-            if not has_causal_lm_loss(self.model):
-                raise GraddotError(
-                    "num_items_in_batch changes the loss's mean, and only ForCausalLMLoss is known"
-                    " to divide by it; leave it out"
-                )
+        # What a loss of the caller's own is made of; labels that the model gets are for its own.
+        if items is not None and (self._divided or not labelled):
             micro.loss_reduction, micro.items = "sum", items
         counts = micro.counts
         if self.loss.label_shift == "auto" and labelled:
             counts = self.loss.count(micro.labels, self.loss.shift_by(self.model))
         self._use_counts(micro, counts)
+
+    def _see_whether_divided(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Learn whether the model's loss is divided by num_items_in_batch, from runs of it as it was.
+        If no process can tell yet, the next step is checked again."""
+        with self.set_aside():
+            seen = is_divided(self.model, args, kwargs)
+        votes = [None, False, True]
+        parameters = list(self._parameters.values())
+        group = distributed.averaging_group(parameters, self.process_group)
+        vote = distributed.largest(votes.index(seen), group, parameters[0].device)
+        self._undecided = vote == 0
+        if not self._undecided:
+            self._divided = bool(votes[vote])
 
     def _mode(self, rows: int, inputs: list[Tensor]) -> tuple[Any, ...]:
         """Layouts are learnt for each: in a batch of one row little can be told apart, and where an
@@ -612,7 +626,7 @@ class ModelForward:
 
     def _run_postponed(self) -> Any:
         assert self._postponed is not None
-        self._buffers_aside.__exit__(None, None, None)
+        self._aside.close()
         (self.micro, args, kwargs), self._postponed = self._postponed, None
         self.micro.running = self._probing = True
         try:

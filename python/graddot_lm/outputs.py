@@ -1,6 +1,7 @@
 """Whether what a model returns is what its scored layers and its rows make of it."""
 
 import contextlib
+import math
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .digests import Digest, NoDropout, close, digest, own_buffers
+from .digests import Digest, NoDropout, close, digest, own_buffers, own_inputs, own_random
 from .errors import GraddotError
 from .layers import Step
 from .parts import Packed, filled_up, splits_of, take_inputs
@@ -41,7 +42,7 @@ def check_outputs(plain: Callable[[], Any], scored: Callable[..., Any], step: St
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(own_random())
         stack.enter_context(NoDropout())
         try:
             with _no_autocast(kind):
@@ -148,7 +149,7 @@ def check_padding(
         cut = lambda x: x[:, :own] if x.dim() > 1 and x.shape[1] == full else x
         return [digest(cut(x)) for x in tensors_in(out) if x.dim() > 0]
 
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+    with torch.no_grad(), own_random(), NoDropout():
         got = run(full)
         try:
             want = run(own)
@@ -181,6 +182,44 @@ _EXPANDED = (
 )
 
 
+def is_divided(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool | None:
+    """Whether the loss that a model returns is divided by num_items_in_batch: with twice as many it is
+    half as large then, and the same where the model takes the number and ignores it. None where that
+    cannot be seen, of a loss of 0 or of no labelled token. Raises GraddotError if it is neither.
+    """
+    losses: list[Tensor] = []
+    with torch.no_grad(), own_random(), NoDropout():
+        for times in (1, 2):
+            items = times * kwargs["num_items_in_batch"]
+            torch.manual_seed(0)
+            own_args, own_kwargs = own_inputs((args, {**kwargs, "num_items_in_batch": items}))
+            with own_buffers(model):
+                out = model(*own_args, **own_kwargs)
+            numbers = [x for x in tensors_in(out) if x.dim() == 0]
+            losses += [out["loss"]] if isinstance(out, Mapping) and "loss" in out else numbers[:1]
+    if not losses or losses[0].dim() > 0:  # the caller's own loss, for which the number is
+        return True
+    once, twice = (float(loss) for loss in losses)
+    if not math.isfinite(once) or once == 0:
+        return None
+    tolerance = _loss_tolerance(model)
+    if abs(twice / once - 1) <= tolerance:
+        return False
+    if abs(twice / once - 0.5) <= tolerance:
+        return True
+    raise GraddotError(
+        f"with num_items_in_batch={float(items) / 2:g} the model's loss is {once:.6g}, and"
+        f" {twice:.6g} with twice that, but one that is divided by it would be half as large, and one"
+        " that is not the same; leave num_items_in_batch out"
+    )
+
+
+def _loss_tolerance(model: nn.Module) -> float:
+    p = next(model.parameters())
+    rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
+    return 2e-2 if rounded else 1e-4
+
+
 def check_loss(
     model: nn.Module,
     args: Any,
@@ -200,13 +239,10 @@ def check_loss(
     class weights or a comparison of samples make a loss that is neither. thorough and runs as in
     `find_layouts`.
     """
-    p = next(model.parameters())
-    rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
-    tolerance = 2e-2 if rounded else 1e-4
     splits = splits_of(rows, thorough)
     parts = filled_up([part for split in splits for part in split], runs)
     losses = []
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+    with torch.no_grad(), own_random(), NoDropout():
         for part in [list(range(rows)), *parts]:
             part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
             with own_buffers(model):
@@ -224,7 +260,7 @@ def check_loss(
             continue
         for k, split in enumerate(splits):
             losses_of_split = torch.stack([whole, *of_parts[2 * k : 2 * k + 2]])
-            _check_number(losses_of_split, split, weights, tolerance)
+            _check_number(losses_of_split, split, weights, _loss_tolerance(model))
 
 
 def _check_number(

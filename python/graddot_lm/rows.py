@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .digests import OUTPUTS, Digest, NoDropout, close, digests, equal
+from .digests import OUTPUTS, Digest, NoDropout, close, digests, equal, own_random
 from .errors import GraddotError
 from .parts import Packed, filled_up, splits_of, take_inputs
 
@@ -84,7 +84,7 @@ def find_layouts(
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
     """
     if rows < 2:
-        with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+        with torch.no_grad(), own_random(), NoDropout():
             alone = digests(model, layers, args, kwargs, on_layer)
         of_one = {name: {_layout_of_one(digest) for digest in alone[name]} for name in alone}
         return {
@@ -97,7 +97,7 @@ def find_layouts(
     if rows == 3:
         kept = [*kept[::2], [0, 1]]  # every pair, and no row alone
     kept = filled_up(kept, runs)
-    with torch.no_grad(), torch.random.fork_rng(), NoDropout():
+    with torch.no_grad(), own_random(), NoDropout():
         whole = digests(model, layers, args, kwargs, on_layer, followed)
         outputs, found = whole[OUTPUTS], dict[str, Layout | None]()
         for index in kept:

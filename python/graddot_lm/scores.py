@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .errors import GraddotError
 from .layers import Step
 from .loss_scale import LossScale
 
@@ -38,6 +39,9 @@ class MicroBatch:
     direction_norms: Tensor | None = None  # (K,) of given directions, for `norms`
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     items: Number | None = None  # what a summed loss was divided by: num_items_in_batch
+    world: int = 1  # processes over which gradients are averaged
+    # What a GradScaler multiplied the loss by, where that is known, beside the caller's factor.
+    unit: Number | None = None
     # Rows that `padding` filled up: which, their own length and that of the joint batch.
     filled: list[tuple[list[int], int, int]] = field(default_factory=list)
     running: bool = False  # inside the model's forward
@@ -65,12 +69,21 @@ class MicroBatch:
         1 / n_train, by default that of a mean over processes of means.
         """
         self.counts = self.step.counts = counts
+        self.world = world
         n_train = counts[: self.n].sum() * world if n_train is None else n_train
         self.n_train = n_train.clamp(min=1).double()
         scale = counts.new_ones((), dtype=torch.float64)
         if self.loss_reduction == "mean":
             scale = world * counts.sum().to(n_train.device) / self.n_train
         self.step.scale.copy_(scale)
+
+    def token_weights(self) -> Tensor:
+        """Of each sample's mean loss in this batch's own, averaged over processes, (N,)."""
+        tokens = self.counts[: self.n].double()
+        if self.loss_reduction == "mean":
+            assert self.n_train is not None
+            return tokens / self.n_train.to(tokens.device)
+        return tokens / ((1 if self.items is None else self.items) * self.world)
 
     def _normalised(self, leaf: str) -> Tensor:
         """A leaf's raw dots of the joint loss as ⟨∇L_val, ∇L_i⟩ of the mean losses, (K, N, T).
@@ -194,9 +207,19 @@ def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
 
     That loss is taken to be the mean over the micro-batches, weighted as the caller scaled them
     (a factor common to all, as a GradScaler's, does not matter). With `num_items_in_batch` it is
-    the sum over all labelled tokens divided by that number.
+    the sum over all labelled tokens divided by that number. Where its `unit` is known, it is what was
+    trained on: the sum of the micro-batches' losses as they were scaled, averaged over processes.
     """
     factors = [micro.loss_scale.factor() for micro in micros]
+    units = [micro.unit for micro in micros if micro.unit is not None]
+    if len(units) == len(micros):
+        known = zip(micros, factors, units, strict=True)
+        return [micro.token_weights() * (f / unit) for micro, f, unit in known]
+    if len({(micro.loss_reduction, micro.items is None) for micro in micros}) > 1:
+        raise GraddotError(
+            "the losses of some of the step's micro-batches were divided by num_items_in_batch, of"
+            " others not, so that the samples' weights in the step are not known; pass it to all or none"
+        )
     tokens = [micro.counts[: micro.n].double() for micro in micros]
     totals = [micro.n_train for micro in micros if micro.n_train is not None]
     if micros[0].loss_reduction == "mean":
