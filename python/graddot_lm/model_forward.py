@@ -408,8 +408,9 @@ class ModelForward:
         if layouts is None:
             raise GraddotError(
                 f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
-                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
-                " those that the model gets"
+                " samples are kept apart needs; compile the model, torch.compile(model), and no code"
+                " around it, or pass attach_train_batch labels of the same shape as those that the"
+                " model gets"
             )
         micro.step.layouts.update(layouts)
         if micro.running:  # the forward raised, and is tried again
