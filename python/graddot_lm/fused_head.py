@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from . import distributed
 from .errors import GraddotError
 from .layers import ScoredFunction, note_uses, vector_grad
 from .scored import ScoredForward, autocast_input
@@ -160,6 +161,7 @@ def cross_entropy(
     *form: Any,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy`, outside of a compiled graph."""
+    distributed.unshard(head)  # one that is sharded by itself, since it is not called
     _check_labels(hidden, head, labels, form[0])
     counts = (labels != form[0]).sum(1)
     mean = reduction == "mean" and num_labels is None
@@ -182,6 +184,7 @@ def cross_entropy(
         act = act.float()
     if not torch.is_grad_enabled() or (step is not None and step.trial):
         losses = _losses(act, head, labels, form)
+        distributed.reshard(head)  # for which no backward comes
         return losses.sum() * coefficient.to(losses.dtype), losses
     return LinearCrossEntropyDot.apply(act, head.weight, head.bias, labels, coefficient, form, step)  # type: ignore[no-any-return]
 
@@ -237,8 +240,11 @@ def fuse_head(
     and 0 when it is that position's target. `unfuse_head` takes it back.
 
     Raises GraddotError unless the model is a base model and a Linear head, and its own loss, on a
-    few tokens, is what the fused head computes (a model may scale or cap its logits).
+    few tokens, is what the fused head computes (a model may scale or cap its logits); also for a
+    model that `fully_shard` had before.
     """
+    if distributed.is_sharded(model.parameters()):  # whose forward runs in hooks, not by itself
+        raise GraddotError("the model is sharded already; call fuse_head before fully_shard")
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     base = getattr(model, "base_model", model)
     if type(get_head()) is not nn.Linear or base is model:

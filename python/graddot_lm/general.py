@@ -214,7 +214,13 @@ def _replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_children(module: nn.Module) -> Iterator[None]:
-    """The layers inside of a module with their own forwards, as if no engine were attached."""
+    """The layers inside of a module with their own forwards, as if no engine were attached.
+
+    Under vmap nothing seems to need a gradient, and PyTorch's transformer layers in evaluation mode
+    would take a path that has none.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     scored = {
         child: child.__dict__["forward"]
         for child in module.modules()
@@ -225,5 +231,6 @@ def _plain_children(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for child, forward in scored.items():
             child.forward = forward

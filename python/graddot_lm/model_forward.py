@@ -21,11 +21,11 @@ from . import compiled, distributed
 from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import own_buffers, own_inputs, own_random
+from .digests import held_values, own_buffers, own_inputs, own_random
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .outputs import check_loss, check_outputs, check_padding, is_divided
+from .outputs import check_loss, check_memory, check_outputs, check_padding, is_divided
 from .parts import Packed, packed_inputs, splits_of
 from .rows import KnownLayouts, Layout, find_layouts
 from .rules import rule_for
@@ -393,7 +393,7 @@ class ModelForward:
         self._find_layouts(micro, args, kwargs)
         self._inputs = args, kwargs
         if micro.step.first and micro.step.val_rows:
-            self._buffers = BufferCheck(self.model)
+            self._buffers = BufferCheck(self.model, held_values(self.model))
         if self._followed_whole:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
@@ -413,8 +413,9 @@ class ModelForward:
         if layouts is None:
             raise GraddotError(
                 f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
-                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
-                " those that the model gets"
+                " samples are kept apart needs; compile the model, torch.compile(model), and no code"
+                " around it, or pass attach_train_batch labels of the same shape as those that the"
+                " model gets"
             )
         micro.step.layouts.update(layouts)
         if micro.running:  # the forward raised, and is tried again
@@ -652,7 +653,10 @@ class ModelForward:
         micro.forwarded = True
         if self.is_first:
             if self._buffers is not None:
+                assert self._inputs is not None
                 self._buffers.compare(self.model)
+                with self.set_aside():
+                    check_memory(self.model, *self._inputs, self._buffers.held)
                 self._buffers = None
             whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
             check_parameter_uses(output, whole)

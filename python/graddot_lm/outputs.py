@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .digests import Digest, NoDropout, close, digest, own_buffers, own_inputs, own_random
+from .digests import (
+    Digest,
+    Held,
+    NoDropout,
+    close,
+    digest,
+    held_values,
+    hold,
+    own_buffers,
+    own_inputs,
+    own_random,
+)
 from .errors import GraddotError
 from .layers import Step
 from .parts import Packed, filled_up, splits_of, take_inputs
@@ -165,6 +176,52 @@ def check_padding(
             " them: it looks at the padding. Give it an attention mask that it heeds, or training and"
             " validation rows of one length"
         )
+
+
+def check_memory(model: nn.Module, args: Any, kwargs: Any, before: Held) -> None:
+    """Raise GraddotError if tensors or numbers that the forward left in its modules' attributes
+    change what the model returns the next time.
+
+    Validation rows then reach training rows in later steps. An attention map that is kept to be looked
+    at, or an auxiliary loss, does no harm; nor does a count of forwards.
+    """
+    now, changed = held_values(model), []
+    earlier = {module: dict(values) for module, values in now.items()}
+    for name, module in model.named_modules():
+        old = before[module]
+        for key, x in now[module].items():
+            if isinstance(x, (Tensor, float)) and not _same_value(x, old.get(key)):
+                changed.append(f"{name}.{key}".lstrip("."))
+                earlier[module].pop(key)
+                earlier[module].update({key: old[key]} if key in old else {})
+    if not changed:
+        return
+
+    def outputs(held: Held) -> list[Digest]:
+        own_args, own_kwargs = own_inputs((args, kwargs))
+        torch.manual_seed(0)
+        hold(held)
+        with own_buffers(model):
+            return [digest(x) for x in tensors_in(model(*own_args, **own_kwargs))]
+
+    try:
+        with torch.no_grad(), own_random(), NoDropout():
+            want, got = outputs(now), outputs(earlier)
+            if _same(got, want) or not _same(outputs(now), want):  # or random by itself
+                return
+    finally:
+        hold(now)
+    raise GraddotError(
+        f"{', '.join(changed)}: changed by the forward, in which validation rows ride along with the"
+        " training rows, and what the model returns the next time depends on that. Leave val_data out"
+        " and give directions (compute_directions), for training rows then run alone"
+    )
+
+
+def _same_value(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.shape == y.shape and torch.equal(x, y.to(x))
+    return type(x) is type(y) and bool(x == y)
 
 
 def _same(got: list[Digest], want: list[Digest]) -> bool:

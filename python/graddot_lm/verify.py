@@ -94,9 +94,12 @@ def check_same_model(
 
 
 class BufferCheck:
-    """A model's floating-point buffers before a forward in which validation rows ride along."""
+    """A model's floating-point buffers, and what it holds in attributes, before a forward in which
+    validation rows ride along."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, held: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+        copied = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
+        self.held = {m: {k: copied(x) for k, x in values.items()} for m, values in held.items()}
         self._before = [
             (name, x, _version(x)) for name, x in model.named_buffers() if x.is_floating_point()
         ]
