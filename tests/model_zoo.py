@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from brute_force import tiny_gpt2
 from test_engine import SharedEverything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -197,6 +198,10 @@ LANGUAGE_MODELS = {
     "ia3": functools.partial(adapters, "IA3Config", feedforward_modules=["down_proj"]),
     "vera": functools.partial(adapters, "VeraConfig", r=4, target_modules=["q_proj", "v_proj"]),
     "lokr": functools.partial(adapters, "LoKrConfig", r=4),
+    "adalora": functools.partial(adapters, "AdaLoraConfig", init_r=4, target_r=2, total_step=9),
+    "dora-gpt2": lambda: adapters(
+        r=4, use_dora=True, model=tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=True
+    ),
     "loha": functools.partial(adapters, "LoHaConfig", r=4),
     "c3a": functools.partial(adapters, "C3AConfig", block_size=4, target_modules=["q_proj"]),
     "boft": functools.partial(adapters, "BOFTConfig", boft_block_size=4),

@@ -116,7 +116,9 @@ class Following(TorchFunctionMode):
         if name in ONLY_THE_TYPE:
             del tensors[1:]
         others = [x for x in tensors if id(x) not in self._followed]
-        variable = [x for x in others if id(x) not in self._constants]
+        # One that the forward makes of a constant, as peft transposes weights, has no rows either.
+        known = lambda x: id(x) in self._constants or isinstance(x, nn.Parameter)
+        variable = [x for x in others if not known(x)]
         if len(others) < len(tensors):
             if _is_in_place(name) and not variable and self._may_be_written(tensors, args):
                 return self._write(func, args, kwargs)
