@@ -130,7 +130,7 @@ class _Proof:
         for copied in (self._scored, self._plain):
             copied._forward_hooks.clear()  # which may collect what the layer returns in a step
             copied._forward_pre_hooks.clear()
-        self._name, self._rows = name, rows
+        self._name, self._rows, self._input_gradients = name, rows, True
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
         device = next(self._scored.parameters()).device
         scale = torch.ones((), dtype=torch.float64, device=device)
@@ -227,7 +227,7 @@ class _Proof:
             x = x.detach().clone()
             if not x.is_floating_point():
                 return x
-            leaves.append(x.double().requires_grad_())
+            leaves.append(x.double().requires_grad_(self._input_gradients))
             return leaves[-1] * 1  # to a leaf no model could write
 
         try:
@@ -238,6 +238,10 @@ class _Proof:
         except GraddotError:
             raise
         except Exception as error:  # whatever the layer's own code raises is the reason
+            if self._input_gradients and "requires_grad flags of leaf variables" in str(error):
+                # It asks for a gradient of its input, as wav2vec 2 does, which a step gives none.
+                self._input_gradients = False
+                return self._call(module, arguments, numbers)
             raise GraddotError(_first_line(error)) from error
         outputs = list(tensors_in(out))
         if not outputs and out is not None:

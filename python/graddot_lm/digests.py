@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import random
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,9 +37,32 @@ _DRAWN = {
 }  # fmt: skip
 
 
+def _draws(function: Any) -> bool:
+    """Whether a function of numpy.random draws of its global state."""
+    state = getattr(function, "__self__", None)
+    sets = {"seed", "get_state", "set_state"}
+    return hasattr(state, "get_state") and function.__name__ not in sets
+
+
+def _first_drawn(draw: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a function of numpy's random state draws first."""
+    return getattr(type(draw.__self__)(0), draw.__name__)(*args, **kwargs)
+
+
 class NoDropout(TorchFunctionMode):
     """Dropout does nothing, whatever the mode of the module that calls it, and noise is the same for
-    every row and in every run, so that layers behind it can be compared."""
+    every row and in every run, so that layers behind it can be compared. Numpy's, too, of which
+    transformers makes the masks of SpecAugment."""
+
+    def __enter__(self) -> Any:
+        numbers = vars(sys.modules["numpy"].random) if "numpy" in sys.modules else {}
+        self._numpy, self._drawn = numbers, {n: f for n, f in numbers.items() if _draws(f)}
+        numbers.update({n: functools.partial(_first_drawn, f) for n, f in self._drawn.items()})
+        return super().__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._numpy.update(self._drawn)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})

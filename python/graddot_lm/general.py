@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .errors import GraddotError
-from .following import Calls, Following, too_large
+from .following import Calls, Following, over_rows, too_large
 from .scored import Scored, ScoredForward
 
 Rule = Callable[..., Any]
@@ -171,7 +171,7 @@ def row_by_row(largest: float, module: nn.Module, scored: Scored, *args: Any, **
     if torch.is_autocast_enabled(kind):  # which does not reach every operation under vmap
         samples = [x.to(first.dtype) if x.is_floating_point() else x for x in samples]
     with torch.autocast(kind, enabled=False):
-        outputs = iter(torch.vmap(one, randomness="different")(own, samples))
+        outputs = iter(over_rows(one, own, samples))
     filled = [next(outputs).flatten(0, 1) if isinstance(x, Tensor) else x for x in returned[0]]
     return tree_unflatten(filled, returned[1])
 
