@@ -161,10 +161,10 @@ def cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy`, outside of a compiled graph."""
     _check_labels(hidden, head, labels, form[0])
-    counts = (labels != form[0]).sum(1)
+    labelled = labels != form[0]
     mean = reduction == "mean" and num_labels is None
     scored = getattr(head.__dict__.get("forward"), "graddot_head", None)
-    step = scored(counts, mean) if scored is not None and torch.is_grad_enabled() else None
+    step = scored(labelled, mean) if scored is not None and torch.is_grad_enabled() else None
     if step is not None:
         name = head.__dict__["forward"].name
         if hidden.shape[0] == hidden.shape[1] and "second" in step.layouts.values():
@@ -175,7 +175,7 @@ def cross_entropy(
         hidden = step.as_rows(name, hidden)
     coefficient = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == "mean":
-        total = counts.sum().clamp(min=1) if num_labels is None else num_labels
+        total = labelled.sum().clamp(min=1) if num_labels is None else num_labels
         coefficient = coefficient / total
     act = autocast_input(hidden)
     if act.dtype == torch.float16:  # p - 1[label] of a large vocabulary is below fp16's range
@@ -183,7 +183,13 @@ def cross_entropy(
     if not torch.is_grad_enabled() or (step is not None and step.trial):
         losses = _losses(act, head, labels, form)
         return losses.sum() * coefficient.to(losses.dtype), losses
-    return LinearCrossEntropyDot.apply(act, head.weight, head.bias, labels, coefficient, form, step)  # type: ignore[no-any-return]
+    shape = labels.shape
+    if step is not None and step.tokens is not None:  # each a row of its own
+        act, labels = act.reshape(-1, 1, act.shape[2]), labels.reshape(-1, 1)
+    loss, losses = LinearCrossEntropyDot.apply(
+        act, head.weight, head.bias, labels, coefficient, form, step
+    )
+    return loss, losses.view(shape)
 
 
 @torch.no_grad()

@@ -40,6 +40,12 @@ class ProvenRule:
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
         scored.require_rows_first()
+        if scored.step.packed:  # where nobody sees the order of the tokens that are followed
+            raise GraddotError(
+                f"layer {scored.name or '(itself)'} of type {type(module).__name__} has parameters that"
+                " are scored by rows only, and not by the samples of a packed row; give every sample a"
+                " row of its own, or freeze them"
+            )
         kinds = [_kind(scored, x) for x in tree_flatten((args, kwargs))[0]]
         key = (module.training, scored.rows == 1, *kinds)
         way = self._proven.get(key)

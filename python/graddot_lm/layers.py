@@ -40,7 +40,8 @@ class Step:
     into the gradient of the training loss. names has the layers' parameters by id(parameter), and
     leaf_of what their dots are collected for; a parameter without a leaf is trained but not scored.
     With given directions, (K, *shape) by id(parameter), there are no val_rows; with `tokens`, T,
-    every token of a row is then scored as a sample of its own, and dots are (K, N·T). With `norms`
+    every token of a row is then scored as a sample of its own, and dots are (K, N·T); `packed` says
+    that tokens are scored as parts of several samples in a row. With `norms`
     dots have one more row, ‖G_i‖², and with val_rows one more column, ‖D_k‖². layouts says by layer
     name how its input holds the rows, as `rows.find_layouts` saw it; first is True in the step that
     saw it; expands has the layers that return for all rows at once, in copies for each. A trial has
@@ -56,6 +57,7 @@ class Step:
     leaf_of: dict[int, str] = field(default_factory=dict)
     directions: dict[int, Tensor] = field(default_factory=dict)
     tokens: int | None = None
+    packed: bool = False
     sharded: bool = False
     layouts: dict[str, str | int] = field(default_factory=dict)
     first: bool = False
@@ -150,11 +152,21 @@ class Step:
     def as_samples(self, x: Tensor) -> Tensor:
         """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
         if self.tokens is not None:
-            return x.reshape(-1, 1, x.shape[-1])
+            if not self.packed:
+                return x.reshape(-1, 1, x.shape[-1])
+            if x.shape[:2] == (self.rows, self.tokens):  # perhaps several heads a token
+                return x.reshape(self.rows * self.tokens, -1, x.shape[-1])
+        # Of a packed row in which that is no token, `check_samples` says so.
         return x.reshape(self.rows, -1, x.shape[-1])
 
     def check_samples(self, name: str, samples: int) -> None:
         if self.tokens is not None and samples != self.rows * self.tokens:
+            if self.packed:
+                raise GraddotError(
+                    f"{name} is used otherwise than on the {self.tokens} tokens of the packed row, one"
+                    " after the other, so that its samples have no parts of their own there; give"
+                    " every sample a row of its own, or exclude the parameter"
+                )
             raise GraddotError(
                 f"{name} is used on {samples} tokens of {self.rows} rows; expected {self.tokens} a"
                 " row, as there are labels. Scores by token need every layer to see every token;"
