@@ -19,6 +19,8 @@ from .layers import ScoredFunction, note_uses, vector_grad
 from .scored import ScoredForward, autocast_input
 from .tracing import trace_head
 
+_AT_A_TIME = 2048  # tokens whose logits exist together in an evaluation
+
 
 @dataclass
 class FusedHeadOutput(ModelOutput):
@@ -194,17 +196,17 @@ def cross_entropy(
 
 @torch.no_grad()
 def _losses(act: Tensor, head: nn.Linear, labels: Tensor, form: Any) -> Tensor:
-    """Evaluation: one row at a time, no gradients."""
+    """Evaluation: some tokens at a time, no gradients; a packed batch is one row of many."""
     weight = head.weight.to(act.dtype)
     bias = None if head.bias is None else head.bias.to(act.dtype)
     with torch.autocast(act.device.type, enabled=False):
-        rows = [
-            torch.ops.graddot.cross_entropy_grad(
-                nn.functional.linear(x, weight, bias), y.contiguous(), *form
+        parts = [
+            torch.ops.graddot.cross_entropy_grad(nn.functional.linear(x, weight, bias), y, *form)
+            for x, y in zip(
+                act.flatten(0, 1).split(_AT_A_TIME), labels.flatten().split(_AT_A_TIME), strict=True
             )
-            for x, y in zip(act, labels, strict=True)
         ]
-    return torch.stack(rows) if rows else labels.new_zeros(labels.shape, dtype=torch.float32)
+    return torch.cat(parts).view(labels.shape)
 
 
 class _FusedForward:
