@@ -20,7 +20,7 @@ from test_hf import (
     tokens,
     train,
 )
-from transformers import Trainer
+from transformers import DataCollatorWithFlattening, Trainer
 
 WORLD, STEPS = 2, 3
 MODELS = {"gpt2": tiny_gpt2, "bert": lambda: tiny_bert().float()}
@@ -30,7 +30,7 @@ DATA = {  # 24 rows: whole steps
 }
 
 
-def run(rank, world, folder, model, options):
+def run(rank, world, folder, model, options, collator=collate):
     """What torchrun sets for a process, and a run of the Trainer in it."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost"
@@ -38,7 +38,8 @@ def run(rank, world, folder, model, options):
     for state in (AcceleratorState, GradientState, PartialState):  # the parent's, after a fork
         state._reset_state()
     trained = MODELS[model]()
-    models = train(folder, trained, *DATA[model], per_device_train_batch_size=2, **options)[0]
+    options = {**options, "per_device_train_batch_size": 2, "collator": collator}
+    models = train(folder, trained, *DATA[model], **options)[0]
     return [snapshot.state_dict() for snapshot in models], dict(trained.named_parameters())
 
 
@@ -55,7 +56,8 @@ def tokens_by_trainer(folder, model, data, rows):
 
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize(
-    "kind", ["gpt2", "bert", "gpt2-own-tokens", "gpt2-checkpointing", "gpt2-compiled"]
+    "kind",
+    ["gpt2", "bert", "gpt2-own-tokens", "gpt2-checkpointing", "gpt2-compiled", "gpt2-padding-free"],
 )
 def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
     """A clipped SGD run; own-tokens: each process divides by the number of its own tokens."""
@@ -70,7 +72,9 @@ def test_two_processes_equal_one(tmp_path, close, kind, accumulation):
         "torch_compile": "compiled" in kind,
         "torch_compile_backend": "aot_eager" if "compiled" in kind else None,
     }
-    results = on_processes(WORLD, tmp_path / "two", run, tmp_path / "scored", name, options)
+    collator = DataCollatorWithFlattening() if "padding-free" in kind else collate
+    run_with = tmp_path / "scored", name, options, collator
+    results = on_processes(WORLD, tmp_path / "two", run, *run_with)
     for n, p in results[0][1].items():
         assert torch.equal(p, results[1][1][n]), "the processes hold one model"
     if not own:

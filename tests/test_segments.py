@@ -10,7 +10,9 @@ from brute_force import lm_loss, tiny_gpt2, token_batch
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head, segment_lengths
 from loop_steps import Store, attached, same_gradients
 from model_zoo import VOCAB, causal, needs_mixtures, shaken
+from process_group import on_processes
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from transformers import DataCollatorWithFlattening
 
 LENGTHS = [5, 1, 7, 2, 9, 4]
@@ -139,6 +141,21 @@ def test_a_loss_of_ones_own_and_padding_at_the_end(close):
         want = torch.stack([dot(one, g) for g in own])
         close(scores[k], want, 1e-10, torch.stack([scale(one, g) for g in own]))
     same_gradients(model, {n: 64 * g for n, g in mean_of(rows, own).items()}, 1e-10)
+
+
+def test_a_mask_keeps_samples_apart(close):
+    """In place of position_ids that begin anew, as a collator of one's own may make it."""
+    model, rows = tiny_gpt2().double(), samples()
+    own, direction = gradients(model, rows), direction_of(model)
+    batch = batch_of(rows)
+    sample_of = torch.arange(6).repeat_interleave(torch.tensor(LENGTHS))
+    seen = (sample_of[:, None] == sample_of).tril()
+    batch["attention_mask"] = torch.zeros(1, 1, 28, 28).double().masked_fill_(~seen, -1e300)
+    engine = attached(model, label_shift="auto")
+    engine.set_directions(direction)
+    run(engine, batch, rows)
+    scales = torch.stack([scale(direction, g) for g in own])
+    close(engine.aggregate_and_log(), torch.stack([dot(direction, g) for g in own]), 1e-6, scales)
 
 
 def test_micro_batches_and_the_rows_of_a_store(close):
@@ -347,6 +364,20 @@ def test_layers_with_parameters_of_their_own_are_refused(kind):
     engine.set_directions({n: torch.ones_like(p) for n, p in model.named_parameters()})
     with pytest.raises(GraddotError, match="has parameters that are scored by rows only"):
         run(engine, batch_of(rows), rows)
+
+
+def sharded(rank, world):
+    model, rows = fully_shard(tiny_gpt2()), samples()
+    engine = attached(model, label_shift="auto")
+    engine.set_directions({n: torch.ones(p.shape) for n, p in model.named_parameters()})
+    with pytest.raises(
+        GraddotError, match="the model is sharded, and would have to be run once for"
+    ):
+        run(engine, batch_of(rows), rows)
+
+
+def test_sharded_models_are_refused(tmp_path):
+    on_processes(1, tmp_path, sharded)
 
 
 @pytest.mark.parametrize("by", ["cache", "attention_mask", "no position_ids"])
