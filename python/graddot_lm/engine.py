@@ -318,7 +318,8 @@ class GradDotProdEngine:
         scores are then those of each in a row of its own. What is left at the row's end is padding.
         For given directions, without norms. Raises GraddotError, in a checked step, unless the model
         keeps the samples apart; and in any if the loss shifts a sample's first label, which has to
-        be ignore_index then, to the sample before.
+        be ignore_index then, to the sample before. Of labels that are shifted already, what stands
+        at a sample's last token is taken for its own target.
         """
         prepare_compiler()
         run_compiled()

@@ -472,6 +472,8 @@ class ModelForward:
             known = self._known_to_all(micro, shapes)
         else:
             known = None if micro.step.first else self._layouts.of(mode, shapes)
+            if known is None and not micro.step.first and micro.segments is not None:
+                known = self._layouts.of_tokens(mode, micro.segments.tokens)
         if known is not None:
             micro.step.layouts.update(known)
             return
@@ -496,6 +498,8 @@ class ModelForward:
                 if not self._follow_callers(foreign or same | micro.step.expands):
                     raise problem from error
         self._layouts.learn(mode, shapes, layouts)
+        if micro.segments is not None:
+            self._layouts.learn_of_tokens(mode, micro.segments.tokens, layouts)
         distributed.unshard(self.model)
 
     def _known_to_all(

@@ -150,7 +150,7 @@ def rule_for(module: nn.Module) -> Rule | None:
             general = own or module.groups > 1  # type: ignore[operator]
             return general_rule(any_size=True) if general else rule
     if is_experts(module):
-        return ProvenRule({"experts": lambda: experts})
+        return ProvenRule({"experts": lambda most: experts})
     form = rms_norm_form(module)
     if form is None:
         return general_rule(any_size=layer_type(module) in _registered)

@@ -175,7 +175,8 @@ def check_apart(
     """
     with torch.no_grad(), torch.random.fork_rng(), NoDropout():
         whole = digests(model, layers, args, kwargs)
-        with_tokens = [_token_dim(x, segments.tokens) is not None for x in whole[OUTPUTS]]
+        dims = [_token_dim(x, segments.tokens) for x in whole[OUTPUTS]]
+        with_tokens = [dim in (0, 1) for dim in dims]  # of attention's weights two are
 
         def run(changed: Any) -> dict[str, list[Digest]]:
             found = digests(model, layers, *changed)
@@ -218,10 +219,12 @@ def _mixed(name: str, calls: list[Digest], why: str) -> str:
 
 
 def _token_dim(x: Digest, tokens: int) -> int | None:
-    """Which dimension of a digest's values is that of the row's tokens: (1, T, ...) or (T, ...)."""
+    """Which dimension of a digest's values is that of the row's tokens: (1, T, ...), (T, ...), or by
+    heads (1, heads, T, ...)."""
     shape = x.values.shape
-    if shape[:2] == (1, tokens):
-        return 1
+    for at in (1, 2):
+        if shape[:1] == (1,) and shape[at : at + 1] == (tokens,):
+            return at
     return 0 if shape[:1] == (tokens,) and x.shape[:1] == (tokens,) else None
 
 
