@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .digests import NoDropout
 from .errors import GraddotError
-from .general import Rule, caller_rule
+from .general import Rule, Tokens, caller_rule
 from .layers import Step
 from .parts import take_rows
 from .rows import Layout, find_layouts
@@ -67,6 +67,31 @@ def prove(
             error = error or failed
     assert error is not None
     raise error
+
+
+def check_by_token(module: nn.Module, name: str, tokens: Tokens, args: Any, kwargs: Any) -> None:
+    """Raise GraddotError unless a layer does with the tokens of a row, each a row of its own, what it
+    does with the row."""
+    plain = _exact_copy(module)
+    exact = lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone()
+    args, kwargs = tree_map_only(Tensor, exact, (args, kwargs))
+    with _exactly(), torch.no_grad():
+        want = list(tensors_in(plain(*args, **kwargs)))
+        own_args, own_kwargs = tokens.as_rows((args, kwargs))
+        try:
+            got = list(tensors_in(tokens.as_one(plain(*own_args, **own_kwargs))))
+        except Exception:  # noqa: BLE001 - the layer's own code may raise anything
+            got = []
+    same = len(got) == len(want) and all(
+        x.shape == y.shape and (x - y).abs().max() <= TOLERANCE * y.abs().max()
+        for x, y in zip(got, want, strict=True)
+    )
+    if not same:
+        raise GraddotError(
+            f"layer {name} of type {type(module).__name__} has parameters of its own, and does not look"
+            " at each token by itself, so that it cannot be scored for the samples of a packed row; give"
+            " every sample a row of its own, or freeze them"
+        )
 
 
 def _prove_on(

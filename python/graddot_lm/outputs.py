@@ -284,14 +284,15 @@ def check_loss(
     rows: int,
     weights: Tensor | None,
     numbers: list[int],
-    packed: Packed,
+    take: Callable[[Any, list[int]], Any],
     *,
     thorough: bool = True,
     runs: int = 0,
 ) -> None:
     """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
 
-    numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
+    take(inputs, index) gives a model's inputs for some of the rows, which may be samples that share
+    one. numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
     tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
     class weights or a comparison of samples make a loss that is neither. thorough and runs as in
     `find_layouts`.
@@ -301,7 +302,7 @@ def check_loss(
     losses = []
     with torch.no_grad(), own_random(), NoDropout():
         for part in [list(range(rows)), *parts]:
-            part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
+            part_args, part_kwargs = take((args, kwargs), part)
             with own_buffers(model):
                 out = model(*part_args, **part_kwargs)
             if isinstance(out, Mapping) and out.get("aux_loss") is not None:

@@ -135,7 +135,7 @@ def rule_for(module: nn.Module) -> Rule | None:
         return general_rule()
     trained = any(p.requires_grad for p in module.parameters())
     if trained and is_adapted_experts(module):
-        return ProvenRule({"experts": lambda: experts})
+        return ProvenRule({"experts": lambda most: experts})
     if trained and nn.utils.parametrize.is_parametrized(module):  # a weight is computed of others
         return general_rule(any_size=getattr(module, "groups", 1) > 1)
     lists = (nn.ParameterList, nn.ParameterDict)  # which have no forward of their own
@@ -152,7 +152,7 @@ def rule_for(module: nn.Module) -> Rule | None:
             general = own or module.groups > 1  # type: ignore[operator]
             return general_rule(any_size=True) if general else rule
     if is_experts(module):
-        return ProvenRule({"experts": lambda: experts})
+        return ProvenRule({"experts": lambda most: experts})
     form = rms_norm_form(module)
     if form is None:
         return general_rule(any_size=layer_type(module) in _registered)
