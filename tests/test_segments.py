@@ -145,7 +145,7 @@ def test_a_loss_of_ones_own_and_padding_at_the_end(close):
     batch = batch_of(rows)
     fill = {"input_ids": 0, "labels": -100, "position_ids": 0}
     batch = {k: F.pad(v, (0, 4), value=fill[k]) for k, v in batch.items()}
-    engine.attach_train_batch(batch, None, 0, None, segments=LENGTHS)
+    engine.attach_train_batch(batch, None, 0, None, segments=torch.tensor(LENGTHS))
     x, y, positions = (batch[k] for k in ("input_ids", "labels", "position_ids"))
     loss = lm_loss(model(x, position_ids=positions, use_cache=False).logits, y)
     (engine.track_loss(loss) * 64).backward()
@@ -488,9 +488,19 @@ def test_a_loss_across_samples_is_refused():
     batch = batch_of(rows, separator_id=7)
     engine.attach_train_batch(batch, None, 1, None, segments=LENGTHS)
     with pytest.raises(
-        GraddotError, match="sample 1 .* begins at token 5 with the label 7, .* -100"
+        GraddotError, match="token 5 .*, with which sample 1 begins, .* label 7, .* -100"
     ):
         model(**batch, use_cache=False)
+
+
+def test_labels_of_no_sample_are_refused():
+    model, rows = causal("Llama"), samples()
+    engine = attached(model, label_shift="auto")
+    engine.set_directions(direction_of(model))
+    with pytest.raises(
+        GraddotError, match="token 25 of the packed row, which is of no sample, .* in the loss"
+    ):
+        engine.attach_train_batch(batch_of(rows), None, 0, None, segments=[5, 1, 7, 2, 9])
 
 
 class MeanOfMeans(nn.Module):

@@ -305,7 +305,7 @@ class GradDotProdEngine:
         iteration: int,
         batch_idx: Any,
         *,
-        segments: Sequence[int] | None = None,
+        segments: Sequence[int] | Tensor | None = None,
     ) -> None:
         """Announce N training rows; batch_idx holds their sample ids, (N,), for the store.
 
@@ -394,7 +394,7 @@ class GradDotProdEngine:
         micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
         self._forward.begin(micro)
 
-    def _packed(self, lengths: Sequence[int], labels: Tensor, batch_idx: Any) -> Segments:
+    def _packed(self, lengths: Sequence[int] | Tensor, labels: Tensor, batch_idx: Any) -> Segments:
         reasons = {
             "labels of shape (1, T)": labels.dim() == 2 and len(labels) == 1,
             "given directions in place of val_data": not self._val,
@@ -406,7 +406,8 @@ class GradDotProdEngine:
                 f"segments, the samples of one packed row, need {'; '.join(missing)}; the labels have"
                 f" shape {tuple(labels.shape)}. Else give every sample a row of its own"
             )
-        packed = Segments(list(lengths), labels.shape[1])
+        as_list = getattr(lengths, "tolist", lambda: list(lengths))  # of arrays and tensors
+        packed = Segments(as_list(), labels.shape[1])
         if batch_idx is not None and len(batch_idx) != len(packed):
             raise GraddotError(
                 f"batch_idx has {len(batch_idx)} sample ids, and segments {len(packed)} lengths;"

@@ -38,14 +38,10 @@ def flattened_lengths(items: Sequence[Any], batch: Mapping[str, Any]) -> list[in
     """How many tokens each item of a dataset has in the one row that a collator made of them: None
     if it is not their input_ids, one after the other, or has no position_ids."""
     row = batch.get("input_ids")
-    if (
-        not isinstance(row, Tensor)
-        or row.dim() != 2
-        or len(row) != 1
-        or "position_ids" not in batch
-    ):
+    if not isinstance(row, Tensor) or row.dim() != 2 or len(row) != 1:
         return None
-    if not all(isinstance(item, Mapping) and "input_ids" in item for item in items):
+    have_ids = all(isinstance(item, Mapping) and "input_ids" in item for item in items)
+    if not have_ids or "position_ids" not in batch:
         return None
     parts = [torch.as_tensor(item["input_ids"], dtype=torch.long).flatten() for item in items]
     joined = torch.cat(parts)
@@ -62,12 +58,15 @@ class Segments:
 
     def __post_init__(self) -> None:
         wrong = [i for i, n in enumerate(self.lengths) if not isinstance(n, int) or n < 1]
-        if wrong or not self.lengths or sum(self.lengths) > self.tokens:
-            which = f" (that of sample {wrong[0]} is {self.lengths[wrong[0]]!r})" if wrong else ""
+        if wrong:
             raise GraddotError(
-                f"segments are {len(self.lengths)} lengths with the sum"
-                f" {sum(self.lengths) if not wrong else 'of nothing'}{which}; expected whole numbers"
-                f" of at least 1, and no more tokens than the row's {self.tokens}"
+                f"segments are the lengths of samples, and that of sample {wrong[0]} is"
+                f" {self.lengths[wrong[0]]!r}; expected whole numbers of at least 1"
+            )
+        if not self.lengths or sum(self.lengths) > self.tokens:
+            raise GraddotError(
+                f"segments are {len(self.lengths)} lengths with the sum {sum(self.lengths)}; expected at"
+                f" least one, and no more tokens than the row's {self.tokens}"
             )
 
     def __len__(self) -> int:
@@ -91,20 +90,22 @@ class Segments:
 
     def count(self, labels: Tensor, shift: int, ignore_index: int) -> Tensor:
         """Labelled tokens of every sample, (N,), of labels (1, T). Raises GraddotError where a loss
-        that shifts them would take a sample's first token for the target of the one before."""
-        used = labels[0] != ignore_index
+        that shifts them would take a sample's first token for the target of the one before, and for
+        labels of no sample. On a GPU this waits for the labels."""
+        used, firsts = labels[0] != ignore_index, torch.tensor(self.begins, device=labels.device)
+        padding = torch.arange(sum(self.lengths), self.tokens, device=labels.device)
+        others = torch.cat([firsts[1:], padding]) if shift else padding
+        if bool(used[others].any()):
+            token = int(others[used[others]][0])
+            where, why = "which is of no sample", "which would be in the loss"
+            if token in self.begins:
+                where = f"with which sample {self.begins.index(token)} begins"
+                why = "which the loss shifts to the last token of the sample before"
+            raise GraddotError(
+                f"token {token} of the packed row, {where}, has the label {int(labels[0, token])}, {why};"
+                f" make it {ignore_index}, as DataCollatorWithFlattening does"
+            )
         if shift:
-            firsts = torch.tensor(self.begins, device=labels.device)
-            borders = used[firsts][1:]
-            if bool(borders.any()):  # on a GPU this waits for the labels
-                at = 1 + int(borders.nonzero()[0])
-                begin = self.begins[at]
-                raise GraddotError(
-                    f"sample {at} of the packed row begins at token {begin} with the label"
-                    f" {int(labels[0, begin])}, and the loss, which shifts the labels, takes it for"
-                    f" the target of the last token of the sample before; make it {ignore_index}, as"
-                    " DataCollatorWithFlattening does"
-                )
             used = used.index_fill(0, firsts, False)
         return self.sum(used.long())
 
