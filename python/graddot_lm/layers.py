@@ -159,10 +159,9 @@ class Step:
         if self.tokens is not None:
             if not self.packed:
                 return x.reshape(-1, 1, x.shape[-1])
+            # Where heads are, they may be behind the tokens or before.
             at = [k for k in (1, 2) if k < x.dim() - 1 and x.shape[k] == self.tokens]
-            if (
-                x.shape[0] == 1 and len(at) == 1
-            ):  # perhaps several heads a token, behind it or before
+            if x.shape[0] == 1 and len(at) == 1:
                 return x.movedim(at[0], 0).reshape(self.tokens, -1, x.shape[-1])
         # Of a packed row in which that is no token, `check_samples` says so.
         return x.reshape(self.rows, -1, x.shape[-1])

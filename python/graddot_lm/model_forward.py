@@ -617,7 +617,6 @@ class ModelForward:
         if micro.segments is not None:
             samples, take = len(micro.segments), micro.segments.take
             self.check_packed(args, kwargs, micro.segments)
-            self._apart_checked |= samples > 1
         fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
         outputs = enumerate(tensors_in(output))
         numbers = [k for k, x in outputs if x.dim() == 0 and x.requires_grad]
@@ -628,6 +627,7 @@ class ModelForward:
                     self.model, args, kwargs, samples, weights, numbers, take,
                     thorough=self._thorough, runs=self._runs,
                 )  # fmt: skip
+        self._apart_checked |= micro.segments is not None and samples > 1
 
     def check_packed(self, args: Any, kwargs: Any, segments: Segments) -> None:
         """Raise GraddotError unless the model keeps apart the samples that share a row."""
