@@ -389,7 +389,7 @@ class Backwards(nn.Module):
 INNER = {
     "leak": (lambda: Leak(0.5), "layer inner.linear gets an input .* samples run alone give"),
     "small-leak": (
-        lambda: Leak(1e-3),
+        lambda: Leak(5e-5),
         "layer inner.linear gets .* changes with the tokens of other",
     ),
     "conv1d": (Causal, "layer inner.conv gets an input"),
