@@ -308,6 +308,9 @@ class GradDotProdTrainer(Trainer):
             self._begin()
         step = self.state.global_step
         if step != self._step:
+            # An evaluation may have left a schedule-free optimizer's other weights in the model.
+            if callable(train := getattr(self.optimizer, "train", None)):
+                train()
             self._step, self._scoring = step, self._direct(step)
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)
