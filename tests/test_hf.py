@@ -511,6 +511,20 @@ def test_bf16(tmp_path, record_property, monkeypatch):
     assert 0 < error <= 2e-2
 
 
+def test_values_are_those_without_a_gradient_scaler(tmp_path, close):
+    """Two steps of it, whose scale grows in between."""
+    values = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**9, growth_interval=1)):
+        folder = tmp_path / f"{len(values)}"
+        trainer = scored(folder, tiny_gpt2(), max_steps=2, max_grad_norm=0.0)
+        trainer.accelerator.scaler = scaler
+        trainer.train()
+        rows = rows_of(folder / "scores")
+        values.append(torch.tensor([row["value"] for row in rows], dtype=torch.float64))
+    assert scaler.get_scale() == 2.0**11
+    close(values[1], values[0], 1e-4)
+
+
 def test_what_16_bits_round_is_not_refused(tmp_path, monkeypatch):
     """The model's outputs are compared without autocast, which accelerate has in its forward."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
