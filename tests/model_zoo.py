@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from brute_force import tiny_gpt2
 from test_engine import SharedEverything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -80,13 +81,14 @@ def t5(**settings):
 
 
 def adapters(config="LoraConfig", model="Llama", **settings):
-    """A frozen model with adapters of peft, all of them trained."""
+    """A frozen model, or what it is called, with adapters of peft, all of them trained."""
     peft = pytest.importorskip("peft")
     if "num_virtual_tokens" not in settings:
         settings.setdefault("target_modules", ["q_proj", "v_proj", "down_proj"])
     config = getattr(peft, config)(task_type="CAUSAL_LM", **settings)
     with mock.patch.dict(os.environ):  # where BOFT leaves another compiler behind
-        return shaken(peft.get_peft_model(causal(model), config))
+        model = causal(model) if isinstance(model, str) else model
+        return shaken(peft.get_peft_model(model, config))
 
 
 def lora():
@@ -118,6 +120,13 @@ def moe(kind, **settings):
     needs_mixtures()
     settings = {"num_experts_per_tok": 2, "experts_implementation": "eager", **settings}
     return causal(kind, **settings)
+
+
+def lora_of_experts(kind="Mixtral", **settings):
+    """As mixtures are tuned: the experts' weights are one parameter, and no layer to put LoRA around."""
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = moe(kind, num_local_experts=4, **settings)
+    return adapters(r=2, model=model, target_modules=["q_proj"], target_parameters=experts)
 
 
 def deepseek_v3():
@@ -189,6 +198,12 @@ LANGUAGE_MODELS = {
     "ia3": functools.partial(adapters, "IA3Config", feedforward_modules=["down_proj"]),
     "vera": functools.partial(adapters, "VeraConfig", r=4, target_modules=["q_proj", "v_proj"]),
     "lokr": functools.partial(adapters, "LoKrConfig", r=4),
+    "adalora": functools.partial(adapters, "AdaLoraConfig", init_r=4, target_r=2, total_step=9),
+    "dora-gpt2": lambda: adapters(
+        r=4, use_dora=True, model=tiny_gpt2(), target_modules=["c_attn"], fan_in_fan_out=True
+    ),
+    "loha": functools.partial(adapters, "LoHaConfig", r=4),
+    "c3a": functools.partial(adapters, "C3AConfig", block_size=4, target_modules=["q_proj"]),
     "boft": functools.partial(adapters, "BOFTConfig", boft_block_size=4),
     "oft": functools.partial(adapters, "OFTConfig", r=0, oft_block_size=4),
     "hra": functools.partial(adapters, "HRAConfig", r=4),
@@ -196,6 +211,8 @@ LANGUAGE_MODELS = {
     "t5-untied": lambda: Shifted(t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu")),
     "mixtral": lambda: moe("Mixtral", num_local_experts=4),
     "gpt-oss": lambda: moe("GptOss", num_local_experts=4),
+    "mixtral-lora": lora_of_experts,
+    "gpt-oss-lora": lambda: lora_of_experts("GptOss"),
     "aria": aria,
     "nemotron-h": nemotron_h,
     "qwen2-moe": lambda: moe(

@@ -127,11 +127,11 @@ class Later(nn.Module):
         super().__init__()
         torch.manual_seed(1)
         self.up, self.more, self.head = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
-        self.deep, self.calls = False, 0
+        self.deep, self.calls = False, [0]
         self.double()
 
     def forward(self, x):
-        self.calls += 1
+        self.calls[0] += 1
         h = self.up(x.transpose(0, 1)).tanh()
         if self.deep:
             h = self.more(h.cumsum(0)).tanh()
@@ -158,9 +158,9 @@ def test_a_layer_that_runs_later_with_time_first(close):
         engine.prepare_gradients()
         close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
         same_gradients(model, want, 1e-10)
-    before = model.calls
+    before = model.calls[0]
     step(engine, plain_loss, number=3, train=(x[:4], y[:4]))
-    assert model.calls == before + 1  # what was learnt late is known
+    assert model.calls[0] == before + 1  # what was learnt late is known
 
 
 # Buffers and noise
@@ -199,6 +199,54 @@ def test_the_checks_leave_no_trace_in_buffers():
     step(engine, plain_loss)
     assert alone.steps == 1
     torch.testing.assert_close(alone.mean, 0.9 + 0.1 * TRAIN[0].abs().mean((0, 1)))
+
+
+class Remembering(nn.Module):
+    """Keeps tensors in attributes, and uses one of them in its next forward."""
+
+    def __init__(self, what, in_place=False):
+        super().__init__()
+        self.linear = nn.Linear(8, 3).double()
+        self.what, self.in_place, self.calls, self.map = what, in_place, 0, None
+        if what == "zeros":
+            self.mean = torch.zeros(8).double()
+
+    def forward(self, x):
+        self.calls += 1
+        mean = getattr(self, "mean", torch.zeros(())).clone() if self.what else 0
+        now = x.detach().mean((0, 1))
+        if self.in_place:
+            self.mean.copy_(now)
+        else:
+            self.mean = now
+        self.map = self.linear(x + mean)
+        return self.map.mean(1) * (1 + self.calls)
+
+
+@pytest.mark.parametrize(
+    "model", [Remembering("zeros"), Remembering("zeros", True), Remembering("new")]
+)
+def test_what_a_model_remembers_of_validation_rows_is_refused(model):
+    mean = getattr(model, "mean", None)
+    with pytest.raises(GraddotError, match="^map, mean: changed by the forward, in which valid"):
+        step(attached(model), plain_loss)
+    assert (
+        model.calls == 1 and (model.mean is mean) == model.in_place
+    )  # of the one forward of the step
+
+
+def test_what_is_kept_to_be_looked_at_and_counts_do_no_harm(close):
+    model = Remembering("")
+    engine = attached(model)
+    for number in (1, 2):
+        # The copy that runs alone counts one forward more, and scales by it.
+        loss = lambda out, y, k=number: F.cross_entropy(out / (2 + k) * (1 + k), y)
+        model.calls = number
+        model.map = None  # which has a graph, and so no copy
+        want = total(sample_dots(model, TRAIN, VAL, loss=loss)[0])
+        model.calls = number - 1
+        close(step(engine, plain_loss, number=number), want, 1e-10)
+        assert model.calls == number
 
 
 class Noisy(Net):

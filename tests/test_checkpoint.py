@@ -160,3 +160,25 @@ def test_what_is_no_checkpoint_is_passed_over(tmp_path):
     (folder / "step-3").write_text("a file")
     (folder / "step-4" / "state.json").mkdir(parents=True)
     assert latest_checkpoint(tmp_path) == folder / "step-1"
+
+
+@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json"])
+def test_a_flipped_byte_is_noticed(tmp_path, name):
+    path = save_checkpoint(tmp_path, 3, {"model": {"w": torch.ones(50)}, "data": {"epoch": 41}})
+    file, before = path / name, load_checkpoint(path)
+    content = file.read_bytes()
+    at = content.index(b"41") if name == "state.json" else len(content) - 7
+    file.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    want = f"step-3: damaged: {name} is not what was saved, by its checksum; if you take this"
+    with pytest.raises(GraddotError, match=want):
+        load_checkpoint(path)
+    file.write_bytes(content)
+    assert same(load_checkpoint(path).state, before.state)
+
+
+def test_a_checkpoint_of_an_older_version_has_no_checksums(tmp_path):
+    path = save_checkpoint(tmp_path, 3, state_at(3))
+    content = json.loads((path / "state.json").read_text())
+    del content["checksums"]
+    (path / "state.json").write_text(json.dumps(content))
+    assert load_checkpoint(path).state["data"] == {"epoch": 3}

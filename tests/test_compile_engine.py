@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, norm, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
+from model_zoo import lora_of_experts
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -207,6 +208,19 @@ def test_llama_given_directions(close):
         train = token_batch(4, 11, seed=i)
         step(engine, call, train, i)
         check(engine, close, train, VAL, 1e-5)
+    assert graphs() == 1
+
+
+def test_lora_of_experts(close):
+    """Adapters that set the experts' weights while a forward runs."""
+    model = lora_of_experts(experts_implementation="grouped_mm")
+    call, train = compiled(model), token_batch(4, 11, seed=1)
+    want, scales = sample_dots(lora_of_experts(), train, VAL)
+    engine = GradDotProdEngine(model, VAL, label_shift=1)
+    engine.attach()
+    for i in range(2):
+        step(engine, call, train, i)
+        close(engine.aggregate_and_log(), total(want), 1e-5, total(scales))
     assert graphs() == 1
 
 

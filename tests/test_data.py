@@ -351,10 +351,12 @@ def test_sampler_errors(root):
         MixtureSampler(TokenData(root), 2, 0)
 
 
-def test_a_comma_in_a_name():
+def test_a_comma_or_double_quotes_in_a_name():
     assert separated('a, "b, c" ,d') == ["a", "b, c", "d"]
     assert separated('5" disks,"x') == ['5" disks', '"x']
     assert parse_weights('"b, c"=2,a=1') == {"b, c": 2.0, "a": 1.0}
+    assert separated('"""Python"" docs",x,""""') == ['"Python" docs', "x", '"']
+    assert parse_weights('"""b"", c"=2,a=1') == {'"b", c': 2.0, "a": 1.0}
 
 
 def test_parse_weights():

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
-from graddot_lm import GraddotError, GradDotProdEngine, adamw_direction
+from graddot_lm import GraddotError, GradDotProdEngine, adamw_direction, fuse_head
 from loop_steps import (
     attached,
     loss_of_logits,
@@ -245,6 +245,22 @@ def test_dots_by_token(close):
     close(engine.aggregate_and_log()[0], want.sum(1), 1e-10)
     grads = [gradient(model, *micro) for micro in micros]
     same_gradients(model, {n: sum(g[n] for g in grads) / 2 for n in grads[0]}, 1e-10)
+
+
+def test_dots_by_token_of_a_fused_head(close):
+    """As those of the model's own head."""
+    model = tiny_gpt2().double()
+    ids, labels = token_batch(3, 9, seed=1, ragged=True)
+    direction, found = gradient(model, *token_batch(2, 15, seed=2)), []
+    for fuse in (lambda model: model, fuse_head):
+        engine = attached(fuse(model), per_token=True)
+        engine.set_directions(direction)
+        engine.attach_train_batch(ids, labels, 0, None)
+        (3 * model(ids, labels=labels).loss).backward()
+        engine.prepare_gradients()
+        found.append(engine.token_dots())
+        engine.detach()
+    close(found[1], found[0], 1e-6, found[0].norm(dim=1, keepdim=True).expand(3, 9))
 
 
 def test_documents_packed_into_rows(close):

@@ -60,7 +60,9 @@ def ten_steps(rank, world, kind, tied, ragged, global_mean):
     inner = model = tiny_gpt2(tied=tied)
     if kind in ("ddp", "ddp-wrapper"):
         model = DistributedDataParallel(inner)
-    if kind == "fsdp":
+    if kind == "fsdp-fused":
+        fuse_head(inner)
+    if kind.startswith("fsdp"):
         fully_sharded(inner)
     store = Rows()
     engine = GradDotProdEngine(
@@ -78,6 +80,8 @@ def ten_steps(rank, world, kind, tied, ragged, global_mean):
         optimizer.step()
         optimizer.zero_grad()
         scores.append(engine.aggregate_and_log())
+        with torch.no_grad():  # an evaluation leaves the model as the optimizer knows it
+            model(xx, labels=yy)
     weights = {name: whole(p.detach()) for name, p in inner.named_parameters()}
     return torch.stack(scores), torch.stack(store.values), weights
 
@@ -128,6 +132,8 @@ CASES = [
     ("fsdp", 2, True, True, False),
     ("fsdp", 2, False, True, True),
     ("fsdp", 4, True, True, True),
+    ("fsdp-fused", 2, False, True, True),
+    ("fsdp-fused", 2, True, True, False),
     ("fsdp", 4, False, False, False),
 ]
 
@@ -267,6 +273,7 @@ def refused(rank, world):
         "tensor-parallel": lambda: one_step(parallel, x, y),
         "late": lambda: engine.attach_train_batch(x, y, 0, None),
         "parallel": lambda: one_step(nn.DataParallel(nn.Linear(4, 4)), x, y),
+        "fused": lambda: fuse_head(fully_sharded(tiny_gpt2(tied=False))),
         "inside": lambda: one_step(nn.Sequential(DistributedDataParallel(nn.Linear(4, 4))), x, y),
     }
     messages = {}
@@ -287,4 +294,5 @@ def test_refusals(tmp_path):
             messages
         )
         assert "the model is a DataParallel" in messages["parallel"], messages
+        assert "call fuse_head before fully_shard" in messages["fused"], messages
         assert "0 is a DistributedDataParallel" in messages["inside"], messages

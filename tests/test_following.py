@@ -265,6 +265,20 @@ def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
     check_layer(layer, data(4)[0])
 
 
+def test_a_transformer_layer_in_evaluation_mode_row_by_row(close, monkeypatch):
+    """Which under vmap would take PyTorch's fast path, that has no backward."""
+    monkeypatch.setattr("graddot_lm.general.LARGEST", 1000)
+    scaled = lambda m, x: m.inner((x.transpose(0, 1) * m.w).transpose(0, 1))
+    layer = Block(scaled, w=N(6))
+    layer.inner = nn.TransformerEncoderLayer(6, 2, 6, batch_first=True)
+    model = nn.Sequential(layer, nn.Flatten(1), nn.Linear(30, 3)).double().eval()
+    x, y = torch.randn(4, 5, 6).double(), torch.arange(4) % 3
+    train, val = (x[:3], y[:3]), (x[3:], y[3:])
+    dots, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+    scores, _ = run_step(model, train, val, loss=F.cross_entropy, label_shift=0)
+    close(scores, total(dots), 1e-10, total(scales))
+
+
 class Scale(nn.Module):
     """Scales what a layer that is another's returns, by that layer's size, as DoRA does."""
 

@@ -103,13 +103,22 @@ TRAIN, VAL = samples(20, seed=1), samples(5, seed=2)
 
 
 def train(
-    folder, model, data=TRAIN, val=VAL, *, resume=None, val_interval=1, adamw=False, **kwargs
+    folder,
+    model,
+    data=TRAIN,
+    val=VAL,
+    *,
+    resume=None,
+    val_interval=1,
+    adamw=False,
+    collator=collate,
+    **kwargs,
 ):
     snapshots = Snapshots()
     trainer = GradDotProdTrainer(
         model=model,
         args=arguments(folder, **kwargs),
-        data_collator=collate,
+        data_collator=collator,
         train_dataset=data,
         val_dataset=val,
         val_interval=val_interval,
@@ -818,10 +827,66 @@ def test_a_loss_that_is_not_tracked_is_refused(tmp_path, monkeypatch):
         trainer.train()
 
 
-def test_padding_free_batches_are_refused(tmp_path):
-    trainer = scored(tmp_path, tiny_gpt2(), collator=DataCollatorWithFlattening())
-    with pytest.raises(GraddotError, match="1 rows of 3 dataset items; padding-free"):
-        trainer.train()
+@pytest.mark.parametrize("flash", [False, True], ids=["", "flash-lengths"])
+def test_padding_free_batches(tmp_path, close, flash):
+    """Rows and weights as if each sample had a row; an epoch ends in a batch of one, an ordinary
+    row. A sample without tokens is in no batch."""
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=flash, return_seq_idx=flash)
+    data = [*TRAIN[:3], {"input_ids": []}, *TRAIN[3:10]]
+    options = {"max_steps": 4, "remove_unused_columns": False, "bf16": False}
+    model, regular = tiny_gpt2(), tiny_gpt2()
+    models, rows = train(
+        tmp_path / "scored",
+        model,
+        data,
+        collator=collator,
+        per_device_train_batch_size=5,
+        **options,
+    )
+    Trainer(
+        model=regular,
+        args=arguments(tmp_path / "regular", per_device_train_batch_size=5, **options),
+        data_collator=collator,
+        train_dataset=data,
+    ).train()
+    for (name, p), q in zip(model.named_parameters(), regular.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    for step, snapshot in enumerate(models):
+        at = [row for row in rows if row["step"] == step]
+        ids = [row["sample_id"] for row in at]
+        assert 3 not in ids and [row["n_tokens"] for row in at] == [tokens(data, i) for i in ids]
+        dots, scales, own = brute_force(snapshot, data, VAL, ids)
+        column = lambda name, at=at: torch.tensor([row[name] for row in at], dtype=torch.float64)
+        close(column("dot"), dots, 1e-5, scales)
+        weights = torch.tensor([tokens(data, i) for i in ids], dtype=torch.float64)
+        weights /= weights.sum()
+        factor = column("lr") * clipping(own, weights) * weights
+        close(column("value"), factor * dots, 1e-4, factor * scales)
+    assert len(rows) == 20  # two epochs of all samples that have tokens
+
+
+class Reversed(DataCollatorWithFlattening):
+    def __call__(self, features, **kwargs):
+        return super().__call__(features[::-1], **kwargs)
+
+
+def with_mask(rows):
+    batch = DataCollatorWithFlattening()(rows)
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def test_padding_free_batches_that_cannot_be_scored_are_refused(tmp_path):
+    def refused(message, collator, **kwargs):
+        with pytest.raises(GraddotError, match=message):
+            scored(tmp_path, tiny_gpt2(), collator=collator, **kwargs).train()
+
+    message = "1 rows of 3 dataset items, and not one in which their input_ids lie one after"
+    refused(message, DataCollatorWithFlattening(return_position_ids=False))
+    refused(message, Reversed())
+    refused("need norms=False", DataCollatorWithFlattening(), options={"norms": True})
+    refused("gets an input .* only without an attention_mask", with_mask)
+    # The validation batches alone
+    refused("gets an input .* only without", with_mask, per_device_train_batch_size=1)
 
 
 def test_targets_that_are_not_in_labels_are_refused(tmp_path):

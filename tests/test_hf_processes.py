@@ -27,7 +27,7 @@ from test_hf import (
 )
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import Trainer
+from transformers import DataCollatorWithFlattening, Trainer
 
 WORLD, STEPS = 2, 3
 BLOCKS = {"gpt2": "GPT2Block", "bert": "BertLayer"}
@@ -67,7 +67,7 @@ class WholeWeights(Snapshots):
         self.models.append({n: p.detach().clone() for n, p in weights(model).items()})
 
 
-def run(rank, world, folder, model, options):
+def run(rank, world, folder, model, options, collator=collate):
     """What torchrun sets for a process, and a run of the Trainer in it."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost"
@@ -78,16 +78,16 @@ def run(rank, world, folder, model, options):
     options = {"per_device_train_batch_size": 2, **options}
     shard_on_cpus()
     with mock.patch("test_hf.Snapshots", WholeWeights):
-        states = train(folder, trained, *DATA[model], **options)[0]
+        states = train(folder, trained, *DATA[model], **options, collator=collator)[0]
     assert isinstance(trained, FSDPModule) == ("fsdp" in options)
     if "resume" not in options:
-        train_plainly(folder.with_name("plain"), regular, DATA[model][0], options)
+        train_plainly(folder.with_name("plain"), regular, DATA[model][0], options, collator)
     return states, weights(trained), weights(regular)
 
 
-def train_plainly(folder, model, data, options):
+def train_plainly(folder, model, data, options, collator=collate):
     args = arguments(folder, **options)
-    Trainer(model=model, args=args, data_collator=collate, train_dataset=data).train()
+    Trainer(model=model, args=args, data_collator=collator, train_dataset=data).train()
 
 
 def same_weights(got, want):
@@ -111,6 +111,7 @@ def tokens_by_trainer(folder, model, data, rows):
     "kind",
     [
         "gpt2", "bert", "gpt2-own-tokens", "bert-own-tokens", "gpt2-checkpointing", "gpt2-compiled",
+        "gpt2-padding-free",
         "gpt2-sharded", "bert-sharded", "gpt2-sharded-own-tokens", "gpt2-sharded-checkpointing",
     ],
 )  # fmt: skip
@@ -130,7 +131,9 @@ def test_two_processes(tmp_path, close, kind, accumulation):
     }
     if "sharded" in kind:
         options.update(sharded(name))
-    results = on_processes(WORLD, tmp_path / "two", run, tmp_path / "scored", name, options)
+    collator = DataCollatorWithFlattening() if "padding-free" in kind else collate
+    run_with = tmp_path / "scored", name, options, collator
+    results = on_processes(WORLD, tmp_path / "two", run, *run_with)
     for n, p in results[0][1].items():
         assert torch.equal(p, results[1][1][n]), "the processes hold one model"
     same_weights(results[0][1], results[0][2])
@@ -138,7 +141,7 @@ def test_two_processes(tmp_path, close, kind, accumulation):
         regular = MODELS[name]()
         options = {k: v for k, v in options.items() if k not in sharded(name)}
         options["per_device_train_batch_size"] = 2 * WORLD
-        train_plainly(tmp_path / "regular", regular, data[0], options)
+        train_plainly(tmp_path / "regular", regular, data[0], options, collator)
         same_weights(results[0][1], dict(regular.named_parameters()))
     parts = _parts(tmp_path / "scored" / "scores")
     assert [(p.first, p.last, p.rank, p.world) for p in parts] == [(0, 2, 0, 2), (0, 2, 1, 2)]

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from brute_force import norm
 from graddot_lm import GraddotError, GradDotProdEngine
 from model_zoo import shaken
+from torch import nn
+from transformers.utils import ModelOutput
 
 IMAGE = 60
 
@@ -62,10 +65,11 @@ def dots(model, train, patches, val):
     return torch.stack(scores), norm(direction) * torch.stack([norm(g) for g in alone])
 
 
-def step(engine, train, patches, val_patches, number=0):
+def step(engine, train, patches, val_patches, number=0, compiled=None):
     engine.attach_train_batch(train, None, number, None)
     joint = engine.prepare_forward_input(train)[0]
-    loss_of(engine.model, joint, torch.cat([patches, val_patches])).backward()
+    model = engine.model if compiled is None else compiled
+    loss_of(model, joint, torch.cat([patches, val_patches])).backward()
     engine.prepare_gradients()
     return engine.aggregate_and_log()
 
@@ -117,3 +121,54 @@ def test_a_later_batch_of_other_sizes_is_judged_by_itself():
     assert torch.isfinite(step(engine, train, patches, val[1])).all()
     with pytest.raises(GraddotError, match="depends on other samples of the batch of 4 rows"):
         step(engine, *batch([1, 3, 2], seed=2), val[1], 1)
+
+
+class Pooled(nn.Module):
+    """Patches, of as many an image, or in a grid, pooled beside tokens; one graph to a compiler."""
+
+    def __init__(self, frozen):
+        super().__init__()
+        self.visual = nn.Linear(12, 8).requires_grad_(not frozen)
+        self.tokens, self.head, self.frozen = nn.Embedding(61, 8), nn.Linear(8, 61), frozen
+        self.double()
+
+    def forward(self, input_ids, image_grid_thw, labels, pixel_values, mm_token_type_ids):
+        patches, counts = self.visual(pixel_values).tanh(), image_grid_thw.prod(1)
+        if self.frozen:
+            row_of = torch.repeat_interleave(counts, output_size=len(patches))
+            images = patches.new_zeros(len(counts), 8).index_add(0, row_of, patches)
+        else:
+            images = patches.view(len(counts), -1, 8).mean(1)
+        logits = self.head(self.tokens(input_ids) + images[:, None])
+        return ModelOutput(loss=F.cross_entropy(logits.transpose(1, 2), labels))
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_images_of_a_compiled_model(frozen):
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, val, graphs = Pooled(frozen), batch([2], seed=9), []
+    engine = engine_of(model, val)
+
+    def run(number, heights, compiled):
+        train, patches = batch(heights, seed=number)
+        engine.detach()
+        want, scale = dots(model, train, patches, val)
+        engine.reattach_after_evaluation()
+        scores = step(engine, train, patches, val[1], number, compiled)
+        assert ((scores - want).abs() <= 1e-10 * scale).all()
+        model.zero_grad()
+
+    compiled = torch.compile(model, backend=lambda graph, _: graphs.append(1) or graph)
+    sizes = [[2, 3, 1], [3, 1, 2], [1, 1, 2, 3]] if frozen else [[2, 2, 2], [2, 2, 2], [2, 2, 2, 2]]
+    for number, heights in enumerate(sizes):
+        run(number, heights, compiled)
+        assert bool(graphs) == (number > 0)
+    around = torch.compile(lambda **batch: model(**batch), backend="eager")
+    if frozen:
+        run(3, sizes[0], around)
+        return
+    with pytest.raises(
+        GraddotError, match=r"compile the model, torch.compile\(model\), and no code"
+    ):
+        run(3, sizes[0], around)

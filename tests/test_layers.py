@@ -262,6 +262,17 @@ def test_models_that_mix_samples_are_refused():
     _refused(mixed, "layer 2 gets an input")
 
 
+class MixesALittle(nn.Module):
+    def forward(self, x):
+        return x + 5e-3 * x.mean(0)
+
+
+def test_a_model_that_mixes_samples_a_little_is_refused():
+    """By less than what 16 bits make of the same rows in another batch."""
+    mixed = nn.Sequential(nn.Linear(6, 6), MixesALittle(), nn.Linear(6, 2))
+    _refused(mixed, "layer 2 gets an input")
+
+
 def test_a_layer_too_large_for_its_samples_gradients_is_refused(monkeypatch):
     monkeypatch.setattr("graddot_lm.general.LARGEST", 40)
     model = nn.Sequential(nn.Linear(6, 6), Cell())

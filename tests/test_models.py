@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import transformers
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
-from loop_steps import mapping_dots
+from loop_steps import mapping_dots, mapping_gradient
 from model_zoo import (
     LANGUAGE_MODELS,
     OTHER_MODELS,
@@ -98,6 +98,51 @@ def test_fourierft(record_property):
     check(model, train, val, torch.float64, record_property)
 
 
+def test_spec_augment(record_property, monkeypatch):
+    """wav2vec 2 writes a trained vector over frames that numpy draws, and asks for a gradient of its
+    input: as the first step's checks see it the masks are the same for all rows, as trained, not."""
+    audio = transformers.models.wav2vec2.modeling_wav2vec2
+    config = transformers.Wav2Vec2Config(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,
+        conv_dim=[8, 8], conv_stride=[2, 2], conv_kernel=[4, 3], num_feat_extract_layers=2,
+        num_conv_pos_embeddings=4, num_conv_pos_embedding_groups=2, layerdrop=0, num_labels=5,
+        classifier_proj_size=8, mask_time_prob=0.3, mask_time_length=3, final_dropout=0,
+        hidden_dropout=0, attention_dropout=0, activation_dropout=0, feat_proj_dropout=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = shaken(transformers.Wav2Vec2ForSequenceClassification(config)).train().double()
+    draw, masks = audio._compute_mask_indices, []
+    monkeypatch.setattr(
+        audio,
+        "_compute_mask_indices",
+        lambda *args, **kw: masks.append(draw(*args, **kw)) or masks[-1],
+    )
+    g = torch.Generator().manual_seed(1)
+    x, y = torch.randn(6, 120, generator=g, dtype=torch.float64), torch.arange(6) % 5
+    batch = lambda rows: {"input_values": x[rows], "labels": y[rows]}
+    engine = GradDotProdEngine(model, batch(slice(4, 6)))
+    engine.attach()
+    for _ in range(2):  # of which the second checks nothing
+        model.zero_grad()
+        engine.attach_train_batch(batch(slice(4)), None, 0, None)
+        model(**engine.prepare_forward_input(batch(slice(4)))[0]).loss.backward()
+        engine.prepare_gradients()
+        scores = engine.aggregate_and_log()
+    mask = masks[-1]
+    assert (mask[0] != mask[1]).any()
+
+    def exact(rows):
+        monkeypatch.setattr(audio, "_compute_mask_indices", lambda *args, **kw: mask[rows])
+        return mapping_gradient(model, batch(rows))
+
+    engine.detach()
+    val, *samples = (exact(rows) for rows in (slice(4, 6), *(slice(i, i + 1) for i in range(4))))
+    want = torch.stack([sum((val[n] * own[n]).sum() for n in val) for own in samples])
+    error = ((scores - want).abs() / want.abs()).max().item()
+    record_property("relative_error", error)
+    assert error <= TOLERANCE
+
+
 def test_xglm(record_property):
     """Its attention makes a number of the default dtype, which float64 does not fit into fp32."""
     model = causal(
@@ -139,7 +184,7 @@ def test_check_layer_proves_whole_models(name):
     check_layer(LANGUAGE_MODELS[name](), token_batch(3, 7, VOCAB, seed=1)[0])
 
 
-@pytest.mark.parametrize("name", ["opt", "mixtral", "gpt-oss", "bare-parameters"])
+@pytest.mark.parametrize("name", ["opt", "mixtral", "gpt-oss", "mixtral-lora", "bare-parameters"])
 def test_first_batch_of_one_row(name, record_property):
     """A given direction and one training row, in layers that see tokens without their rows; then
     more rows of the same length, about which the first batch says nothing."""

@@ -134,7 +134,9 @@ def test_conv_net(close, dtype):
     )
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-tied", "gemma", "mixtral", "t5", "mamba", "lora"])
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", "gemma", "mixtral", "t5", "mamba", "lora", "mixtral-lora"]
+)
 def test_language_model(close, name):
     """RMS norms, padding ids, experts, position biases, the general rule; in fp32."""
     train, val = token_batch(3, 9, VOCAB, seed=1, ragged=True), token_batch(2, 9, VOCAB, seed=2)

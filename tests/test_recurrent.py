@@ -103,6 +103,32 @@ def test_one_direction_for_all_and_norms(kind, close):
 
 
 @KIND
+def test_dots_by_token_of_the_way_back(kind):
+    """A weight of the input has its part where there is one; one of the state has none at the token
+    that has no state before it, which is the row's last."""
+    torch.manual_seed(0)
+    layer = KINDS[kind](4, 5, batch_first=True, bidirectional=True, bias=False).double()
+    parts = {}
+    for name in ("weight_ih_l0", "weight_ih_l0_reverse", "weight_hh_l0", "weight_hh_l0_reverse"):
+        engine = GradDotProdEngine(layer, per_token=True, label_shift=0)
+        engine.attach()
+        directions = {n: torch.zeros_like(p) for n, p in layer.named_parameters()}
+        engine.set_directions({**directions, name: torch.randn_like(directions[name])})
+        x = torch.zeros(2, 6, 4, dtype=torch.float64)
+        x[0, 1], x[1, 4] = 1, -1
+        engine.attach_train_batch(x, torch.zeros(2, 6), 0, None)
+        out = layer(x if "ih" in name else torch.ones_like(x))[0]
+        engine.track_loss(out.square().mean()).backward()
+        engine.prepare_gradients()
+        parts[name] = engine.token_dots() != 0
+        engine.detach()
+    for name in ("weight_ih_l0", "weight_ih_l0_reverse"):
+        assert parts[name].nonzero().tolist() == [[0, 1], [1, 4]]
+    assert parts["weight_hh_l0"].all(0).tolist() == [False] + [True] * 5
+    assert parts["weight_hh_l0_reverse"].all(0).tolist() == [True] * 5 + [False]
+
+
+@KIND
 def test_bf16_and_a_compiled_model(kind, close):
     model = Model(kind, True)
     dots, scales = sample_dots(model, TRAIN, VAL)

@@ -1,6 +1,7 @@
 """Scores for TRL's SFTTrainer: chats and prompts, tokenized by it, whole models and adapters."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -55,11 +56,12 @@ def data(kind):
 def trainer(cls, folder, tokenizer, kind, *, lora=False, **kwargs):
     peft = pytest.importorskip("peft")
     train, val = data(kind)
+    kwargs = {"per_device_train_batch_size": 3, **kwargs}
     config = trl.SFTConfig(
-        output_dir=str(folder), max_steps=3, per_device_train_batch_size=3,
-        gradient_accumulation_steps=2, learning_rate=0.02, optim="sgd", max_grad_norm=0.3,
-        report_to="none", save_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
-        logging_steps=1, per_device_eval_batch_size=4, gradient_checkpointing=False, **kwargs,
+        output_dir=str(folder), max_steps=3, gradient_accumulation_steps=2, learning_rate=0.02,
+        optim="sgd", max_grad_norm=0.3, report_to="none", save_strategy="no", disable_tqdm=True,
+        use_cpu=True, bf16=False, logging_steps=1, per_device_eval_batch_size=4,
+        gradient_checkpointing=False, **kwargs,
     )  # fmt: skip
     adapters = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if lora else None
     return cls(
@@ -69,12 +71,21 @@ def trainer(cls, folder, tokenizer, kind, *, lora=False, **kwargs):
 
 
 def gradient(model, row):
-    """One collated row's, in float64."""
+    """One collated row's, in float64; of texts packed into it, each in a row of its own."""
     model = copy.deepcopy(model).double()
     for part in model.modules():  # TRL's forward is that of the model it was put on
         part.__dict__.pop("forward", None)
     model.zero_grad()
-    model(input_ids=row["input_ids"], labels=row["labels"]).loss.backward()
+    lengths = [row["input_ids"].shape[1]]
+    if "position_ids" in row:
+        ends = (row["position_ids"][0] == 0).nonzero().flatten().tolist()
+        ends.append(lengths[0])
+        lengths = [end - begin for begin, end in itertools.pairwise(ends)]
+    parts = zip(*(row[k].split(lengths, 1) for k in ("input_ids", "labels")), strict=True)
+    for ids, labels in parts:
+        if (own := labelled({"labels": labels})) > 0:
+            loss = model(input_ids=ids, labels=labels).loss
+            (loss * own / labelled(row)).backward()
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
 
 
@@ -82,12 +93,27 @@ def labelled(row):
     return (row["labels"][0, 1:] != -100).sum().item()
 
 
+PLAIN, FREE = {}, {"padding_free": True, "max_length": None}
+PACKED = {"packing": True, "max_length": 30, "eval_packing": True}
+
+
 @pytest.mark.parametrize("lora", [False, True], ids=["", "lora"])
-@pytest.mark.parametrize("kind", ["text", "prompts", "chats"])
-def test_every_row_and_the_weights(tmp_path, tokenizer, kind, lora, close):
-    regular = trainer(trl.SFTTrainer, tmp_path / "regular", tokenizer, kind, lora=lora)
+@pytest.mark.parametrize(
+    "kind, options",
+    [
+        ("text", PLAIN), ("prompts", PLAIN), ("chats", PLAIN), ("text", FREE), ("prompts", FREE),
+        ("chats", PACKED), ("text", {**PACKED, "per_device_train_batch_size": 1}),
+        ("text", {**PACKED, "packing_strategy": "wrapped"}),
+    ],
+    ids=["text", "prompts", "chats", "text-free", "prompts-free", "packed", "one-packed", "wrapped"],
+)  # fmt: skip
+def test_every_row_and_the_weights(tmp_path, tokenizer, kind, options, lora, close):
+    if options and int(trl.__version__.split(".")[0]) < 1:
+        pytest.skip("tried with TRL 1.16")
+    make = lambda cls, name: trainer(cls, tmp_path / name, tokenizer, kind, lora=lora, **options)
+    regular = make(trl.SFTTrainer, "regular")
     regular.train()
-    scored = trainer(ScoredSFTTrainer, tmp_path / "scored", tokenizer, kind, lora=lora)
+    scored = make(ScoredSFTTrainer, "scored")
     snapshots = Snapshots()
     scored.add_callback(snapshots)
     scored.train()
@@ -96,13 +122,15 @@ def test_every_row_and_the_weights(tmp_path, tokenizer, kind, lora, close):
         assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
 
     rows = rows_of(tmp_path / "scored" / "scores")
-    assert [row["step"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
+    if not options.get("packing"):  # which makes a few rows of all
+        assert [row["step"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
     # Older TRL makes the labels as it collates.
     train, val = (
         [regular.data_collator([row]) for row in data]
         for data in (scored.train_dataset, scored.eval_dataset)
     )
-    assert (labelled(train[0]) < train[0]["input_ids"].numel() - 1) == (kind != "text")
+    if not options.get("packing"):
+        assert (labelled(train[0]) < train[0]["input_ids"].numel() - 1) == (kind != "text")
     weights = torch.tensor([labelled(row) for row in val], dtype=torch.float64)
     for step, model in enumerate(snapshots.models):
         at = [row for row in rows if row["step"] == step]
@@ -121,12 +149,3 @@ def test_what_cannot_be_scored_is_refused(tmp_path, tokenizer):
 
     with pytest.raises(GraddotError, match="compute_loss of its own, SFTTrainer.compute_loss"):
         trainer(OwnLoss, tmp_path / "own", tokenizer, "text")
-    with pytest.raises(GraddotError, match="1 rows of 3 dataset items; padding-free"):
-        trainer(
-            ScoredSFTTrainer,
-            tmp_path / "packed",
-            tokenizer,
-            "text",
-            padding_free=True,
-            max_length=None,
-        ).train()

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .fused_head import unfuse_head as unfuse_head
     from .rules import register_layer as register_layer
     from .scored import Scored as Scored
+    from .segments import segment_lengths as segment_lengths
 
 _MODULES = {
     "Coverage": "coverage",
@@ -29,6 +30,7 @@ _MODULES = {
     "fuse_head": "fused_head",
     "linear_cross_entropy": "fused_head",
     "register_layer": "rules",
+    "segment_lengths": "segments",
     "unfuse_head": "fused_head",
 }
 __all__ = list(_MODULES)

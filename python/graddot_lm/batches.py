@@ -6,7 +6,7 @@ Validation rows ride behind the training rows in one forward, so batches are joi
 import inspect
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,8 @@ Inputs = Tensor | Mapping[str, Tensor]
 Batch = tuple[Inputs, Tensor] | Mapping[str, Tensor]
 
 _ONE_TENSOR = "inputs"  # the key of inputs that are a tensor
+# Of the samples of a packed row, for FlashAttention: no tensors with rows first.
+LENGTHS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Rows:
     labels: Tensor
     is_tensor: bool = False
     labels_inside: bool = False
+    lengths: Mapping[str, Any] = field(default_factory=dict)  # those of `LENGTHS`
 
     def __len__(self) -> int:
         return self.labels.shape[0]
@@ -41,7 +44,7 @@ class Rows:
             for key, value in self.inputs.items()
         }
         labels = self.labels.to(first.labels.device)
-        return Rows(inputs, labels, self.is_tensor, self.labels_inside)
+        return replace(self, inputs=inputs, labels=labels)
 
     def as_given(self) -> tuple[Any, Tensor]:
         """(inputs, labels) in the form in which the batch came."""
@@ -49,6 +52,7 @@ class Rows:
             return self.inputs[_ONE_TENSOR], self.labels
         return {
             **self.inputs,
+            **self.lengths,
             **({"labels": self.labels} if self.labels_inside else {}),
         }, self.labels
 
@@ -79,6 +83,7 @@ def read_rows(inputs: Inputs, labels: Tensor | None, what: str) -> Rows:
             " makes of an array, or a mapping of tensors"
         )
     by_key = {_ONE_TENSOR: inputs} if isinstance(inputs, Tensor) else dict(inputs)
+    lengths = {key: by_key.pop(key) for key in LENGTHS & by_key.keys()}
     if not is_tensor and "labels" in by_key:
         own = by_key.pop("labels")
         inside, labels = True, own if labels is None else labels
@@ -99,7 +104,7 @@ def read_rows(inputs: Inputs, labels: Tensor | None, what: str) -> Rows:
             f"{what} has {listed or 'no'}{' inputs' if is_tensor or not sizes else ''} and {rows}"
             " labels; expected the same number of rows, at least one"
         )
-    return Rows(by_key, labels, is_tensor, inside)
+    return Rows(by_key, labels, is_tensor, inside, lengths)
 
 
 def join(parts: Sequence[Rows], padding: Mapping[str, float], ignore_index: int) -> Rows:
@@ -109,6 +114,11 @@ def join(parts: Sequence[Rows], padding: Mapping[str, float], ignore_index: int)
     labels then with ignore_index. Raises GraddotError if parts differ in their keys or shapes.
     """
     first = parts[0]
+    if first.lengths and len(parts) > 1:
+        raise GraddotError(
+            f"the training batch has {', '.join(sorted(first.lengths))}, of one packed row, behind which"
+            " no validation rows can ride; leave val_data out and give directions"
+        )
     for part in parts[1:]:
         if part.is_tensor != first.is_tensor or part.inputs.keys() != first.inputs.keys():
             raise GraddotError(
@@ -123,7 +133,7 @@ def join(parts: Sequence[Rows], padding: Mapping[str, float], ignore_index: int)
     }
     fill = ignore_index if padding and not first.labels.is_floating_point() else None
     labels = _join_key("labels", [part.labels for part in parts], fill)
-    return Rows(inputs, labels, first.is_tensor, first.labels_inside)
+    return Rows(inputs, labels, first.is_tensor, first.labels_inside, first.lengths)
 
 
 def _form(rows: Rows) -> str:

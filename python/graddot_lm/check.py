@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .digests import NoDropout
 from .errors import GraddotError
-from .general import Rule, caller_rule
+from .general import Rule, Tokens, caller_rule
 from .layers import Step
 from .parts import take_rows
 from .rows import Layout, find_layouts
@@ -67,6 +67,31 @@ def prove(
             error = error or failed
     assert error is not None
     raise error
+
+
+def check_by_token(module: nn.Module, name: str, tokens: Tokens, args: Any, kwargs: Any) -> None:
+    """Raise GraddotError unless a layer does with the tokens of a row, each a row of its own, what it
+    does with the row."""
+    plain = _exact_copy(module)
+    exact = lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone()
+    args, kwargs = tree_map_only(Tensor, exact, (args, kwargs))
+    with _exactly(), torch.no_grad():
+        want = list(tensors_in(plain(*args, **kwargs)))
+        own_args, own_kwargs = tokens.as_rows((args, kwargs))
+        try:
+            got = list(tensors_in(tokens.as_one(plain(*own_args, **own_kwargs))))
+        except Exception:  # noqa: BLE001 - the layer's own code may raise anything
+            got = []
+    same = len(got) == len(want) and all(
+        x.shape == y.shape and (x - y).abs().max() <= TOLERANCE * y.abs().max()
+        for x, y in zip(got, want, strict=True)
+    )
+    if not same:
+        raise GraddotError(
+            f"layer {name} of type {type(module).__name__} has parameters of its own, and does not look"
+            " at each token by itself, so that it cannot be scored for the samples of a packed row; give"
+            " every sample a row of its own, or freeze them"
+        )
 
 
 def _prove_on(
@@ -130,7 +155,7 @@ class _Proof:
         for copied in (self._scored, self._plain):
             copied._forward_hooks.clear()  # which may collect what the layer returns in a step
             copied._forward_pre_hooks.clear()
-        self._name, self._rows = name, rows
+        self._name, self._rows, self._input_gradients = name, rows, True
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
         device = next(self._scored.parameters()).device
         scale = torch.ones((), dtype=torch.float64, device=device)
@@ -227,7 +252,7 @@ class _Proof:
             x = x.detach().clone()
             if not x.is_floating_point():
                 return x
-            leaves.append(x.double().requires_grad_())
+            leaves.append(x.double().requires_grad_(self._input_gradients))
             return leaves[-1] * 1  # to a leaf no model could write
 
         try:
@@ -238,6 +263,10 @@ class _Proof:
         except GraddotError:
             raise
         except Exception as error:  # whatever the layer's own code raises is the reason
+            if self._input_gradients and "requires_grad flags of leaf variables" in str(error):
+                # It asks for a gradient of its input, as wav2vec 2 does, which a step gives none.
+                self._input_gradients = False
+                return self._call(module, arguments, numbers)
             raise GraddotError(_first_line(error)) from error
         outputs = list(tensors_in(out))
         if not outputs and out is not None:

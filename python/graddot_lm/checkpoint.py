@@ -3,11 +3,12 @@
 A checkpoint is a folder `step-<k>` that is renamed into place when both files are on disk:
 
     tensors.safetensors   every tensor and numpy array, by the path of keys that leads to it
-    state.json            the nested containers, with references in the tensors' places
+    state.json            the nested containers, with references in the tensors' places, and both checksums
 """
 
 import json
 import shutil
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -84,6 +85,13 @@ def _unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
     return {_unpack(k, tensors): _unpack(v, tensors) for k, v in content}
 
 
+def _checksums(tensors: Path, packed: Mapping[str, Any]) -> dict[str, int]:
+    """Of both files, by name; of state.json's content as it is written."""
+    content = json.dumps(packed).encode()
+    found = zlib.crc32(np.memmap(tensors, np.uint8, "r"))  # type: ignore[arg-type]
+    return {tensors.name: found, "state.json": zlib.crc32(content)}
+
+
 def _read_json(folder: Path) -> dict | None:
     """state.json of a complete checkpoint, None for any other folder."""
     try:
@@ -142,6 +150,7 @@ def _write(path: Path, step: int, state: Mapping[str, Any]) -> None:
             temporary.mkdir()
             save_file(packer.tensors, tensors)
             content["tensor_bytes"] = tensors.stat().st_size
+            content["checksums"] = _checksums(tensors, packed)
             rest.write_text(json.dumps(content), encoding="utf-8")
             shutil.copymode(rest, tensors)  # which are otherwise the owner's alone
             for each in (tensors, rest, temporary):
@@ -165,10 +174,14 @@ def load_checkpoint(path: str | Path) -> Checkpoint:
     if content is None:
         raise GraddotError(f"{path}: not a complete checkpoint")
     try:
-        tensors = load_file(Path(path) / "tensors.safetensors")
+        tensors_file = Path(path) / "tensors.safetensors"
+        tensors = load_file(tensors_file)
         state = {name: _unpack(value, tensors) for name, value in content["state"].items()}
         if Path(path).name.startswith("step-") and Path(path).name != f"step-{content['step']}":
             raise ValueError(f"state.json is of step {content['step']}")
+        for name, found in _checksums(tensors_file, content["state"]).items():
+            if found != content.get("checksums", {}).get(name, found):  # an older version has none
+                raise ValueError(f"{name} is not what was saved, by its checksum")
         return Checkpoint(content["step"], state)
     except (SafetensorError, OSError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, error) from error

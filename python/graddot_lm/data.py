@@ -386,9 +386,12 @@ def _check_weights(data: TokenData, weights: dict[str, float]) -> None:
 
 
 def separated(text: str) -> list[str]:
-    """The parts between commas, which are none between the double quotes that a part begins with."""
-    parts = re.findall(r'(?:^|,)\s*("[^"]*"[^,]*|[^,]*)', text)
-    return [re.sub(r'^"([^"]*)"', r"\1", part.strip()) for part in parts]
+    """The parts between commas, which are none between the double quotes that a part begins with; in
+    there a double quote is written twice."""
+    quoted = r'"((?:[^"]|"")*)"'
+    parts = re.finditer(rf"(?:^|,)\s*({quoted}[^,]*|[^,]*)", text)
+    inside = lambda match: match[1].replace('""', '"')
+    return [re.sub(f"^{quoted}", inside, part[1].strip()) for part in parts]
 
 
 def parse_weights(text: str) -> dict[str, float]:

@@ -91,7 +91,7 @@ def batch_loss(model: nn.Module, rows: Rows, loss_fn: LossFunction | None) -> Te
             raise GraddotError(f"loss_fn returned {got}; expected one number with a gradient")
         return loss
     try:
-        args, kwargs = ((inputs,), {}) if rows.is_tensor else ((), rows.inputs)
+        args, kwargs = ((inputs,), {}) if rows.is_tensor else ((), {**rows.inputs, **rows.lengths})
         output = model(*args, **kwargs, labels=labels)
     except TypeError as error:
         if "labels" not in str(error):

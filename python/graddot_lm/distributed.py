@@ -123,6 +123,12 @@ def unshard(model: nn.Module) -> None:
         model.unshard()
 
 
+def reshard(module: nn.Module) -> None:
+    """Give up the whole parameters of a module that is sharded by itself."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
 def plain_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are there whole at this moment, by name."""
     return {n: p for n, p in model.named_parameters() if not isinstance(p, DTensor)}

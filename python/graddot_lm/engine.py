@@ -54,6 +54,7 @@ from .layers import Step
 from .loss_scale import LossScale
 from .model_forward import ModelForward
 from .scores import MicroBatch, Norms, leaf_names, learning_rates, score_rows
+from .segments import Segments
 
 
 class ScoreWriter(Protocol):
@@ -298,13 +299,27 @@ class GradDotProdEngine:
     # One step
 
     def attach_train_batch(
-        self, X: Inputs, Y: Tensor | None, iteration: int, batch_idx: Any
+        self,
+        X: Inputs,
+        Y: Tensor | None,
+        iteration: int,
+        batch_idx: Any,
+        *,
+        segments: Sequence[int] | None = None,
     ) -> None:
         """Announce N training rows; batch_idx holds their sample ids, (N,), for the store.
 
         X is a tensor or a mapping of tensors, Y the labels, or None if they are X["labels"].
         Between two calls of `aggregate_and_log` there may be several, the micro-batches of one
         optimizer step: their scores come side by side.
+
+        segments are the lengths of N samples that lie one after the other in the batch's one row
+        (1, T), as padding-free and packed batches have them (`segment_lengths(position_ids)`);
+        scores are then those of each in a row of its own. What is left at the row's end is padding.
+        For given directions, without norms. Raises GraddotError, in a checked step, unless the model
+        keeps the samples apart; and in any if the loss shifts a sample's first label, which has to
+        be ignore_index then, to the sample before. Of labels that are shifted already, what stands
+        at a sample's last token is taken for its own target.
         """
         prepare_compiler()
         run_compiled()
@@ -337,8 +352,11 @@ class GradDotProdEngine:
             self._parameters, self._coverage.covered, self._optimizers, self._per_parameter
         )
         first = next(iter(self._parameters.values()))
-        tokens = None
-        if self._per_token:
+        tokens, packed = None, None
+        if segments is not None:
+            packed = self._packed(segments, train.labels, batch_idx)
+            tokens = packed.tokens
+        elif self._per_token:
             if labels.dim() != 2:
                 raise GraddotError(
                     f"per_token needs labels of shape (N, T), not {tuple(labels.shape)}"
@@ -352,6 +370,7 @@ class GradDotProdEngine:
             val_rows=val_rows,
             scale=torch.ones((), dtype=dtype, device=first.device),
             tokens=tokens,
+            packed=packed is not None,
             sharded=distributed.is_sharded(self._parameters.values()),
             first=self._forward.is_first,
             norms=self.norms,
@@ -369,10 +388,31 @@ class GradDotProdEngine:
             counts=labels.new_zeros(len(labels)),
             direction_norms=self._direction_norms,
             filled=filled_rows(parts),
+            segments=packed,
             applied=[not isinstance(one, torch.optim.Optimizer) for one in self._optimizers],
         )
-        micro.set_counts(self._loss.count(labels))
+        micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
         self._forward.begin(micro)
+
+    def _packed(self, lengths: Sequence[int], labels: Tensor, batch_idx: Any) -> Segments:
+        reasons = {
+            "labels of shape (1, T)": labels.dim() == 2 and len(labels) == 1,
+            "given directions in place of val_data": not self._val,
+            "norms=False, for what each token has of a norm does not add up": not self.norms,
+            "per_token=False": not self._per_token,
+        }
+        if missing := [need for need, is_so in reasons.items() if not is_so]:
+            raise GraddotError(
+                f"segments, the samples of one packed row, need {'; '.join(missing)}; the labels have"
+                f" shape {tuple(labels.shape)}. Else give every sample a row of its own"
+            )
+        packed = Segments(list(lengths), labels.shape[1])
+        if batch_idx is not None and len(batch_idx) != len(packed):
+            raise GraddotError(
+                f"batch_idx has {len(batch_idx)} sample ids, and segments {len(packed)} lengths;"
+                " expected one id a sample"
+            )
+        return packed
 
     def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The joint batch: training rows, then the validation rows of every target.

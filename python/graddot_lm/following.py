@@ -2,8 +2,8 @@
 
 Followed are the layer's own parameters, and those of layers inside that it uses without calling
 them. What is computed from them and from constants alone is followed too, and computed once a copy,
-by torch.vmap, only where it meets a tensor that has rows: that one call is then mapped over the
-rows. Where a parameter is the weight of F.linear, F.embedding, F.layer_norm or a matmul, the scored
+by torch.vmap or in a loop, only where it meets a tensor that has rows: that one call is then mapped
+over the rows. Where a parameter is the weight of F.linear, F.embedding, F.layer_norm or a matmul, the scored
 operation runs instead, which needs no copies.
 """
 
@@ -16,10 +16,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function
+from torch.utils._pytree import (
+    tree_flatten,
+    tree_leaves,
+    tree_map,
+    tree_map_only,
+    tree_unflatten,
+)
 
 from .errors import GraddotError
+from .layers import ScoredFunction
 from .scored import Scored, ScoredForward
 
 WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
@@ -73,11 +80,14 @@ class Following(TorchFunctionMode):
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         before, ScoredForward.around = ScoredForward.around, self
+        apply = torch.autograd.Function.__dict__["apply"]
+        torch.autograd.Function.apply = classmethod(_seen_apply)  # type: ignore[method-assign, assignment]
         try:
             with self:
                 yield
         finally:
             ScoredForward.around = before
+            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
 
     def as_rows(self, values: Any, *, one_for_all: bool = False) -> Any:
         """What is followed and was expanded to the rows, with entry i from copy i; with
@@ -106,7 +116,9 @@ class Following(TorchFunctionMode):
         if name in ONLY_THE_TYPE:
             del tensors[1:]
         others = [x for x in tensors if id(x) not in self._followed]
-        variable = [x for x in others if id(x) not in self._constants]
+        # One that the forward makes of a constant, as peft transposes weights, has no rows either.
+        known = lambda x: id(x) in self._constants or isinstance(x, nn.Parameter)
+        variable = [x for x in others if not known(x)]
         if len(others) < len(tensors):
             if _is_in_place(name) and not variable and self._may_be_written(tensors, args):
                 return self._write(func, args, kwargs)
@@ -173,7 +185,7 @@ class Following(TorchFunctionMode):
 
         def copies() -> Tensor:
             same = before.expand(rows, *before.shape)  # of what was a constant
-            return torch.vmap(written)(*(same if make is None else make() for make in made))
+            return over_rows(written, *(same if make is None else make() for make in made))
 
         out = func(*args, **kwargs)
         for known in (self._constants, self._forms):
@@ -250,7 +262,7 @@ class Following(TorchFunctionMode):
         def result(k: int, dtype: torch.dtype) -> Tensor:
             if not results:
                 copies = [make() for make in made]
-                results.extend(torch.vmap(copied, randomness="different")(*copies))
+                results.extend(over_rows(copied, *copies, loop=_is_custom(func)))
             return results[k].to(dtype)  # autocast does not reach every operation under vmap
 
         outputs, name = list(_tensors((out,))), getattr(func, "__name__", "")
@@ -335,7 +347,7 @@ class Following(TorchFunctionMode):
             dtype = functools.reduce(torch.promote_types, (x.dtype for x in mapped))
             mapped = [x.to(dtype) if x.is_floating_point() else x for x in mapped]
         with torch.autocast(kind, enabled=False):
-            out = torch.vmap(one, randomness="different")(*mapped)
+            out = over_rows(one, *mapped, loop=_is_custom(func))
         return tree_map_only(Tensor, lambda x: x.flatten(0, 1), out)
 
     def _scored_operation(self, func: Any, args: Any, kwargs: Any) -> Tensor | None:
@@ -396,6 +408,40 @@ class Following(TorchFunctionMode):
         if id(weight) not in self._own or known or self._is_computed(bias):
             return None
         return self._scored.layer_norm(input, list(normalized_shape), weight, bias, eps)
+
+
+_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+
+def _seen_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    """A call of an autograd function of one's own, which is not seen as other calls are."""
+    if issubclass(cls, ScoredFunction) or not has_torch_function(args):
+        return _apply(cls, *args, **kwargs)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return _apply(cls, *args, **kwargs)
+
+    function.__name__, function.custom = cls.__name__, True  # type: ignore[attr-defined]
+    return handle_torch_function(function, args, *args, **kwargs)
+
+
+def _is_custom(func: Any) -> bool:
+    return hasattr(func, "custom")
+
+
+def over_rows(one: Callable[..., Any], *arguments: Any, loop: bool = False) -> Any:
+    """`one` mapped over the rows of its arguments: by torch.vmap, or in a loop where that cannot, as
+    an autograd function of one's own, or entries that a mask picks."""
+    if not loop:
+        try:
+            return torch.vmap(one, randomness="different")(*arguments)
+        except RuntimeError as error:
+            if "vmap" not in str(error):
+                raise
+    rows = len(tree_leaves(arguments)[0])
+    results = [one(*tree_map(lambda x: x[i], arguments)) for i in range(rows)]  # noqa: B023
+    stack = lambda *x: torch.stack(x) if isinstance(x[0], Tensor) else x[0]
+    return tree_map(stack, *results)
 
 
 def too_large(module: nn.Module, size: int) -> GraddotError:

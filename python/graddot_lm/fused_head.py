@@ -14,10 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from . import distributed
 from .errors import GraddotError
 from .layers import ScoredFunction, note_uses, vector_grad
 from .scored import ScoredForward, autocast_input
 from .tracing import trace_head
+
+_AT_A_TIME = 2048  # tokens whose logits exist together in an evaluation
 
 
 @dataclass
@@ -160,11 +163,12 @@ def cross_entropy(
     *form: Any,
 ) -> tuple[Tensor, Tensor]:
     """`linear_cross_entropy`, outside of a compiled graph."""
+    distributed.unshard(head)  # one that is sharded by itself, since it is not called
     _check_labels(hidden, head, labels, form[0])
-    counts = (labels != form[0]).sum(1)
+    labelled = labels != form[0]
     mean = reduction == "mean" and num_labels is None
     scored = getattr(head.__dict__.get("forward"), "graddot_head", None)
-    step = scored(counts, mean) if scored is not None and torch.is_grad_enabled() else None
+    step = scored(labelled, mean) if scored is not None and torch.is_grad_enabled() else None
     if step is not None:
         name = head.__dict__["forward"].name
         if hidden.shape[0] == hidden.shape[1] and "second" in step.layouts.values():
@@ -175,30 +179,37 @@ def cross_entropy(
         hidden = step.as_rows(name, hidden)
     coefficient = torch.ones((), dtype=torch.float64, device=hidden.device)
     if reduction == "mean":
-        total = counts.sum().clamp(min=1) if num_labels is None else num_labels
+        total = labelled.sum().clamp(min=1) if num_labels is None else num_labels
         coefficient = coefficient / total
     act = autocast_input(hidden)
     if act.dtype == torch.float16:  # p - 1[label] of a large vocabulary is below fp16's range
         act = act.float()
     if not torch.is_grad_enabled() or (step is not None and step.trial):
         losses = _losses(act, head, labels, form)
+        distributed.reshard(head)  # for which no backward comes
         return losses.sum() * coefficient.to(losses.dtype), losses
-    return LinearCrossEntropyDot.apply(act, head.weight, head.bias, labels, coefficient, form, step)  # type: ignore[no-any-return]
+    shape = labels.shape
+    if step is not None and step.tokens is not None:  # each a row of its own
+        act, labels = act.reshape(-1, 1, act.shape[2]), labels.reshape(-1, 1)
+    loss, losses = LinearCrossEntropyDot.apply(
+        act, head.weight, head.bias, labels, coefficient, form, step
+    )
+    return loss, losses.view(shape)
 
 
 @torch.no_grad()
 def _losses(act: Tensor, head: nn.Linear, labels: Tensor, form: Any) -> Tensor:
-    """Evaluation: one row at a time, no gradients."""
+    """Evaluation: some tokens at a time, no gradients; a packed batch is one row of many."""
     weight = head.weight.to(act.dtype)
     bias = None if head.bias is None else head.bias.to(act.dtype)
     with torch.autocast(act.device.type, enabled=False):
-        rows = [
-            torch.ops.graddot.cross_entropy_grad(
-                nn.functional.linear(x, weight, bias), y.contiguous(), *form
+        parts = [
+            torch.ops.graddot.cross_entropy_grad(nn.functional.linear(x, weight, bias), y, *form)
+            for x, y in zip(
+                act.flatten(0, 1).split(_AT_A_TIME), labels.flatten().split(_AT_A_TIME), strict=True
             )
-            for x, y in zip(act, labels, strict=True)
         ]
-    return torch.stack(rows) if rows else labels.new_zeros(labels.shape, dtype=torch.float32)
+    return torch.cat(parts).view(labels.shape)
 
 
 class _FusedForward:
@@ -237,8 +248,11 @@ def fuse_head(
     and 0 when it is that position's target. `unfuse_head` takes it back.
 
     Raises GraddotError unless the model is a base model and a Linear head, and its own loss, on a
-    few tokens, is what the fused head computes (a model may scale or cap its logits).
+    few tokens, is what the fused head computes (a model may scale or cap its logits); also for a
+    model that `fully_shard` had before.
     """
+    if distributed.is_sharded(model.parameters()):  # whose forward runs in hooks, not by itself
+        raise GraddotError("the model is sharded already; call fuse_head before fully_shard")
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     base = getattr(model, "base_model", model)
     if type(get_head()) is not nn.Linear or base is model:

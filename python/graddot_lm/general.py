@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .errors import GraddotError
-from .following import Calls, Following, too_large
+from .following import Calls, Following, over_rows, too_large
 from .scored import Scored, ScoredForward
 
 Rule = Callable[..., Any]
@@ -27,19 +27,23 @@ LARGEST = 2**22  # elements whose gradient may be held for every sample of a lay
 
 
 class ProvenRule:
-    """The first way of several that is proven for one layer; ways make what is proven, by name.
+    """The first way of several that is proven for one layer; ways make what is proven, by name, given
+    how many elements of a parameter may have a gradient of every row.
 
     Proven again when the layer's mode or its arguments' kind changes, when the first batch of
     several rows comes after batches of one, and when the layer does with its parameters what it did
     not do in the proof.
     """
 
-    def __init__(self, ways: dict[str, Callable[[], Rule]]) -> None:
-        self._ways = ways
+    def __init__(self, ways: dict[str, Callable[[float], Rule]], largest: float = LARGEST) -> None:
+        self._ways, self._largest = ways, largest
         self._proven: dict[Any, Rule] = {}
+        self._of_tokens: ProvenRule | None = None
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
         scored.require_rows_first()
+        if scored.step.packed:
+            return self._by_token(module, scored, args, kwargs)
         kinds = [_kind(scored, x) for x in tree_flatten((args, kwargs))[0]]
         key = (module.training, scored.rows == 1, *kinds)
         way = self._proven.get(key)
@@ -54,8 +58,9 @@ class ProvenRule:
         from .check import prove  # check.py attaches rules, this one among them
 
         reasons = []
-        for name, make in self._ways.items():
+        for name, way in self._ways.items():
             try:
+                make = functools.partial(way, self._largest)
                 return prove(module, scored, make, args, kwargs)
             except GraddotError as error:
                 reasons.append(f"{name}: {error}")
@@ -66,22 +71,59 @@ class ProvenRule:
             + "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
         )
 
+    def _by_token(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Any:
+        """The tokens of a packed row as rows, for a layer that looks at each by itself. There are too
+        many for parameters larger than a token to have a gradient of each."""
+        from .check import check_by_token
+
+        holders = [module, *(x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Module))]
+        inside = [part for one in holders for part in one.modules() if part is not module]
+        called = [part for part in inside if type(part).forward is not nn.Module.forward]
+        if any(isinstance(part.__dict__.get("forward"), ScoredForward) for part in called):
+            raise GraddotError(
+                f"layer {scored.name or '(itself)'} of type {type(module).__name__} has parameters of its"
+                " own around scored layers, and cannot be scored for the samples of a packed row; give"
+                " every sample a row of its own, or freeze them"
+            )
+        rule = self._of_tokens = self._of_tokens or ProvenRule(self._ways, 0)
+        tokens, proven = Tokens(scored), len(rule._proven)
+        inner = Scored(scored.name, scored.step.of_tokens(), scored.own_forward)
+        inner_args, inner_kwargs = tokens.as_rows((args, kwargs))
+        out = tokens.as_one(rule(module, inner, *inner_args, **inner_kwargs))
+        if len(rule._proven) > proven:
+            check_by_token(module, scored.name, tokens, args, kwargs)
+        return out
+
+
+class Tokens:
+    """The tokens of a packed row as rows, (T, 1, ...), and back; a flat layer, (T, ...), has them so."""
+
+    def __init__(self, scored: Scored) -> None:
+        self._flat = scored.step.row_tokens(scored.name) > 0
+        self._number = scored.step.tokens
+
+    def as_rows(self, values: Any) -> Any:
+        is_row = lambda x: not self._flat and x.shape[:2] == (1, self._number)
+        return tree_map_only(Tensor, lambda x: x.transpose(0, 1) if is_row(x) else x, values)
+
+    def as_one(self, values: Any) -> Any:
+        is_rows = lambda x: not self._flat and x.shape[:2] == (self._number, 1)
+        return tree_map_only(Tensor, lambda x: x.transpose(0, 1) if is_rows(x) else x, values)
+
 
 def general_rule(*, any_size: bool = False) -> ProvenRule:
     """For a layer of which nothing is known; any_size lets it hold large gradients by row."""
     largest = math.inf if any_size else LARGEST
     return ProvenRule(
-        {
-            "in place": lambda: InPlace(largest),
-            "row by row": lambda: functools.partial(row_by_row, largest),
-        }
+        {"in place": InPlace, "row by row": lambda most: functools.partial(row_by_row, most)},
+        largest,
     )
 
 
 def caller_rule() -> ProvenRule:
     """For a module without parameters to score, around a layer whose input has no rows: what that
     returns is followed, as it is, to where it meets rows."""
-    return ProvenRule({"in place": lambda: InPlace(LARGEST)})
+    return ProvenRule({"in place": InPlace})
 
 
 def _kind(scored: Scored, x: Any) -> Any:
@@ -171,7 +213,7 @@ def row_by_row(largest: float, module: nn.Module, scored: Scored, *args: Any, **
     if torch.is_autocast_enabled(kind):  # which does not reach every operation under vmap
         samples = [x.to(first.dtype) if x.is_floating_point() else x for x in samples]
     with torch.autocast(kind, enabled=False):
-        outputs = iter(torch.vmap(one, randomness="different")(own, samples))
+        outputs = iter(over_rows(one, own, samples))
     filled = [next(outputs).flatten(0, 1) if isinstance(x, Tensor) else x for x in returned[0]]
     return tree_unflatten(filled, returned[1])
 
@@ -214,7 +256,13 @@ def _replaced(module: nn.Module, values: dict[str, Tensor]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _plain_children(module: nn.Module) -> Iterator[None]:
-    """The layers inside of a module with their own forwards, as if no engine were attached."""
+    """The layers inside of a module with their own forwards, as if no engine were attached.
+
+    Under vmap nothing seems to need a gradient, and PyTorch's transformer layers in evaluation mode
+    would take a path that has none.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
     scored = {
         child: child.__dict__["forward"]
         for child in module.modules()
@@ -225,5 +273,6 @@ def _plain_children(module: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         for child, forward in scored.items():
             child.forward = forward

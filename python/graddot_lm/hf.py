@@ -10,6 +10,7 @@ scores. Needs the package `accelerate`, as transformers' Trainer does.
 
 import copy
 import inspect
+import itertools
 import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,9 +32,11 @@ from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .scores import Number, clip_factor
+from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema
 
 _INDEX = "graddot_index"
+_LENGTHS = "graddot_lengths"
 _SAVED_EVERY = 100  # steps between saves of the rows, beside those at checkpoints
 
 
@@ -56,13 +59,18 @@ class _Indexed(Dataset):
 
 
 class _IndexCollator:
-    """Collates the items; their indices, (N,), are one more entry of the batch."""
+    """Collates the items; their indices, (N,), are one more entry of the batch, and their lengths if
+    they became one row. Items without tokens are not in that."""
 
     def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
         self.collate = collate
 
     def __call__(self, items: list[tuple[int, Any]]) -> Any:
         batch = self.collate([item for _, item in items])
+        lengths = flattened_lengths([item for _, item in items], batch)
+        if lengths is not None and len(items) > 1:
+            batch[_LENGTHS] = [n for n in lengths if n]
+            items = list(itertools.compress(items, lengths))
         batch[_INDEX] = torch.tensor([index for index, _ in items])
         return batch
 
@@ -104,6 +112,9 @@ class GradDotProdTrainer(Trainer):
     n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and value, which takes
     account of gradient accumulation, clipping and each parameter group's own learning rate, and is
     0 in a step that was not taken. They are saved every 100 steps, at checkpoints and at the end.
+    Where the collator makes one row of all items (DataCollatorWithFlattening, TRL's padding_free),
+    each is scored as if it had a row of its own, without norms; where several texts are one item
+    (TRL's packing), they are one sample.
     With several validation sets there is a dot_<name> and value_<name> of each. A run that resumes
     from a checkpoint drops the rows of later steps. Several processes (torchrun,
     DistributedDataParallel or FSDP of version 2) each write the rows of their own samples, into one folder that all of
@@ -129,8 +140,7 @@ class GradDotProdTrainer(Trainer):
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
     several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
     parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`, `model_init`,
-    auto_find_batch_size, iterable training sets, padding-free batches, and batches whose targets are
-    not in "labels".
+    auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels".
     """
 
     def __init__(
@@ -237,17 +247,34 @@ class GradDotProdTrainer(Trainer):
 
     def _validation_batches(self, target: str) -> list[Any]:
         if target not in self._val_batches:
+            own, lengths = self._own_collator("validation", self._val_collator), []
+
+            def collate(items: list[Any]) -> Any:
+                batch = own(items)
+                lengths.append(flattened_lengths(items, batch))
+                return batch
+
             loader = DataLoader(
-                self._val_sets[target],
-                batch_size=self.args.eval_batch_size,
-                collate_fn=self._own_collator("validation", self._val_collator),
+                self._val_sets[target], batch_size=self.args.eval_batch_size, collate_fn=collate
             )
             # Nothing drawn here, by the loader and by collators that mask at random, moves what
             # dropout and samplers draw in training; and a run that resumes has the same batches.
             with own_random():
                 set_seed(self.args.seed)
-                self._val_batches[target] = list(loader)
+                batches = list(loader)
+            self._check_validation(batches, lengths)
+            self._val_batches[target] = batches
         return self._val_batches[target]
+
+    def _check_validation(self, batches: list[Any], lengths: list[list[int] | None]) -> None:
+        """That its samples are kept apart where they share a row; those of training may not."""
+        for batch, own in zip(batches, lengths, strict=True):
+            own = [n for n in own or () if n]
+            if len(own) > 1:
+                inputs = self._prepare_inputs(batch)
+                packed = Segments(own, inputs["input_ids"].shape[1])
+                self.engine._forward.check_packed((), inputs, packed)
+                return
 
     # Training
 
@@ -303,8 +330,8 @@ class GradDotProdTrainer(Trainer):
     ) -> Tensor:
         """Trainer's, with the batch's scores taken from its backward."""
         self._refuse()  # what was set since
-        index = inputs.pop(_INDEX)
-        self._check_rows(inputs, len(index))
+        index, lengths = inputs.pop(_INDEX), inputs.pop(_LENGTHS, None)
+        self._check_rows(inputs, len(index) if lengths is None else 1)
         if not self._training:
             self._begin()
         step = self.state.global_step
@@ -316,7 +343,7 @@ class GradDotProdTrainer(Trainer):
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        self.engine.attach_train_batch(inputs, None, step, index)
+        self.engine.attach_train_batch(inputs, None, step, index, segments=lengths)
         micro = self.engine._forward.micro
         if micro is not None:  # without waiting for a device, as get_scale() would
             one = torch.ones((), dtype=torch.float64, device=self.args.device)
@@ -344,9 +371,9 @@ class GradDotProdTrainer(Trainer):
             )
         if isinstance(labels, Tensor) and labels.dim() and len(labels) != items:
             raise GraddotError(
-                f"the collator made {len(labels)} rows of {items} dataset items; padding-free"
-                " (flattened) batches cannot be scored, nor others in which an item is not one row:"
-                " use a collator that pads"
+                f"the collator made {len(labels)} rows of {items} dataset items, and not one in which"
+                " their input_ids lie one after the other, with position_ids; batches in which an item"
+                " is not one row cannot be scored otherwise: use a collator that pads"
             )
 
     def _direct(self, step: int) -> bool:

@@ -13,7 +13,7 @@ of biases and norms, which are small, are made for many parameters at once.
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ class Step:
     into the gradient of the training loss. names has the layers' parameters by id(parameter), and
     leaf_of what their dots are collected for; a parameter without a leaf is trained but not scored.
     With given directions, (K, *shape) by id(parameter), there are no val_rows; with `tokens`, T,
-    every token of a row is then scored as a sample of its own, and dots are (K, N·T). With `norms`
+    every token of a row is then scored as a sample of its own, and dots are (K, N·T); `packed` says
+    that tokens are scored as parts of several samples in a row. With `norms`
     dots have one more row, ‖G_i‖², and with val_rows one more column, ‖D_k‖². layouts says by layer
     name how its input holds the rows, as `rows.find_layouts` saw it; first is True in the step that
     saw it; expands has the layers that return for all rows at once, in copies for each. A trial has
@@ -56,6 +57,7 @@ class Step:
     leaf_of: dict[int, str] = field(default_factory=dict)
     directions: dict[int, Tensor] = field(default_factory=dict)
     tokens: int | None = None
+    packed: bool = False
     sharded: bool = False
     layouts: dict[str, str | int] = field(default_factory=dict)
     first: bool = False
@@ -147,14 +149,32 @@ class Step:
     def has_dots(self) -> bool:
         return bool(self._dots or self._rows)
 
+    def of_tokens(self) -> "Step":
+        """The same step to a layer that gets the tokens of the packed row as rows."""
+        assert self.tokens is not None
+        return replace(self, rows=self.tokens, tokens=None, packed=False, layouts={})
+
     def as_samples(self, x: Tensor) -> Tensor:
         """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
         if self.tokens is not None:
-            return x.reshape(-1, 1, x.shape[-1])
+            if not self.packed:
+                return x.reshape(-1, 1, x.shape[-1])
+            at = [k for k in (1, 2) if k < x.dim() - 1 and x.shape[k] == self.tokens]
+            if (
+                x.shape[0] == 1 and len(at) == 1
+            ):  # perhaps several heads a token, behind it or before
+                return x.movedim(at[0], 0).reshape(self.tokens, -1, x.shape[-1])
+        # Of a packed row in which that is no token, `check_samples` says so.
         return x.reshape(self.rows, -1, x.shape[-1])
 
     def check_samples(self, name: str, samples: int) -> None:
         if self.tokens is not None and samples != self.rows * self.tokens:
+            if self.packed:
+                raise GraddotError(
+                    f"{name} is used otherwise than on the {self.tokens} tokens of the packed row, one"
+                    " after the other, so that its samples have no parts of their own there; give"
+                    " every sample a row of its own, or exclude the parameter"
+                )
             raise GraddotError(
                 f"{name} is used on {samples} tokens of {self.rows} rows; expected {self.tokens} a"
                 " row, as there are labels. Scores by token need every layer to see every token;"
@@ -438,7 +458,7 @@ class EmbeddingDot(ScoredFunction):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         (ids,) = ctx.saved_tensors
         grad = ctx.step.as_samples(grad_out)
-        ids = ids.reshape(grad.shape[:2])
+        ids = ctx.step.as_samples(ids.view(*grad_out.shape[:-1], 1)).reshape(grad.shape[:2])
         if ctx.uses.padding_idx != ctx.padding_idx:  # other uses have another
             grad = grad.masked_fill((ids == ctx.padding_idx)[..., None], 0)
         weight_grad = _embedding_grad(ctx.step, ctx.uses, ids, grad)
@@ -466,8 +486,9 @@ class LayerNormDot(ScoredFunction):
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
         samples, grads = (ctx.step.as_samples(y.flatten(-len(ctx.shape))) for y in (x, grad_out))
+        statistics = (ctx.step.as_samples(y.flatten(-len(ctx.shape))) for y in (mean, rstd))
         weight_rows, bias_rows = _ops.norm_sample_grads(
-            samples, grads, *(y.reshape(samples.shape[:2]) for y in (mean, rstd))
+            samples, grads, *(y.reshape(samples.shape[:2]) for y in statistics)
         )
         for uses, rows, parameter, at in (
             (ctx.uses, weight_rows, weight, 1),

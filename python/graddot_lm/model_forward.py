@@ -21,16 +21,17 @@ from . import compiled, distributed
 from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import own_buffers, own_inputs, own_random
+from .digests import held_values, own_buffers, own_inputs, own_random
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
-from .outputs import check_loss, check_outputs, check_padding, is_divided
-from .parts import Packed, packed_inputs, splits_of
+from .outputs import check_loss, check_memory, check_outputs, check_padding, is_divided
+from .parts import Packed, packed_inputs, splits_of, take_inputs
 from .rows import KnownLayouts, Layout, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
+from .segments import Segments, check_apart
 from .tracing import rows_of, trace_after, trace_before
 from .verify import (
     BufferCheck,
@@ -91,6 +92,7 @@ class ModelForward:
         self._divided = has_causal_lm_loss(model)  # the model's loss, by num_items_in_batch
         self._undecided = False
         self._padding_checked = False  # whether there were rows that `padding` filled up
+        self._apart_checked = False  # whether there was a packed row of several samples
         self._probing = self._followed_whole = False
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._inputs: tuple[Any, Any] | None = None  # of the forward under way
@@ -177,9 +179,14 @@ class ModelForward:
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         self.one_row = len(labels) == 1
         unseen = self._layouts.is_new(self._mode(len(labels), [labels]), labels.shape[1:])
-        unchecked = bool(micro.filled) and not self._padding_checked
+        unchecked = bool(micro.filled) and not self._padding_checked or self._unchecked_row(micro)
         if self.is_first or unseen or unchecked:
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
+
+    def _unchecked_row(self, micro: MicroBatch) -> bool:
+        """Whether it is the first packed row of several samples."""
+        several = micro.segments is not None and len(micro.segments) > 1
+        return several and not self._apart_checked
 
     @property
     def is_first(self) -> bool:
@@ -312,14 +319,14 @@ class ModelForward:
         if self._reentrant is not None:
             self._reentrant.watch(tensors_in(out))
 
-    def _begin_head(self, module: nn.Module, name: str, counts: Tensor, mean: bool) -> Step | None:
-        """The same for the fused head, which runs in this layer's place and sees the labels, and
-        whether its loss is their mean."""
+    def _begin_head(
+        self, module: nn.Module, name: str, labelled: Tensor, mean: bool
+    ) -> Step | None:
+        """The same for the fused head, which runs in this layer's place and sees which tokens are
+        labelled, (rows, T), and whether its loss is their mean."""
         step = self._begin_layer(module, name)
         if step is not None:
             assert self.micro is not None
-            if step.tokens is not None:
-                raise GraddotError("per_token needs the model's own head; unfuse_head(model) first")
             expected = self.micro.loss_reduction
             if mean != (expected == "mean"):
                 raise GraddotError(
@@ -327,11 +334,11 @@ class ModelForward:
                     f" but the engine expects a {expected}; pass loss_reduction="
                 )
             if not step.trial:  # which other processes may not make
-                self._count_by_loss(self.micro, counts)
+                self._count_by_loss(self.micro, self.micro.summed(labelled))
         return step
 
     def _count_by_loss(self, micro: MicroBatch, counts: Tensor) -> None:
-        """The loss's own counts of labelled tokens, (rows,): no guess about its shift is needed."""
+        """The loss's own counts of labelled tokens: no guess about its shift is needed."""
         if self.loss.label_shift != "auto" and micro.step.first:
             wrong = (counts != micro.counts.to(counts.device)).nonzero().flatten().tolist()
             if wrong:
@@ -344,7 +351,7 @@ class ModelForward:
         self._use_counts(micro, counts)
 
     def _use_counts(self, micro: MicroBatch, counts: Tensor) -> None:
-        """Labelled tokens of each row, and the weight of one in the gradient of all processes."""
+        """Labelled tokens of each sample, and the weight of one in the gradient of all processes."""
         group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
         n_train = None
         if self.global_mean or (micro.loss_reduction == "sum" and micro.items is None):
@@ -393,7 +400,7 @@ class ModelForward:
         self._find_layouts(micro, args, kwargs)
         self._inputs = args, kwargs
         if micro.step.first and micro.step.val_rows:
-            self._buffers = BufferCheck(self.model)
+            self._buffers = BufferCheck(self.model, held_values(self.model))
         if self._followed_whole:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
@@ -413,8 +420,9 @@ class ModelForward:
         if layouts is None:
             raise GraddotError(
                 f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
-                " samples are kept apart needs; pass attach_train_batch labels of the same shape as"
-                " those that the model gets"
+                " samples are kept apart needs; compile the model, torch.compile(model), and no code"
+                " around it, or pass attach_train_batch labels of the same shape as those that the"
+                " model gets"
             )
         micro.step.layouts.update(layouts)
         if micro.running:  # the forward raised, and is tried again
@@ -430,7 +438,7 @@ class ModelForward:
             micro.loss_reduction, micro.items = "sum", items
         counts = micro.counts
         if self.loss.label_shift == "auto" and labelled:
-            counts = self.loss.count(micro.labels, self.loss.shift_by(self.model))
+            counts = micro.labelled(self.loss, self.loss.shift_by(self.model))
         self._use_counts(micro, counts)
 
     def _see_whether_divided(self, args: Any, kwargs: dict[str, Any]) -> None:
@@ -480,6 +488,8 @@ class ModelForward:
             known = self._known_to_all(micro, shapes)
         else:
             known = None if micro.step.first else self._layouts.of(mode, shapes)
+            if known is None and not micro.step.first and micro.segments is not None:
+                known = self._layouts.of_tokens(mode, micro.segments.tokens)
         if known is not None:
             micro.step.layouts.update(known)
             return
@@ -504,6 +514,8 @@ class ModelForward:
                 if not self._follow_callers(foreign or same | micro.step.expands):
                     raise problem from error
         self._layouts.learn(mode, shapes, layouts)
+        if micro.segments is not None:
+            self._layouts.learn_of_tokens(mode, micro.segments.tokens, layouts)
         distributed.unshard(self.model)
 
     def _known_to_all(
@@ -601,16 +613,34 @@ class ModelForward:
         """Losses that the model returns must be those of its rows."""
         assert self._inputs is not None
         args, kwargs = self._inputs
+        samples = micro.step.rows
+        take = lambda x, index: take_inputs(x, index, samples, self._packed)
+        if micro.segments is not None:
+            samples, take = len(micro.segments), micro.segments.take
+            self.check_packed(args, kwargs, micro.segments)
+            self._apart_checked |= samples > 1
         fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
         outputs = enumerate(tensors_in(output))
         numbers = [k for k, x in outputs if x.dim() == 0 and x.requires_grad]
-        if numbers and not fused:
+        if numbers and (not fused or micro.segments is not None):
             weights = micro.counts if micro.loss_reduction == "mean" else None
             with self.set_aside():
                 check_loss(
-                    self.model, args, kwargs, micro.step.rows, weights, numbers, self._packed,
+                    self.model, args, kwargs, samples, weights, numbers, take,
                     thorough=self._thorough, runs=self._runs,
                 )  # fmt: skip
+
+    def check_packed(self, args: Any, kwargs: Any, segments: Segments) -> None:
+        """Raise GraddotError unless the model keeps apart the samples that share a row."""
+        if distributed.is_sharded(self._parameters.values()):
+            raise GraddotError(
+                "the model is sharded, and would have to be run once for each sample of a packed row,"
+                " of which processes have other numbers, to see whether they are kept apart; give"
+                " every sample a row of its own"
+            )
+        layers = {name: self.model.get_submodule(name) for name in self._forwards}
+        with self.set_aside():
+            check_apart(self.model, layers, args, kwargs, segments)
 
     def end_compiled(self) -> None:
         """The end of a forward inside a compiled graph."""
@@ -650,17 +680,23 @@ class ModelForward:
             micro.step.shared.clear()
             self._inputs = self._buffers = None
             return None
-        micro.forwarded = True
-        if self.is_first:
+        micro.forwarded, first = True, self.is_first
+        if first:
             if self._buffers is not None:
+                assert self._inputs is not None
                 self._buffers.compare(self.model)
+                with self.set_aside():
+                    check_memory(self.model, *self._inputs, self._buffers.held)
                 self._buffers = None
             whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
             check_parameter_uses(output, whole)
             self._whole = whole
-            if micro.step.first:
-                self._check_numbers(micro, output)
-            self._label_check = LabelCheck(output, micro.labels, micro.counts, self._finished == 0)
+        if first and micro.step.first or self._unchecked_row(micro):
+            self._check_numbers(micro, output)
+        if first:
+            self._label_check = LabelCheck(
+                output, micro.labels, micro.counts, micro.summed, self._finished == 0
+            )
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
             if self.directions is not None:
                 distributed.check_static_graph()

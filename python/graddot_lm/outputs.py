@@ -9,7 +9,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from .digests import Digest, NoDropout, close, digest, own_buffers, own_inputs, own_random
+from .digests import (
+    Digest,
+    Held,
+    NoDropout,
+    close,
+    digest,
+    held_values,
+    hold,
+    own_buffers,
+    own_inputs,
+    own_random,
+)
 from .errors import GraddotError
 from .layers import Step
 from .parts import Packed, filled_up, splits_of, take_inputs
@@ -167,6 +178,52 @@ def check_padding(
         )
 
 
+def check_memory(model: nn.Module, args: Any, kwargs: Any, before: Held) -> None:
+    """Raise GraddotError if tensors or numbers that the forward left in its modules' attributes
+    change what the model returns the next time.
+
+    Validation rows then reach training rows in later steps. An attention map that is kept to be looked
+    at, or an auxiliary loss, does no harm; nor does a count of forwards.
+    """
+    now, changed = held_values(model), []
+    earlier = {module: dict(values) for module, values in now.items()}
+    for name, module in model.named_modules():
+        old = before[module]
+        for key, x in now[module].items():
+            if isinstance(x, (Tensor, float)) and not _same_value(x, old.get(key)):
+                changed.append(f"{name}.{key}".lstrip("."))
+                earlier[module].pop(key)
+                earlier[module].update({key: old[key]} if key in old else {})
+    if not changed:
+        return
+
+    def outputs(held: Held) -> list[Digest]:
+        own_args, own_kwargs = own_inputs((args, kwargs))
+        torch.manual_seed(0)
+        hold(held)
+        with own_buffers(model):
+            return [digest(x) for x in tensors_in(model(*own_args, **own_kwargs))]
+
+    try:
+        with torch.no_grad(), own_random(), NoDropout():
+            want, got = outputs(now), outputs(earlier)
+            if _same(got, want) or not _same(outputs(now), want):  # or random by itself
+                return
+    finally:
+        hold(now)
+    raise GraddotError(
+        f"{', '.join(changed)}: changed by the forward, in which validation rows ride along with the"
+        " training rows, and what the model returns the next time depends on that. Leave val_data out"
+        " and give directions (compute_directions), for training rows then run alone"
+    )
+
+
+def _same_value(x: Any, y: Any) -> bool:
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.shape == y.shape and torch.equal(x, y.to(x))
+    return type(x) is type(y) and bool(x == y)
+
+
 def _same(got: list[Digest], want: list[Digest]) -> bool:
     def alike(x: Digest, y: Digest) -> bool:
         by_dtype = {torch.float64: 1e-6, torch.float32: 1e-3}.get(y.values.dtype, 0.1)
@@ -227,14 +284,15 @@ def check_loss(
     rows: int,
     weights: Tensor | None,
     numbers: list[int],
-    packed: Packed,
+    take: Callable[[Any, list[int]], Any],
     *,
     thorough: bool = True,
     runs: int = 0,
 ) -> None:
     """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
 
-    numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
+    take(inputs, index) gives a model's inputs for some of the rows, which may be samples that share
+    one. numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
     tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
     class weights or a comparison of samples make a loss that is neither. thorough and runs as in
     `find_layouts`.
@@ -244,7 +302,7 @@ def check_loss(
     losses = []
     with torch.no_grad(), own_random(), NoDropout():
         for part in [list(range(rows)), *parts]:
-            part_args, part_kwargs = take_inputs((args, kwargs), part, rows, packed)
+            part_args, part_kwargs = take((args, kwargs), part)
             with own_buffers(model):
                 out = model(*part_args, **part_kwargs)
             if isinstance(out, Mapping) and out.get("aux_loss") is not None:

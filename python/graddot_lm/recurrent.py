@@ -56,10 +56,9 @@ def recurrent_rule(module: nn.Module, scored: Scored, x: Any, hx: Any = None) ->
         sides = []
         for direction in range(directions):
             state = tuple(s[len(last)][None] for s in states)
-            side = out.flip(1) if direction else out
             weights = f"l{layer}{'_reverse' if direction else ''}"
-            side, state = _run(module, scored, side, state, weights)
-            sides.append(side.flip(1) if direction else side)
+            side, state = _run(module, scored, out, state, weights)
+            sides.append(side)
             last.append(state)
         out = torch.cat(sides, 2) if directions > 1 else sides[0]
     end = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
@@ -70,10 +69,12 @@ def _run(
     module: nn.RNNBase, scored: Scored, x: Tensor, state: State, weights: str
 ) -> tuple[Tensor, State]:
     """One layer in one direction: the hidden states (rows, T, H), and the last state."""
+    # The weights see the tokens in the order of the row, in which they are scored by themselves.
+    in_time = (lambda x: x.flip(1)) if weights.endswith("_reverse") else (lambda x: x)
     named = [f"{kind}_{weights}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
     w_ih, w_hh, b_ih, b_hh = (getattr(module, name, None) for name in named)
     assert w_ih is not None and w_hh is not None
-    gates = scored.linear_of_rows(x, w_ih, b_ih)
+    gates = in_time(scored.linear_of_rows(x, w_ih, b_ih))
     kernel = KERNELS[module.mode]
     state = tuple(s.to(gates.dtype) for s in state)
     identity = torch.eye(gates.shape[2], dtype=gates.dtype, device=gates.device)
@@ -91,10 +92,11 @@ def _run(
 
     with torch.no_grad():
         before = torch.cat([state[0].transpose(0, 1), run(gates)[0][:, :-1]], 1)
-    hidden = scored.linear_of_rows(before, w_hh, b_hh)
+    hidden = in_time(scored.linear_of_rows(in_time(before), w_hh, b_hh))
     zero = hidden - hidden.detach()
     if module.mode == "GRU":  # whose reset gate multiplies the third part of it
         two, new = zero.split([2 * w_hh.shape[1], w_hh.shape[1]], 2)
         reset = (gates + hidden).detach()[..., : w_hh.shape[1]].sigmoid()
         zero = torch.cat([two, reset * new], 2)
-    return run(gates + zero)
+    out, end = run(gates + zero)
+    return in_time(out), end

@@ -32,6 +32,7 @@ class KnownLayouts:
     def __init__(self) -> None:
         self._found: dict[Any, dict[str, Layout]] = {}
         self._asked: set[Any] = set()
+        self._of_tokens: dict[Any, dict[str, Layout]] = {}
 
     def of(self, mode: Any, shapes: Sequence[torch.Size]) -> dict[str, Layout] | None:
         """Those of inputs of these shapes, the rows' dimension left out; None if not known."""
@@ -50,6 +51,17 @@ class KnownLayouts:
         one_token = any(len(shape) in (1, 2) and shape[0] == 1 for shape in shapes)
         if layouts:
             self._found[(mode, *shapes) if flat or one_token else mode] = layouts
+
+    def learn_of_tokens(self, mode: Any, tokens: int, layouts: dict[str, Layout]) -> None:
+        """The same of a packed row, where whatever is flat is all its tokens: rows have any number."""
+        if all(layout == tokens for layout in layouts.values() if isinstance(layout, int)):
+            self._of_tokens[mode] = layouts
+
+    def of_tokens(self, mode: Any, tokens: int) -> dict[str, Layout] | None:
+        """Those of a packed row of other samples."""
+        found = self._of_tokens.get(mode)
+        flat = lambda layout: tokens if isinstance(layout, int) else layout
+        return None if found is None else {name: flat(x) for name, x in found.items()}
 
     def is_new(self, mode: Any, shape: torch.Size) -> bool:
         """Whether labels of this shape may come with inputs of unknown layouts: asked before for

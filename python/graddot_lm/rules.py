@@ -20,7 +20,7 @@ from .general import ProvenRule, Rule, general_rule
 from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
 from .recurrent import PROJECTIONS, recurrent_rule
 from .scored import Scored, any_layout, has_own_forward, own_parameters
-from .transformers_layers import experts, is_experts, is_relative_bias
+from .transformers_layers import experts, is_adapted_experts, is_experts, is_relative_bias
 
 
 @any_layout
@@ -134,6 +134,8 @@ def rule_for(module: nn.Module) -> Rule | None:
     if is_relative_bias(module):
         return general_rule()
     trained = any(p.requires_grad for p in module.parameters())
+    if trained and is_adapted_experts(module):
+        return ProvenRule({"experts": lambda most: experts})
     if trained and nn.utils.parametrize.is_parametrized(module):  # a weight is computed of others
         return general_rule(any_size=getattr(module, "groups", 1) > 1)
     lists = (nn.ParameterList, nn.ParameterDict)  # which have no forward of their own
@@ -150,7 +152,7 @@ def rule_for(module: nn.Module) -> Rule | None:
             general = own or module.groups > 1  # type: ignore[operator]
             return general_rule(any_size=True) if general else rule
     if is_experts(module):
-        return ProvenRule({"experts": lambda: experts})
+        return ProvenRule({"experts": lambda most: experts})
     form = rms_norm_form(module)
     if form is None:
         return general_rule(any_size=layer_type(module) in _registered)

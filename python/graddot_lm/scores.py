@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .batches import LossForm
 from .errors import GraddotError
 from .layers import Step
 from .loss_scale import LossScale
+from .segments import Segments
 
 # A number, or a 0-dim tensor, which may be on a device that is not to be waited for.
 Number = float | Tensor
@@ -35,7 +37,7 @@ class MicroBatch:
     dots_shape: tuple[int, int]  # of the raw dots and squared norms that the step collects
     loss_scale: LossScale
     loss_reduction: str
-    counts: Tensor  # (rows,) labelled tokens
+    counts: Tensor  # (rows,), or (N,) of a packed row's samples: labelled tokens
     direction_norms: Tensor | None = None  # (K,) of given directions, for `norms`
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     items: Number | None = None  # what a summed loss was divided by: num_items_in_batch
@@ -44,6 +46,7 @@ class MicroBatch:
     unit: Number | None = None
     # Rows that `padding` filled up: which, their own length and that of the joint batch.
     filled: list[tuple[list[int], int, int]] = field(default_factory=list)
+    segments: Segments | None = None  # the samples of the batch's one row, if it is packed
     running: bool = False  # inside the model's forward
     forwarded: bool = False
     # Whether each optimizer took the step; a 0-dim tensor where only the device knows.
@@ -54,16 +57,26 @@ class MicroBatch:
 
     @property
     def n(self) -> int:
-        """Training rows."""
-        return self.step.train_rows
+        """Training samples."""
+        return self.step.train_rows if self.segments is None else len(self.segments)
 
     @property
     def leaves(self) -> list[str]:
         """All leaves, in an order that runs repeat."""
         return list(dict.fromkeys(self.leaf_of.values()))
 
+    def labelled(self, loss: LossForm, shift: int) -> Tensor:
+        """Labelled tokens of each sample, as `counts`, for a loss that shifts the labels so."""
+        if self.segments is None:
+            return loss.count(self.labels, shift)
+        return self.segments.count(self.labels, shift, loss.ignore_index)
+
+    def summed(self, by_token: Tensor) -> Tensor:
+        """(rows, T) summed over the tokens of each sample, as `counts`."""
+        return by_token.sum(1) if self.segments is None else self.segments.sum(by_token[0].long())
+
     def set_counts(self, counts: Tensor, world: int = 1, n_train: Tensor | None = None) -> None:
-        """Labelled tokens of each row, (rows,); with them the scale of the training gradient.
+        """Labelled tokens of each sample, as `counts`; with them the scale of the training gradient.
 
         The gradient is averaged over `world` processes. A training token's weight there is
         1 / n_train, by default that of a mean over processes of means.
@@ -100,7 +113,9 @@ class MicroBatch:
 
     def _raw(self, leaf: str) -> Tensor:
         dots, scale = self.step.collected(leaf), self.step.scale
-        return scale.new_zeros(self.dots_shape, dtype=torch.float64) if dots is None else dots
+        if dots is None:
+            dots = scale.new_zeros(self.dots_shape, dtype=torch.float64)
+        return dots if self.segments is None else self.segments.sum(dots)
 
     def _factors(self) -> tuple[Tensor, Tensor | None]:
         """What turns gradients of the joint loss into those of mean losses: for each training

@@ -231,8 +231,9 @@ class LayerSite:
 
 @contextlib.contextmanager
 def _fake_state(module: nn.Module) -> Iterator[None]:
-    """Parameters and buffers without values in the place of a module's, its layers unscored, and
-    attention by the way of training, for its fast path returns another form."""
+    """Parameters, which some adapters ask to be such, and buffers without values in the place of a
+    module's, its layers unscored, and attention by the way of training, for its fast path returns
+    another form."""
     parts = list(module.modules())
     before = [(part, part._parameters.copy(), part._buffers.copy()) for part in parts]
     forwards: list[tuple[nn.Module, Any]] = [(p, p.__dict__.get("forward")) for p in parts]
@@ -246,7 +247,8 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
     try:
         torch.backends.mha.set_fastpath_enabled(False)
         for part, parameters, buffers in before:
-            part._parameters.update(fakes(parameters))
+            own = lambda x: nn.Parameter(x, requires_grad=x.is_floating_point())
+            part._parameters.update({n: own(x) for n, x in fakes(parameters).items()})
             part._buffers.update(fakes(buffers))
         for part, forward in scored:
             part.__dict__["forward"] = forward.own_forward

@@ -99,8 +99,8 @@ def _add_data_arguments(data: argparse._ArgumentGroup) -> None:
         "--train_set",
         type=_domains,
         default=None,
-        help="domains to train on, separated by commas, or all; a name with a comma in it in double"
-        " quotes, as '\"a, b\",c' (default: all)",
+        help="domains to train on, separated by commas, or all; a name with a comma in it, or with a"
+        " double quote first, in double quotes, as '\"a, b\",c', and those in it twice (default: all)",
     )
     data.add_argument(
         "--val_set",

@@ -22,22 +22,24 @@ class ExpertLinearDot(ScoredFunction):
     """One linear layer an expert: tokens (S, Din) sorted by expert, weight (E, Dout, Din), or
     (E, Din, Dout) transposed.
 
-    counts: tokens of each expert, adding up to S. samples (S,): the row each token is of.
+    counts: tokens of each expert, adding up to S. samples (S,): the row each token is of. view makes
+    the weight of a parameter that is stored another way, and so of its gradient and directions.
     """
 
     @staticmethod
-    def forward(ctx, x, weight, step, transposed, counts, samples):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(x, weight, samples)
-        ctx.step, ctx.counts, ctx.transposed = step, counts, transposed
-        ctx.uses = step.uses(weight)
+    def forward(ctx, x, parameter, step, transposed, counts, samples, view):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, parameter, samples)
+        ctx.step, ctx.counts, ctx.transposed, ctx.view = step, counts, transposed, view
+        ctx.uses = step.uses(parameter) if parameter.requires_grad else None
+        weight = view(parameter)
         by_expert = weight.to(x.dtype) if transposed else weight.to(x.dtype).mT
         return torch.cat([tokens @ w for tokens, w in zip(x.split(counts), by_expert, strict=True)])
 
     @staticmethod
     @without_autocast
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
-        x, weight, samples = ctx.saved_tensors
-        step, result = ctx.step, [None] * 6
+        x, parameter, samples = ctx.saved_tensors
+        step, weight, result = ctx.step, ctx.view(parameter), [None] * 7
         split = lambda t: t.split(ctx.counts)
         if ctx.needs_input_grad[0]:
             by_expert = weight.to(grad_out.dtype)
@@ -53,11 +55,12 @@ class ExpertLinearDot(ScoredFunction):
         step.check_samples(uses.name, step.rows)
         high = accumulator(x.dtype)
         n = step.train_rows
-        given = None if uses.given is None else uses.direction()
+        given = None if uses.given is None else ctx.view(uses.direction())
         targets = len(step.val_rows) if given is None else len(given)
         dots = torch.zeros(targets, step.rows, dtype=high, device=x.device)
         norms, val_norms = dots.new_zeros(step.rows), dots.new_zeros(targets)
-        weight_grad = torch.zeros_like(weight)
+        result[1] = torch.zeros_like(parameter)
+        weight_grad = ctx.view(result[1])
         for e, (act, grad, rows) in enumerate(
             zip(*map(split, (x, grad_out, samples)), strict=True)
         ):
@@ -76,7 +79,6 @@ class ExpertLinearDot(ScoredFunction):
                     per_token = ((act @ direction.to(high).t()) * grad).sum(1)
                     dots[k].index_add_(0, rows, per_token)
                 weight_grad[e] = (grad.t() @ act) * step.scale
-        result[1] = weight_grad
         dots = dots[:, :n]
         if uses.norms:
             dots = bordered(dots, norms[:n], val_norms if given is None else None)
@@ -112,10 +114,30 @@ def is_experts(module: nn.Module) -> bool:
     return {name for name, _ in module.named_parameters()} == names
 
 
+def is_adapted_experts(module: nn.Module) -> bool:
+    """An adapter of peft that adds low-rank products to one of the experts' weights while its forward
+    runs (LoRA's `target_parameters`). One for another weight may be inside of it."""
+    names = ("parameter_name", "get_base_layer", "lora_A", "lora_B")
+    return all(hasattr(module, name) for name in names) and is_experts(module.get_base_layer())  # type: ignore[operator]
+
+
+def _low_rank(module: Any) -> tuple[Any, dict[str, list[tuple[Tensor, Tensor, float]]]]:
+    """The experts inside of their adapters; by weight what is added: lora_A, lora_B and a factor."""
+    added: dict[str, list[tuple[Tensor, Tensor, float]]] = {}
+    while hasattr(module, "parameter_name"):
+        for name in () if module.disable_adapters or module.merged else module.active_adapters:
+            if name in module.lora_A:
+                pair = module.lora_A[name].weight, module.lora_B[name].weight
+                added.setdefault(module.parameter_name, []).append((*pair, module.scaling[name]))
+        module = module.base_layer
+    return module, added
+
+
 def experts(
     module: Any, scored: Scored, hidden: Tensor, top_k_index: Tensor, top_k_weights: Tensor
 ) -> Tensor:
     """hidden (rows·T, H) or (rows, T, H), the others (rows·T, k)."""
+    module, added = _low_rank(module)
     # Older versions of transformers do not have these attributes.
     if getattr(module, "_is_expert_parallel", False) or getattr(
         module, "has_post_expert_norm", False
@@ -134,11 +156,21 @@ def experts(
         )
     samples = token // (flat.shape[0] // scored.rows)
 
+    def product(x: Tensor, parameter: Tensor, view: Any, transposed: bool = False) -> Tensor:
+        routed = scored.step, transposed, counts, samples
+        return ExpertLinearDot.apply(x, parameter, *routed, view)  # type: ignore[no-any-return]
+
     def linear(x: Tensor, weight: str) -> Tensor:
-        x, step = autocast_input(x), scored.step
+        x = autocast_input(x)
         w, bias = getattr(module, weight), getattr(module, f"{weight}_bias", None)
+        if added and not w.requires_grad:
+            w = w.data  # which peft's forward, as a check runs it, sets anew to the same values
         with no_autocast(x.device.type):
-            out = ExpertLinearDot.apply(x, w, step, module.is_transposed, counts, samples)
+            out = product(x, w, lambda w: w, module.is_transposed)
+            for a, b, factor in added.get(weight, ()):  # (E·r, Din), and (Dout, r·E): E counts last
+                low = product(x, a, lambda a: a.unflatten(-2, (number, -1)))
+                wide = lambda b: b.unflatten(-1, (-1, number)).movedim(-1, -3)
+                out = out + factor * product(low, b, wide)
             if bias is None:
                 return out  # type: ignore[no-any-return]
             # Every row looks up as many experts' biases; they are added in the experts' order.

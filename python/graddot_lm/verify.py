@@ -94,9 +94,12 @@ def check_same_model(
 
 
 class BufferCheck:
-    """A model's floating-point buffers before a forward in which validation rows ride along."""
+    """A model's floating-point buffers, and what it holds in attributes, before a forward in which
+    validation rows ride along."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, held: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+        copied = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
+        self.held = {m: {k: copied(x) for k, x in values.items()} for m, values in held.items()}
         self._before = [
             (name, x, _version(x)) for name, x in model.named_buffers() if x.is_floating_point()
         ]
@@ -136,7 +139,8 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
         uses = ", ".join(f"{name} (by {op})" for name, op in sorted(foreign.items()))
         raise GraddotError(
             f"parameters used outside of the layer that owns them cannot be scored: {uses}."
-            " Freeze them, or call their layer's forward instead"
+            " Freeze them, or call their layer's forward instead; where the model adds a penalty of its"
+            " weights to its loss, as AdaLoRA does, pass it no labels and compute the loss from its logits"
         )
 
 
@@ -169,9 +173,18 @@ class LabelCheck:
     gradient are a problem in the `first` step only: a hinge loss has none once a margin is reached.
     """
 
-    def __init__(self, output: Any, labels: Tensor, counts: Tensor, first: bool) -> None:
+    def __init__(
+        self,
+        output: Any,
+        labels: Tensor,
+        counts: Tensor,
+        summed: Callable[[Tensor], Tensor],
+        first: bool,
+    ) -> None:
+        """summed adds up what each token has, (rows, T), as counts are."""
         self.problem: str | None = None
         self._counts, self._strict = counts, first or labels.dim() > 1
+        self._summed = summed
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
         for x in tensors_in(output):
             if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
@@ -189,10 +202,10 @@ class LabelCheck:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
         idle = (grad == 0).all(-1)
-        used = (~idle).sum(1)
+        used = self._summed(~idle)
         missing = self._counts.to(used.device) - used
         if (missing > 0).any():
-            gone = (idle & _rounds_to_zero(logits, grad)).sum(1)
+            gone = self._summed(idle & _rounds_to_zero(logits, grad))
             missing = torch.where(missing > 0, (missing - gone).clamp(min=0), missing)
         wrong = (missing != 0 if self._strict else missing < 0).nonzero().flatten().tolist()
         if wrong:
