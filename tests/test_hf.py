@@ -433,6 +433,48 @@ def test_noise_on_embeddings(tmp_path, close, monkeypatch):
         close(got, dots, 1e-5, scales)
 
 
+class ScheduleFree(torch.optim.SGD):
+    """Has other weights in the model while it is evaluated."""
+
+    shift = 0.0
+
+    def _shift_to(self, shift):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.data += shift - self.shift
+        self.shift = shift
+
+    def train(self):
+        self._shift_to(0.0)
+
+    def eval(self):
+        self._shift_to(0.05)
+
+
+def test_weights_of_a_schedule_free_optimizer(tmp_path, close):
+    """The validation gradient after an evaluation is that at the weights that are trained."""
+    model, states = tiny_gpt2(), []
+
+    class Trained(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            states.append(copy.deepcopy(trainer.model.state_dict()))
+
+    trainer = GradDotProdTrainer(
+        model=model,
+        args=arguments(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1),
+        data_collator=collate,
+        train_dataset=TRAIN,
+        eval_dataset=VAL,
+        callbacks=[Trained()],
+        optimizers=(ScheduleFree(model.parameters(), lr=0.02), None),
+    )
+    trainer.train()
+    rows = [row for row in rows_of(tmp_path / "scores") if row["step"] == 1]
+    model.load_state_dict(states[0])
+    dots, scales, _ = brute_force(model, TRAIN, VAL, [row["sample_id"] for row in rows])
+    close(torch.tensor([row["dot"] for row in rows], dtype=torch.float64), dots, 1e-5, scales)
+
+
 def test_targets_and_interval(tmp_path, close):
     vals = {"a": VAL[:1], "b": VAL}
     data = Dataset.from_list([{**sample, "text": "not for the model"} for sample in TRAIN])
@@ -476,6 +518,20 @@ def test_bf16(tmp_path, record_property, monkeypatch):
     error = ((got - dots).abs() / scales).max().item()
     record_property("relative_error", error)
     assert 0 < error <= 2e-2
+
+
+def test_values_are_those_without_a_gradient_scaler(tmp_path, close):
+    """Two steps of it, whose scale grows in between."""
+    values = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**9, growth_interval=1)):
+        folder = tmp_path / f"{len(values)}"
+        trainer = scored(folder, tiny_gpt2(), max_steps=2, max_grad_norm=0.0)
+        trainer.accelerator.scaler = scaler
+        trainer.train()
+        rows = rows_of(folder / "scores")
+        values.append(torch.tensor([row["value"] for row in rows], dtype=torch.float64))
+    assert scaler.get_scale() == 2.0**11
+    close(values[1], values[0], 1e-4)
 
 
 def test_what_16_bits_round_is_not_refused(tmp_path, monkeypatch):

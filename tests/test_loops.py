@@ -164,6 +164,22 @@ def test_value_with_num_items_in_batch(close):
     close(store.column("value"), 0.5 * share * dots, 1e-5, 0.5 * share * scales)
 
 
+def test_losses_of_several_forms_in_a_step_are_refused():
+    model, val, batch = (
+        tiny_gpt2(),
+        token_batch(1, 9, seed=2),
+        token_batch(2, 9, seed=1),
+    )
+    engine = attached(model, val, store=Store(), label_shift="auto")
+    for items in ({}, {"num_items_in_batch": torch.tensor(30)}):
+        engine.attach_train_batch(*batch, 0, torch.arange(2))
+        x, y = engine.prepare_forward_input(*batch)
+        model(x, labels=y, **items).loss.backward()
+        engine.prepare_gradients()
+    with pytest.raises(GraddotError, match="were divided by num_items_in_batch, of others not"):
+        engine.aggregate_and_log()
+
+
 def test_a_step_after_its_values_is_refused():
     model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)

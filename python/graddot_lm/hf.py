@@ -129,7 +129,8 @@ class GradDotProdTrainer(Trainer):
             of the evaluation batch size, or a dict {target name: dataset}. It is run in
             evaluation mode, without dropout or label smoothing, and not used for training. By
             default eval_dataset, as the trainer has prepared it.
-        val_interval: optimizer steps between two computations of the validation gradient.
+        val_interval: optimizer steps between two computations of the validation gradient; a run that
+            resumes computes it at once.
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
             rows.
@@ -335,6 +336,9 @@ class GradDotProdTrainer(Trainer):
             self._begin()
         step = self.state.global_step
         if step != self._step:
+            # An evaluation may have left a schedule-free optimizer's other weights in the model.
+            if callable(train := getattr(self.optimizer, "train", None)):
+                train()
             self._step, self._scoring = step, self._direct(step)
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)

@@ -446,6 +446,7 @@ class ModelForward:
         If no process can tell yet, the next step is checked again."""
         with self.set_aside():
             seen = is_divided(self.model, args, kwargs)
+        distributed.unshard(self.model)
         votes = [None, False, True]
         parameters = list(self._parameters.values())
         group = distributed.averaging_group(parameters, self.process_group)
