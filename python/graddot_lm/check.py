@@ -312,6 +312,7 @@ class _Proof:
         total = {n: torch.stack([s[n] for s in train]).sum(0) for n in val}
         largest = lambda grads: max((g.norm().item() for g in grads.values()), default=0.0)
         floor = 1e-2 * largest(total)  # some gradients are zero but for rounding
+        small = [1e-4 * largest(val) * largest(sample) for sample in train]
         self._step.dot_held_rows()
         for n, p in self._scored.named_parameters():
             if n not in val:
@@ -322,8 +323,7 @@ class _Proof:
             if dots is None:
                 dots = val[n].new_zeros(1, len(train))
             for i, sample in enumerate(train):
-                size = (val[n].norm() * sample[n].norm()).item()
-                size = max(size, 1e-4 * largest(val) * largest(sample))
+                size = max((val[n].norm() * sample[n].norm()).item(), small[i])
                 want = (val[n] * sample[n]).sum()
                 self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .errors import GraddotError
 from .general import ProvenRule
-from .scored import Scored, ScoredForward
+from .scored import Scored, ScoredForward, first_tensor
 
 ROUTED = "routed"  # the layout of the layers inside of experts, but while these run
 _DIGIT = 256  # marks are whole numbers up to this, which every floating-point type has
@@ -49,17 +49,23 @@ class Mixture:
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
         if scored.step.tokens is not None:
             raise GraddotError(
-                f"the experts of {scored.name} see a part of the tokens, of which there are no scores"
-                " by token; leave per_token out, or exclude their parameters"
+                f"the experts of {scored.name} get some of the tokens, of which there are no scores by"
+                " token; leave per_token out"
             )
         with contextlib.ExitStack() as stack:
             stack.enter_context(forward_ad.dual_level())
             # Off inside of a reentrant checkpoint.
             stack.enter_context(forward_ad._set_fwd_grad_enabled(True))
             for name, part in self._parts(module):
-                run = self._run_expert if name in self._experts else self._run_layer
-                stack.enter_context(_forward_of(part, functools.partial(run, scored, name)))
-            args, kwargs = self._marked(scored, (args, kwargs))
+                inner = Scored(f"{scored.name}.{name}", scored.step, part.forward)
+                run = _run_expert if name in self._experts else self._run_layer
+                stack.enter_context(_in_place_of(part, functools.partial(run, part, inner)))
+            first = first_tensor((args, kwargs))  # whose layout was judged
+
+            def mark(x: Tensor) -> Tensor:
+                return _marked(scored, x) if x is first else x
+
+            args, kwargs = tree_map_only(Tensor, mark, (args, kwargs))
             return scored.own_forward(*args, **kwargs)
 
     def _parts(self, module: nn.Module, within: str = "") -> Iterator[tuple[str, nn.Module]]:
@@ -74,75 +80,70 @@ class Mixture:
             else:
                 yield from self._parts(part, f"{name}.")
 
-    def _marked(self, scored: Scored, values: Any) -> Any:
-        """With the row's mark for every vector of the tensors with rows."""
-
-        def one(x: Tensor) -> Tensor:
-            if not x.is_floating_point() or x.dim() < 2 or not scored.has_rows(x):
-                return x
-            by_row = x.unflatten(0, (scored.rows, -1))
-            marks = _marks(scored.rows, x.shape[-1], x.dtype, x.device)
-            marks = marks.view(scored.rows, *[1] * (x.dim() - 1), -1).expand_as(by_row)
-            return forward_ad.make_dual(x, marks.flatten(0, 1))
-
-        return tree_map_only(Tensor, one, values)
-
-    def _run_layer(
-        self, scored: Scored, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
+    def _run_layer(self, part: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
         """A scored layer, which knows nothing of marks. Its output has rows where it has them first."""
         args, kwargs = _without_marks((args, kwargs))
-        out = forward(*args, **kwargs)
-        layout = scored.step.layouts.get(f"{scored.name}.{name}")
+        out = scored.own_forward(*args, **kwargs)
+        layout = scored.step.layouts.get(scored.name)
         if not self._marks_layers or not (layout == "rows" or isinstance(layout, int)):
             return out
-        inner = Scored(f"{scored.name}.{name}", scored.step, forward)
-        return self._marked(inner, out)
+        return tree_map_only(Tensor, functools.partial(_marked, scored), out)
 
-    def _run_expert(
-        self, scored: Scored, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
-    ) -> Any:
-        """An expert, on its tokens laid out by row."""
-        name, step = f"{scored.name}.{name}", scored.step
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        marked = [x for x in tensors if x.dim() and forward_ad.unpack_dual(x).tangent is not None]
-        if not marked:
+
+def _run_expert(part: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+    """An expert, on its tokens laid out by row."""
+    name, layouts = scored.name, scored.step.layouts
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()]
+    marked = [x for x in tensors if forward_ad.unpack_dual(x).tangent is not None]
+    if not marked:
+        raise GraddotError(
+            f"expert {name} gets no copies of tokens, so that it is not known which row each of its"
+            " tokens is of; let its input be taken from the mixture's as it is"
+        )
+    lead = marked[0].shape[:-1]
+    others = [tuple(x.shape) for x in tensors if x.shape[: len(lead)] != lead]
+    if others:
+        raise GraddotError(
+            f"expert {name} gets tokens of shape {tuple(marked[0].shape)} and a tensor of shape"
+            f" {others[0]}, of which it is not known which token each entry is of"
+        )
+    rows, *further = (_rows_of(x, scored.rows, name) for x in marked)
+    if not all(torch.equal(rows, other) for other in further):
+        raise GraddotError(f"expert {name} gets tokens of different rows side by side")
+    at, source, each = _by_row(rows, scored.rows)
+
+    def laid_out(x: Tensor) -> Tensor:
+        if not x.dim():
+            return x
+        flat = x.reshape(len(rows), *x.shape[len(lead) :])
+        empty = flat.new_zeros(len(source), *flat.shape[1:])
+        return flat.index_select(0, source) if len(rows) else empty
+
+    def taken_out(x: Tensor) -> Tensor:
+        if x.shape[:1] != source.shape:
             raise GraddotError(
-                f"expert {name} gets no copies of tokens, so that it is not known which row each of"
-                " its tokens is of; let its input be taken from the mixture's as it is"
+                f"expert {name} returned a tensor of shape {tuple(x.shape)} for {len(source)} tokens"
             )
-        lead = marked[0].shape[:-1]
-        others = [tuple(x.shape) for x in tensors if x.shape[: len(lead)] != lead]
-        if others:
-            raise GraddotError(
-                f"expert {name} gets tokens of shape {tuple(marked[0].shape)} and a tensor of shape"
-                f" {others[0]}, of which it is not known which token each entry is of"
-            )
-        rows, *further = (_rows_of(x, scored.rows, name) for x in marked)
-        if not all(torch.equal(rows, other) for other in further):
-            raise GraddotError(f"expert {name} gets tokens of different rows side by side")
-        at, source, each = _by_row(rows, scored.rows)
-        layers = [n for n in step.layouts if n == name or n.startswith(f"{name}.")]
+        return x.index_select(0, at).reshape(*lead, *x.shape[1:])
 
-        def laid_out(x: Tensor) -> Tensor:
-            flat = x.reshape(len(rows), *x.shape[len(lead) :])
-            empty = flat.new_zeros(len(source), *flat.shape[1:])
-            return flat.index_select(0, source) if len(rows) else empty
+    args, kwargs = tree_map_only(Tensor, laid_out, _without_marks((args, kwargs)))
+    layers = [f"{name}.{key}" if key else name for key, _ in part.named_modules()]
+    layouts.update(dict.fromkeys(layers, each))
+    try:
+        out = scored.own_forward(*args, **kwargs)
+    finally:
+        layouts.update(dict.fromkeys(layers, ROUTED))
+    return tree_map_only(Tensor, taken_out, out)
 
-        def taken_out(x: Tensor) -> Tensor:
-            if x.shape[:1] != source.shape:
-                raise GraddotError(
-                    f"expert {name} returned a tensor of shape {tuple(x.shape)} for {len(source)} tokens"
-                )
-            return x.index_select(0, at).reshape(*lead, *x.shape[1:])
 
-        args, kwargs = tree_map_only(Tensor, laid_out, _without_marks((args, kwargs)))
-        step.layouts.update(dict.fromkeys(layers, each))
-        try:
-            out = forward(*args, **kwargs)
-        finally:
-            step.layouts.update(dict.fromkeys(layers, ROUTED))
-        return tree_map_only(Tensor, taken_out, out)
+def _marked(scored: Scored, x: Tensor) -> Tensor:
+    """With its row's mark for every vector of a tensor with rows."""
+    if not x.is_floating_point() or x.dim() < 2 or not scored.has_rows(x):
+        return x
+    by_row = x.unflatten(0, (scored.rows, -1))
+    marks = _marks(scored.rows, x.shape[-1], x.dtype, x.device)
+    marks = marks.view(scored.rows, *[1] * (x.dim() - 1), -1).expand_as(by_row)
+    return forward_ad.make_dual(x, marks.flatten(0, 1))
 
 
 @functools.lru_cache(maxsize=16)
@@ -194,10 +195,10 @@ def _without_marks(values: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _forward_of(part: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
-    """Inside of it, run(its forward, ...) in the place of a module's forward."""
+def _in_place_of(part: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Inside of it, run in the place of a module's forward."""
     before = part.__dict__.get("forward")
-    part.forward = functools.partial(run, part.forward)  # type: ignore[method-assign]
+    part.forward = run  # type: ignore[method-assign]
     try:
         yield
     finally:
