@@ -34,8 +34,8 @@ def mixture_rule(experts: Collection[str]) -> ProvenRule:
     of its input, or else also of what the layers inside of it return, such as a norm."""
     return ProvenRule(
         {
-            "tokens of its input": lambda: Mixture(experts, marks_layers=False),
-            "tokens of its layers' outputs": lambda: Mixture(experts, marks_layers=True),
+            "tokens of its input": lambda _: Mixture(experts, marks_layers=False),
+            "tokens of its layers' outputs": lambda _: Mixture(experts, marks_layers=True),
         }
     )
 
