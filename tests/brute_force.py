@@ -67,6 +67,9 @@ def sample_dots(model: nn.Module, train, val, loss=lm_loss):
     x, y = train
     val_grad = gradient(model, *val, loss=loss)
     samples = [gradient(model, x[i : i + 1], y[i : i + 1], loss=loss) for i in range(len(x))]
+    for n, g in val_grad.items():
+        for own in samples:
+            own.setdefault(n, torch.zeros_like(g))  # of an expert that the sample does not use
     dots = {n: torch.stack([(g * s[n]).sum() for s in samples]) for n, g in val_grad.items()}
     scales = {
         n: torch.stack([g.norm() * s[n].norm() for s in samples]) for n, g in val_grad.items()

@@ -111,13 +111,20 @@ def gemma3():
     return shaken(transformers.Gemma3ForCausalLM(config))
 
 
-def needs_mixtures():
-    if int(transformers.__version__.split(".")[0]) < 5:
-        pytest.skip("most mixtures of experts of transformers 4 are refused by name")
+def needs_mixtures(kind=""):
+    listed = (
+        "Mixtral",
+        "Qwen2Moe",
+        "Qwen3Moe",
+        "Qwen3Next",
+        "Jamba",
+    )  # experts that are layers there
+    if int(transformers.__version__.split(".")[0]) < 5 and kind not in listed:
+        pytest.skip("refused by name with transformers 4, or not to be run in float64 there")
 
 
 def moe(kind, **settings):
-    needs_mixtures()
+    needs_mixtures(kind)
     settings = {"num_experts_per_tok": 2, "experts_implementation": "eager", **settings}
     return causal(kind, **settings)
 

@@ -7,12 +7,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
 from .digests import NoDropout
 from .errors import GraddotError
 from .general import Rule, Tokens, caller_rule
 from .layers import Step
+from .mixtures import Mixture
 from .parts import take_rows
 from .rows import Layout, find_layouts
 from .rules import rule_for
@@ -156,6 +158,8 @@ class _Proof:
             copied._forward_hooks.clear()  # which may collect what the layer returns in a step
             copied._forward_pre_hooks.clear()
         self._name, self._rows, self._input_gradients = name, rows, True
+        is_mixture = isinstance(rule, Mixture)
+        self._in_double = _InDouble() if is_mixture else contextlib.nullcontext()
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
         device = next(self._scored.parameters()).device
         scale = torch.ones((), dtype=torch.float64, device=device)
@@ -181,7 +185,7 @@ class _Proof:
         """numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
         exact = lambda part: copy.deepcopy(part).double()
         args, kwargs = tree_map_only(nn.Module, exact, (args, kwargs))
-        with _exactly():
+        with _exactly(), self._in_double:
             scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
             joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
             joint_out = [self._with_rows(x) for x in joint_out]
@@ -308,6 +312,7 @@ class _Proof:
         total = {n: torch.stack([s[n] for s in train]).sum(0) for n in val}
         largest = lambda grads: max((g.norm().item() for g in grads.values()), default=0.0)
         floor = 1e-2 * largest(total)  # some gradients are zero but for rounding
+        small = [1e-4 * largest(val) * largest(sample) for sample in train]
         self._step.dot_held_rows()
         for n, p in self._scored.named_parameters():
             if n not in val:
@@ -318,8 +323,7 @@ class _Proof:
             if dots is None:
                 dots = val[n].new_zeros(1, len(train))
             for i, sample in enumerate(train):
-                size = (val[n].norm() * sample[n].norm()).item()
-                size = max(size, 1e-4 * largest(val) * largest(sample))
+                size = max((val[n].norm() * sample[n].norm()).item(), small[i])
                 want = (val[n] * sample[n]).sum()
                 self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
 
@@ -370,6 +374,16 @@ def _gradients(module: nn.Module) -> dict[str, Tensor]:
 def _first_line(error: Exception) -> str:
     message = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {message[0]}"
+
+
+class _InDouble(TorchFunctionMode):
+    """Casts to float32 are to float64: mixtures that make their weights float32, and add up in that
+    what experts return, would not run in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        double = lambda dtype: torch.float64 if dtype == torch.float32 else dtype
+        args, kwargs = tree_map_only(torch.dtype, double, (args, kwargs or {}))
+        return (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
 
 
 @contextlib.contextmanager

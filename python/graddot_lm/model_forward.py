@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,10 @@ from .digests import held_values, own_buffers, own_inputs, own_random
 from .errors import GraddotError
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
+from .mixtures import ROUTED, mixture_rule
 from .outputs import check_loss, check_memory, check_outputs, check_padding, is_divided
 from .parts import Packed, packed_inputs, splits_of, take_inputs
-from .rows import KnownLayouts, Layout, find_layouts
+from .rows import KnownLayouts, Layout, MixedSamples, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
 from .scores import MicroBatch, Number
@@ -83,6 +84,7 @@ class ModelForward:
         }
         rules = {name: rule_for(module) for name, module in model.named_modules()}
         self._rules = {name: rule for name, rule in rules.items() if rule is not None}
+        self._experts: dict[str, list[str]] = {}  # of mixtures (mixtures.py), by the mixture
         self._forwards: dict[str, ScoredForward] = {}
         self._attached: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
@@ -155,6 +157,8 @@ class ModelForward:
             scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
             scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
         scored.own_forward = module.forward
+        if name in self._experts:  # no graph can hold it: its tensors' sizes depend on the data
+            scored.keeps_tensors = True
         return scored
 
     def detach(self) -> None:
@@ -276,7 +280,7 @@ class ModelForward:
 
     def _find_layout_late(self, micro: MicroBatch, name: str) -> None:
         """Learn how the rows lie in the input of a layer that did not run in the first step."""
-        layers = {n: self.model.get_submodule(n) for n in self._forwards}
+        layers = self._judged()
         for _ in range(4):  # where chance decides whether it runs
             if self._inputs is None or micro.step.sharded:
                 break
@@ -495,14 +499,7 @@ class ModelForward:
             return
         problem: GraddotError | None = None
         while True:
-            names = {id(module): name for name, module in self.model.named_modules()}
-            layers = {names[id(module)]: module for module, _ in self._attached}
-            with self.set_aside():
-                layouts = find_layouts(
-                    self.model, layers, args, kwargs, micro.step.rows,
-                    functools.partial(self._resolve, micro), self._followed(layers), self._packed,
-                    thorough=self._thorough, runs=self._runs,
-                )  # fmt: skip
+            layouts = self._find_layouts_of_mixtures(micro, args, kwargs)
             micro.step.layouts.update(layouts)
             foreign: set[str] = set()
             try:
@@ -517,6 +514,31 @@ class ModelForward:
         if micro.segments is not None:
             self._layouts.learn_of_tokens(mode, micro.segments.tokens, layouts)
         distributed.unshard(self.model)
+
+    def _find_layouts_of_mixtures(
+        self, micro: MicroBatch, args: Any, kwargs: Any
+    ) -> dict[str, Layout]:
+        """`find_layouts`, where layers that get tokens picked out of the batch are experts."""
+        mixed: MixedSamples | None = None
+        while True:
+            layers = self._judged()
+            try:
+                with self.set_aside():
+                    layouts = find_layouts(
+                        self.model, layers, args, kwargs, micro.step.rows,
+                        functools.partial(self._resolve, micro), self._followed(layers),
+                        self._packed, thorough=self._thorough, runs=self._runs,
+                    )  # fmt: skip
+                break
+            except MixedSamples as error:
+                mixed = mixed or error
+                if micro.step.sharded:
+                    raise
+                if (reason := self._find_mixtures(error.layers)) is not None:
+                    raise GraddotError(f"{mixed}{reason}") from error
+        self._attach_mixtures()
+        judged = self._judged()
+        return layouts | {name: ROUTED for name in self._forwards if name not in judged}
 
     def _known_to_all(
         self, micro: MicroBatch, shapes: list[torch.Size]
@@ -576,7 +598,53 @@ class ModelForward:
     def _followed(self, names: Iterable[str]) -> list[str]:
         """Those of the layers that have a general rule."""
         general = (ProvenRule, functools.partial)
-        return [name for name in names if isinstance(self._rules[name], general)]
+        followed = [name for name in names if isinstance(self._rules.get(name), general)]
+        return [name for name in followed if name not in self._experts]
+
+    def _judged(self) -> dict[str, nn.Module]:
+        """The layers whose input has to hold the rows in one of the ways: those that are scored but
+        for those inside of experts, and what may be a mixture of experts."""
+        experts = {name for names in self._experts.values() for name in names}
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if (name in self._forwards or name in self._experts)
+            and not any(around in experts for around in _path(name))
+        }
+
+    def _find_mixtures(self, layers: Sequence[str]) -> str | None:
+        """Take these layers, of whose inputs it is not known how they hold the rows, for experts or
+        parts of them, in mixtures around the lists in which they are. Otherwise what to say of it."""
+        for name in layers:
+            self._experts.pop(name, None)  # it is inside of an expert itself
+        for name in layers:
+            around = _path(name)[1:]
+            lists = [k for k, x in enumerate(around) if not self._can_be_called(x)]
+            callables = [
+                x for x in around[min(lists, default=len(around)) :] if self._can_be_called(x)
+            ]
+            if not callables or callables[0] in self._rules:
+                self._experts = {x: of for x, of in self._experts.items() if x in self._rules}
+                if not callables or callables[0] in self._experts:
+                    return ""
+                return (
+                    f". Layer {callables[0]} has parameters of its own; if it is a mixture of experts, put"
+                    " them into a layer inside of it"
+                )
+            outermost = around[around.index(callables[0]) - 1]
+            parts = _callable_parts(outermost, self.model.get_submodule(outermost))
+            self._experts.setdefault(callables[0], []).extend(parts)
+        return None
+
+    def _can_be_called(self, name: str) -> bool:
+        return _has_forward(self.model.get_submodule(name))
+
+    def _attach_mixtures(self) -> None:
+        for name, experts in self._experts.items():
+            if name not in self._rules:
+                inner = {expert.removeprefix(f"{name}.") for expert in experts}
+                self._rules[name] = mixture_rule(inner)
+                self._attach_layer(self.model.get_submodule(name), name)
 
     def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any, foreign: set[str]) -> None:
         """Run the model once as it was and once with its layers scored, in a step of no account.
@@ -710,3 +778,18 @@ class ModelForward:
 def _has_forward(module: nn.Module) -> bool:
     """Whether a module can be called; a ModuleList cannot."""
     return type(module).forward is not nn.Module.forward
+
+
+def _path(name: str) -> list[str]:
+    """A module's name and those of the modules around it, the model left out."""
+    parts = name.split(".") if name else []
+    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
+
+
+def _callable_parts(name: str, module: nn.Module) -> Iterator[str]:
+    """The outermost modules in a nesting of lists that can be called."""
+    if _has_forward(module):
+        yield name
+        return
+    for key, part in module.named_children():
+        yield from _callable_parts(f"{name}.{key}", part)

@@ -23,6 +23,7 @@ from .digests import (
 )
 from .errors import GraddotError
 from .layers import Step
+from .mixtures import ROUTED
 from .parts import Packed, filled_up, splits_of, take_inputs
 from .verify import tensors_in
 
@@ -111,7 +112,9 @@ def _check_kept_apart(
         at = [k for k in (0, 1) if k < x.values.dim() and x.shape[k] == rows]
         return not at or any(close(later(x, k), later(y, k), tolerance) for k in at)
 
-    flat = {name for name, layout in step.layouts.items() if isinstance(layout, int)}
+    flat = {
+        name for name, layout in step.layouts.items() if isinstance(layout, int) or layout == ROUTED
+    }
     layers = sorted(flat | step.expands)
     try:
         if not layers or apart(layers):

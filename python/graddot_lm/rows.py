@@ -25,6 +25,14 @@ from .parts import Packed, filled_up, splits_of, take_inputs
 Layout = str | int
 
 
+class MixedSamples(GraddotError):
+    """Layers get inputs of which it is not known how they hold the samples, by `layers`, their names."""
+
+    def __init__(self, message: str, layers: Sequence[str]) -> None:
+        super().__init__(message)
+        self.layers = layers
+
+
 class KnownLayouts:
     """The layouts found so far, by mode of the model: for all inputs, or, where layers see tokens
     without their rows, for inputs of the same shapes only. A mode is anything hashable."""
@@ -92,7 +100,7 @@ def find_layouts(
     A layer whose input is random in a way of its own cannot be judged: "unseen". In a batch of one
     row all is that row's; this says nothing about larger batches.
 
-    Raises GraddotError for a layer whose input depends on other samples of the batch, or holds
+    Raises MixedSamples for layers whose inputs depend on other samples of the batch, or hold
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
     """
     if rows < 2:
@@ -135,11 +143,11 @@ def find_layouts(
                 torch.seed()
                 again = digests(model, layers, args, kwargs)
                 again[OUTPUTS] = [again[OUTPUTS][i] for i in with_rows]
-                for name in [name for name in whole if name in unclear]:
-                    layouts[name] = None
-                    if equal(whole[name], again.get(name, [])):
-                        shape = whole[name][0].shape
-                        raise GraddotError(_mixed(name, shape, rows, rows - len(index)))
+                layouts |= dict.fromkeys(unclear)
+                same = lambda name, again=again: equal(whole[name], again.get(name, []))
+                if mixed := [name for name in whole if name in unclear and same(name)]:
+                    shape = whole[mixed[0]][0].shape
+                    raise MixedSamples(_mixed(mixed[0], shape, rows, rows - len(index)), mixed)
             found = {**layouts, **{name: None for name, x in found.items() if x is None}}
         # Picked tokens have lost a dimension: (rows·T, D), or (rows, D) if there is one a row.
         flat = {
@@ -191,10 +199,11 @@ def _check_not_picked(
     for found, (name, calls) in itertools.product(filter(None, runs), flat.items()):
         pairs = list(zip(found.get(name, []), calls, strict=False))
         if any(x.shape[:1] != y.shape[:1] and len(x.shape) == len(y.shape) for x, y in pairs):
-            raise GraddotError(
+            raise MixedSamples(
                 f"layer {name} gets tokens that are picked by their values (of shape"
                 f" {tuple(calls[0].shape)} in this batch), of which it is not known which row each"
-                " belongs to; run it on all tokens, and let the loss ignore the others"
+                " belongs to; run it on all tokens, and let the loss ignore the others",
+                [name],
             )
 
 
@@ -247,9 +256,10 @@ def _layout(
         _check_beside(name, [x for x, layout in calls if is_beside(x, layout)], layouts, rows)
     if name != OUTPUTS and None not in layouts and len(layouts) > 1:
         shapes = ", ".join(str(tuple(digest.shape)) for digest in whole)
-        raise GraddotError(
+        raise MixedSamples(
             f"layer {name} is called several times, and its inputs (of shapes {shapes}) hold the"
-            f" {rows} rows of the batch in different ways; use one layer a way"
+            f" {rows} rows of the batch in different ways; use one layer a way",
+            [name],
         )
     return None if None in layouts else layouts.pop() if layouts else "rows"
 
