@@ -1,5 +1,7 @@
 """What processes may do differently from each other, and options of DDP and FSDP2, against float64."""
 
+import random
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,6 +171,34 @@ def test_a_process_that_looks_again_does_not_count_again_with_the_others(tmp_pat
         for x, y, found in scores:
             want, scale = (total(d) for d in sample_dots(causal("Llama"), (x, y), val_batch()))
             assert ((found - want).abs() / scale).max() <= 1e-5  # fp32
+
+
+class Jittery(Flat):
+    """Adds what no loss sees to its logits, in one process a number of its own: noise to a check."""
+
+    def forward(self, x):
+        return super().forward(x) + self.size * random.random()
+
+
+def jittery_step(rank, world):
+    """Scores of a sharded model which one process has to run again to tell noise from mixed samples."""
+    model = Jittery().double()
+    model.size = 1.0 - rank
+    for layer in model.children():
+        fully_shard(layer)
+    engine = attached(fully_shard(model), val_batch(), label_shift=0)
+    x, y = token_batch(4, 9, seed=rank)
+    engine.attach_train_batch(x, y, 0, None)
+    xx, yy = engine.prepare_forward_input(x, y)
+    engine.track_loss(flat_loss(model(xx), yy)).backward()
+    return engine.aggregate_and_log()
+
+
+def test_noise_in_one_process_costs_the_others_a_run_too(tmp_path):
+    for rank, scores in enumerate(on_processes(2, tmp_path, jittery_step)):
+        train = token_batch(4, 9, seed=rank)
+        want, scale = (total(d) for d in sample_dots(Flat(), train, val_batch(), loss=flat_loss))
+        assert ((scores - want).abs() / scale).max() <= TOLERANCE
 
 
 def compiled_step(rank, world):

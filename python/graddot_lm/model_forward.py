@@ -502,14 +502,16 @@ class ModelForward:
             layouts = self._find_layouts_of_mixtures(micro, args, kwargs)
             micro.step.layouts.update(layouts)
             foreign: set[str] = set()
+            failed = False
             try:
                 self._check_outputs(micro, args, kwargs, foreign)
-                break
             except GraddotError as error:
-                problem = problem or error
+                problem, failed = problem or error, True
                 same = {name for name, layout in layouts.items() if layout == "same"}
                 if not self._follow_callers(foreign or same | micro.step.expands):
                     raise problem from error
+            if not self._agreed(failed):
+                break
         self._layouts.learn(mode, shapes, layouts)
         if micro.segments is not None:
             self._layouts.learn_of_tokens(mode, micro.segments.tokens, layouts)
@@ -528,6 +530,7 @@ class ModelForward:
                         self.model, layers, args, kwargs, micro.step.rows,
                         functools.partial(self._resolve, micro), self._followed(layers),
                         self._packed, thorough=self._thorough, runs=self._runs,
+                        agreed=self._agreed,
                     )  # fmt: skip
                 break
             except MixedSamples as error:
@@ -539,6 +542,15 @@ class ModelForward:
         self._attach_mixtures()
         judged = self._judged()
         return layouts | {name: ROUTED for name in self._forwards if name not in judged}
+
+    def _agreed(self, x: bool) -> bool:
+        """Whether it is so: of a sharded model, in any of its processes, all of which then run the
+        model once more."""
+        if not distributed.is_sharded(self._parameters.values()):
+            return x
+        parameters = list(self._parameters.values())
+        group = distributed.averaging_group(parameters, self.process_group)
+        return bool(distributed.largest(int(x), group, distributed.own_part(parameters[0]).device))
 
     def _known_to_all(
         self, micro: MicroBatch, shapes: list[torch.Size]
@@ -675,7 +687,7 @@ class ModelForward:
             finally:
                 self.micro, self._probing = micro, False
 
-        check_outputs(plain, scored, step)
+        check_outputs(plain, scored, step, self._agreed)
 
     def _check_numbers(self, micro: MicroBatch, output: Any) -> None:
         """Losses that the model returns must be those of its rows."""
@@ -754,7 +766,7 @@ class ModelForward:
                 assert self._inputs is not None
                 self._buffers.compare(self.model)
                 with self.set_aside():
-                    check_memory(self.model, *self._inputs, self._buffers.held)
+                    check_memory(self.model, *self._inputs, self._buffers.held, self._agreed)
                 self._buffers = None
             whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
             check_parameter_uses(output, whole)

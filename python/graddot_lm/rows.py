@@ -91,11 +91,13 @@ def find_layouts(
     *,
     thorough: bool = True,
     runs: int = 0,
+    agreed: Callable[[bool], bool] = bool,
 ) -> dict[str, Layout]:
     """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
     followed are those of the layers whose forward is followed (following.py). Where it is not
     thorough, rows are left out by halves only, for a model that was checked on others before. It is
-    run on at least `runs` parts of the rows, as on the other processes that share it.
+    run on at least `runs` parts of the rows, as on the other processes that share it, and once more
+    where that is agreed: agreed(x) is whether x is so in any of them.
 
     A layer whose input is random in a way of its own cannot be judged: "unseen". In a batch of one
     row all is that row's; this says nothing about larger batches.
@@ -139,7 +141,7 @@ def find_layouts(
             # Noise of the model's own, mixed samples, or what has rows by one part of them only?
             unclear = {name for name in whole if layouts[name] != found.get(name, layouts[name])}
             unclear |= {name for name in whole if layouts[name] is None}
-            if unclear:
+            if agreed(bool(unclear)):
                 torch.seed()
                 again = digests(model, layers, args, kwargs)
                 again[OUTPUTS] = [again[OUTPUTS][i] for i in with_rows]
@@ -156,8 +158,8 @@ def find_layouts(
             if name != OUTPUTS
             and (isinstance(layout, int) or layout == "rows" and _is_flat(whole[name]))
         }
-        if flat:
-            _check_not_picked(model, layers, args, kwargs, rows, flat)
+        if agreed(bool(flat)):
+            _check_not_picked(model, layers, args, kwargs, rows, flat, agreed)
     return {name: layout or "unseen" for name, layout in found.items() if name != OUTPUTS}
 
 
@@ -168,6 +170,7 @@ def _check_not_picked(
     kwargs: Any,
     rows: int,
     flat: Mapping[str, list[Digest]],
+    agreed: Callable[[bool], bool],
 ) -> None:
     """Raise GraddotError if a flat layer's input, (rows·T, D), is of tokens picked by their values:
     as many as there are rows, or a multiple, but of which row each is nobody could tell.
@@ -194,7 +197,7 @@ def _check_not_picked(
             return None
 
     runs = [seen(None)]
-    if runs == [None]:  # an image has its tokens; but a mask may be another
+    if agreed(runs == [None]):  # an image has its tokens; but a mask may be another
         runs = [seen(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     for found, (name, calls) in itertools.product(filter(None, runs), flat.items()):
         pairs = list(zip(found.get(name, []), calls, strict=False))
