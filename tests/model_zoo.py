@@ -184,6 +184,7 @@ LANGUAGE_MODELS = {
     "gemma2": lambda: causal("Gemma2"),
     "gemma3": gemma3,
     "mamba": lambda: causal("Mamba", state_size=4),
+    "rwkv": lambda: causal("Rwkv", attention_hidden_size=16, context_length=32),
     "bloom": lambda: causal("Bloom", n_head=2, n_layer=2, hidden_dropout=0, attention_dropout=0),
     "gpt-neox": lambda: causal("GPTNeoX"),
     "gpt-neo": gpt_neo,
