@@ -191,6 +191,7 @@ LANGUAGE_MODELS = {
     "gemma2": lambda: causal("Gemma2"),
     "gemma3": gemma3,
     "mamba": lambda: causal("Mamba", state_size=4),
+    "rwkv": lambda: causal("Rwkv", attention_hidden_size=16, context_length=32),
     "bloom": lambda: causal("Bloom", n_head=2, n_layer=2, hidden_dropout=0, attention_dropout=0),
     "gpt-neox": lambda: causal("GPTNeoX"),
     "gpt-neo": gpt_neo,
@@ -301,9 +302,9 @@ class Convolutions1d(nn.Module):
 class Scale(nn.Module):
     """No rule and no child: a factor that trains."""
 
-    def __init__(self):
+    def __init__(self, width=10):
         super().__init__()
-        self.scale = nn.Parameter(torch.randn(10))
+        self.scale = nn.Parameter(torch.randn(width))
 
     def forward(self, x):
         return x * self.scale
@@ -410,6 +411,22 @@ class HandWritten(nn.Module):
         return 15 * torch.tanh(logits / 15)
 
 
+class OneSequence(nn.Module):
+    """All rows' tokens one after the other in one row, as Pixtral has its patches; `last` may do what
+    it wants with it."""
+
+    def __init__(self, last=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.rms = nn.Linear(10, 8), nn.RMSNorm(8)
+        self.norm, self.head, self.last = nn.LayerNorm(8), nn.Linear(8, 5), last
+
+    def forward(self, x):
+        one = self.norm(torch.tanh(self.rms(self.first(x.flatten(0, 1)[None]))))
+        one = one if self.last is None else self.last(one)
+        return self.head(one.view(len(x), -1, 8).mean(1))
+
+
 class OfPixels(nn.Module):
     """The logits that a model of transformers has of its pixels."""
 
@@ -448,4 +465,5 @@ OTHER_MODELS = {
     "conv2d": (lambda: shaken(Convolutions2d()), (3, 9, 9)),
     "conv1d": (lambda: shaken(Convolutions1d()), (6, 12)),
     "bare-parameters": (lambda: shaken(Tokens()), (8, 10)),
+    "one-sequence": (lambda: shaken(OneSequence()), (7, 10)),
 }

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 import transformers
 from brute_force import norm
 from graddot_lm import GraddotError, GradDotProdEngine
+from loop_steps import mapping_dots
 from model_zoo import shaken
 from torch import nn
 from transformers.utils import ModelOutput
@@ -105,6 +106,38 @@ def test_images(frozen, batches, record_property):
         error = ((step(engine, train, patches, val[1], number) - want).abs() / scale).max().item()
         record_property("relative_error", error)
         assert error <= 1e-5
+
+
+def test_pixtral(record_property):
+    """Its tower has all images' patches in one sequence, (1, rows·patches, D)."""
+    torch.manual_seed(0)
+    sizes = {
+        "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+        "head_dim": 8,
+    }  # fmt: skip
+    config = transformers.LlavaConfig(
+        text_config={"model_type": "mistral", "vocab_size": 61, "num_key_value_heads": 1, **sizes},
+        vision_config={"model_type": "pixtral", "image_size": 8, "patch_size": 4, **sizes},
+        image_token_id=IMAGE, vision_feature_layer=-1, vision_feature_select_strategy="full",
+    )  # fmt: skip
+    model = shaken(transformers.LlavaForConditionalGeneration(config)).double()
+    g = torch.Generator().manual_seed(1)
+    ids = torch.randint(0, 58, (6, 10), generator=g)
+    ids[:, 2:6] = IMAGE
+    rows = {
+        "input_ids": ids, "labels": torch.where(ids == IMAGE, -100, ids),
+        "pixel_values": torch.randn(6, 3, 8, 8, generator=g, dtype=torch.float64),
+        "image_sizes": torch.tensor([[8, 8]] * 6),
+    }  # fmt: skip
+    train, val = ({key: x[part] for key, x in rows.items()} for part in (slice(4), slice(4, 6)))
+    want, scale = mapping_dots(model, train, val)
+    engine = engine_of(model, (val,))
+    engine.attach_train_batch(train, None, 0, None)
+    model(**engine.prepare_forward_input(train)[0]).loss.backward()
+    engine.prepare_gradients()
+    error = ((engine.aggregate_and_log() - want).abs() / scale).max().item()
+    record_property("relative_error", error)
+    assert error <= 1e-5
 
 
 def test_images_of_many_sizes_in_a_trained_tower_are_refused():

@@ -17,6 +17,8 @@ from model_zoo import (
     LANGUAGE_MODELS,
     OTHER_MODELS,
     VOCAB,
+    OneSequence,
+    Scale,
     Tokens,
     WithMask,
     adapters,
@@ -357,6 +359,24 @@ def test_other_model(name, dtype, record_property):
     train, val = (x[:4], y[:4]), (x[4:], y[4:])
     loss = F.cross_entropy
     check(build(), train, val, dtype, record_property, loss=loss, label_shift=0)
+
+
+@pytest.mark.parametrize(
+    ("last", "why"),
+    [
+        (Scale(8), "its rule needs the rows as the first dimension"),
+        (nn.GRU(8, 8, batch_first=True), "head gets an input .* that depends on other samples"),
+        (nn.Softmax(1), "head gets an input .* that depends on other samples"),
+    ],
+    ids=["own parameters", "recurrent", "mixing"],
+)
+def test_rows_in_one_sequence_that_is_more_than_its_tokens(last, why):
+    first = lambda x: x[0] if isinstance(x, tuple) else x
+    model = OneSequence(lambda x: first(last(x)))
+    model.part = last
+    x, y = torch.randn(6, 7, 10), torch.arange(6) % 5
+    with pytest.raises(GraddotError, match=why):
+        run_step(model, (x[:4], y[:4]), (x[4:], y[4:]), loss=F.cross_entropy, label_shift=0)
 
 
 def test_rows_and_tokens_of_one_number():

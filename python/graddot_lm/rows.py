@@ -21,7 +21,8 @@ from .errors import GraddotError
 from .parts import Packed, filled_up, splits_of, take_inputs
 
 # "rows" (rows, ..., D); "second" (T, rows, ..., D); "same" for every row; T where a row's T tokens
-# lie together, (rows·T, ..., D); "unseen" where noise kept a layer from being judged.
+# lie together, (rows·T, ..., D) or (1, rows·T, ..., D); "unseen" where noise kept a layer from being
+# judged.
 Layout = str | int
 
 
@@ -201,7 +202,7 @@ def _check_not_picked(
         runs = [seen(x) for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
     for found, (name, calls) in itertools.product(filter(None, runs), flat.items()):
         pairs = list(zip(found.get(name, []), calls, strict=False))
-        if any(x.shape[:1] != y.shape[:1] and len(x.shape) == len(y.shape) for x, y in pairs):
+        if any(x.shape[:2] != y.shape[:2] and len(x.shape) == len(y.shape) for x, y in pairs):
             raise MixedSamples(
                 f"layer {name} gets tokens that are picked by their values (of shape"
                 f" {tuple(calls[0].shape)} in this batch), of which it is not known which row each"
@@ -276,8 +277,8 @@ def _check_beside(
     Raises GraddotError where such an input might then be taken for one of the layouts.
     """
     sizes = {rows * layout if isinstance(layout, int) else rows for layout in layouts}
-    at = 1 if "second" in layouts else 0
     for x in calls:
+        at = 1 if "second" in layouts or x.shape[:1] == (1,) else 0
         inside = x.caller == "" or name.startswith(f"{x.caller}.")
         if not inside and sizes & set(x.shape[at : at + 1]):
             raise GraddotError(
@@ -296,14 +297,15 @@ def _layout_of_call(whole: Digest, part: Digest, rows: int, index: list[int]) ->
         if not _differ_at(at, whole.shape, part.shape) or at >= whole.values.dim():
             continue
         tokens = whole.shape[at] // rows
-        if whole.shape[at] % rows or part.shape[at] != len(index) * tokens or (at and tokens > 1):
+        together = tokens == 1 or at == 0 or whole.shape[0] == 1
+        if whole.shape[at] % rows or part.shape[at] != len(index) * tokens or not together:
             return None
         theirs = whole.values.unflatten(at, (rows, tokens))
         theirs = theirs.index_select(at, torch.tensor(index, device=theirs.device))
         theirs = theirs.flatten(at, at + 1)
         if not close(theirs, part.values, whole.tolerance):
             return None
-        return "second" if at else "rows" if tokens == 1 else tokens
+        return tokens if tokens > 1 else "second" if at else "rows"
     return None
 
 

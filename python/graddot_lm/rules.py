@@ -19,23 +19,23 @@ from .errors import GraddotError
 from .general import ProvenRule, Rule, general_rule
 from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
 from .recurrent import PROJECTIONS, recurrent_rule
-from .scored import Scored, any_layout, has_own_forward, own_parameters
+from .scored import Scored, any_layout, by_token, has_own_forward, own_parameters
 from .transformers_layers import experts, is_adapted_experts, is_experts, is_relative_bias
 
 
-@any_layout
+@by_token
 def _linear(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, (nn.Linear, Conv1D))
     return scored.linear(input, module.weight, module.bias, transposed=isinstance(module, Conv1D))
 
 
-@any_layout
+@by_token
 def _embedding(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, nn.Embedding)
     return scored.embedding(input, module.weight, module.padding_idx)
 
 
-@any_layout
+@by_token
 def _layer_norm(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
     shape = list(module.normalized_shape)
@@ -116,7 +116,7 @@ def _batch_norm(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     return scored.own_forward(input)
 
 
-@any_layout
+@by_token
 def _norm_or_general(
     form: RMSNormForm, general: Rule, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any
 ) -> Any:

@@ -150,6 +150,12 @@ def any_layout(rule: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def by_token(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks a rule whose layer works on each token alone, so that it may get (1, rows·T, ...) too."""
+    rule.by_token = True  # type: ignore[attr-defined]
+    return any_layout(rule)
+
+
 class ScoredForward:
     """Stands in the place of a layer's forward: by its rule in a step, the layer's own otherwise."""
 
@@ -197,9 +203,13 @@ class ScoredForward:
         try:
             if around is not None:
                 args, kwargs = around.as_rows((args, kwargs))
-            if step.layouts.get(self.name) == "same":
-                scored.same = first_tensor((args, kwargs))
-            out = self._rule(self.module, scored, *args, **kwargs)
+            layout, first = step.layouts.get(self.name), first_tensor((args, kwargs))
+            if layout == "same":
+                scored.same = first
+            if isinstance(layout, int) and first is not None and first.shape[:1] == (1,):
+                out = self._packed(scored, args, kwargs)
+            else:
+                out = self._rule(self.module, scored, *args, **kwargs)
             if step.moved is not None:
                 out = _moved(out, step, self.name)
         finally:
@@ -209,6 +219,17 @@ class ScoredForward:
         self._record(args, kwargs, out, scored)
         self._watch(out)
         return out
+
+    def _packed(self, scored: Scored, args: Any, kwargs: Any) -> Any:
+        """A layer that works on each token alone, of (1, rows·T, ...), as of (rows·T, ...)."""
+        by_token = getattr(getattr(self._rule, "func", self._rule), "by_token", False)
+        if not by_token or len(args) != 1 or kwargs:
+            shape = tuple(first_tensor((args, kwargs)).shape)  # type: ignore[union-attr]
+            raise GraddotError(
+                f"layer {self.name} got an input of shape {shape}, all rows' tokens one after the"
+                " other; its rule needs the rows as the first dimension"
+            )
+        return self._rule(self.module, scored, args[0][0])[None]
 
     def _record(self, args: Any, kwargs: dict[str, Any], out: Any, scored: Scored) -> None:
         tensors: list[Tensor] = []
@@ -250,7 +271,9 @@ def _moved(out: Any, step: Step, name: str) -> Any:
     (here, names), layout = step.moved, step.layouts.get(name, "unseen")
     if name not in names or layout == "unseen":
         return out
-    at, first = int(layout == "second"), first_tensor(out)
+    first = first_tensor(out)
+    packed = isinstance(layout, int) and first is not None and first.shape[:1] == (1,)
+    at = int(layout == "second" or packed)
     chosen = torch.zeros(step.rows, dtype=torch.bool)
     chosen[here] = True
 
