@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+import transformers
 from brute_force import lm_loss, tiny_gpt2, token_batch, total
 from graddot_lm import GradDotProdEngine, fuse_head
 from model_zoo import (
@@ -125,6 +126,8 @@ NOT_POSSIBLE = {
     ("shared-layers", "padding"): "it takes no mask",
     ("nn.Transformer", "padding"): "it takes no mask",
 }
+if int(transformers.__version__.split(".")[0]) < 5:  # where its experts are layers of their own
+    NOT_POSSIBLE["mixtral", "compiled"] = "its mixtures run uncompiled in between"
 
 
 # The brute force
