@@ -151,6 +151,24 @@ def own_inputs(arguments: Any) -> Any:
     return tree_map_only(Tensor, one, arguments)
 
 
+@contextlib.contextmanager
+def forwards_replaced(
+    layers: Mapping[str, nn.Module], by: Callable[[str, Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Inside of it every layer's forward is by(name, forward): in its place, for it may be called
+    directly, where no hook would see it."""
+    before = [(module, module.__dict__.get("forward")) for module in layers.values()]
+    try:
+        for name, module in layers.items():
+            module.forward = by(name, module.forward)  # type: ignore[method-assign]
+        yield
+    finally:
+        for module, kept in before:
+            module.__dict__.pop("forward", None)
+            if kept is not None:
+                module.__dict__["forward"] = kept
+
+
 @dataclass
 class Digest:
     """An input's shape, and one random projection of every vector in it."""
@@ -173,12 +191,10 @@ def digests(
     found: dict[str, list[Digest]] = {}
     within: list[str] = []
 
-    def seen(name: str, module: nn.Module) -> Callable[..., Any]:
-        forward = module.forward
-
+    def seen(name: str, forward: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(forward)
         def see(*args: Any, **kwargs: Any) -> Any:
-            on_layer(module, name)
+            on_layer(layers[name], name)
             x = first_tensor((args, kwargs))
             # A layer without an input gives the same for every row.
             seen_now = digest(torch.zeros(1) if x is None else x)
@@ -194,19 +210,9 @@ def digests(
 
         return see
 
-    # In the forwards' place, for they may be called directly, where no hook would see it.
-    before = [(module, module.__dict__.get("forward")) for module in layers.values()]
     args, kwargs = own_inputs((args, kwargs))
-    try:
-        for name, module in layers.items():
-            module.forward = seen(name, module)  # type: ignore[method-assign]
-        with own_buffers(model):
-            out = model(*args, **kwargs)
-    finally:
-        for module, kept in before:
-            module.__dict__.pop("forward", None)
-            if kept is not None:
-                module.__dict__["forward"] = kept
+    with forwards_replaced(layers, seen), own_buffers(model):
+        out = model(*args, **kwargs)
     found[OUTPUTS] = [digest(x) for x in tensors_in(out) if x.dim() > 0]
     calls = [x for calls in found.values() for x in calls]
     if not any(x.tolerance > ROUGH for x in calls):  # nor is what 16 bits made cast to fp32

@@ -18,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from . import compiled, distributed
+from .backward_check import check_backward
 from .batches import LossForm, has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
@@ -512,6 +513,12 @@ class ModelForward:
                     raise problem from error
             if not self._agreed(failed):
                 break
+        if micro.step.first and micro.step.rows > 1 and not micro.step.sharded:
+            with self.set_aside():
+                check_backward(
+                    self.model, self._judged(), layouts, args, kwargs, micro.step.rows,
+                    self._packed, self.loss.ignore_index,
+                )  # fmt: skip
         self._layouts.learn(mode, shapes, layouts)
         if micro.segments is not None:
             self._layouts.learn_of_tokens(mode, micro.segments.tokens, layouts)
