@@ -1,4 +1,4 @@
-"""The README's own snippets run as they stand, one after the other; its table is of all cells."""
+"""The snippets of README and guide run as they stand, one after the other; the table is of all cells."""
 
 import importlib.util
 import re
@@ -9,13 +9,13 @@ from grid_cells import SUBJECTS
 from test_grid import LOOPS
 
 README = Path(__file__).parent.parent / "README.md"
+GUIDE = README.parent / "docs" / "guide.md"
 
 
 def snippets() -> list[str]:
     """The Python ones, also inside of a list."""
-    found = re.findall(
-        r"^( *)```python\n(.*?)^\1```$", README.read_text(), re.MULTILINE | re.DOTALL
-    )
+    text = README.read_text() + GUIDE.read_text()
+    found = re.findall(r"^( *)```python\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL)
     return [textwrap.dedent(code) for _, code in found]
 
 
