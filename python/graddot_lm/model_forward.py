@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .digests import held_values, own_buffers, own_inputs, own_random
 from .errors import GraddotError
+from .found_mixtures import FoundMixtures, has_forward
 from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
 from .mixtures import ROUTED, mixture_rule
@@ -85,7 +86,7 @@ class ModelForward:
         }
         rules = {name: rule_for(module) for name, module in model.named_modules()}
         self._rules = {name: rule for name, rule in rules.items() if rule is not None}
-        self._experts: dict[str, list[str]] = {}  # of mixtures (mixtures.py), by the mixture
+        self._mixtures = FoundMixtures(model)
         self._forwards: dict[str, ScoredForward] = {}
         self._attached: list[tuple[nn.Module, Any]] = []
         self._hooks: list[Any] = []
@@ -158,7 +159,7 @@ class ModelForward:
             scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
             scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
         scored.own_forward = module.forward
-        if name in self._experts:  # no graph can hold it: its tensors' sizes depend on the data
+        if name in self._mixtures:  # no graph can hold it: its tensors' sizes depend on the data
             scored.keeps_tensors = True
         return scored
 
@@ -281,7 +282,7 @@ class ModelForward:
 
     def _find_layout_late(self, micro: MicroBatch, name: str) -> None:
         """Learn how the rows lie in the input of a layer that did not run in the first step."""
-        layers = self._judged()
+        layers = self._mixtures.judged(self._forwards)
         for _ in range(4):  # where chance decides whether it runs
             if self._inputs is None or micro.step.sharded:
                 break
@@ -516,7 +517,7 @@ class ModelForward:
         if micro.step.first and micro.step.rows > 1 and not micro.step.sharded:
             with self.set_aside():
                 check_backward(
-                    self.model, self._judged(), layouts, args, kwargs, micro.step.rows,
+                    self.model, self._mixtures.judged(self._forwards), layouts, args, kwargs, micro.step.rows,
                     self._packed, self.loss.ignore_index,
                 )  # fmt: skip
         self._layouts.learn(mode, shapes, layouts)
@@ -530,7 +531,7 @@ class ModelForward:
         """`find_layouts`, where layers that get tokens picked out of the batch are experts."""
         mixed: MixedSamples | None = None
         while True:
-            layers = self._judged()
+            layers = self._mixtures.judged(self._forwards)
             try:
                 with self.set_aside():
                     layouts = find_layouts(
@@ -544,10 +545,10 @@ class ModelForward:
                 mixed = mixed or error
                 if micro.step.sharded:
                     raise
-                if (reason := self._find_mixtures(error.layers)) is not None:
+                if (reason := self._mixtures.take(error.layers, self._rules)) is not None:
                     raise GraddotError(f"{mixed}{reason}") from error
         self._attach_mixtures()
-        judged = self._judged()
+        judged = self._mixtures.judged(self._forwards)
         return layouts | {name: ROUTED for name in self._forwards if name not in judged}
 
     def _agreed(self, x: bool) -> bool:
@@ -602,9 +603,7 @@ class ModelForward:
         one more each time this is called. False if there is none left."""
         new = set()
         for name in layers:
-            while name and (
-                name in self._rules or not _has_forward(self.model.get_submodule(name))
-            ):
+            while name and (name in self._rules or not has_forward(self.model.get_submodule(name))):
                 name = name.rpartition(".")[0]
             if name not in self._rules:
                 new.add(name)
@@ -618,52 +617,12 @@ class ModelForward:
         """Those of the layers that have a general rule."""
         general = (ProvenRule, functools.partial)
         followed = [name for name in names if isinstance(self._rules.get(name), general)]
-        return [name for name in followed if name not in self._experts]
-
-    def _judged(self) -> dict[str, nn.Module]:
-        """The layers whose input has to hold the rows in one of the ways: those that are scored but
-        for those inside of experts, and what may be a mixture of experts."""
-        experts = {name for names in self._experts.values() for name in names}
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if (name in self._forwards or name in self._experts)
-            and not any(around in experts for around in _path(name))
-        }
-
-    def _find_mixtures(self, layers: Sequence[str]) -> str | None:
-        """Take these layers, of whose inputs it is not known how they hold the rows, for experts or
-        parts of them, in mixtures around the lists in which they are. Otherwise what to say of it."""
-        for name in layers:
-            self._experts.pop(name, None)  # it is inside of an expert itself
-        for name in layers:
-            around = _path(name)[1:]
-            lists = [k for k, x in enumerate(around) if not self._can_be_called(x)]
-            callables = [
-                x for x in around[min(lists, default=len(around)) :] if self._can_be_called(x)
-            ]
-            if not callables or callables[0] in self._rules:
-                self._experts = {x: of for x, of in self._experts.items() if x in self._rules}
-                if not callables or callables[0] in self._experts:
-                    return ""
-                return (
-                    f". Layer {callables[0]} has parameters of its own; if it is a mixture of experts, put"
-                    " them into a layer inside of it"
-                )
-            outermost = around[around.index(callables[0]) - 1]
-            parts = _callable_parts(outermost, self.model.get_submodule(outermost))
-            self._experts.setdefault(callables[0], []).extend(parts)
-        return None
-
-    def _can_be_called(self, name: str) -> bool:
-        return _has_forward(self.model.get_submodule(name))
+        return [name for name in followed if name not in self._mixtures]
 
     def _attach_mixtures(self) -> None:
-        for name, experts in self._experts.items():
-            if name not in self._rules:
-                inner = {expert.removeprefix(f"{name}.") for expert in experts}
-                self._rules[name] = mixture_rule(inner)
-                self._attach_layer(self.model.get_submodule(name), name)
+        for name, inner in list(self._mixtures.without_rule(self._rules)):
+            self._rules[name] = mixture_rule(inner)
+            self._attach_layer(self.model.get_submodule(name), name)
 
     def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any, foreign: set[str]) -> None:
         """Run the model once as it was and once with its layers scored, in a step of no account.
@@ -792,23 +751,3 @@ class ModelForward:
         self._check_reentrant = self._reentrant is not None
         self._inputs = None
         return micro.loss_scale.tracked_output(output, checked=micro.step.first)
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Whether a module can be called; a ModuleList cannot."""
-    return type(module).forward is not nn.Module.forward
-
-
-def _path(name: str) -> list[str]:
-    """A module's name and those of the modules around it, the model left out."""
-    parts = name.split(".") if name else []
-    return [".".join(parts[:k]) for k in range(len(parts), 0, -1)]
-
-
-def _callable_parts(name: str, module: nn.Module) -> Iterator[str]:
-    """The outermost modules in a nesting of lists that can be called."""
-    if _has_forward(module):
-        yield name
-        return
-    for key, part in module.named_children():
-        yield from _callable_parts(f"{name}.{key}", part)
