@@ -132,7 +132,8 @@ def held_values(model: nn.Module) -> Held:
 
 def _held_by(module: nn.Module) -> dict[str, Any]:
     is_value = lambda x: x is None or isinstance(x, (Tensor, int, float))
-    values = vars(module).items()
+    # Hooks that a forward installs stay (transformers'), and so does what says that they are there.
+    values = [(k, x) for k, x in vars(module).items() if "hook" not in k]
     return {k: x for k, x in values if is_value(x) and not isinstance(x, nn.Parameter)}
 
 

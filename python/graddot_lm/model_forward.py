@@ -518,7 +518,7 @@ class ModelForward:
             with self.set_aside():
                 check_backward(
                     self.model, self._mixtures.judged(self._forwards), layouts, args, kwargs, micro.step.rows,
-                    self._packed, self.loss.ignore_index,
+                    self._packed,
                 )  # fmt: skip
         self._layouts.learn(mode, shapes, layouts)
         if micro.segments is not None:
