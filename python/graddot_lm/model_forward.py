@@ -514,12 +514,6 @@ class ModelForward:
                     raise problem from error
             if not self._agreed(failed):
                 break
-        if micro.step.first and micro.step.rows > 1 and not micro.step.sharded:
-            with self.set_aside():
-                check_backward(
-                    self.model, self._mixtures.judged(self._forwards), layouts, args, kwargs, micro.step.rows,
-                    self._packed,
-                )  # fmt: skip
         self._layouts.learn(mode, shapes, layouts)
         if micro.segments is not None:
             self._layouts.learn_of_tokens(mode, micro.segments.tokens, layouts)
@@ -739,6 +733,14 @@ class ModelForward:
             self._whole = whole
         if first and micro.step.first or self._unchecked_row(micro):
             self._check_numbers(micro, output)
+        if first and micro.step.rows > 1 and not micro.step.sharded:
+            assert self._inputs is not None
+            layers = self._mixtures.judged(self._forwards)
+            with self.set_aside():
+                check_backward(
+                    self.model, layers, micro.step.layouts, *self._inputs, micro.step.rows,
+                    self._packed,
+                )  # fmt: skip
         if first:
             self._label_check = LabelCheck(
                 output, micro.labels, micro.counts, micro.summed, self._finished == 0
