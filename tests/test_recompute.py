@@ -34,7 +34,7 @@ def step(model):
 
     def look(name):
         def hook(module, args, out):
-            if not out.requires_grad:  # the engine looks at the layout first
+            if not out.requires_grad or len(out) < 5:  # in the engine's checks
                 return
             inputs[name] = args[0].detach().clone(), args[0].data_ptr()
             node = out.grad_fn
