@@ -30,6 +30,11 @@ _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
 _kept: dict[torch.dtype, Tensor] = {}
 
 
+def tokens_at_a_time(device: torch.device, vocab: int) -> int:
+    """Whose logits exist together."""
+    return max(1, _CHUNK_ELEMENTS[device.type] // max(1, vocab))
+
+
 class _Chunk(NamedTuple):
     """Tokens [t0, t1) of rows [r0, r1): whole rows, or part of one."""
 
@@ -102,7 +107,7 @@ class _Head:
             self.dots = self.losses.new_zeros(k + 1, self.n + (direction is None))
         self.own_ids = labels.new_empty(self.n, 0) if own_ids is None else own_ids
         self.own_rows = self.losses.new_zeros(*self.own_ids.shape, self.width)
-        self.limit = max(1, _CHUNK_ELEMENTS[act.device.type] // max(1, self.vocab))
+        self.limit = tokens_at_a_time(act.device, self.vocab)
         # Only a CPU's joint op makes directions piece by piece, and 16-bit logits it would widen.
         self.joint = direction is None and k > 0 and act.dtype == dtype and not act.is_cuda
         self.joint &= 0 < rows * t <= max(self.limit, k * self.width)

@@ -112,6 +112,30 @@ def test_mixing_in_the_backward_of_a_number_is_refused(kind):
         step(graddot_lm.fuse_head(model_with(MIXING[kind])), with_labels)
 
 
+class Shifted(nn.Module):
+    """Moves all that a norm gets alike: the gradient of what its layer returns is rounding only."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm, self.shift = norm, nn.Linear(24, 1)
+
+    def forward(self, x):
+        return self.norm(x + self.shift(x))
+
+
+def test_a_gradient_that_is_rounding_only(close):
+    model = tiny_gpt2()
+    model.transformer.ln_f = Shifted(model.transformer.ln_f)
+    (x, y), val = token_batch(9, 11, seed=1, ragged=True), token_batch(2, 11, seed=2, ragged=True)
+    dots, scales = sample_dots(model, (x, y), val)
+    engine = GradDotProdEngine(graddot_lm.fuse_head(model), val_data=val)
+    engine.attach()
+    engine.attach_train_batch(x, y, 0, None)
+    with_labels(model, *engine.prepare_forward_input(x, y)).backward()
+    engine.prepare_gradients()
+    close(engine.aggregate_and_log(), total(dots), 1e-5, total(scales))
+
+
 @pytest.mark.parametrize("kind", APART)
 def test_what_is_by_row_is_scored(kind):
     model = model_with(APART[kind])

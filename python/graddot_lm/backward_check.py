@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .digests import NoDropout, digest, forwards_replaced, own_buffers, own_inputs, own_random
 from .errors import GraddotError
-from .parts import Packed, take_inputs
+from .parts import Entries, take_inputs
 from .rows import Layout
 from .verify import tensors_in
 
@@ -29,7 +29,7 @@ def check_backward(
     args: Any,
     kwargs: Mapping[str, Any],
     rows: int,
-    packed: Packed,
+    entries: Entries,
 ) -> None:
     """Raise GraddotError if gradients of the layers' outputs are not those of each sample alone.
 
@@ -44,28 +44,23 @@ def check_backward(
     judged = {name: x for name, x in layers.items() if layouts.get(name) in ("rows", "second")}
 
     def run(taken: list[int], use: Callable[[Any], Any]) -> Any:
-        few = take_inputs((args, kwargs), taken, rows, packed)
+        few = take_inputs((args, kwargs), taken, rows, entries)
         few_args, few_kwargs = own_inputs(tree_map_only(Tensor, Tensor.detach, few))
         torch.manual_seed(0)
         with own_buffers(model):
             return use(lambda: list(tensors_in(model(*few_args, **few_kwargs))))
 
-    def lengths(taken: list[int]) -> list[int | None]:
-        """Of the outputs that have a gradient."""
-        length = lambda x: x.shape[0] if x.requires_grad and x.dim() else None
-        return run(taken, lambda forward: [length(x) for x in forward()])  # type: ignore[no-any-return]
-
-    def gradients(taken: list[int], kept: int) -> _Gradients:
-        return run(taken, lambda forward: _gradients(forward, judged, by_rows, kept))
+    def gradients(taken: list[int], kept: int, alone: list[int | None]) -> tuple[_Gradients, bool]:
+        return run(taken, lambda forward: _gradients(forward, judged, len(taken), kept, alone))  # type: ignore[no-any-return]
 
     try:
         # A checkpoint around the model, or what counts its memory, sees nothing of this.
         unseen = saved_tensors_hooks(Tensor.detach, lambda x: x)
         with torch.enable_grad(), own_random(), NoDropout(), unseen:
-            sizes = zip(lengths(index), lengths(index[:half]), strict=False)
-            by_rows = [k for k, of in enumerate(sizes) if of == (len(index), half)]
-            whole = gradients(index, len(index))
-            part = gradients(index if by_rows else index[:half], half)
+            alone = run(index[:half], lambda forward: _lengths(forward()))
+            whole, by_rows = gradients(index, len(index), alone)
+            own = (index, half, alone) if by_rows else (index[:half], half, [])
+            part, _ = gradients(*own)
     except GraddotError:
         raise
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
@@ -79,6 +74,7 @@ def check_backward(
     ]
     pairs = [(name, x, y) for name, x, y in pairs if x.numel() and x.shape[1:] == y.shape[1:]]
     scale = 1.0 if by_rows else _scale(pairs, half)
+    largest = max((x[:half].double().norm() for _, x, _ in pairs), default=torch.zeros(()))
     rounded = any(torch.is_autocast_enabled(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
     for name, x, y in pairs:
         tolerance = 0.1 if rounded else 1e-3 if x.dtype == torch.float32 else 1e-6
@@ -87,7 +83,9 @@ def check_backward(
         if not bool(torch.isfinite(torch.stack([x.norm(), size, y.norm()])).all()):
             continue
         leaked = y[half:].norm() > 1e-6 * size
-        changed = (x[:half] - scale * y[:half]).norm() > tolerance * x[:half].norm()
+        # A gradient may be zero but for rounding: that of what moves all inputs of a softmax alike.
+        floor = torch.maximum(x[:half].norm(), 1e-3 * largest)
+        changed = (x[:half] - scale * y[:half]).norm() > tolerance * floor
         if leaked or changed:
             raise GraddotError(
                 f"in the backward, the gradient of what layer {name} returns for a sample depends on"
@@ -107,11 +105,13 @@ def _some_rows(rows: int, arguments: Any) -> list[int]:
 def _gradients(
     forward: Callable[[], list[Tensor]],
     layers: Mapping[str, nn.Module],
-    by_rows: list[int],
+    rows: int,
     kept: int,
-) -> _Gradients:
-    """The gradients of every layer's outputs for a loss of the first rows of these outputs of the model;
-    or else for its own loss."""
+    alone: list[int | None],
+) -> tuple[_Gradients, bool]:
+    """The gradients of every layer's outputs for a loss of the first `kept` rows of what the model
+    returns by rows, and True; or else for its own loss, and False. alone are the outputs' lengths in
+    a run of half of the rows."""
     found: dict[str, list[Tensor]] = {}
 
     def seen(name: str, forward: Any) -> Any:
@@ -127,14 +127,22 @@ def _gradients(
 
     with forwards_replaced(layers, seen):
         out = forward()
-    losses = [digest(out[k][:kept]).values.sum() for k in by_rows]
+    by_rows = [
+        x for x, *of in zip(out, _lengths(out), alone, strict=False) if of == [rows, rows // 2]
+    ]
+    losses = [digest(x[:kept]).values.sum() for x in by_rows]
     losses = losses or [x for x in out if x.dim() == 0 and x.requires_grad][:1]
     outputs = [x for of in found.values() for x in of]
     if not losses or not outputs:
-        return {}
+        return {}, bool(by_rows)
     loss = torch.stack([x.double() for x in losses]).sum()
     grads = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
-    return {name: [next(grads) for _ in of] for name, of in found.items()}
+    return {name: [next(grads) for _ in of] for name, of in found.items()}, bool(by_rows)
+
+
+def _lengths(outputs: list[Tensor]) -> list[int | None]:
+    """Of those that have a gradient."""
+    return [len(x) if x.requires_grad and x.dim() else None for x in outputs]
 
 
 def _by_row(grad: Tensor, layout: Layout, rows: int) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-from .digests import NoDropout
+from .digests import NoDropout, own_random
 from .errors import GraddotError
 from .general import Rule, Tokens, caller_rule
 from .layers import Step
@@ -395,7 +395,7 @@ def _exactly() -> Iterator[None]:
     as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_is)
-        stack.enter_context(torch.random.fork_rng())
+        stack.enter_context(own_random())
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import random
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
+from .errors import GraddotError
 from .recurrent import KERNELS
 from .scored import first_tensor
 from .verify import tensors_in
@@ -55,14 +55,14 @@ class NoDropout(TorchFunctionMode):
     transformers makes the masks of SpecAugment."""
 
     def __enter__(self) -> Any:
-        numbers = vars(sys.modules["numpy"].random) if "numpy" in sys.modules else {}
-        self._numpy, self._drawn = numbers, {n: f for n, f in numbers.items() if _draws(f)}
-        numbers.update({n: functools.partial(_first_drawn, f) for n, f in self._drawn.items()})
+        self._drawn = {n: f for n, f in vars(np.random).items() if _draws(f)}
+        first = {n: functools.partial(_first_drawn, f) for n, f in self._drawn.items()}
+        vars(np.random).update(first)
         return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
-        self._numpy.update(self._drawn)
+        vars(np.random).update(self._drawn)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = dict(kwargs or {})
@@ -98,6 +98,17 @@ def own_random() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
+
+
+@contextlib.contextmanager
+def must_run(what: str, shown: str) -> Iterator[None]:
+    """Raise GraddotError if the model, whose own code may raise anything, does not run inside of it."""
+    try:
+        yield
+    except Exception as error:
+        raise GraddotError(
+            f"the model {what} ({type(error).__name__}: {error}), so that it cannot be shown to {shown}"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
+from graddot_kernels.fused_head import tokens_at_a_time
+
 from . import distributed
 from .errors import GraddotError
 from .layers import ScoredFunction, note_uses, vector_grad
 from .scored import ScoredForward, autocast_input
 from .tracing import trace_head
-
-_AT_A_TIME = 2048  # tokens whose logits exist together in an evaluation
 
 
 @dataclass
@@ -203,11 +203,11 @@ def _losses(act: Tensor, head: nn.Linear, labels: Tensor, form: Any) -> Tensor:
     weight = head.weight.to(act.dtype)
     bias = None if head.bias is None else head.bias.to(act.dtype)
     with torch.autocast(act.device.type, enabled=False):
+        size = tokens_at_a_time(act.device, len(weight))
+        chunks = zip(act.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
         parts = [
             torch.ops.graddot.cross_entropy_grad(nn.functional.linear(x, weight, bias), y, *form)
-            for x, y in zip(
-                act.flatten(0, 1).split(_AT_A_TIME), labels.flatten().split(_AT_A_TIME), strict=True
-            )
+            for x, y in chunks
         ]
     return torch.cat(parts).view(labels.shape)
 

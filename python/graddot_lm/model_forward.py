@@ -29,7 +29,7 @@ from .general import ProvenRule, caller_rule
 from .layers import ScoredFunction, Step
 from .mixtures import ROUTED, mixture_rule
 from .outputs import check_loss, check_memory, check_outputs, check_padding, is_divided
-from .parts import Packed, packed_inputs, splits_of, take_inputs
+from .parts import Entries, entries_of, splits_of, take_inputs
 from .rows import KnownLayouts, Layout, MixedSamples, find_layouts
 from .rules import rule_for
 from .scored import ScoredForward
@@ -101,7 +101,7 @@ class ModelForward:
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._inputs: tuple[Any, Any] | None = None  # of the forward under way
         self._runs = 0  # of a sharded model in a check of it, as many in all processes
-        self._packed: Packed = {}  # of these, what holds several entries of a row
+        self._entries: Entries = {}  # of these, what holds several entries of a row
         self._buffers: BufferCheck | None = None  # as they were before it
         self._aside = contextlib.ExitStack()  # what the forward outside of it is not to change
         self._whole: dict[str, nn.Parameter] = {}
@@ -289,7 +289,7 @@ class ModelForward:
             with self.set_aside():
                 found = find_layouts(
                     self.model, layers, *self._inputs, micro.step.rows,
-                    followed=self._followed(layers), packed=self._packed,
+                    followed=self._followed(layers), entries=self._entries,
                 )  # fmt: skip
             micro.step.layouts.update({**found, **micro.step.layouts})
             if name in found:
@@ -454,9 +454,7 @@ class ModelForward:
             seen = is_divided(self.model, args, kwargs)
         distributed.unshard(self.model)
         votes = [None, False, True]
-        parameters = list(self._parameters.values())
-        group = distributed.averaging_group(parameters, self.process_group)
-        vote = distributed.largest(votes.index(seen), group, parameters[0].device)
+        vote = self._largest(votes.index(seen))
         self._undecided = vote == 0
         if not self._undecided:
             self._divided = bool(votes[vote])
@@ -477,18 +475,19 @@ class ModelForward:
         inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         # What is found for rows of equally many patches does not hold for others.
         each = [
-            torch.Size({*counts} if len({*counts}) == 1 else ()) for counts in self._packed.values()
+            torch.Size({*counts} if len({*counts}) == 1 else ())
+            for counts in self._entries.values()
         ]
         return self._mode(micro.step.rows, inputs), [*(x.shape[1:] for x in inputs), *each]
 
     def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
         """Learn how each layer's input holds the rows, from runs of the model as it was."""
-        self._packed = packed_inputs(kwargs, micro.step.rows)
+        self._entries = entries_of(kwargs, micro.step.rows)
         mode, shapes = self._kind(micro, args, kwargs)
         if micro.filled and (micro.step.first or not self._padding_checked):
             for filled in micro.filled if not micro.step.sharded else []:
                 with self.set_aside():
-                    check_padding(self.model, args, kwargs, micro.step.rows, filled, self._packed)
+                    check_padding(self.model, args, kwargs, micro.step.rows, filled, self._entries)
             self._padding_checked = True
         if micro.step.sharded:
             known = self._known_to_all(micro, shapes)
@@ -531,7 +530,7 @@ class ModelForward:
                     layouts = find_layouts(
                         self.model, layers, args, kwargs, micro.step.rows,
                         functools.partial(self._resolve, micro), self._followed(layers),
-                        self._packed, thorough=self._thorough, runs=self._runs,
+                        self._entries, thorough=self._thorough, runs=self._runs,
                         agreed=self._agreed,
                     )  # fmt: skip
                 break
@@ -548,11 +547,14 @@ class ModelForward:
     def _agreed(self, x: bool) -> bool:
         """Whether it is so: of a sharded model, in any of its processes, all of which then run the
         model once more."""
-        if not distributed.is_sharded(self._parameters.values()):
-            return x
+        sharded = distributed.is_sharded(self._parameters.values())
+        return bool(self._largest(int(x))) if sharded else x
+
+    def _largest(self, number: int) -> int:
+        """Of the processes over which gradients are averaged."""
         parameters = list(self._parameters.values())
         group = distributed.averaging_group(parameters, self.process_group)
-        return bool(distributed.largest(int(x), group, distributed.own_part(parameters[0]).device))
+        return distributed.largest(number, group, distributed.own_part(parameters[0]).device)
 
     def _known_to_all(
         self, micro: MicroBatch, shapes: list[torch.Size]
@@ -579,8 +581,8 @@ class ModelForward:
         if not (step.first or unknown):
             return known
         if {of_one, of_square} <= {0, processes}:
-            splits = splits_of(step.rows, self._thorough or bool(self._packed))
-            self._runs = distributed.largest(2 * len(splits), group, step.scale.device)
+            splits = splits_of(step.rows, self._thorough or bool(self._entries))
+            self._runs = self._largest(2 * len(splits))
             return None
         if unknown:
             raise GraddotError(
@@ -654,7 +656,7 @@ class ModelForward:
         assert self._inputs is not None
         args, kwargs = self._inputs
         samples = micro.step.rows
-        take = lambda x, index: take_inputs(x, index, samples, self._packed)
+        take = lambda x, index: take_inputs(x, index, samples, self._entries)
         if micro.segments is not None:
             samples, take = len(micro.segments), micro.segments.take
             self.check_packed(args, kwargs, micro.segments)
@@ -739,7 +741,7 @@ class ModelForward:
             with self.set_aside():
                 check_backward(
                     self.model, layers, micro.step.layouts, *self._inputs, micro.step.rows,
-                    self._packed,
+                    self._entries,
                 )  # fmt: skip
         if first:
             self._label_check = LabelCheck(

@@ -19,10 +19,10 @@ def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor
 
 # By id of a tensor among a model's inputs that holds several entries of every row, one row's after the
 # other's: how many each row has.
-Packed = Mapping[int, Sequence[int]]
+Entries = Mapping[int, Sequence[int]]
 
 
-def packed_inputs(kwargs: Mapping[str, Any], rows: int) -> Packed:
+def entries_of(kwargs: Mapping[str, Any], rows: int) -> Entries:
     """The patches of images, of which every row has one: as many as its entry in a grid says, as
     vision-language models of transformers have it."""
     found = {}
@@ -35,13 +35,13 @@ def packed_inputs(kwargs: Mapping[str, Any], rows: int) -> Packed:
     return found
 
 
-def take_inputs(arguments: Any, index: list[int], rows: int, packed: Packed) -> Any:
+def take_inputs(arguments: Any, index: list[int], rows: int, entries: Entries) -> Any:
     """`take_rows` of all tensors among a model's inputs."""
 
     def one(x: Tensor) -> Tensor:
-        if id(x) not in packed:
+        if id(x) not in entries:
             return take_rows(x, index, rows)
-        parts = x.split(list(packed[id(x)]))
+        parts = x.split(list(entries[id(x)]))
         return torch.cat([parts[i] for i in index])
 
     return tree_map_only(Tensor, one, arguments)

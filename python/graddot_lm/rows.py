@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .digests import OUTPUTS, Digest, NoDropout, close, digests, equal, own_random
+from .digests import OUTPUTS, Digest, NoDropout, close, digests, equal, must_run, own_random
 from .errors import GraddotError
-from .parts import Packed, filled_up, splits_of, take_inputs
+from .parts import Entries, filled_up, splits_of, take_inputs
 
 # "rows" (rows, ..., D); "second" (T, rows, ..., D); "same" for every row; T where a row's T tokens
 # lie together, (rows·T, ..., D) or (1, rows·T, ..., D); "unseen" where noise kept a layer from being
@@ -88,7 +88,7 @@ def find_layouts(
     rows: int,
     on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
     followed: Collection[str] = (),
-    packed: Packed | None = None,
+    entries: Entries | None = None,
     *,
     thorough: bool = True,
     runs: int = 0,
@@ -115,8 +115,8 @@ def find_layouts(
             for name, layouts in of_one.items()
             if name != OUTPUTS
         }
-    packed = packed or {}
-    kept = [part for split in splits_of(rows, thorough or bool(packed)) for part in split]
+    entries = entries or {}
+    kept = [part for split in splits_of(rows, thorough or bool(entries)) for part in split]
     if rows == 3:
         kept = [*kept[::2], [0, 1]]  # every pair, and no row alone
     kept = filled_up(kept, runs)
@@ -124,15 +124,10 @@ def find_layouts(
         whole = digests(model, layers, args, kwargs, on_layer, followed)
         outputs, found = whole[OUTPUTS], dict[str, Layout | None]()
         for index in kept:
-            few_args, few_kwargs = take_inputs((args, kwargs), index, rows, packed)
-            try:
+            few_args, few_kwargs = take_inputs((args, kwargs), index, rows, entries)
+            fails = f"runs on the joint batch of {rows} rows, but not on {len(index)} of them"
+            with must_run(fails, "keep samples apart"):
                 part = digests(model, layers, few_args, few_kwargs)
-            except Exception as error:  # the model's own code may raise anything
-                raise GraddotError(
-                    f"the model runs on the joint batch of {rows} rows, but not on {len(index)} of"
-                    f" them ({type(error).__name__}: {error}), so that it cannot be shown to keep"
-                    " samples apart"
-                ) from error
             with_rows = _with_rows(outputs, part[OUTPUTS], rows, len(index))
             whole[OUTPUTS] = [outputs[i] for i in with_rows]
             part[OUTPUTS] = [part[OUTPUTS][i] for i in with_rows]

@@ -207,7 +207,7 @@ class ScoredForward:
             if layout == "same":
                 scored.same = first
             if isinstance(layout, int) and first is not None and first.shape[:1] == (1,):
-                out = self._packed(scored, args, kwargs)
+                out = self._in_one_sequence(scored, args, kwargs)
             else:
                 out = self._rule(self.module, scored, *args, **kwargs)
             if step.moved is not None:
@@ -220,7 +220,7 @@ class ScoredForward:
         self._watch(out)
         return out
 
-    def _packed(self, scored: Scored, args: Any, kwargs: Any) -> Any:
+    def _in_one_sequence(self, scored: Scored, args: Any, kwargs: Any) -> Any:
         """A layer that works on each token alone, of (1, rows·T, ...), as of (rows·T, ...)."""
         by_token = getattr(getattr(self._rule, "func", self._rule), "by_token", False)
         if not by_token or len(args) != 1 or kwargs:
@@ -272,8 +272,8 @@ def _moved(out: Any, step: Step, name: str) -> Any:
     if name not in names or layout == "unseen":
         return out
     first = first_tensor(out)
-    packed = isinstance(layout, int) and first is not None and first.shape[:1] == (1,)
-    at = int(layout == "second" or packed)
+    in_one = isinstance(layout, int) and first is not None and first.shape[:1] == (1,)
+    at = int(layout == "second" or in_one)
     chosen = torch.zeros(step.rows, dtype=torch.bool)
     chosen[here] = True
 

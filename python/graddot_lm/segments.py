@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .batches import LENGTHS
-from .digests import OUTPUTS, ROUGH, Digest, NoDropout, close, digests, own_random
+from .digests import OUTPUTS, ROUGH, Digest, NoDropout, close, digests, must_run, own_random
 from .errors import GraddotError
 from .parts import splits_of
 
@@ -187,14 +187,11 @@ def check_apart(
         whole[OUTPUTS] = list(itertools.compress(whole[OUTPUTS], with_tokens))
         alone = []
         for i in range(len(segments)):
-            try:
+            fails = (
+                f"runs on the packed row of {len(segments)} samples, but not on sample {i} alone"
+            )
+            with must_run(fails, "keep samples apart"):
                 alone.append(run(segments.take((args, kwargs), [i])))
-            except Exception as error:  # the model's own code may raise anything
-                raise GraddotError(
-                    f"the model runs on the packed row of {len(segments)} samples, but not on sample"
-                    f" {i} alone ({type(error).__name__}: {error}), so that it cannot be shown to keep"
-                    " samples apart"
-                ) from error
         for name, calls in whole.items():
             if not _same_alone(calls, [own.get(name, []) for own in alone], segments):
                 raise GraddotError(_mixed(name, calls, "samples run alone give something else"))
