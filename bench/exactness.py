@@ -23,6 +23,7 @@ FILES = (
     "test_directions",
     "test_norms_option",
     "test_hf",
+    "test_hf_forms",
     "test_hf_processes",
     "test_distributed",
     "test_train_processes",

@@ -11,9 +11,7 @@ from accelerate.utils import DistributedType
 from brute_force import tiny_gpt2
 from graddot_lm.background import BackgroundWriter
 from graddot_lm.store import _parts
-from loop_steps import tiny_bert
-from process_group import on_processes
-from test_hf import (
+from hf_runs import (
     VAL,
     Snapshots,
     arguments,
@@ -25,6 +23,8 @@ from test_hf import (
     tokens,
     train,
 )
+from loop_steps import tiny_bert
+from process_group import on_processes
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import DataCollatorWithFlattening, Trainer
@@ -77,7 +77,7 @@ def run(rank, world, folder, model, options, collator=collate):
     trained, regular = MODELS[model](), MODELS[model]()
     options = {"per_device_train_batch_size": 2, **options}
     shard_on_cpus()
-    with mock.patch("test_hf.Snapshots", WholeWeights):
+    with mock.patch("hf_runs.Snapshots", WholeWeights):
         states = train(folder, trained, *DATA[model], **options, collator=collator)[0]
     assert isinstance(trained, FSDPModule) == ("fsdp" in options)
     if "resume" not in options:

@@ -8,8 +8,8 @@ import torch
 from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
+from hf_runs import Snapshots, flat, rows_of
 from model_zoo import causal
-from test_hf import Snapshots, flat, rows_of
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Trainer
 

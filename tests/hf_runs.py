@@ -1,0 +1,172 @@
+"""Runs of GradDotProdTrainer on small data, and what their rows should say, in float64."""
+
+import copy
+
+import pyarrow.dataset
+import torch
+import torch.nn.functional as F
+from graddot_lm.hf import GradDotProdTrainer
+from loop_steps import mapping_gradient
+from torch import nn
+from transformers import (
+    TrainerCallback,
+    TrainingArguments,
+)
+
+
+def samples(n, *, seed, vocab=61, classes=0):
+    """Token ids of several lengths; labels are the ids, or a class."""
+    g = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(4, 12, (n,), generator=g).tolist()
+    ids = [torch.randint(1, vocab, (length,), generator=g).tolist() for length in lengths]
+    return [{"input_ids": x, **({"label": sum(x) % classes} if classes else {})} for x in ids]
+
+
+def collate(rows):
+    longest = max(len(row["input_ids"]) for row in rows)
+    ids = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        n = len(row["input_ids"])
+        ids[i, :n], mask[i, :n] = torch.tensor(row["input_ids"]), 1
+    labels = ids.masked_fill(mask == 0, -100)
+    if "label" in rows[0]:
+        labels = torch.tensor([row["label"] for row in rows])
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Snapshots(TrainerCallback):
+    """The weights at which each optimizer step's gradients were taken."""
+
+    def __init__(self):
+        self.models, self.states = [], []
+
+    def on_step_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        named = model.named_parameters()
+        self.states.append({n: copy.deepcopy(optimizer.state.get(p)) for n, p in named})
+        plain = copy.deepcopy(model)
+        plain.__dict__.pop("forward", None)  # accelerate's, under autocast
+        if hasattr(plain, "gradient_checkpointing_disable"):
+            plain.gradient_checkpointing_disable()
+        self.models.append(plain.double().train())
+
+
+def arguments(folder, **kwargs):
+    defaults = {
+        "max_steps": 3,
+        "per_device_train_batch_size": 3,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.02,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 0.3,
+        "optim": "sgd",
+        "weight_decay": 0.0,
+        "report_to": "none",
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 1,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**defaults, **kwargs})
+
+
+# Transformers 5 has a strategy for what was a flag.
+BY_LENGTH = {"group_by_length": True}
+if "group_by_length" not in TrainingArguments.__dataclass_fields__:
+    BY_LENGTH = {"train_sampling_strategy": "group_by_length"}
+
+TRAIN, VAL = samples(20, seed=1), samples(5, seed=2)
+
+
+def train(
+    folder,
+    model,
+    data=TRAIN,
+    val=VAL,
+    *,
+    resume=None,
+    val_interval=1,
+    adamw=False,
+    collator=collate,
+    **kwargs,
+):
+    snapshots = Snapshots()
+    trainer = GradDotProdTrainer(
+        model=model,
+        args=arguments(folder, **kwargs),
+        data_collator=collator,
+        train_dataset=data,
+        val_dataset=val,
+        val_interval=val_interval,
+        adamw=adamw,
+        callbacks=[snapshots],
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    assert not any("forward" in m.__dict__ for m in list(model.modules())[1:])
+    if adamw:
+        return snapshots.models, snapshots.states, rows_of(folder / "scores")
+    return snapshots.models, rows_of(folder / "scores")
+
+
+def rows_of(path):
+    return pyarrow.dataset.dataset(path).to_table().to_pylist()
+
+
+def sample_gradient(model, data, i):
+    return mapping_gradient(model, collate([data[i]]))
+
+
+def flat(gradient):
+    return torch.cat([g.flatten() for g in gradient.values()])
+
+
+def tokens(data, i):
+    return 1 if "label" in data[i] else len(data[i]["input_ids"]) - 1
+
+
+def brute_force(model, data, val, ids, direction_model=None):
+    """Dots, (N,), their scales, and what clipping to 0.3 multiplies the step's gradient by."""
+    direction = flat(mapping_gradient(direction_model or model, collate(val)))
+    own = [flat(sample_gradient(model, data, i)) for i in ids]
+    dots = torch.stack([direction @ g for g in own])
+    scales = torch.stack([direction.norm() * g.norm() for g in own])
+    return dots, scales, own
+
+
+def clipping(own, weights):
+    norm = torch.stack([w * g for w, g in zip(weights, own, strict=True)]).sum(0).norm().item()
+    return min(1.0, 0.3 / norm)
+
+
+def scored(folder, model, *, cls=GradDotProdTrainer, collator=collate, options=None, **kwargs):
+    """A trainer of TRAIN and VAL."""
+    return cls(
+        model=model,
+        args=arguments(folder, **{"remove_unused_columns": False, **kwargs}),
+        data_collator=collator,
+        train_dataset=TRAIN,
+        val_dataset=VAL,
+        engine_options=options,
+    )
+
+
+class Own(nn.Module):
+    """What it returns is made of (loss, logits)."""
+
+    def __init__(self, form):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head, self.form = nn.Embedding(61, 8), nn.Linear(8, 61), form
+
+    def forward(self, input_ids, attention_mask, labels):
+        logits = self.head(self.embedding(input_ids).tanh())
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        return self.form(loss, logits)
+
+
+OUTPUTS = {
+    "tuple": lambda loss, logits: (loss, logits),
+    "list": lambda loss, logits: [loss, logits],
+    "dict": lambda loss, logits: {"logits": logits, "loss": loss},
+}

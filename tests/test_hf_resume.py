@@ -1,0 +1,107 @@
+"""Runs of GradDotProdTrainer that stop midway and go on: every row is there once."""
+
+import pytest
+from brute_force import tiny_gpt2
+from graddot_lm import GraddotError
+from graddot_lm.background import BackgroundWriter
+from hf_runs import (
+    rows_of,
+    scored,
+    train,
+)
+from transformers import (
+    Trainer,
+    TrainerCallback,
+)
+
+
+def test_resumed_run_has_every_row_once(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    _, whole = train(tmp_path / "whole", tiny_gpt2(), **options)
+    train(tmp_path / "cut", tiny_gpt2(), **options)
+    checkpoint = str(tmp_path / "cut" / "checkpoint-2")
+    _, resumed = train(tmp_path / "cut", tiny_gpt2(), resume=checkpoint, **options)
+    assert [(r["step"], r["sample_id"]) for r in resumed] == [
+        (r["step"], r["sample_id"]) for r in whole
+    ]
+    for got, want in zip(resumed, whole, strict=True):
+        assert got["dot"] == pytest.approx(want["dot"], rel=1e-4, abs=1e-6)
+    with pytest.raises(GraddotError, match="holds the scores of an earlier run"):
+        train(tmp_path / "cut", tiny_gpt2(), **options)
+
+
+def test_rows_of_steps_that_are_not_taken_again_are_dropped(tmp_path):
+    """Where a run that went on is taken up from a checkpoint, to end there."""
+    options = {"save_strategy": "steps", "save_steps": 4}  # an epoch
+    train(tmp_path, tiny_gpt2(), max_steps=6, **options)
+    checkpoint = str(tmp_path / "checkpoint-4")
+    _, rows = train(tmp_path, tiny_gpt2(), max_steps=4, resume=checkpoint, **options)
+    assert {row["step"] for row in rows} == {0, 1, 2, 3}
+
+
+@pytest.mark.parametrize("when", ["on_pre_optimizer_step", "on_substep_end"])
+def test_an_interrupted_trainer_goes_on(tmp_path, monkeypatch, when):
+    """The same one, as in a notebook: nothing of the step that was cut off is in its values."""
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    _, whole = train(tmp_path / "whole", tiny_gpt2(), **options)
+    trainer = scored(tmp_path / "cut", tiny_gpt2(), **options)
+
+    def interrupt(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("graddot_lm.hf._ScoreCallback." + when, interrupt)
+        trainer.train()
+    trainer.train(resume_from_checkpoint=True)
+    rows = rows_of(tmp_path / "cut" / "scores")
+    assert [row["sample_id"] for row in rows] == [row["sample_id"] for row in whole]
+    for got, want in zip(rows, whole, strict=True):
+        assert got["value"] == pytest.approx(want["value"], rel=1e-4, abs=1e-8)
+
+
+def test_an_epoch_that_ends_in_the_midst_of_a_step_is_refused(tmp_path):
+    class Ends(TrainerCallback):
+        def on_substep_end(self, args, state, control, **kwargs):
+            control.should_epoch_stop = state.global_step == 1
+
+    trainer = scored(tmp_path, tiny_gpt2(), max_steps=6)  # of two epochs
+    trainer.add_callback(Ends())
+    with pytest.raises(
+        GraddotError, match="an epoch was stopped after 1 of step 1's micro-batches"
+    ):
+        trainer.train()
+
+
+def test_rows_are_saved_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):
+    saved = []
+
+    def save(self, *_):
+        saved.append((self.state.global_step, len(rows_of(tmp_path))))
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    train(tmp_path, tiny_gpt2(), save_strategy="steps", save_steps=1)
+    assert saved == [(1, 6), (2, 12), (3, 18)]
+
+
+def test_rows_are_saved_every_so_often(tmp_path, monkeypatch):
+    """Also where no checkpoint is: a run that is killed leaves what was saved."""
+    monkeypatch.setattr("graddot_lm.hf._SAVED_EVERY", 2)
+
+    class Killed(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    trainer = scored(tmp_path, tiny_gpt2(), max_steps=6)
+    trainer.add_callback(Killed())
+    flush, saved = BackgroundWriter.flush, []
+
+    def noted(self, wait=True):
+        flush(self)  # waits, for the count
+        saved.append(len(rows_of(tmp_path / "scores")))
+
+    monkeypatch.setattr(BackgroundWriter, "flush", noted)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert saved[:2] == [12, 20]  # an epoch ends with a smaller step
