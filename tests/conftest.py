@@ -1,5 +1,6 @@
 """Shared by all tests: helpers beside the tests are importable, and each process is one thread."""
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -10,6 +11,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _compiled_again():
+    """A step that a test gave up leaves torch.compile as it was, once its engine is gone."""
+    yield
+    compiler = sys.modules.get("graddot_lm.compiler")
+    if compiler is not None and compiler._stance is not None:
+        for _ in range(2):  # the first may find tensors that their graphs hold
+            gc.collect()
+        assert compiler._stance is None, "compiled code would run uncompiled in the tests to come"
 
 
 @pytest.fixture

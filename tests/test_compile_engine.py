@@ -642,3 +642,20 @@ def test_refusals(way):
     call(x)
     with pytest.raises(GraddotError, match="the model ran twice since attach_train_batch"):
         call(x)
+
+
+def test_a_first_step_that_is_given_up_keeps_nothing_uncompiled():
+    """Without an engine any more; the model stays attached, as an exception leaves it."""
+    model, other = MLP().double(), MLP().double()
+    engine = GradDotProdEngine(model, points(2, 99))
+    engine.attach()
+    train = points(5, 0)
+    engine.attach_train_batch(*train, 0, torch.arange(5))
+    x, _ = engine.prepare_forward_input(*train)
+    model(x)
+    call = compiled(other)
+    call(x)
+    assert graphs() == 0, "the checks of a first step are of what runs uncompiled"
+    del engine
+    call(x)
+    assert graphs() == 1

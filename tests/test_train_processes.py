@@ -139,6 +139,27 @@ def test_torchrun_needs_no_further_flags(tokens, tmp_path, record_property):  # 
     assert [s["sample_id"] for s in two["best"]] == [s["sample_id"] for s in one["best"]]
 
 
+@pytest.mark.parametrize("status", [0, 2])
+def test_one_of_several_processes_waits_for_no_thread_at_its_end(status):
+    """As those of gloo, which cannot let go of tensors while the interpreter is taken down."""
+    code = f"""
+import threading, time
+from graddot_lm import cli
+cli.main = lambda: print("said") or {status}
+threading.Thread(target=time.sleep, args=({TIMEOUT},)).start()
+cli.run_program()
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "RANK": "0"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT / 2,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (status, "said\n"), done.stderr
+
+
 def test_killed_runs_resume_on_another_number_of_processes(tokens, tmp_path, record_property):  # noqa: F811
     """2 → 1 → 2 → 4 → 2 processes, each but the last killed while something was being saved.
 

@@ -6,6 +6,7 @@ import os
 import select
 import sys
 from importlib import import_module
+from typing import NoReturn
 
 from .errors import GraddotError
 
@@ -90,5 +91,21 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def run_program() -> NoReturn:
+    """`main` as a program, which ends with it."""
+    try:
+        status = main()
+    except SystemExit as end:  # argparse's, or that of a process whose first one says why
+        status = 0 if end.code is None else int(end.code)
+    if "RANK" in os.environ:
+        # One of several processes, where gloo's threads may still hold tensors of what the last
+        # collective gathered. They need the interpreter to let go of them, and the whole process is
+        # aborted if there is none any more (torch 2.13), so we leave without taking it down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_program()

@@ -19,6 +19,7 @@ Instead of riding along, validation rows may be run by themselves, every so many
     engine.set_directions(engine.compute_directions(val_batches))
 """
 
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
@@ -154,6 +155,7 @@ class GradDotProdEngine:
         self._forward = ModelForward(
             model, self._parameters, self._loss, global_mean, process_group
         )
+        weakref.finalize(self, run_compiled, self._forward.number)  # a first step that was given up
         self._direction_norms: Tensor | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
         self._step_hooks: list[Any] = []

@@ -7,7 +7,6 @@ how the rows lie in every layer's input, and check in the first step that all is
 import contextlib
 import dataclasses
 import functools
-import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -114,7 +113,6 @@ class ModelForward:
         self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
         self.sites: list[Any] = []
         self.one_row = False  # whether the batch under way has one row
-        weakref.finalize(self, run_compiled, self.number)  # a first step that was given up
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelForward":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
