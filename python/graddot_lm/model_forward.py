@@ -1,52 +1,34 @@
 """What an attached engine does before, in and after the forward of its model.
 
-The scored layers stand in the place of the model's own; the hooks around the model's forward learn
-how the rows lie in every layer's input, and check in the first step that all is as assumed.
+The scored layers stand in the place of the model's own; the hooks around the model's forward see to
+it that they know how the rows lie in their inputs, and that a first step is checked.
 """
 
 import contextlib
-import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
 
 from . import compiled, distributed
-from .backward_check import check_backward
-from .batches import LossForm, has_causal_lm_loss
-from .checkpointing import ReentrantCheck, has_reentrant_checkpoint, recomputing
+from .averaging import Averaging
+from .batches import LossForm
+from .checkpointing import recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import held_values, own_buffers, own_inputs, own_random
+from .digests import own_buffers, own_inputs, own_random
 from .errors import GraddotError
-from .found_mixtures import FoundMixtures, has_forward
-from .general import ProvenRule, caller_rule
-from .layers import ScoredFunction, Step
-from .mixtures import ROUTED, mixture_rule
-from .outputs import check_loss, check_memory, check_outputs, check_padding, is_divided
-from .parts import Entries, entries_of, splits_of, take_inputs
-from .rows import KnownLayouts, Layout, MixedSamples, find_layouts
-from .rules import rule_for
+from .first_step import FirstStep
+from .layers import Step
+from .layout_search import LayoutSearch
+from .parts import ModelInputs
 from .scored import ScoredForward
+from .scored_layers import ScoredLayers
 from .scores import MicroBatch, Number
-from .segments import Segments, check_apart
+from .segments import Segments
 from .tracing import rows_of, trace_after, trace_before
-from .verify import (
-    BufferCheck,
-    LabelCheck,
-    check_parameter_uses,
-    check_same_model,
-    foreign_uses,
-    tensors_in,
-)
-
-# Finished micro-batches after which the next is checked like the first: what a model does may
-# depend on its data, and a check costs a few forward passes.
-CHECKED_AFTER = {10**k for k in range(1, 10)}
 
 
 class ModelForward:
@@ -63,51 +45,25 @@ class ModelForward:
         global_mean: bool,
         process_group: dist.ProcessGroup | None,
     ) -> None:
-        self.model, self.loss = model, loss
-        self.global_mean, self.process_group = global_mean, process_group
+        self.model, self.loss, self.global_mean = model, loss, global_mean
         self.directions: dict[int, Tensor] | None = None  # (K, *shape) by id of the parameter
         # Under way, from `begin` to `finish`.
         self.micro: MicroBatch | None = None
         # Rows of a step that the optimizer had not taken were logged, and none began since.
         self.logged_unapplied = False
         self._suspended: MicroBatch | None = None  # while the model is evaluated in its midst
-        self._parameters = parameters
-        names = {id(p): name for name, p in parameters.items()}
-        # By module: where the parameters are that it holds, and their names in the model; a tied
-        # one has one name in all places, and a frozen one none.
-        self._places = {
-            module_name: [
-                (part, {key: names.get(id(p)) for key, p in part._parameters.items()})
-                for part in module.modules()
-                if part._parameters
-            ]
-            for module_name, module in model.named_modules()
-        }
-        rules = {name: rule_for(module) for name, module in model.named_modules()}
-        self._rules = {name: rule for name, rule in rules.items() if rule is not None}
-        self._mixtures = FoundMixtures(model)
-        self._forwards: dict[str, ScoredForward] = {}
-        self._attached: list[tuple[nn.Module, Any]] = []
-        self._hooks: list[Any] = []
-        # The first step's checks, made again now and then, and what they found.
-        self._finished = 0
-        self._thorough = True  # until a check left out rows in all ways; then by halves
-        self._divided = has_causal_lm_loss(model)  # the model's loss, by num_items_in_batch
-        self._undecided = False
-        self._padding_checked = False  # whether there were rows that `padding` filled up
-        self._apart_checked = False  # whether there was a packed row of several samples
-        self._probing = self._followed_whole = False
+        self._unhooked = False  # a forward around which the hooks do nothing
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
-        self._inputs: tuple[Any, Any] | None = None  # of the forward under way
-        self._runs = 0  # of a sharded model in a check of it, as many in all processes
-        self._entries: Entries = {}  # of these, what holds several entries of a row
-        self._buffers: BufferCheck | None = None  # as they were before it
         self._aside = contextlib.ExitStack()  # what the forward outside of it is not to change
-        self._whole: dict[str, nn.Parameter] = {}
-        self._label_check: LabelCheck | None = None
-        self._reentrant: ReentrantCheck | None = None
-        self._check_reentrant = True
-        self._layouts = KnownLayouts()
+        self._inputs: ModelInputs | None = None  # of the forward under way
+        self._parameters = parameters
+        self._averaging = Averaging(parameters, process_group)
+        self._layers = ScoredLayers(model, parameters, self._scored_forward)
+        self._layouts = LayoutSearch(
+            model, self._layers, self._averaging, self._resolve, self._in_step
+        )
+        self._checks = FirstStep(model, self._layers, self._averaging)
+        self._hooks: list[Any] = []
         # For graphs that torch.compile makes of the model.
         self.number, self.key = next(compiled.numbers), compiled.new_owner(self)
         self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
@@ -122,54 +78,30 @@ class ModelForward:
 
     @property
     def attached(self) -> bool:
-        return bool(self._attached)
+        return self._layers.attached
 
     def attach(self) -> None:
         """Put the scored layers in place."""
-        if self._attached:
-            raise GraddotError("the engine is attached already; detach() it first")
-        forwards = (module.__dict__.get("forward") for module in self.model.modules())
-        if any(isinstance(forward, ScoredForward) for forward in forwards):
-            raise GraddotError("another engine is attached to the model; detach() it first")
-        for name, _ in self.model.named_modules():
-            if name not in self._places:
-                raise GraddotError(f"module {name} is new since the engine was made; make it last")
-        check_same_model(self.model, self._parameters, [module for module, _ in self._attached])
-        for name, module in self.model.named_modules():
-            if name in self._rules:
-                self._attach_layer(module, name)
+        self._layers.attach()
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
         ]
 
-    def _attach_layer(self, module: nn.Module, name: str) -> None:
-        self._attached.append((module, module.__dict__.get("forward")))
-        module.forward = self._scored_forward(module, name, self._rules[name])  # type: ignore[method-assign]
-
     def _scored_forward(
         self, module: nn.Module, name: str, rule: Callable[..., Any]
     ) -> ScoredForward:
-        """The same after each `attach`, so that what was compiled stays valid."""
-        scored = self._forwards.get(name)
-        if scored is None:
-            begin, end = self._begin_layer, self._end_layer
-            scored = self._forwards[name] = ScoredForward(module, name, rule, begin, end, self)
-            scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
-        scored.own_forward = module.forward
-        if name in self._mixtures:  # no graph can hold it: its tensors' sizes depend on the data
-            scored.keeps_tensors = True
+        begin, end = self._begin_layer, self._checks.after_layer
+        scored = ScoredForward(module, name, rule, begin, end, self)
+        scored.graddot_head = functools.partial(self._begin_head, module, name)  # type: ignore[attr-defined]
         return scored
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
-        for module, forward in self._attached:
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
+        self._layers.detach()
         for hook in self._hooks:
             hook.remove()
-        self._attached, self._hooks = [], []
+        self._hooks = []
         self.give_up()
         rows_of.pop(self.number, None)
 
@@ -177,25 +109,19 @@ class ModelForward:
 
     def begin(self, micro: MicroBatch) -> None:
         """The next forward of the model, with a graph, is this micro-batch's."""
-        check_same_model(self.model, self._parameters, [module for module, _ in self._attached])
+        self._layers.check_same()
         self.micro, self.logged_unapplied = micro, False
         labels = micro.labels
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         self.one_row = len(labels) == 1
-        unseen = self._layouts.is_new(self._mode(len(labels), [labels]), labels.shape[1:])
-        unchecked = bool(micro.filled) and not self._padding_checked or self._unchecked_row(micro)
-        if self.is_first or unseen or unchecked:
+        unseen = self._layouts.is_new(labels)
+        if self.is_first or unseen or self._checks.has_new(micro):
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
-
-    def _unchecked_row(self, micro: MicroBatch) -> bool:
-        """Whether it is the first packed row of several samples."""
-        several = micro.segments is not None and len(micro.segments) > 1
-        return several and not self._apart_checked
 
     @property
     def is_first(self) -> bool:
-        """Whether the next step is checked: no forward of a step has ended since that was due."""
-        return self._label_check is None
+        """Whether the next step is checked."""
+        return self._checks.is_due
 
     def finish(self) -> MicroBatch:
         """The micro-batch after its backward. Raises GraddotError if a check of it failed."""
@@ -218,27 +144,15 @@ class ModelForward:
                 f"{', '.join(held)}: the loss depends on the shared weight's linear layer, but not"
                 " on its embedding; their gradient cannot be completed"
             )
-        if self._label_check is not None and self._label_check.problem is not None:
-            raise GraddotError(self._label_check.problem)
-        if self._reentrant is not None:
-            check, self._reentrant = self._reentrant, None
-            self._check_reentrant = not check.finish()
-        self._thorough &= not micro.step.first or micro.step.rows == 1
-        self._finished += 1
-        if self._finished in CHECKED_AFTER or self._undecided:
-            self._label_check = None
-        self.micro, self._whole = None, {}
+        self._checks.finish(micro)
+        self.micro = None
         return micro
 
     def give_up(self) -> None:
         """Forget the micro-batch under way."""
         run_compiled()
-        if self.micro is not None and self.micro.step.first:
-            self._label_check = None  # what was not finished was not checked
+        self._checks.give_up(self.micro)
         self.micro = None
-        if self._reentrant is not None:
-            self._reentrant.remove()
-            self._reentrant = None
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -250,13 +164,27 @@ class ModelForward:
         finally:
             self.micro, self.logged_unapplied = kept
 
+    @contextlib.contextmanager
+    def _in_step(self, micro: MicroBatch) -> Iterator[None]:
+        """Inside of it the model's layers belong to this micro-batch; the hooks around it do nothing."""
+        kept, self.micro, self._unhooked = self.micro, micro, True
+        try:
+            yield
+        finally:
+            self.micro, self._unhooked = kept, False
+
     def tracked(self, loss: Tensor) -> Tensor:
         """The loss, whose later scaling shows in a leaf of the micro-batch under way."""
         if self.micro is None:
             return loss
-        if self.micro.step.first and self._whole:
-            check_parameter_uses(loss, self._whole)
+        if self.micro.step.first:
+            self._checks.check_loss_uses(loss)
         return self.micro.loss_scale.tracked(loss)
+
+    def check_packed(self, args: Any, kwargs: Any, segments: Segments) -> None:
+        """Raise GraddotError unless the model keeps apart the samples that share a row."""
+        with self.set_aside():
+            self._checks.check_packed(args, kwargs, segments)
 
     # A layer's forward
 
@@ -276,52 +204,24 @@ class ModelForward:
     def require_layout(self, step: Step, name: str) -> None:
         """See to it that a layer, which is about to run, knows how its input holds the rows."""
         if self.micro is not None and step.layouts and name not in step.layouts and not step.trial:
-            self._find_layout_late(self.micro, name)
-
-    def _find_layout_late(self, micro: MicroBatch, name: str) -> None:
-        """Learn how the rows lie in the input of a layer that did not run in the first step."""
-        layers = self._mixtures.judged(self._forwards)
-        for _ in range(4):  # where chance decides whether it runs
-            if self._inputs is None or micro.step.sharded:
-                break
             with self.set_aside():
-                found = find_layouts(
-                    self.model, layers, *self._inputs, micro.step.rows,
-                    followed=self._followed(layers), entries=self._entries,
-                )  # fmt: skip
-            micro.step.layouts.update({**found, **micro.step.layouts})
-            if name in found:
-                self._layouts.learn(*self._kind(micro, *self._inputs), dict(micro.step.layouts))
-                return
-        raise GraddotError(
-            f"layer {name} ran, which had not when the model was checked, so that it is not known"
-            " whether its input keeps samples apart; let it run in the first step, or make another"
-            " engine once it does"
-        )
+                self._layouts.learn_late(step, self._inputs, name)
 
     def _resolve(self, micro: MicroBatch, module: nn.Module, name: str) -> None:
         """Give a layer's parameters, as they are in this forward, what goes by their names."""
         step = micro.step
-        for part, owned_names in self._places[name]:
-            for key, parameter in part._parameters.items():
-                owned = owned_names.get(key)
-                if parameter is None or id(parameter) in step.names:
-                    continue
-                if owned is None:  # frozen
-                    continue
-                known = self._parameters[owned]
-                distributed.check_plain(owned, parameter, known)
-                step.names[id(parameter)] = owned
-                if owned in micro.leaf_of:
-                    step.leaf_of[id(parameter)] = micro.leaf_of[owned]
-                    if self.directions is not None:
-                        step.directions[id(parameter)] = self.directions[id(known)]
+        for owned, parameter in self._layers.parameters_in(name):
+            if id(parameter) in step.names:
+                continue
+            known = self._parameters[owned]
+            distributed.check_plain(owned, parameter, known)
+            step.names[id(parameter)] = owned
+            if owned in micro.leaf_of:
+                step.leaf_of[id(parameter)] = micro.leaf_of[owned]
+                if self.directions is not None:
+                    step.directions[id(parameter)] = self.directions[id(known)]
         if self.is_first and step.sharded:  # whole ones take the place of shards as layers run
-            self._whole.update(distributed.plain_parameters(self.model))
-
-    def _end_layer(self, out: Any) -> None:
-        if self._reentrant is not None:
-            self._reentrant.watch(tensors_in(out))
+            self._checks.see_whole()
 
     def _begin_head(
         self, module: nn.Module, name: str, labelled: Tensor, mean: bool
@@ -356,12 +256,11 @@ class ModelForward:
 
     def _use_counts(self, micro: MicroBatch, counts: Tensor) -> None:
         """Labelled tokens of each sample, and the weight of one in the gradient of all processes."""
-        group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
         n_train = None
         if self.global_mean or (micro.loss_reduction == "sum" and micro.items is None):
             own = counts[: micro.n].sum().to(micro.step.scale.device)
-            n_train = distributed.summed(own, group)
-        micro.set_counts(counts, distributed.world_size(group), n_train)
+            n_train = self._averaging.summed(own)
+        micro.set_counts(counts, self._averaging.world_size(), n_train)
 
     # The model's forward
 
@@ -381,7 +280,7 @@ class ModelForward:
     @uncompiled("graddot: the beginning of a step")
     def _before_running(self, args: Any, kwargs: dict[str, Any]) -> None:
         micro = self.micro
-        if self._probing:
+        if self._unhooked:
             return
         if micro is None:
             self.logged_unapplied &= not torch.is_grad_enabled()  # a step without scores
@@ -398,14 +297,17 @@ class ModelForward:
             )
         items, labelled = kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None
         if micro.step.first and not micro.forwarded and items is not None and labelled:
-            self._see_whether_divided(args, kwargs)
+            with self.set_aside():
+                self._checks.see_whether_divided(args, kwargs)
         self._start(micro, items, labelled)
-        self._followed_whole = False
-        self._find_layouts(micro, args, kwargs)
-        self._inputs = args, kwargs
-        if micro.step.first and micro.step.val_rows:
-            self._buffers = BufferCheck(self.model, held_values(self.model))
-        if self._followed_whole:
+        inputs = ModelInputs(args, kwargs, micro.step.rows, self._checks.thorough)
+        as_one_layer = self._layers.include_model
+        with self.set_aside():
+            self._checks.before_layouts(micro, inputs)
+            self._layouts.learn(micro, inputs)
+            self._checks.before_forward(micro)
+        self._inputs = inputs
+        if self._layers.include_model and not as_one_layer:
             # The forward that PyTorch is about to call is the one that was there before: it runs
             # outside of the step, and the new one after it.
             self.micro, self._postponed = None, (micro, *own_inputs((args, kwargs)))
@@ -419,9 +321,9 @@ class ModelForward:
         micro = self.micro
         if micro is None:
             raise GraddotError("a compiled model ran outside of the step that it was compiled for")
-        shapes = [x.shape[1:] for x in inputs]
-        layouts = self._layouts.of(self._mode(micro.step.rows, inputs), shapes)
+        layouts = self._layouts.of(micro.step.rows, inputs)
         if layouts is None:
+            shapes = [x.shape[1:] for x in inputs]
             raise GraddotError(
                 f"no uncompiled step ran with inputs of these shapes, {shapes}, which the check that"
                 " samples are kept apart needs; compile the model, torch.compile(model), and no code"
@@ -438,249 +340,12 @@ class ModelForward:
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
         # What a loss of the caller's own is made of; labels that the model gets are for its own.
-        if items is not None and (self._divided or not labelled):
+        if items is not None and (self._checks.divided or not labelled):
             micro.loss_reduction, micro.items = "sum", items
         counts = micro.counts
         if self.loss.label_shift == "auto" and labelled:
             counts = micro.labelled(self.loss, self.loss.shift_by(self.model))
         self._use_counts(micro, counts)
-
-    def _see_whether_divided(self, args: Any, kwargs: dict[str, Any]) -> None:
-        """Learn whether the model's loss is divided by num_items_in_batch, from runs of it as it was.
-        If no process can tell yet, the next step is checked again."""
-        with self.set_aside():
-            seen = is_divided(self.model, args, kwargs)
-        distributed.unshard(self.model)
-        votes = [None, False, True]
-        vote = self._largest(votes.index(seen))
-        self._undecided = vote == 0
-        if not self._undecided:
-            self._divided = bool(votes[vote])
-
-    def _mode(self, rows: int, inputs: list[Tensor]) -> tuple[Any, ...]:
-        """Layouts are learnt for each: in a batch of one row little can be told apart, and where an
-        input has as many tokens as the batch has rows, or a multiple of it, one may be taken for
-        the other. (Not of a sharded model, whose processes have to run it equally often.)"""
-        if rows == 1 or distributed.is_sharded(self._parameters.values()):
-            return self.model.training, rows == 1
-        alike = [[(s > 0 and s % rows == 0) + (s == rows) for s in x.shape[1:]] for x in inputs]
-        if not any(map(any, alike)):
-            return self.model.training, False
-        return self.model.training, False, rows, str(alike)
-
-    def _kind(self, micro: MicroBatch, args: Any, kwargs: Any) -> tuple[Any, list[torch.Size]]:
-        """Under which layouts are learnt: the mode, and the inputs' shapes."""
-        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        # What is found for rows of equally many patches does not hold for others.
-        each = [
-            torch.Size({*counts} if len({*counts}) == 1 else ())
-            for counts in self._entries.values()
-        ]
-        return self._mode(micro.step.rows, inputs), [*(x.shape[1:] for x in inputs), *each]
-
-    def _find_layouts(self, micro: MicroBatch, args: Any, kwargs: Any) -> None:
-        """Learn how each layer's input holds the rows, from runs of the model as it was."""
-        self._entries = entries_of(kwargs, micro.step.rows)
-        mode, shapes = self._kind(micro, args, kwargs)
-        if micro.filled and (micro.step.first or not self._padding_checked):
-            for filled in micro.filled if not micro.step.sharded else []:
-                with self.set_aside():
-                    check_padding(self.model, args, kwargs, micro.step.rows, filled, self._entries)
-            self._padding_checked = True
-        if micro.step.sharded:
-            known = self._known_to_all(micro, shapes)
-        else:
-            known = None if micro.step.first else self._layouts.of(mode, shapes)
-            if known is None and not micro.step.first and micro.segments is not None:
-                known = self._layouts.of_tokens(mode, micro.segments.tokens)
-        if known is not None:
-            micro.step.layouts.update(known)
-            return
-        problem: GraddotError | None = None
-        while True:
-            layouts = self._find_layouts_of_mixtures(micro, args, kwargs)
-            micro.step.layouts.update(layouts)
-            foreign: set[str] = set()
-            failed = False
-            try:
-                self._check_outputs(micro, args, kwargs, foreign)
-            except GraddotError as error:
-                problem, failed = problem or error, True
-                same = {name for name, layout in layouts.items() if layout == "same"}
-                if not self._follow_callers(foreign or same | micro.step.expands):
-                    raise problem from error
-            if not self._agreed(failed):
-                break
-        self._layouts.learn(mode, shapes, layouts)
-        if micro.segments is not None:
-            self._layouts.learn_of_tokens(mode, micro.segments.tokens, layouts)
-        distributed.unshard(self.model)
-
-    def _find_layouts_of_mixtures(
-        self, micro: MicroBatch, args: Any, kwargs: Any
-    ) -> dict[str, Layout]:
-        """`find_layouts`, where layers that get tokens picked out of the batch are experts."""
-        mixed: MixedSamples | None = None
-        while True:
-            layers = self._mixtures.judged(self._forwards)
-            try:
-                with self.set_aside():
-                    layouts = find_layouts(
-                        self.model, layers, args, kwargs, micro.step.rows,
-                        functools.partial(self._resolve, micro), self._followed(layers),
-                        self._entries, thorough=self._thorough, runs=self._runs,
-                        agreed=self._agreed,
-                    )  # fmt: skip
-                break
-            except MixedSamples as error:
-                mixed = mixed or error
-                if micro.step.sharded:
-                    raise
-                if (reason := self._mixtures.take(error.layers, self._rules)) is not None:
-                    raise GraddotError(f"{mixed}{reason}") from error
-        self._attach_mixtures()
-        judged = self._mixtures.judged(self._forwards)
-        return layouts | {name: ROUTED for name in self._forwards if name not in judged}
-
-    def _agreed(self, x: bool) -> bool:
-        """Whether it is so: of a sharded model, in any of its processes, all of which then run the
-        model once more."""
-        sharded = distributed.is_sharded(self._parameters.values())
-        return bool(self._largest(int(x))) if sharded else x
-
-    def _largest(self, number: int) -> int:
-        """Of the processes over which gradients are averaged."""
-        parameters = list(self._parameters.values())
-        group = distributed.averaging_group(parameters, self.process_group)
-        return distributed.largest(number, group, distributed.own_part(parameters[0]).device)
-
-    def _known_to_all(
-        self, micro: MicroBatch, shapes: list[torch.Size]
-    ) -> dict[str, Layout] | None:
-        """The layouts of a sharded model's step; None where all processes are to find them, for they
-        have to run the model equally often. That takes fewer runs in a batch of one row, and may take
-        more where there are as many tokens as rows.
-
-        Layouts that are for all inputs of several rows are so in all processes; of others they have
-        to ask each other in every step."""
-        step, one_row = micro.step, micro.step.rows == 1
-        many, one = ((self.model.training, alone) for alone in (False, True))
-        known = self._layouts.of(many, shapes)
-        if one_row and known is not None:  # what holds for several rows holds for one
-            self._layouts.learn(one, shapes, known)
-        elif one_row:
-            known = self._layouts.of(one, shapes)
-        if not step.first and self._layouts.are_for_all(many):
-            return known
-        group = distributed.averaging_group(list(self._parameters.values()), self.process_group)
-        square = any(step.rows in shape for shape in shapes)
-        votes = torch.tensor([1, one_row, square, known is None], device=step.scale.device)
-        processes, of_one, of_square, unknown = distributed.summed(votes, group).tolist()
-        if not (step.first or unknown):
-            return known
-        if {of_one, of_square} <= {0, processes}:
-            splits = splits_of(step.rows, self._thorough or bool(self._entries))
-            self._runs = self._largest(2 * len(splits))
-            return None
-        if unknown:
-            raise GraddotError(
-                f"the model is sharded, and {of_one} of {processes} processes have a batch of one row,"
-                f" {of_square} one of as many tokens as rows, the others not, so that they cannot run it"
-                " equally often to see whether samples are kept apart; begin with at least two rows in"
-                " every process, or one in each, and with more tokens than rows"
-            )
-        step.first = False  # checked before, and again at the next occasion
-        return known
-
-    def _follow_callers(self, layers: Iterable[str]) -> bool:
-        """Follow what these layers return, the same for every row, through the modules around them,
-        one more each time this is called. False if there is none left."""
-        new = set()
-        for name in layers:
-            while name and (name in self._rules or not has_forward(self.model.get_submodule(name))):
-                name = name.rpartition(".")[0]
-            if name not in self._rules:
-                new.add(name)
-        for name in new:
-            self._rules[name] = caller_rule()
-            self._attach_layer(self.model.get_submodule(name), name)
-        self._followed_whole |= "" in new
-        return bool(new)
-
-    def _followed(self, names: Iterable[str]) -> list[str]:
-        """Those of the layers that have a general rule."""
-        general = (ProvenRule, functools.partial)
-        followed = [name for name in names if isinstance(self._rules.get(name), general)]
-        return [name for name in followed if name not in self._mixtures]
-
-    def _attach_mixtures(self) -> None:
-        for name, inner in list(self._mixtures.without_rule(self._rules)):
-            self._rules[name] = mixture_rule(inner)
-            self._attach_layer(self.model.get_submodule(name), name)
-
-    def _check_outputs(self, micro: MicroBatch, args: Any, kwargs: Any, foreign: set[str]) -> None:
-        """Run the model once as it was and once with its layers scored, in a step of no account.
-        Into foreign come the layers whose parameters others use."""
-        step = dataclasses.replace(micro.step, trial=True, shared={}, _dots={}, _rows={}, _held=0)
-        trial = dataclasses.replace(micro, step=step, running=True)
-
-        def plain() -> Any:
-            own_args, own_kwargs = own_inputs((args, kwargs))
-            with self.set_aside(), own_buffers(self.model):
-                return self.model(*own_args, **own_kwargs)
-
-        def scored(moved: Any = None) -> Any:
-            self.micro, self._probing, step.moved = trial, True, moved
-            try:
-                # With gradients, which layers that are followed heed, and whose graph shows what is
-                # used where; but nothing is kept for them, and activation checkpointing around does
-                # not see them.
-                nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
-                own_args, own_kwargs = own_inputs((args, kwargs))
-                with torch.enable_grad(), nothing, own_buffers(self.model):
-                    out = self.model(*own_args, **own_kwargs)
-                if moved is None and not step.sharded:
-                    uses = foreign_uses(out, self._parameters)
-                    foreign.update(name.rpartition(".")[0] for name in uses)
-                    check_parameter_uses(out, self._parameters)
-                return out
-            finally:
-                self.micro, self._probing = micro, False
-
-        check_outputs(plain, scored, step, self._agreed)
-
-    def _check_numbers(self, micro: MicroBatch, output: Any) -> None:
-        """Losses that the model returns must be those of its rows."""
-        assert self._inputs is not None
-        args, kwargs = self._inputs
-        samples = micro.step.rows
-        take = lambda x, index: take_inputs(x, index, samples, self._entries)
-        if micro.segments is not None:
-            samples, take = len(micro.segments), micro.segments.take
-            self.check_packed(args, kwargs, micro.segments)
-        fused = hasattr(self.model.__dict__.get("forward"), "label_shift")  # checks itself
-        outputs = enumerate(tensors_in(output))
-        numbers = [k for k, x in outputs if x.dim() == 0 and x.requires_grad]
-        if numbers and (not fused or micro.segments is not None):
-            weights = micro.counts if micro.loss_reduction == "mean" else None
-            with self.set_aside():
-                check_loss(
-                    self.model, args, kwargs, samples, weights, numbers, take,
-                    thorough=self._thorough, runs=self._runs,
-                )  # fmt: skip
-        self._apart_checked |= micro.segments is not None and samples > 1
-
-    def check_packed(self, args: Any, kwargs: Any, segments: Segments) -> None:
-        """Raise GraddotError unless the model keeps apart the samples that share a row."""
-        if distributed.is_sharded(self._parameters.values()):
-            raise GraddotError(
-                "the model is sharded, and would have to be run once for each sample of a packed row,"
-                " of which processes have other numbers, to see whether they are kept apart; give"
-                " every sample a row of its own"
-            )
-        layers = {name: self.model.get_submodule(name) for name in self._forwards}
-        with self.set_aside():
-            check_apart(self.model, layers, args, kwargs, segments)
 
     def end_compiled(self) -> None:
         """The end of a forward inside a compiled graph."""
@@ -699,57 +364,28 @@ class ModelForward:
         assert self._postponed is not None
         self._aside.close()
         (self.micro, args, kwargs), self._postponed = self._postponed, None
-        self.micro.running = self._probing = True
-        try:
+        self.micro.running = True
+        with self._in_step(self.micro):
             return self.model(*args, **kwargs)
-        finally:
-            self._probing = False
 
     def _end(self, output: Any) -> Any:
         if self._suspended is not None:
             self.micro, self._suspended = self._suspended, None
             return output
-        if self._postponed is not None and not self._probing:
+        if self._postponed is not None and not self._unhooked:
             output = self._run_postponed()
         micro = self.micro
-        if micro is None or not micro.running or self._probing:
+        if micro is None or not micro.running or self._unhooked:
             return output
         micro.running = False
         if output is None:  # the forward raised, and may be tried again
             run_compiled()
             micro.step.shared.clear()
-            self._inputs = self._buffers = None
+            self._inputs = None
             return None
-        micro.forwarded, first = True, self.is_first
-        if first:
-            if self._buffers is not None:
-                assert self._inputs is not None
-                self._buffers.compare(self.model)
-                with self.set_aside():
-                    check_memory(self.model, *self._inputs, self._buffers.held, self._agreed)
-                self._buffers = None
-            whole = {n: self._whole.get(n, p) for n, p in self._parameters.items()}
-            check_parameter_uses(output, whole)
-            self._whole = whole
-        if first and micro.step.first or self._unchecked_row(micro):
-            self._check_numbers(micro, output)
-        if first and micro.step.rows > 1 and not micro.step.sharded:
-            assert self._inputs is not None
-            layers = self._mixtures.judged(self._forwards)
-            with self.set_aside():
-                check_backward(
-                    self.model, layers, micro.step.layouts, *self._inputs, micro.step.rows,
-                    self._entries,
-                )  # fmt: skip
-        if first:
-            self._label_check = LabelCheck(
-                output, micro.labels, micro.counts, micro.summed, self._finished == 0
-            )
-        if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
-            if self.directions is not None:
-                distributed.check_static_graph()
-            self._reentrant = ReentrantCheck(self._parameters, ScoredFunction)
-            self._reentrant.watch(tensors_in(output))
-        self._check_reentrant = self._reentrant is not None
+        micro.forwarded = True
+        assert self._inputs is not None
+        with self.set_aside():
+            self._checks.after_forward(micro, self._inputs, output, self.directions is not None)
         self._inputs = None
         return micro.loss_scale.tracked_output(output, checked=micro.step.first)

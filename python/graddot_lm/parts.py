@@ -1,11 +1,12 @@
 """Parts of a batch's rows, on which a model is run to see whether it keeps samples apart."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 
 def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor:
@@ -68,3 +69,32 @@ def splits_of(rows: int, thorough: bool = True) -> list[tuple[list[int], list[in
 def filled_up(parts: list[list[int]], runs: int) -> list[list[int]]:
     """At least as many parts, the last of them several times."""
     return parts + parts[-1:] * (runs - len(parts))
+
+
+@dataclass
+class ModelInputs:
+    """What a model of a step is called with, and on what parts of its rows the checks run it: where they
+    are `thorough`, on so many that any two rows are apart in one; and on at least `runs` of them, as on
+    the other processes that share it."""
+
+    args: Any
+    kwargs: Mapping[str, Any]
+    rows: int
+    thorough: bool
+    runs: int = 0
+    entries: Entries = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.entries = entries_of(self.kwargs, self.rows)
+
+    @property
+    def both(self) -> tuple[Any, Mapping[str, Any]]:
+        return self.args, self.kwargs
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in tree_leaves(self.both) if isinstance(x, Tensor)]
+
+    def take(self, arguments: Any, which: Sequence[int]) -> Any:
+        """These, or copies in which they are the same tensors, of some of the rows."""
+        return take_inputs(arguments, list(which), self.rows, self.entries)

@@ -1,0 +1,176 @@
+"""The checks of a first step, made again now and then: what they look at, and when they are due."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from . import distributed
+from .averaging import Averaging
+from .backward_check import check_backward
+from .batches import has_causal_lm_loss
+from .checkpointing import ReentrantCheck, has_reentrant_checkpoint
+from .digests import held_values
+from .errors import GraddotError
+from .layers import ScoredFunction
+from .outputs import check_loss, check_memory, check_padding, is_divided
+from .parts import ModelInputs
+from .scored_layers import ScoredLayers
+from .scores import MicroBatch
+from .segments import Segments, check_apart
+from .verify import BufferCheck, LabelCheck, check_parameter_uses, tensors_in
+
+# Finished micro-batches after which the next is checked like the first: what a model does may
+# depend on its data, and a check costs a few forward passes.
+CHECKED_AFTER = {10**k for k in range(1, 10)}
+
+
+class FirstStep:
+    """Runs the model as it was: to be called outside of any step."""
+
+    def __init__(self, model: nn.Module, layers: ScoredLayers, averaging: Averaging) -> None:
+        self._model, self._layers, self._averaging = model, layers, averaging
+        self.thorough = True  # until a check left out rows in all ways; then by halves
+        self.divided = has_causal_lm_loss(model)  # the model's loss, by num_items_in_batch
+        self._undecided = False
+        self._finished = 0
+        self._padding_checked = False  # whether there were rows that `padding` filled up
+        self._apart_checked = False  # whether there was a packed row of several samples
+        self._labels: LabelCheck | None = None
+        self._buffers: BufferCheck | None = None  # as they were before the forward under way
+        self._whole: dict[str, nn.Parameter] = {}
+        self._reentrant: ReentrantCheck | None = None
+        self._check_reentrant = True
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the next step is checked: no forward of a step has ended since that was due."""
+        return self._labels is None
+
+    def has_new(self, micro: MicroBatch) -> bool:
+        """Whether there is in it what no step had before, which is checked whenever it comes."""
+        return self._has_new_padding(micro) or self._has_new_packing(micro)
+
+    def _has_new_padding(self, micro: MicroBatch) -> bool:
+        return bool(micro.filled) and not self._padding_checked
+
+    def _has_new_packing(self, micro: MicroBatch) -> bool:
+        """Whether it is the first packed row of several samples."""
+        several = micro.segments is not None and len(micro.segments) > 1
+        return several and not self._apart_checked
+
+    # Around the model's forward
+
+    def see_whether_divided(self, args: Any, kwargs: Mapping[str, Any]) -> None:
+        """Learn whether the model's loss is divided by num_items_in_batch. If no process can tell
+        yet, the next step is checked again."""
+        seen = is_divided(self._model, args, kwargs)
+        distributed.unshard(self._model)
+        votes = [None, False, True]
+        vote = self._averaging.largest(votes.index(seen))
+        self._undecided = vote == 0
+        if not self._undecided:
+            self.divided = bool(votes[vote])
+
+    def before_layouts(self, micro: MicroBatch, inputs: ModelInputs) -> None:
+        if micro.filled and micro.step.first or self._has_new_padding(micro):
+            for filled in micro.filled if not micro.step.sharded else []:
+                check_padding(self._model, *inputs.both, inputs.rows, filled, inputs.entries)
+            self._padding_checked = True
+
+    def before_forward(self, micro: MicroBatch) -> None:
+        self._buffers = None
+        if micro.step.first and micro.step.val_rows:
+            self._buffers = BufferCheck(self._model, held_values(self._model))
+
+    def see_whole(self) -> None:
+        """Note the parameters that are whole now: of a sharded model others than its own."""
+        self._whole.update(distributed.plain_parameters(self._model))
+
+    def after_layer(self, out: Any) -> None:
+        if self._reentrant is not None:
+            self._reentrant.watch(tensors_in(out))
+
+    def after_forward(
+        self, micro: MicroBatch, inputs: ModelInputs, output: Any, directions_given: bool
+    ) -> None:
+        if due := self.is_due:
+            self._compare_buffers(inputs)
+            self._whole = {n: self._whole.get(n, p) for n, p in self._layers.parameters.items()}
+            check_parameter_uses(output, self._whole)
+        if due and micro.step.first or self._has_new_packing(micro):
+            self._check_losses(micro, inputs, output)
+        if due and micro.step.rows > 1 and not micro.step.sharded:
+            check_backward(
+                self._model, self._layers.judged(), micro.step.layouts, *inputs.both,
+                inputs.rows, inputs.entries,
+            )  # fmt: skip
+        if due:
+            first = self._finished == 0
+            self._labels = LabelCheck(output, micro.labels, micro.counts, micro.summed, first)
+        if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
+            if directions_given:
+                distributed.check_static_graph()
+            self._reentrant = ReentrantCheck(self._layers.parameters, ScoredFunction)
+            self._reentrant.watch(tensors_in(output))
+        self._check_reentrant = self._reentrant is not None
+
+    def _compare_buffers(self, inputs: ModelInputs) -> None:
+        if self._buffers is not None:
+            self._buffers.compare(self._model)
+            held, agreed = self._buffers.held, self._averaging.agreed
+            check_memory(self._model, *inputs.both, held, agreed)
+            self._buffers = None
+
+    def _check_losses(self, micro: MicroBatch, inputs: ModelInputs, output: Any) -> None:
+        """Losses that the model returns must be those of its rows."""
+        samples, take = inputs.rows, inputs.take
+        if micro.segments is not None:
+            samples, take = len(micro.segments), micro.segments.take
+            self.check_packed(*inputs.both, micro.segments)
+        fused = hasattr(self._model.__dict__.get("forward"), "label_shift")  # checks itself
+        outputs = enumerate(tensors_in(output))
+        numbers = [k for k, x in outputs if x.dim() == 0 and x.requires_grad]
+        if numbers and (not fused or micro.segments is not None):
+            weights = micro.counts if micro.loss_reduction == "mean" else None
+            check_loss(
+                self._model, *inputs.both, samples, weights, numbers, take,
+                thorough=inputs.thorough, runs=inputs.runs,
+            )  # fmt: skip
+        self._apart_checked |= micro.segments is not None and samples > 1
+
+    def check_packed(self, args: Any, kwargs: Mapping[str, Any], segments: Segments) -> None:
+        """Raise GraddotError unless the model keeps apart the samples that share a row."""
+        if self._averaging.sharded:
+            raise GraddotError(
+                "the model is sharded, and would have to be run once for each sample of a packed row,"
+                " of which processes have other numbers, to see whether they are kept apart; give"
+                " every sample a row of its own"
+            )
+        check_apart(self._model, self._layers.modules(), args, kwargs, segments)
+
+    # What becomes of the step
+
+    def check_loss_uses(self, loss: Tensor) -> None:
+        """Raise GraddotError if a parameter reaches the loss behind its layer's back."""
+        check_parameter_uses(loss, self._whole)
+
+    def finish(self, micro: MicroBatch) -> None:
+        """After the backward. Raises GraddotError if a check of it failed."""
+        if self._labels is not None and self._labels.problem is not None:
+            raise GraddotError(self._labels.problem)
+        if self._reentrant is not None:
+            check, self._reentrant = self._reentrant, None
+            self._check_reentrant = not check.finish()
+        self.thorough &= not micro.step.first or micro.step.rows == 1
+        self._finished += 1
+        if self._finished in CHECKED_AFTER or self._undecided:
+            self._labels = None
+        self._whole = {}
+
+    def give_up(self, micro: MicroBatch | None) -> None:
+        if micro is not None and micro.step.first:
+            self._labels = None  # what was not finished was not checked
+        if self._reentrant is not None:
+            self._reentrant.remove()
+            self._reentrant = None
