@@ -3,6 +3,7 @@
 import graddot_lm
 import pytest
 import torch
+import torch.nn.functional as F
 from brute_force import sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine
 from torch import nn
@@ -31,6 +32,12 @@ class OtherRowsGradient(torch.autograd.Function):
         return grad + 1e-3 * grad.roll(1, 0)
 
 
+class OtherTokensGradient(OtherRowsGradient):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad + 1e-2 * grad.roll(5, 1)
+
+
 def normalised_over_batch(x):
     if x.requires_grad:
         x.register_hook(lambda grad: grad / grad.norm())
@@ -45,6 +52,11 @@ def normalised_by_row(x):
 
 def stopped_mean(x):
     mean = x.mean(0, keepdim=True)
+    return x + (mean - mean.detach())
+
+
+def stopped_mean_of_tokens(x):
+    mean = x.mean(1, keepdim=True)
     return x + (mean - mean.detach())
 
 
@@ -94,22 +106,137 @@ def with_labels(model, x, y):
     return model(x, labels=y).loss
 
 
+def refused():
+    return pytest.raises(
+        GraddotError, match="in the backward, the gradient of what layer .* depends"
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("kind", MIXING)
 def test_mixing_in_the_backward_is_refused(kind, dtype):
     model = model_with(MIXING[kind], dtype)
-    with pytest.raises(
-        GraddotError, match="in the backward, the gradient of what layer .* depends"
-    ):
+    with refused():
         step(model, with_labels)
 
 
 @pytest.mark.parametrize("kind", MIXING)
 def test_mixing_in_the_backward_of_a_number_is_refused(kind):
-    with pytest.raises(
-        GraddotError, match="in the backward, the gradient of what layer .* depends"
-    ):
+    with refused():
         step(graddot_lm.fuse_head(model_with(MIXING[kind])), with_labels)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+@pytest.mark.parametrize("kind", MIXING)
+def test_mixing_behind_a_checkpoint_is_refused(kind, reentrant):
+    model = model_with(MIXING[kind])
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    with refused():
+        step(model.train(), with_labels)
+
+
+@pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
+def test_what_is_behind_a_checkpoint_keeps_its_gradients_and_hooks(reentrant):
+    model, arrived = model_with(APART["detached-mean"]), []
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(lambda p: arrived.append(id(p)))
+    got, (x, val) = step(model.train(), with_labels)
+    assert len(arrived) == len(set(arrived)) == len(list(model.parameters()))
+    assert all(p.requires_grad for p in model.parameters())
+    plain = model_with(APART["detached-mean"])
+    want = total(sample_dots(plain, (x, x), (val, val))[0])
+    assert torch.allclose(got, want, rtol=1e-5, atol=0)
+
+
+def token_loss(logits, labels):
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+class Flat(nn.Module):
+    """A language model of tokens without rows, (rows·T, D): or of one sequence of them."""
+
+    def __init__(self, function, in_one):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.up = nn.Embedding(61, 12), nn.Linear(12, 16)
+        self.function, self.head = function, nn.Linear(16, 61)
+        self.in_one = in_one
+
+    def forward(self, ids, labels=None):
+        flat = ids.reshape(1, -1) if self.in_one else ids.flatten()
+        x = self.function(self.up(self.embedding(flat)).flatten(0, -2))
+        logits = self.head(x[None] if self.in_one else x).view(*ids.shape, 61)
+        return logits if labels is None else token_loss(logits, labels)
+
+
+MIXING_FLAT = {
+    "auxiliary-loss": lambda x: AddAuxiliaryLoss.apply(x, (x.mean(0) ** 2).sum()),
+    "other-rows": OtherRowsGradient.apply,
+    "norm-of-the-batch": normalised_over_batch,
+    "stopped-mean": stopped_mean,
+}
+
+
+FORWARDS = {
+    "rows": lambda model, x, y: token_loss(model(x), y),
+    "number": lambda model, x, y: model(x, y),
+}
+
+
+@pytest.mark.parametrize("in_one", [False, True], ids=["", "one-sequence"])
+@pytest.mark.parametrize("returns", FORWARDS)
+@pytest.mark.parametrize("kind", MIXING_FLAT)
+def test_mixing_in_flat_layers_is_refused(kind, returns, in_one):
+    with refused():
+        step(Flat(MIXING_FLAT[kind], in_one).double(), FORWARDS[returns])
+
+
+@pytest.mark.parametrize("in_one", [False, True], ids=["", "one-sequence"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("returns", FORWARDS)
+def test_flat_layers_that_do_not_mix_are_scored(returns, dtype, in_one):
+    model = Flat(lambda x: torch.dropout(x.tanh(), 0.5, False) * 2, in_one)
+    got, (x, val) = step(model.to(dtype), FORWARDS[returns])
+    want = total(sample_dots(model.double(), (x, x), (val, val), token_loss)[0])
+    assert torch.allclose(
+        got.double(), want, rtol=1e-4 if dtype == torch.float32 else 0.2, atol=1e-3
+    )
+
+
+LENGTHS = [5, 1, 7, 2, 6]
+
+
+def packed_step(model):
+    x = token_batch(1, sum(LENGTHS), seed=1)[0]
+    positions = torch.cat([torch.arange(n) for n in LENGTHS])[None]
+    labels = torch.where(positions == 0, -100, x)
+    engine = GradDotProdEngine(model)
+    engine.attach()
+    engine.set_directions({n: torch.ones_like(p) for n, p in model.named_parameters()})
+    batch = {"input_ids": x, "labels": labels, "position_ids": positions}
+    engine.attach_train_batch(batch, None, 0, None, segments=LENGTHS)
+    inputs, _ = engine.prepare_forward_input(batch)
+    model(**inputs, use_cache=False).loss.backward()
+    engine.prepare_gradients()
+    return engine.aggregate_and_log()
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("kind", MIXING)
+def test_mixing_of_the_samples_of_a_packed_row_is_refused(kind, fused):
+    by_token = {"other-rows": OtherTokensGradient.apply, "stopped-mean": stopped_mean_of_tokens}
+    model = model_with(by_token.get(kind, MIXING[kind]))
+    with refused():
+        packed_step(graddot_lm.fuse_head(model) if fused else model)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["", "fused"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_packed_samples_that_are_apart_are_scored(dtype, fused):
+    model = model_with(torch.tanh, dtype)
+    got = packed_step(graddot_lm.fuse_head(model) if fused else model)
+    assert got.shape == (5,) and got[1] == 0 and got[0] != 0
 
 
 class Shifted(nn.Module):

@@ -4,8 +4,9 @@ An auxiliary loss whose gradient an autograd function adds, as in DeepSeek's own
 hook that normalises gradients over the batch, mixes samples there.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .digests import NoDropout, digest, forwards_replaced, own_buffers, own_inputs, own_random
+from .digests import (
+    NoDropout,
+    digest,
+    forwards_replaced,
+    held_values,
+    own_buffers,
+    own_inputs,
+    own_random,
+)
 from .errors import GraddotError
-from .parts import Entries, take_inputs
 from .rows import Layout
-from .verify import tensors_in
+from .verify import map_tensors, tensors_in
 
 _Gradients = dict[str, list[Tensor | None]]  # by layer, of each call
 
@@ -28,64 +36,82 @@ def check_backward(
     layouts: Mapping[str, Layout],
     args: Any,
     kwargs: Mapping[str, Any],
-    rows: int,
-    entries: Entries,
+    samples: int,
+    take: Callable[[Any, list[int]], Any],
+    lengths: Sequence[int] | None = None,
 ) -> None:
     """Raise GraddotError if gradients of the layers' outputs are not those of each sample alone.
 
-    A few of the rows are run with a loss of all of them, and again with one of the first half. Where the
-    model returns something by rows, the loss is of that, and the others' gradients must be zero then;
-    else it is the model's own, and the half runs by itself. In both the half's gradients must be the
-    same, but for the scale of a mean. A model that cannot be differentiated so (behind reentrant
-    checkpoints) is not judged.
+    take(inputs, index) gives a model's inputs for some of the samples, which are rows, or share one and
+    have `lengths` tokens there. A few of them are run with a loss of all, and again with one of the
+    first half. Where the model returns something by samples, the loss is of that, and the others'
+    gradients must be zero then; else it is the model's own, and the half runs by itself. In both the
+    half's gradients must be the same, but for the scale of a mean. A model that cannot be
+    differentiated so is not judged.
     """
-    index = _some_rows(rows, (args, kwargs))
-    half = len(index) // 2
-    judged = {name: x for name, x in layers.items() if layouts.get(name) in ("rows", "second")}
+    packed, inputs = lengths is not None, (args, kwargs)
+    index = _some_of(samples, [] if packed else tree_leaves(inputs))
+    half = index[: len(index) // 2]
+    judged = {name: x for name, x in layers.items() if _holds_samples(layouts.get(name))}
+    # How many rows they are, or tokens of the one row.
+    size = lambda which: len(which) if lengths is None else sum(lengths[i] for i in which)
 
-    def run(taken: list[int], use: Callable[[Any], Any]) -> Any:
-        few = take_inputs((args, kwargs), taken, rows, entries)
+    def run(taken: list[int], use: Callable[[list[Tensor]], Any], seen: Any = None) -> Any:
+        few = take(inputs, taken)
         few_args, few_kwargs = own_inputs(tree_map_only(Tensor, Tensor.detach, few))
         torch.manual_seed(0)
-        with own_buffers(model):
-            return use(lambda: list(tensors_in(model(*few_args, **few_kwargs))))
+        with own_buffers(model), forwards_replaced(judged if seen else {}, seen):
+            return use(list(tensors_in(model(*few_args, **few_kwargs))))
 
-    def gradients(taken: list[int], kept: int, alone: list[int | None]) -> tuple[_Gradients, bool]:
-        return run(taken, lambda forward: _gradients(forward, judged, len(taken), kept, alone))  # type: ignore[no-any-return]
+    def gradients(taken: list[int], kept: list[int], both: list[Any]) -> tuple[_Gradients, bool]:
+        found: dict[str, list[Tensor]] = {}
+
+        def backward(out: list[Tensor]) -> bool:
+            loss, by_sample = _loss(out, size(kept), both, packed)
+            if loss is not None and loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            return by_sample
+
+        by_sample = run(taken, backward, functools.partial(_seen, found))
+        return {name: [x.grad for x in calls] for name, calls in found.items()}, by_sample
 
     try:
         # A checkpoint around the model, or what counts its memory, sees nothing of this.
         unseen = saved_tensors_hooks(Tensor.detach, lambda x: x)
         with torch.enable_grad(), own_random(), NoDropout(), unseen:
-            alone = run(index[:half], lambda forward: _lengths(forward()))
-            whole, by_rows = gradients(index, len(index), alone)
-            own = (index, half, alone) if by_rows else (index[:half], half, [])
-            part, _ = gradients(*own)
+            sizes = lambda out: [_size(x, packed) if x.requires_grad else None for x in out]
+            both = [{size(half): size(index)}.get(n) for n in run(half, sizes)]
+            with _frozen(model):
+                whole, by_sample = gradients(index, index, both)
+                part, _ = gradients(*((index, half, both) if by_sample else (half, half, [])))
     except GraddotError:
         raise
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
         return
-    few_rows = len(index) if by_rows else half
-    pairs = [
-        (name, _by_row(x, layouts[name], len(index)), _by_row(y, layouts[name], few_rows))
-        for name in whole
-        for x, y in zip(whole[name], part.get(name, []), strict=False)
-        if x is not None and y is not None
-    ]
-    pairs = [(name, x, y) for name, x, y in pairs if x.numel() and x.shape[1:] == y.shape[1:]]
-    scale = 1.0 if by_rows else _scale(pairs, half)
-    largest = max((x[:half].double().norm() for _, x, _ in pairs), default=torch.zeros(()))
+    own, few = size(half), size(index if by_sample else half)
+    pairs = []
+    for name, calls in whole.items():
+        for one, other in zip(calls, part.get(name, []), strict=False):
+            if one is not None and other is not None:
+                x = _by_sample(one, layouts[name], size(index), packed)
+                y = _by_sample(other, layouts[name], few, packed)
+                if x.numel() and x.shape[1:] == y.shape[1:]:
+                    pairs.append((name, x, y))
+    scale = 1.0 if by_sample else _scale(pairs, own)
+    largest = max((x[:own].double().norm() for _, x, _ in pairs), default=torch.zeros(()))
     rounded = any(torch.is_autocast_enabled(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
     for name, x, y in pairs:
         tolerance = 0.1 if rounded else 1e-3 if x.dtype == torch.float32 else 1e-6
+        if rounded and not by_sample and isinstance(layouts[name], int) and not packed:
+            continue  # fewer rows are rounded otherwise, and tokens may go to other experts
         x, y = x.double(), y.double()
-        size = y[:half].norm()
-        if not bool(torch.isfinite(torch.stack([x.norm(), size, y.norm()])).all()):
+        norm = y[:own].norm()
+        if not bool(torch.isfinite(torch.stack([x.norm(), norm, y.norm()])).all()):
             continue
-        leaked = y[half:].norm() > 1e-6 * size
+        leaked = y[own:].norm() > 1e-6 * norm
         # A gradient may be zero but for rounding: that of what moves all inputs of a softmax alike.
-        floor = torch.maximum(x[:half].norm(), 1e-3 * largest)
-        changed = (x[:half] - scale * y[:half]).norm() > tolerance * floor
+        floor = torch.maximum(x[:own].norm(), 1e-3 * largest)
+        changed = (x[:own] - scale * y[:own]).norm() > tolerance * floor
         if leaked or changed:
             raise GraddotError(
                 f"in the backward, the gradient of what layer {name} returns for a sample depends on"
@@ -95,61 +121,93 @@ def check_backward(
             )
 
 
-def _some_rows(rows: int, arguments: Any) -> list[int]:
-    """A few rows from everywhere, as many as no tensor has tokens."""
-    sizes = {s for x in tree_leaves(arguments) if isinstance(x, Tensor) for s in x.shape[1:]}
-    count = next((n for n in (4, 3, 2) if n <= rows and n not in sizes), min(rows, 2))
-    return [round(i * (rows - 1) / (count - 1)) for i in range(count)]
+def _some_of(samples: int, inputs: list[Any]) -> list[int]:
+    """A few samples from everywhere, as many as no tensor has tokens."""
+    sizes = {s for x in inputs if isinstance(x, Tensor) for s in x.shape[1:]}
+    count = next((n for n in (4, 3, 2) if n <= samples and n not in sizes), min(samples, 2))
+    return [round(i * (samples - 1) / (count - 1)) for i in range(count)]
 
 
-def _gradients(
-    forward: Callable[[], list[Tensor]],
-    layers: Mapping[str, nn.Module],
-    rows: int,
-    kept: int,
-    alone: list[int | None],
-) -> tuple[_Gradients, bool]:
-    """The gradients of every layer's outputs for a loss of the first `kept` rows of what the model
-    returns by rows, and True; or else for its own loss, and False. alone are the outputs' lengths in
-    a run of half of the rows."""
-    found: dict[str, list[Tensor]] = {}
+def _holds_samples(layout: Layout | None) -> bool:
+    return isinstance(layout, int) or layout in ("rows", "second")
 
-    def seen(name: str, forward: Any) -> Any:
-        @functools.wraps(forward)
-        def see(*args: Any, **kwargs: Any) -> Any:
-            out = forward(*args, **kwargs)
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Inside of it a backward reaches nothing that the model holds, nor hooks there: a reentrant
+    checkpoint has no backward to chosen tensors only."""
+    held = [x for values in held_values(model).values() for x in values.values()]
+    tensors = [x for x in (*model.parameters(), *held) if isinstance(x, Tensor)]
+    trained = [x for x in tensors if x.requires_grad and x.is_leaf]
+    for x in trained:
+        x.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for x in trained:
+            x.requires_grad_(True)
+
+
+def _seen(
+    found: dict[str, list[Tensor]], name: str, forward: Callable[..., Any]
+) -> Callable[..., Any]:
+    """A layer's forward, whose outputs have a gradient without trainable parameters, and are found."""
+
+    @functools.wraps(forward)
+    def see(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        if torch.is_grad_enabled():  # a reentrant checkpoint comes again, in the backward
+            out = map_tensors(out, _with_gradient)
             first = next(iter(tensors_in(out)), None)
             if first is not None and first.requires_grad:
+                first.retain_grad()
                 found.setdefault(name, []).append(first)
-            return out
+        return out
 
-        return see
+    return see
 
-    with forwards_replaced(layers, seen):
-        out = forward()
-    by_rows = [
-        x for x, *of in zip(out, _lengths(out), alone, strict=False) if of == [rows, rows // 2]
-    ]
-    losses = [digest(x[:kept]).values.sum() for x in by_rows]
+
+def _with_gradient(x: Tensor) -> Tensor:
+    if x.requires_grad or not x.is_floating_point():
+        return x
+    return x.detach().requires_grad_().clone()  # which may be written to, as no leaf may
+
+
+def _loss(
+    out: list[Tensor], kept: int, both: list[int | None], packed: bool
+) -> tuple[Tensor | None, bool]:
+    """A loss of the first `kept` rows or tokens of what the model returns by samples, and True; or else
+    its own, and False. both are the outputs' sizes if they are by samples."""
+    by_sample = [x for x, n in zip(out, both, strict=False) if n and _size(x, packed) == n]
+    losses = [digest(_first(x, kept, packed)).values.sum() for x in by_sample]
     losses = losses or [x for x in out if x.dim() == 0 and x.requires_grad][:1]
-    outputs = [x for of in found.values() for x in of]
-    if not losses or not outputs:
-        return {}, bool(by_rows)
-    loss = torch.stack([x.double() for x in losses]).sum()
-    grads = iter(torch.autograd.grad(loss, outputs, allow_unused=True))
-    return {name: [next(grads) for _ in of] for name, of in found.items()}, bool(by_rows)
+    loss = torch.stack([x.double() for x in losses]).sum() if losses else None
+    return loss, bool(by_sample)
 
 
-def _lengths(outputs: list[Tensor]) -> list[int | None]:
-    """Of those that have a gradient."""
-    return [len(x) if x.requires_grad and x.dim() else None for x in outputs]
+def _dim(x: Tensor, in_one: bool) -> int:
+    """Which dimension is that of rows, or of tokens where they may lie in one, (1, T, ...)."""
+    return int(in_one and x.dim() > 1 and len(x) == 1)
 
 
-def _by_row(grad: Tensor, layout: Layout, rows: int) -> Tensor:
-    """(rows, ...); empty where the output, unlike the input, has no rows there."""
-    at = int(layout == "second")
-    has_rows = grad.dim() > at and grad.shape[at] == rows
-    return grad.movedim(at, 0) if has_rows else grad.new_empty(0)
+def _size(x: Tensor, packed: bool) -> int | None:
+    return x.shape[_dim(x, packed)] if x.dim() else None
+
+
+def _first(x: Tensor, kept: int, packed: bool) -> Tensor:
+    return x.narrow(_dim(x, packed), 0, kept)
+
+
+def _by_sample(grad: Tensor, layout: Layout, size: int, packed: bool) -> Tensor:
+    """(size, ...), by rows, or by tokens of a packed one; empty where the output, unlike the input, has
+    none there."""
+    flat = isinstance(layout, int)
+    tokens = layout if isinstance(layout, int) and not packed else 1
+    at = int(layout == "second") or _dim(grad, flat or packed)
+    by_heads = packed and grad.dim() > 3 and grad.shape[2] == size  # (1, heads, T, D)
+    if grad.dim() <= at or grad.shape[at] != size * tokens or by_heads:
+        return grad.new_empty(0)
+    return grad.unflatten(at, (size, tokens)).movedim(at, 0)
 
 
 def _scale(pairs: list[tuple[str, Tensor, Tensor]], half: int) -> float:

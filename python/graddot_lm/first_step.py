@@ -98,13 +98,11 @@ class FirstStep:
             self._compare_buffers(inputs)
             self._whole = {n: self._whole.get(n, p) for n, p in self._layers.parameters.items()}
             check_parameter_uses(output, self._whole)
-        if due and micro.step.first or self._has_new_packing(micro):
+        new_packing = self._has_new_packing(micro)
+        if due and micro.step.first or new_packing:
             self._check_losses(micro, inputs, output)
-        if due and micro.step.rows > 1 and not micro.step.sharded:
-            check_backward(
-                self._model, self._layers.judged(), micro.step.layouts, *inputs.both,
-                inputs.rows, inputs.entries,
-            )  # fmt: skip
+        if (due or new_packing) and not micro.step.sharded:
+            self._check_backward(micro, inputs)
         if due:
             first = self._finished == 0
             self._labels = LabelCheck(output, micro.labels, micro.counts, micro.summed, first)
@@ -138,6 +136,15 @@ class FirstStep:
                 thorough=inputs.thorough, runs=inputs.runs,
             )  # fmt: skip
         self._apart_checked |= micro.segments is not None and samples > 1
+
+    def _check_backward(self, micro: MicroBatch, inputs: ModelInputs) -> None:
+        samples, take, lengths = inputs.rows, inputs.take, None
+        if micro.segments is not None:
+            lengths = micro.segments.lengths
+            samples, take = len(lengths), micro.segments.take
+        if samples > 1:
+            layers, layouts = self._layers.judged(), micro.step.layouts
+            check_backward(self._model, layers, layouts, *inputs.both, samples, take, lengths)
 
     def check_packed(self, args: Any, kwargs: Mapping[str, Any], segments: Segments) -> None:
         """Raise GraddotError unless the model keeps apart the samples that share a row."""

@@ -96,5 +96,5 @@ class ModelInputs:
         return [x for x in tree_leaves(self.both) if isinstance(x, Tensor)]
 
     def take(self, arguments: Any, which: Sequence[int]) -> Any:
-        """These, or copies in which they are the same tensors, of some of the rows."""
+        """`arguments`, whose tensors are of these, of some of the rows."""
         return take_inputs(arguments, list(which), self.rows, self.entries)
