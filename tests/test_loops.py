@@ -330,7 +330,7 @@ def test_evaluation_in_the_midst_of_a_step(close):
     engine.attach_train_batch(*train, 0, None)
     evaluate()
     x, y = engine.prepare_forward_input(*train)
-    loss = lm_loss(model(x).logits, y)
+    loss = engine.track_loss(lm_loss(model(x).logits, y))
     evaluate()
     loss.backward()
     evaluate()
@@ -351,7 +351,7 @@ def test_a_forward_that_failed_is_tried_again(close):
     with pytest.raises(ZeroDivisionError):
         model(x)
     fail.remove()
-    lm_loss(model(x).logits, y).backward()
+    engine.track_loss(lm_loss(model(x).logits, y)).backward()
     engine.prepare_gradients()
     close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
 

@@ -431,7 +431,7 @@ class GradDotProdEngine:
     def track_loss(self, loss: Tensor) -> Tensor:
         """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
 
-        Needed only for a loss that the caller computes; `.loss` of a model's output is tracked.
+        A loss that the caller computes is refused without; `.loss` of a model's output is tracked.
         """
         run_compiled()
         return self._forward.tracked(loss)
@@ -439,10 +439,15 @@ class GradDotProdEngine:
     def prepare_gradients(self) -> None:
         """Close a micro-batch after its backward. `.grad` is right already; this checks that.
 
-        Raises GraddotError if no backward ran or if the loss counted other tokens than the labels
-        say; .grad must not be used then.
+        Raises GraddotError if no backward ran, if the loss counted other tokens than the labels say
+        or was not tracked; .grad must not be used then.
         """
         micro = self._forward.finish()
+        if not micro.loss_scale.factors():
+            raise GraddotError(
+                "the loss is none that the model returned, nor was it passed to track_loss, so that its"
+                " scale cannot be told; before you scale it: loss = engine.track_loss(loss)"
+            )
         self._note_rates(micro)
         self._pending.append(micro)
 
