@@ -74,7 +74,7 @@ class Case:
         train = self.x[: self.n], self.y[: self.n]
         engine.attach_train_batch(*train, 0, None)
         x, y = engine.prepare_forward_input(*train)
-        self.loss(x, y).backward()
+        engine.track_loss(self.loss(x, y)).backward()
         engine.prepare_gradients()
         return engine.aggregate_and_log()
 

@@ -15,6 +15,7 @@ grad keep their graph alive as any other tensor does; under `torch.no_grad()` th
 """
 
 import contextlib
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -98,12 +99,9 @@ def _id_rows(prefix: str, ids: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     if ids.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"{prefix}ids has dtype {ids.dtype}; expected int32 or int64")
     _check(ids.dim() in (1, 2), f"{prefix}ids", ids, "(N, T), or (N,) for T = 1")
-    _check(
-        grad.dim() == ids.dim() + 1 and grad.shape[:-1] == ids.shape,
-        f"{prefix}grad",
-        grad,
-        f"{(*ids.shape, 'd')}",
-    )
+    if grad.dim() != ids.dim() + 1 or grad.shape[:-1] != ids.shape:
+        expected = ", ".join(map(str, ids.shape))  # see `_pair`
+        _check(False, f"{prefix}grad", grad, f"({expected}, d), as {prefix}ids")
     if ids.device != grad.device:
         raise ValueError(f"{prefix}ids is on {ids.device}; expected grad's, {grad.device}")
     return (ids.unsqueeze(1), grad.unsqueeze(1)) if ids.dim() == 1 else (ids, grad)
@@ -121,12 +119,20 @@ def _directions(direction: Tensor, d_rows: int | None, d_cols: int) -> tuple[Ten
     return stacked, single
 
 
+def _check_whole(name: str, number: object) -> None:
+    if not isinstance(number, (Integral, torch.SymInt)):
+        got = f"a {type(number).__name__}" if isinstance(number, Tensor) else repr(number)
+        raise TypeError(f"{name} must be a whole number, got {got}")
+
+
 def _padding(padding_idx: int | None, num_embeddings: int) -> int:
     """torch.nn.Embedding's convention (negative counts from the end) as the op's: -1 is none."""
+    _check_whole("num_embeddings", num_embeddings)
     if num_embeddings < 0:
         raise ValueError(f"num_embeddings is {num_embeddings}; expected the rows of a table")
     if padding_idx is None:
         return -1
+    _check_whole("padding_idx", padding_idx)
     _check(
         -num_embeddings <= padding_idx < num_embeddings,
         "padding_idx",
@@ -340,6 +346,8 @@ def linear_joint_wgrad_dot(
 def _check_val_rows(val_rows: list[int], rows: int) -> None:
     if not isinstance(val_rows, (list, tuple)):
         raise TypeError(f"val_rows must be a list of numbers, got {type(val_rows).__name__}")
+    for k, count in enumerate(val_rows):
+        _check_whole(f"val_rows[{k}]", count)
     if len(val_rows) == 0 or min(val_rows) <= 0 or sum(val_rows) > rows:
         expected = f"positive row counts, one a target, at most {rows} in all"  # see `_pair`
         _check(False, "val_rows", val_rows, expected)

@@ -245,7 +245,7 @@ EMBEDDING: dict[str, tuple[Callable[[], object], str, str]] = {
     "grad-rows": (
         lambda: gk.embedding_ghost_dot(IDS, x(1, 4, 3), IDS, ROWS, 7),
         "val_grad has shape (1, 4, 3)",
-        "(2, 4, 'd')",
+        "(2, 4, d), as val_ids",
     ),
     "train-grad-width": (
         lambda: gk.embedding_ghost_dot(IDS, ROWS, IDS, GRAD, 7),
@@ -313,6 +313,24 @@ NO_TENSORS: dict[str, Callable[[], object]] = {
         ACT,
         ACT,
         rstd=1.0,  # type: ignore[arg-type]
+    ),
+    "num_embeddings must be a whole number, got a Tensor": lambda: gk.embedding_ghost_dot(
+        IDS,
+        ROWS,
+        IDS,
+        ROWS,
+        TABLE,  # type: ignore[arg-type]
+    ),
+    "padding_idx must be a whole number, got 1.5": lambda: gk.embedding_direction_dot(
+        TABLE,
+        IDS,
+        ROWS,
+        padding_idx=1.5,  # type: ignore[arg-type]
+    ),
+    r"val_rows\[1\] must be a whole number, got '1'": lambda: gk.linear_joint_wgrad_dot(
+        ACT,
+        GRAD,
+        [1, "1"],  # type: ignore[list-item]
     ),
     "val_rows must be a list of numbers, got int": lambda: gk.linear_joint_wgrad_dot(
         ACT,

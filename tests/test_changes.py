@@ -31,7 +31,7 @@ class Net(nn.Module):
         return self.head(self.down(self.up(x).tanh()).tanh().mean(1))
 
 
-def step(engine, loss_of, factor=1.0, number=0, track=False, train=TRAIN, model=None):
+def step(engine, loss_of, factor=1.0, number=0, track=True, train=TRAIN, model=None):
     """One step with a loss made of the model's output; its scores."""
     engine.attach_train_batch(*train, number, torch.arange(4))
     x, y = engine.prepare_forward_input(*train)
@@ -146,7 +146,7 @@ def test_a_layer_that_runs_later_with_time_first(close):
         loss = lambda out, y: F.cross_entropy(out, y)
         if not model.deep:
             engine.attach_train_batch(x[:4], y[:4], number, None)
-            F.cross_entropy(model(x), y).backward()
+            engine.track_loss(F.cross_entropy(model(x), y)).backward()
             engine.prepare_gradients()
             engine.aggregate_and_log()
             continue
@@ -154,7 +154,7 @@ def test_a_layer_that_runs_later_with_time_first(close):
         want = gradient(model, x[:4], y[:4], loss=loss)
         model.zero_grad()
         engine.attach_train_batch(x[:4], y[:4], number, None)
-        F.cross_entropy(model(x), y).backward()
+        engine.track_loss(F.cross_entropy(model(x), y)).backward()
         engine.prepare_gradients()
         close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
         same_gradients(model, want, 1e-10)
@@ -313,7 +313,7 @@ def test_padding_that_the_model_looks_at_is_refused(longer, close):
         joint, y = engine.prepare_forward_input(*train)
         if heeds:
             dots, scales = sample_dots(Mean(True), train, val, loss=F.cross_entropy)
-            F.cross_entropy(model(joint), y).backward()
+            engine.track_loss(F.cross_entropy(model(joint), y)).backward()
             engine.prepare_gradients()
             close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
         else:
@@ -360,7 +360,7 @@ def test_the_scale_of_a_returned_loss(form, close):
     loss = lambda model, x, y: returned(form, model(x, y))
     engine = attached(model)
     for number in range(2):  # checked, and not
-        close(step(engine, loss, 0.25, number), total(dots), 1e-10, total(scales))
+        close(step(engine, loss, 0.25, number, False), total(dots), 1e-10, total(scales))
 
 
 @pytest.mark.parametrize("form", ["mapping", "tuple", "list", "number"])
@@ -371,7 +371,7 @@ def test_the_scale_of_a_loss_that_a_compiled_model_returns(form, close):
     engine, compiled = attached(model), torch.compile(model, backend="aot_eager")
     loss = lambda model, x, y: returned(form, model(x, y))
     for number in range(3):
-        scores = step(engine, loss, 0.25, number, model=compiled)
+        scores = step(engine, loss, 0.25, number, False, model=compiled)
         close(scores, total(dots), 1e-10, total(scales))
 
 
@@ -382,13 +382,19 @@ def _distilled(model, x, y):
 
 def test_a_returned_loss_beside_another_has_to_be_tracked(close):
     with pytest.raises(GraddotError, match="output of shape .* beside its loss.*track_loss"):
-        step(attached(WithLoss(FORMS["tuple"])), _distilled)
+        step(attached(WithLoss(FORMS["tuple"])), _distilled, track=False)
     whole = lambda out, y: (
         0.3 * F.cross_entropy(out, y) + 0.7 * F.cross_entropy(out, y, label_smoothing=0.1)
     )
     dots, scales = sample_dots(Net(), TRAIN, VAL, loss=whole)
-    scores = step(attached(WithLoss(FORMS["tuple"])), _distilled, 0.25, track=True)
+    scores = step(attached(WithLoss(FORMS["tuple"])), _distilled, 0.25)
     close(scores, total(dots), 1e-10, total(scales))
+
+
+def test_a_loss_of_the_callers_own_has_to_be_tracked():
+    """Were its scale taken for 1, scores would be a sixteenth of what they are."""
+    with pytest.raises(GraddotError, match="scale cannot be told.*engine.track_loss"):
+        step(attached(Net()), plain_loss, 0.25, track=False)
 
 
 def test_two_tracked_losses_are_refused():
@@ -408,9 +414,9 @@ class Unreduced(Net):
 def test_a_returned_loss_that_is_no_number_has_to_be_tracked(close):
     loss = lambda model, x, y: model(x, y)["loss"].sum()
     with pytest.raises(GraddotError, match=r"the model's loss of shape \(6,\).*track_loss"):
-        step(attached(Unreduced(), loss_reduction="sum"), loss)
+        step(attached(Unreduced(), loss_reduction="sum"), loss, track=False)
     dots, scales = sample_dots(Net(), TRAIN, VAL, loss=F.cross_entropy)
-    scores = step(attached(Unreduced(), loss_reduction="sum"), loss, 0.25, track=True)
+    scores = step(attached(Unreduced(), loss_reduction="sum"), loss, 0.25)
     close(scores, total(dots), 1e-10, total(scales))
 
 
@@ -451,7 +457,7 @@ def test_values_wherever_the_step_is_closed(closes):
     for number in range(2):
         engine.attach_train_batch(*train, number, torch.arange(3))
         x, y = engine.prepare_forward_input(*train)
-        lm_loss(model(x).logits, y).backward()
+        engine.track_loss(lm_loss(model(x).logits, y)).backward()
         if closes == "before":
             engine.prepare_gradients()
         optimizer.step()
@@ -565,7 +571,7 @@ def test_tokens_whose_gradient_rounds_to_zero(close, ignored):
         joint, labels = engine.prepare_forward_input(x, y)
         logits = model(joint).logits
         logits.retain_grad()
-        loss(logits, labels).backward()
+        engine.track_loss(loss(logits, labels)).backward()
         engine.prepare_gradients()
         return engine.aggregate_and_log(), (logits.grad == 0).all(-1)
 

@@ -293,7 +293,7 @@ def test_twenty_adamw_steps_equal_regular(dtype, bound):
         x, y = token_batch(4, 15, seed=step, ragged=step % 2 == 0)
         engine.attach_train_batch(x, y, step, torch.arange(4))
         xx, yy = engine.prepare_forward_input(x, y)
-        lm_loss(scored(xx).logits, yy).backward()
+        engine.track_loss(lm_loss(scored(xx).logits, yy)).backward()
         engine.prepare_gradients()
         lm_loss(regular(x).logits, y).backward()
         for optimizer in optimizers:

@@ -56,6 +56,12 @@ def test_mappings_of_any_size_and_length(close, labels_inside):
         same_gradients(model, mapping_gradient(model, train), 1e-5)
 
 
+def test_rows_of_another_length_are_refused_with_the_key_to_fill():
+    engine = attached(tiny_gpt2(), token_batch(1, 6, seed=2))
+    with pytest.raises(GraddotError, match="padding={key: value} for every key .*'inputs' for a t"):
+        engine.attach_train_batch(*token_batch(2, 9, seed=1), 0, None)
+
+
 def test_tensors_of_another_length_are_filled_up(close):
     model = tiny_gpt2().double()
     train, val = token_batch(3, 15, seed=1), token_batch(2, 9, seed=2)
@@ -197,6 +203,42 @@ def test_a_step_after_its_values_is_refused():
         GradDotProdEngine(tiny_gpt2(), val).attach(optimizer)
 
 
+def test_steps_without_their_scores_between_are_refused():
+    """Their values would be those of micro-batches of one step, with half the weight each."""
+    model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = attached(model, val, optimizer, store=Store())
+    run(engine, token_batch(2, 9, seed=1))
+    optimizer.step()
+    with pytest.raises(GraddotError, match=r"aggregate_and_log\(\) after every optimizer.step"):
+        run(engine, token_batch(2, 9, seed=3), 1)
+    engine.aggregate_and_log()
+    run(engine, token_batch(2, 9, seed=3), 1)
+
+
+@pytest.mark.parametrize("ids", [torch.arange(3), 7, torch.zeros(2, 1)])
+def test_ids_that_are_not_one_a_sample_are_refused(ids):
+    engine = attached(tiny_gpt2(), token_batch(1, 9, seed=2))
+    with pytest.raises(GraddotError, match="batch_idx has shape .* each of the 2 samples"):
+        engine.attach_train_batch(*token_batch(2, 9, seed=1), 0, ids)
+
+
+@pytest.mark.parametrize(
+    "columns, problem",
+    [
+        ({"loss": [0.0] * 3}, "column loss has 3 entries; expected 2"),  # of the joint batch
+        ({"dot": [0.0] * 2}, r"\['dot'\] are the engine's own"),
+        ({"step": [0] * 2}, r"\['step'\] are the engine's own"),
+    ],
+)
+def test_columns_that_are_not_of_the_samples_are_refused(columns, problem):
+    engine = attached(tiny_gpt2(), token_batch(1, 9, seed=2), store=Store())
+    run(engine, token_batch(2, 9, seed=1))
+    with pytest.raises(GraddotError, match=problem):
+        engine.aggregate_and_log(columns)
+    assert engine.aggregate_and_log({"loss": [0.0] * 2}).shape == (2,)
+
+
 def two_optimizers(model, kind=torch.optim.SGD, **options):
     """One for the matrices of the blocks, which get no lr of their own here, one for the rest."""
     matrices = [p for p in model.transformer.h.parameters() if p.dim() == 2]
@@ -330,7 +372,7 @@ def test_evaluation_in_the_midst_of_a_step(close):
     engine.attach_train_batch(*train, 0, None)
     evaluate()
     x, y = engine.prepare_forward_input(*train)
-    loss = lm_loss(model(x).logits, y)
+    loss = engine.track_loss(lm_loss(model(x).logits, y))
     evaluate()
     loss.backward()
     evaluate()
@@ -351,7 +393,7 @@ def test_a_forward_that_failed_is_tried_again(close):
     with pytest.raises(ZeroDivisionError):
         model(x)
     fail.remove()
-    lm_loss(model(x).logits, y).backward()
+    engine.track_loss(lm_loss(model(x).logits, y)).backward()
     engine.prepare_gradients()
     close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
 

@@ -357,6 +357,10 @@ def test_a_run_without_scores_says_so(tmp_path):
 
 
 def test_a_folder_without_scores_is_named(tmp_path):
+    with pytest.raises(
+        GraddotError, match="no: not a run's directory, for there is no such folder"
+    ):
+        call(tmp_path / "no")
     with pytest.raises(GraddotError, match="not a run's directory"):
         call(tmp_path)
     RunDirectory.create(tmp_path / "run", {}).close()

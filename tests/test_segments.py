@@ -550,7 +550,11 @@ def test_arguments_that_do_not_fit_are_refused():
     refused("need per_token=False", given(per_token=True))
     two = {k: v.view(2, -1) for k, v in batch.items()}
     refused(r"need labels of shape \(1, T\); the labels have shape \(2, 14\)", given(), two)
-    refused("batch_idx has 5 sample ids, and segments 6", given(), ids=torch.arange(5))
+    refused(
+        r"batch_idx has shape \(5,\); expected a sample id for each of the 6",
+        given(),
+        ids=torch.arange(5),
+    )
     refused(
         "6 lengths with the sum 29.*no more tokens than the row's 28",
         given(),

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, norm, sample_dots, total
-from graddot_lm import cli, report
+from graddot_lm import cli, report, train_options
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.data import TokenData, fixed_batch
 from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
@@ -747,3 +747,18 @@ def test_scripts_run(command):
     )
     assert done.returncode == 0, done.stderr
     assert "--dot_prod_save_interval" in done.stdout or "step 9: scores" in done.stdout
+
+
+def test_the_commit_is_not_that_of_a_checkout_around_the_environment(tmp_path, monkeypatch):
+    git = ["git", "-C", tmp_path, "-c", "user.name=n", "-c", "user.email=e"]
+    source = tmp_path / "env" / "train_options.py"
+    source.parent.mkdir()
+    source.write_text("")
+    monkeypatch.setattr(train_options, "__file__", str(source))
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    assert train_options._commit() is None
+    subprocess.run([*git, "add", "env"], check=True)
+    subprocess.run([*git, "commit", "-q", "-m", "ours"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True)
+    assert train_options._commit() == head.stdout.strip()

@@ -46,7 +46,7 @@ def main() -> None:
         want = autograd_dots(model, (x, y), val)
         engine.attach_train_batch(x, y, step, torch.arange(8))
         X, Y = engine.prepare_forward_input(x, y)
-        F.cross_entropy(model(X), Y).backward()
+        engine.track_loss(F.cross_entropy(model(X), Y)).backward()
         engine.prepare_gradients()
         dots = engine.parameter_dots()
         optimizer.step()

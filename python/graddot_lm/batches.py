@@ -167,10 +167,13 @@ def _join_key(key: str, parts: list[Tensor], fill: float | None) -> Tensor:
     if len(set(shapes)) > 1:
         if fill is None or any(len(s) == 0 for s in shapes) or len({s[1:] for s in shapes}) > 1:
             of_key = "" if key == _ONE_TENSOR else f" of {key}"
+            given = f"{{{key!r}: value, ...}} for every key that differs"
+            if key == "labels":  # which need none of their own
+                given = f"{{key: value}} for every key of the inputs, {_ONE_TENSOR!r} for a tensor"
             raise GraddotError(
                 f"training rows{of_key} have shape {shapes[0]}, validation rows {shapes[1:]}; rows"
                 " that ride along in one forward must agree. To fill shorter ones up, give the"
-                f" engine padding={{{key!r}: value, ...}} for every key that differs"
+                f" engine padding={given}"
             )
         longest = max(part.shape[1] for part in parts)
         parts = [

@@ -338,6 +338,16 @@ class GradDotProdEngine:
                 " its gradients are still there; with gradient accumulation call it once, after"
                 " optimizer.step()"
             )
+        if self.store is not None and any(
+            taken is not False
+            for micro in self._pending
+            for taken, one in zip(micro.applied, self._optimizers, strict=True)
+            if isinstance(one, torch.optim.Optimizer)
+        ):
+            raise GraddotError(
+                "the optimizer took a step with the batches before, whose values would be counted as"
+                " of one step with this one's; call aggregate_and_log() after every optimizer.step()"
+            )
         if not self._val and self._forward.directions is None:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
@@ -356,7 +366,7 @@ class GradDotProdEngine:
         first = next(iter(self._parameters.values()))
         tokens, packed = None, None
         if segments is not None:
-            packed = self._packed(segments, train.labels, batch_idx)
+            packed = self._packed(segments, train.labels)
             tokens = packed.tokens
         elif self._per_token:
             if labels.dim() != 2:
@@ -365,6 +375,12 @@ class GradDotProdEngine:
                 )
             tokens = labels.shape[1]
         n = len(train)
+        samples = n if packed is None else len(packed)
+        ids = (samples,) if batch_idx is None else tuple(torch.as_tensor(batch_idx).shape)
+        if ids != (samples,):
+            raise GraddotError(
+                f"batch_idx has shape {ids}; expected a sample id for each of the {samples} samples"
+            )
         shape = (targets + 1, n + bool(val_rows)) if self.norms else (targets, n * (tokens or 1))
         dtype = torch.promote_types(first.dtype, torch.float32)
         step = Step(
@@ -396,7 +412,7 @@ class GradDotProdEngine:
         micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
         self._forward.begin(micro)
 
-    def _packed(self, lengths: Sequence[int] | Tensor, labels: Tensor, batch_idx: Any) -> Segments:
+    def _packed(self, lengths: Sequence[int] | Tensor, labels: Tensor) -> Segments:
         reasons = {
             "labels of shape (1, T)": labels.dim() == 2 and len(labels) == 1,
             "given directions in place of val_data": not self._val,
@@ -409,13 +425,7 @@ class GradDotProdEngine:
                 f" shape {tuple(labels.shape)}. Else give every sample a row of its own"
             )
         as_list = getattr(lengths, "tolist", lambda: list(lengths))  # of arrays and tensors
-        packed = Segments(as_list(), labels.shape[1])
-        if batch_idx is not None and len(batch_idx) != len(packed):
-            raise GraddotError(
-                f"batch_idx has {len(batch_idx)} sample ids, and segments {len(packed)} lengths;"
-                " expected one id a sample"
-            )
-        return packed
+        return Segments(as_list(), labels.shape[1])
 
     def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The joint batch: training rows, then the validation rows of every target.
@@ -431,7 +441,7 @@ class GradDotProdEngine:
     def track_loss(self, loss: Tensor) -> Tensor:
         """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
 
-        Needed only for a loss that the caller computes; `.loss` of a model's output is tracked.
+        A loss that the caller computes is refused without; `.loss` of a model's output is tracked.
         """
         run_compiled()
         return self._forward.tracked(loss)
@@ -439,10 +449,15 @@ class GradDotProdEngine:
     def prepare_gradients(self) -> None:
         """Close a micro-batch after its backward. `.grad` is right already; this checks that.
 
-        Raises GraddotError if no backward ran or if the loss counted other tokens than the labels
-        say; .grad must not be used then.
+        Raises GraddotError if no backward ran, if the loss counted other tokens than the labels say
+        or was not tracked; .grad must not be used then.
         """
         micro = self._forward.finish()
+        if not micro.loss_scale.factors():
+            raise GraddotError(
+                "the loss is none that the model returned, nor was it passed to track_loss, so that its"
+                " scale cannot be told; before you scale it: loss = engine.track_loss(loss)"
+            )
         self._note_rates(micro)
         self._pending.append(micro)
 

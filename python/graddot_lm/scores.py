@@ -259,7 +259,13 @@ def score_rows(
     Columns are tensors where they were computed, which nothing here waits for.
     Values are of gradients that were multiplied by gradient_scale before the optimizer's step.
     """
-    at = 0
+    at, samples = 0, sum(micro.n for micro in micros)
+    for name, column in columns.items():
+        if len(column) != samples:
+            raise GraddotError(
+                f"column {name} has {len(column)} entries; expected {samples}, one for each training"
+                " sample since the last aggregate_and_log()"
+            )
     for micro, weights in zip(micros, sample_weights(micros), strict=True):
         n = micro.n
         rows: dict[str, Any] = {
@@ -280,7 +286,10 @@ def score_rows(
             rows[f"dot{suffix}"], rows[f"value{suffix}"] = dots[k], values[k]
             if norms is not None:
                 rows[f"cosine{suffix}"] = norms.cosines[k]
-        for name, column in columns.items():
-            rows[name] = column[at : at + n]
+        if taken := columns.keys() & {"step", *rows}:
+            raise GraddotError(
+                f"columns {sorted(taken)} are the engine's own; name yours otherwise"
+            )
+        rows |= {name: column[at : at + n] for name, column in columns.items()}
         yield rows, micro.iteration
         at += n

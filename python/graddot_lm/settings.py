@@ -43,7 +43,8 @@ def read_config(run: str | Path) -> dict:
             raise ValueError(problem)
         return config
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise GraddotError(f"{run}: not a run's directory, for it has no config.json") from error
+        why = "it has no config.json" if Path(run).is_dir() else "there is no such folder"
+        raise GraddotError(f"{run}: not a run's directory, for {why}") from error
     except (OSError, ValueError) as error:
         raise GraddotError(f"{path}: cannot be read: {error}") from error
 

@@ -241,13 +241,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def _commit() -> str | None:
-    """The source's git commit, if it runs from a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    """The source's git commit, if it runs from a checkout, and not from an environment that lies
+    in another one."""
+    here = Path(__file__)
+    command = ["git", "-C", str(here.parent), "rev-parse", "HEAD", f"HEAD:./{here.name}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return done.stdout.strip()
+    return done.stdout.split()[0]
 
 
 def describe(
