@@ -247,6 +247,26 @@ def test_muon_beside_another_optimizer():
     torch.testing.assert_close(store.column("value"), want)
 
 
+def test_learning_rates_that_are_set_right_before_the_step():
+    """After prepare_gradients, as loops with a schedule of their own do, each optimizer's by itself;
+    what is set after the step is the next one's."""
+    model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
+    optimizers = two_optimizers(model)
+    engine = attached(model, val, optimizers, store=store, per_parameter=True)
+    for seed in (1, 3):  # micro-batches
+        run(engine, token_batch(3, 9, seed=seed))
+    dots, lr = engine.parameter_dots(), {}
+    for rate, one in zip((0.125, 2.0), optimizers, strict=True):
+        one.param_groups[0]["lr"] = rate
+        lr |= {id(p): rate for p in one.param_groups[0]["params"]}
+        one.step()
+        one.param_groups[0]["lr"] = 100.0
+    engine.aggregate_and_log()
+    want = sum(lr[id(p)] * dots[n] for n, p in model.named_parameters()) / 6
+    torch.testing.assert_close(store.column("value"), want)
+    assert set(store.columns["lr"]) == {0.125}
+
+
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_one_of_several_optimizers_skips_the_step(skipped):
     """A GradScaler looks at each optimizer's own gradients: values are of those that moved."""

@@ -533,11 +533,16 @@ class GradDotProdEngine:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
 
-    def _note_rates(self, micro: MicroBatch) -> None:
-        """The optimizers' learning rates, unless they were noted when one took the step."""
-        if self._optimizers and not micro.leaf_lrs:
-            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizers)
-            micro.lr, micro.leaf_lrs, micro.optimizer_of = rates
+    def _note_rates(self, micro: MicroBatch, took_step: int | None = None) -> None:
+        """The optimizers' learning rates: those of one that took the step, for a loop may set them
+        right before it, and what was not noted yet of the others."""
+        if not self._optimizers or (took_step is None and micro.leaf_lrs):
+            return
+        lr, rates, of = learning_rates(self._parameters, micro.leaf_of, self._optimizers)
+        if took_step == 0 or not micro.leaf_lrs:
+            micro.lr = lr
+        kept = {leaf: was for leaf, was in micro.leaf_lrs.items() if of[leaf] != took_step}
+        micro.leaf_lrs, micro.optimizer_of = {**rates, **kept}, of
 
     def _has_gradients(self) -> bool:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -560,9 +565,9 @@ class GradDotProdEngine:
         taken = list(self._pending)
         if self._forward.micro is not None and self._forward.micro.step.has_dots:
             taken.append(self._forward.micro)  # whose prepare_gradients() is still to come
-            self._note_rates(taken[-1])
         k = next(k for k, one in enumerate(self._optimizers) if one is optimizer)
         for micro in taken:
+            self._note_rates(micro, k)
             micro.applied[k] = True if found_inf is None else found_inf == 0
         if not taken and self._forward.logged_unapplied:
             raise GraddotError(
