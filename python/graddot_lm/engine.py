@@ -338,6 +338,13 @@ class GradDotProdEngine:
                 " its gradients are still there; with gradient accumulation call it once, after"
                 " optimizer.step()"
             )
+        covered = {name: self._parameters[name] for name in self._coverage.covered}
+        if frozen := [name for name, p in covered.items() if not p.requires_grad]:
+            raise GraddotError(
+                f"{', '.join(frozen[:5])}{' …' if frozen[5:] else ''}: trained when the engine was made,"
+                " but frozen now, so that scores would leave out what coverage() says they have;"
+                " detach() the engine and make another one after parameters are frozen"
+            )
         if not self._val and self._forward.directions is None:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
