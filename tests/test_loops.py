@@ -300,6 +300,25 @@ def test_a_parameter_in_two_optimizers_is_refused():
         attached(model, token_batch(1, 9, seed=2), optimizers)
 
 
+def test_a_step_of_another_optimizer_is_refused():
+    """As one that is made anew in a run: the one given would never take a step, and values be 0."""
+    model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
+    engine = attached(model, val, torch.optim.SGD(model.parameters(), lr=0.5), store=store)
+    other = torch.optim.Adam(model.parameters(), lr=0.5)
+    run(engine, token_batch(2, 9, seed=1))
+    other.step()
+    with pytest.raises(GraddotError, match="was taken by an optimizer, Adam, that attach"):
+        engine.aggregate_and_log()
+    engine.detach()
+    engine.attach(other)
+    other.zero_grad()
+    run(engine, token_batch(2, 9, seed=1))
+    other.step()
+    torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.5).step()  # of another model
+    engine.aggregate_and_log()
+    assert all(store.columns["applied"])
+
+
 # Mixed precision
 
 
