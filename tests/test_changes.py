@@ -109,6 +109,16 @@ def test_an_optimizer_of_parameters_outside_of_the_model_is_refused():
         attached(model, optimizer)
 
 
+def test_an_optimizer_that_gets_other_parameters_later_is_refused():
+    model, criterion = Net(), nn.Linear(3, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    engine = attached(model, optimizer)
+    step(engine, plain_loss)
+    optimizer.add_param_group({"params": criterion.parameters()})
+    with pytest.raises(GraddotError, match="2 parameters that are not in the engine's model"):
+        step(engine, plain_loss)
+
+
 def test_an_optimizer_of_a_part_of_the_model_is_refused():
     model = Net()
     optimizer = torch.optim.SGD(model.down.parameters(), lr=0.1)

@@ -269,3 +269,16 @@ def test_opcheck(dtype: torch.dtype) -> None:
     for one in (None, scale):
         check(ops.embedding_wgrad_dot.default, (direction, ids, grad, 0, one))
         check(ops.embedding_joint_wgrad_dot.default, (ids, grad, [1, 1], 6, -1, one))
+
+
+def test_fp16_where_subnormal_numbers_are_flushed():
+    """Half numbers below 2^-14 are subnormal in fp16 alone, not in the fp32 that they are read to."""
+    half = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(torch.float16)
+    half = half[half.isfinite()].view(-1, 1, 2)
+    ids, table = torch.arange(len(half))[:, None], torch.zeros(len(half), 2, dtype=torch.float16)
+    assert torch.set_flush_denormal(True) or pytest.skip("this processor does not flush them")
+    try:
+        read, _ = gk.embedding_wgrad_dot(table, ids, half, len(half))
+    finally:
+        torch.set_flush_denormal(False)
+    assert torch.equal(read, half[:, 0].float())

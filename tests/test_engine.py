@@ -484,6 +484,16 @@ def test_a_parameter_that_the_engine_does_not_know_is_refused(change):
         engine.attach_train_batch(*train, 0, None)
 
 
+def test_a_parameter_that_was_frozen_is_refused():
+    """Not to be left out by some layers' rules, and scored as if it were trained by others'."""
+    model, train, val = tiny_gpt2(), token_batch(2, 9, seed=1), token_batch(1, 9, seed=2)
+    engine = GradDotProdEngine(model, val, exclude=["transformer.ln_f.bias"])
+    engine.attach()
+    model.transformer.ln_f.requires_grad_(False)
+    with pytest.raises(GraddotError, match=r"^transformer.ln_f.weight: trained when .* frozen now"):
+        engine.attach_train_batch(*train, 0, None)
+
+
 def test_wrong_label_shift_is_refused():
     train, val = token_batch(3, 9, seed=1, ragged=True), token_batch(1, 9, seed=2)
     with pytest.raises(GraddotError, match="label_shift=1"):

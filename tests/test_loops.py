@@ -289,6 +289,26 @@ def test_muon_beside_another_optimizer():
     torch.testing.assert_close(store.column("value"), want)
 
 
+def test_learning_rates_that_are_set_right_before_the_step():
+    """After prepare_gradients, as loops with a schedule of their own do, each optimizer's by itself;
+    what is set after the step is the next one's."""
+    model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
+    optimizers = two_optimizers(model)
+    engine = attached(model, val, optimizers, store=store, per_parameter=True)
+    for seed in (1, 3):  # micro-batches
+        run(engine, token_batch(3, 9, seed=seed))
+    dots, lr = engine.parameter_dots(), {}
+    for rate, one in zip((0.125, 2.0), optimizers, strict=True):
+        one.param_groups[0]["lr"] = rate
+        lr |= {id(p): rate for p in one.param_groups[0]["params"]}
+        one.step()
+        one.param_groups[0]["lr"] = 100.0
+    engine.aggregate_and_log()
+    want = sum(lr[id(p)] * dots[n] for n, p in model.named_parameters()) / 6
+    torch.testing.assert_close(store.column("value"), want)
+    assert set(store.columns["lr"]) == {0.125}
+
+
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_one_of_several_optimizers_skips_the_step(skipped):
     """A GradScaler looks at each optimizer's own gradients: values are of those that moved."""
@@ -320,6 +340,25 @@ def test_a_parameter_in_two_optimizers_is_refused():
     optimizers = [torch.optim.SGD(model.parameters(), lr=0.1), *two_optimizers(model)]
     with pytest.raises(GraddotError, match="updated by several optimizers"):
         attached(model, token_batch(1, 9, seed=2), optimizers)
+
+
+def test_a_step_of_another_optimizer_is_refused():
+    """As one that is made anew in a run: the one given would never take a step, and values be 0."""
+    model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
+    engine = attached(model, val, torch.optim.SGD(model.parameters(), lr=0.5), store=store)
+    other = torch.optim.Adam(model.parameters(), lr=0.5)
+    run(engine, token_batch(2, 9, seed=1))
+    other.step()
+    with pytest.raises(GraddotError, match="was taken by an optimizer, Adam, that attach"):
+        engine.aggregate_and_log()
+    engine.detach()
+    engine.attach(other)
+    other.zero_grad()
+    run(engine, token_batch(2, 9, seed=1))
+    other.step()
+    torch.optim.SGD(copy.deepcopy(model).parameters(), lr=0.5).step()  # of another model
+    engine.aggregate_and_log()
+    assert all(store.columns["applied"])
 
 
 # Mixed precision

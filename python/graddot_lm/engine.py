@@ -19,6 +19,7 @@ Instead of riding along, validation rows may be run by themselves, every so many
     engine.set_directions(engine.compute_directions(val_batches))
 """
 
+import functools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -27,6 +28,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import distributed
 from .batches import (
@@ -158,7 +160,9 @@ class GradDotProdEngine:
         weakref.finalize(self, run_compiled, self._forward.number)  # a first step that was given up
         self._direction_norms: Tensor | None = None
         self._optimizers: list[torch.optim.Optimizer] = []
-        self._step_hooks: list[Any] = []
+        self._step_hook: Any = None
+        self._group_sizes: list[int] = []  # of the optimizers, when they were checked
+        self._other: str | None = None  # an optimizer that is not ours, but took the step
         self._pending: list[MicroBatch] = []
         self._logged_norms: list[Norms] = []
 
@@ -254,7 +258,18 @@ class GradDotProdEngine:
         AdamW's, are only read: their learning rates, and whether they took the step."""
         given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
         optimizers = [_inner_optimizer(one) for one in given if one is not None]
-        updated = [id(p) for one in optimizers for g in one.param_groups for p in g["params"]]
+        self._check_optimizers(optimizers)
+        self._forward.attach()
+        self._optimizers = optimizers
+        if optimizers:
+            # Of all optimizers, for one that is not ours may take the step. It does not keep us alive.
+            stepped = functools.partial(_after_step, weakref.ref(self))
+            self._step_hook = register_optimizer_step_post_hook(stepped)
+
+    def _check_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+        """Raise GraddotError unless they update all that is scored, and nothing outside the model."""
+        groups = [group["params"] for one in optimizers for group in one.param_groups]
+        updated = [id(p) for group in groups for p in group]
         others = [n for n in self._coverage.covered if id(self._parameters[n]) not in updated]
         if optimizers and others:
             raise GraddotError(
@@ -274,20 +289,14 @@ class GradDotProdEngine:
                 " part of the model's forward, or update them by an optimizer of their own and give"
                 " directions instead of val_data"
             )
-        self._forward.attach()
-        self._optimizers = optimizers
-        self._step_hooks = [
-            one.register_step_post_hook(self._after_optimizer_step)
-            for one in optimizers
-            if isinstance(one, torch.optim.Optimizer)
-        ]
+        self._group_sizes = [len(group) for group in groups]
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
         self._forward.detach()
-        for hook in self._step_hooks:
-            hook.remove()
-        self._step_hooks, self._pending = [], []
+        if self._step_hook is not None:
+            self._step_hook.remove()
+        self._step_hook, self._pending, self._other = None, [], None
 
     def detach_for_evaluation(self) -> None:
         """Run the model as it was until `reattach_after_evaluation`. Not in the midst of a step."""
@@ -348,10 +357,20 @@ class GradDotProdEngine:
                 "the optimizer took a step with the batches before, whose values would be counted as"
                 " of one step with this one's; call aggregate_and_log() after every optimizer.step()"
             )
+        covered = {name: self._parameters[name] for name in self._coverage.covered}
+        if frozen := [name for name, p in covered.items() if not p.requires_grad]:
+            raise GraddotError(
+                f"{', '.join(frozen[:5])}{' …' if frozen[5:] else ''}: trained when the engine was made,"
+                " but frozen now, so that scores would leave out what coverage() says they have;"
+                " detach() the engine and make another one after parameters are frozen"
+            )
         if not self._val and self._forward.directions is None:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
             )
+        groups = [group["params"] for one in self._optimizers for group in one.param_groups]
+        if [len(group) for group in groups] != self._group_sizes:
+            self._check_optimizers(self._optimizers)
         train = read_rows(X, Y, "the training batch")
         self._val = [rows.beside(train) for rows in self._val]
         parts = [train, *self._val]
@@ -524,20 +543,25 @@ class GradDotProdEngine:
         self._require_pending()
         scores = self._shaped([micro.scores() for micro in self._pending])
         if self.store is not None:
+            taken = [x for micro in self._pending for x in micro.applied]
+            if self._other is not None and any(x is False for x in taken):
+                raise GraddotError(
+                    f"the step was taken by an optimizer, {self._other}, that attach() was not given, so that"
+                    " values would be 0; detach() and attach(optimizer) after another one is made"
+                )
             rows = score_rows(self._pending, self._targets, columns or {}, gradient_scale)
             for values, iteration in rows:
                 self.store.append(values, iteration)
-            taken = [x for micro in self._pending for x in micro.applied]
             self._forward.logged_unapplied = any(x is False for x in taken)
         self._logged_norms = [micro.norms() for micro in self._pending] if self.norms else []
-        self._pending = []
+        self._pending, self._other = [], None
         return scores
 
     def clear_gradients(self) -> None:
         """Drop all gradients, and the scores of a step that is not to count."""
         self._forward.give_up()
         self.model.zero_grad(set_to_none=True)
-        self._pending = []
+        self._pending, self._other = [], None
 
     # Inside
 
@@ -548,11 +572,16 @@ class GradDotProdEngine:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
 
-    def _note_rates(self, micro: MicroBatch) -> None:
-        """The optimizers' learning rates, unless they were noted when one took the step."""
-        if self._optimizers and not micro.leaf_lrs:
-            rates = learning_rates(self._parameters, micro.leaf_of, self._optimizers)
-            micro.lr, micro.leaf_lrs, micro.optimizer_of = rates
+    def _note_rates(self, micro: MicroBatch, took_step: int | None = None) -> None:
+        """The optimizers' learning rates: those of one that took the step, for a loop may set them
+        right before it, and what was not noted yet of the others."""
+        if not self._optimizers or (took_step is None and micro.leaf_lrs):
+            return
+        lr, rates, of = learning_rates(self._parameters, micro.leaf_of, self._optimizers)
+        if took_step == 0 or not micro.leaf_lrs:
+            micro.lr = lr
+        kept = {leaf: was for leaf, was in micro.leaf_lrs.items() if of[leaf] != took_step}
+        micro.leaf_lrs, micro.optimizer_of = {**rates, **kept}, of
 
     def _has_gradients(self) -> bool:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -570,20 +599,32 @@ class GradDotProdEngine:
         joined = torch.cat(dots, 1)
         return joined[0] if self._targets is None else joined
 
-    def _after_optimizer_step(self, optimizer: Any, args: Any, kwargs: Any) -> None:
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
         taken = list(self._pending)
         if self._forward.micro is not None and self._forward.micro.step.has_dots:
             taken.append(self._forward.micro)  # whose prepare_gradients() is still to come
-            self._note_rates(taken[-1])
-        k = next(k for k, one in enumerate(self._optimizers) if one is optimizer)
+        k = next((k for k, one in enumerate(self._optimizers) if one is optimizer), None)
+        if k is None:
+            scored = {id(self._parameters[name]) for name in self._coverage.covered}
+            if taken and any(id(p) in scored for g in optimizer.param_groups for p in g["params"]):
+                self._other = type(optimizer).__name__
+            return
         for micro in taken:
+            self._note_rates(micro, k)
             micro.applied[k] = True if found_inf is None else found_inf == 0
         if not taken and self._forward.logged_unapplied:
             raise GraddotError(
                 "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
                 " a step that was not taken; call aggregate_and_log() after the step"
             )
+
+
+def _after_step(
+    engine: "weakref.ref[GradDotProdEngine]", optimizer: Any, args: Any, kwargs: Any
+) -> None:
+    if (own := engine()) is not None:
+        own._after_optimizer_step(optimizer)
 
 
 def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
