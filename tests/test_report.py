@@ -195,6 +195,25 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsy
     assert report.summarize(path, by="dot")["rows_left_out"] == 3
 
 
+def test_a_number_that_is_missing_beside_equal_ones(tmp_path):
+    """A file's statistics leave NaN out, and say that all its numbers are 2."""
+    with RunDirectory.create(tmp_path / "run", {}) as run:
+        rows = {"sample_id": [3, 4, 5], "dot": [2.0, 2.0, np.nan], "value": [1.0, 1.0, 1.0]}
+        run.scores.append(rows, 0)
+    summary = report.summarize(tmp_path / "run")
+    assert (summary["rows"], summary["rows_left_out"]) == (2, 1)
+
+
+def test_the_error_of_a_measure_that_not_all_rows_have(tmp_path):
+    """Over the root of how many there are, as its mean is over these."""
+    with RunDirectory.create(tmp_path / "run", {}) as run:
+        rows = {"sample_id": [3, 4, 5], "dot": [2.0, 3.0, 4.0], "value": [1.0, 2.0, None]}
+        run.scores.append(rows, 0)
+    (domain,) = report.summarize(tmp_path / "run", by="dot")["domains"]
+    assert close(domain["mean_value"], 1.5) and close(domain["error_value"], 0.5)
+    assert close(domain["error_dot"], 1 / 3**0.5)
+
+
 def test_a_single_row_has_no_standard_error(tmp_path):
     with RunDirectory.create(tmp_path / "run", {}) as run:
         run.scores.append({"sample_id": [3], "dot": [2.0], "value": [1.0]}, 0)

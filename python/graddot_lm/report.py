@@ -97,13 +97,16 @@ def _domain_table(
             (name, "hash_mean", None, f"mean_{name}"),
             (name, "hash_variance", sample, f"variance_{name}"),
             (name, "hash_sum", None, f"summed_{name}"),
+            (name, "hash_count", None, f"count_{name}"),  # the other of --by may not be recorded
         ]
     aggregates.append(("positive", "hash_mean", None, "positive"))
     columns = {**columns, "positive": (columns[by] > 0).cast(pa.float64())}
     table = _grouped(rows, chosen, columns, aggregates, ["domain"])
     for name in MEASURES:
-        error = pc.sqrt(pc.divide(table[f"variance_{name}"], pc.cast(table["rows"], pa.float64())))
-        table = table.append_column(f"error_{name}", error).drop_columns(f"variance_{name}")
+        count = pc.cast(table[f"count_{name}"], pa.float64())
+        error = pc.sqrt(pc.divide(table[f"variance_{name}"], count))
+        table = table.append_column(f"error_{name}", error)
+        table = table.drop_columns([f"variance_{name}", f"count_{name}"])
     return table.sort_by([(f"mean_{by}", "descending"), ("domain", "ascending")])
 
 
@@ -185,8 +188,10 @@ def summarize(
         (span,) = _grouped(rows, inside, {"step": pc.field("step")}, extent).to_pylist()
         if span["first"] is None:
             raise GraddotError(f"{run}: no scores in steps {_named(steps)}")
-        left_out = rows.count_rows(filter=inside) - rows.count_rows(filter=inside & counted)
         domains = _domain_table(rows, inside & counted, columns, by)
+        # Not counted by the same filter: count_rows would trust a file's least and largest number,
+        # which leave NaN out.
+        left_out = rows.count_rows(filter=inside) - sum(domains["rows"].to_pylist())
     if samples is None:
         samples = sample_table(run, by, steps, target, rows)
     counts = samples.group_by("domain").aggregate([([], "count_all")])
