@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import tf32
 
 from graddot_kernels.triton_kernels import config
 from graddot_kernels.triton_kernels.config import TABLES, cdiv, packed, tile_for, wgrad_samples
@@ -67,6 +68,20 @@ def test_groups_of_samples_fill_the_chip(tiles: int, n: int) -> None:
     assert waves <= cdiv(tiles, 132) * n
     if tiles >= 36 and n >= 8:
         assert waves <= 1.25 * tiles * n / 132
+
+
+@pytest.mark.parametrize("hip, kind", [(None, "tf32"), ("7.0", "ieee")], ids=["nvidia", "amd"])
+def test_tf32_is_for_the_matrix_units_that_have_it(hip, kind, monkeypatch) -> None:
+    """On AMD's other than gfx942 Triton refuses it."""
+    pytest.importorskip("triton")
+    from graddot_kernels.triton_kernels.launch import precision
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for allowed in (True, False):
+        with tf32(allowed):
+            assert precision(torch.zeros(2)) == (kind if allowed else "ieee")
+            assert precision(torch.zeros(2).half()) == "ieee"
+    assert not torch.backends.cuda.matmul.allow_tf32
 
 
 def test_routes_by_counted_operations() -> None:
