@@ -8,6 +8,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -134,6 +135,23 @@ def test_gpu_bench_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     count = bench.counts(32, 4, 1024, 768, 768)["wgrad"]
     assert count.flops == 2 * 32 * 1024 * 768 * 768
     assert count.floor(1e15, 3e12) > count.flops / 1e15 * 0.99
+
+
+def test_gpu_bench_goes_on_after_a_failure(monkeypatch, capsys) -> None:
+    """A wrong kernel has no row; the other kernels have."""
+    rows = []
+    report = types.SimpleNamespace(append_row=lambda name, row: rows.append(row))
+    monkeypatch.setitem(sys.modules, "_report", report)
+
+    def wrong():  # type: ignore[no-untyped-def]
+        raise AssertionError("gram: relative error 1.00e+00")
+
+    good = {"op": "norm", "us": {"kernel": 1.0}}
+    assert _gpu_bench().run({"gram, small": wrong, "norm, small": lambda: good}) == 1
+    assert rows == [good]
+    printed = capsys.readouterr().out
+    assert "gram, small: no row" in printed and "gram: relative error" in printed
+    assert printed.endswith("rows 1, failed 1\n")
 
 
 def test_package_works_without_triton() -> None:
