@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 
-.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-options exactness gpu-check gpu-build gpu-test gpu-bench gpu-sanitize clean
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-options exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
@@ -55,30 +55,55 @@ bench-options: $(VENV)/installed ## what each of the engine's options adds to a 
 exactness: $(VENV)/installed ## docs/exactness.md: the errors that the tests measured
 	$(BIN)/python bench/exactness.py
 
-# Parts of `gpu-check`, each for itself, so that a machine lent for minutes takes them one by one;
-# `make -k gpu-check` goes on with the other parts where one fails. -P: what was installed, not the
-# source tree, which has no compiled library.
-gpu-check: gpu-test gpu-bench gpu-sanitize ## on a machine with a GPU, its own torch and nvcc
+# Parts of `gpu-check`, each for itself, so that a machine lent for minutes takes them one by one. Each
+# has a time, ten minutes in all, after which it is interrupted and says what it has seen; one that
+# fails stops no other. -P: what was installed, not the source tree, which has no compiled library.
+gpu-check: ## on a machine with a GPU, its own torch and nvcc
+	$(MAKE) -k gpu-test gpu-kernels gpu-sanitize gpu-bench
 
 gpu-build:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
 
+SECONDS_AT_MOST = timeout -s INT -k 15
+GPU_TESTS = $(PYTHON) -P -m pytest -vv --tb=short --maxfail=40
+SANITIZER = $(or $(shell command -v compute-sanitizer),$(wildcard \
+    $(dir $(realpath $(shell command -v nvcc)))compute-sanitizer /usr/local/cuda/bin/compute-sanitizer))
+
 gpu-test: gpu-build ## kernels first, which say where to look, then whole steps
-	$(PYTHON) -P -m pytest -n 4 tests/gpu/test_kernels.py tests/gpu/test_embedding_kernels.py
-	$(PYTHON) -P -m pytest -n 4 tests/gpu/test_steps.py tests/gpu/test_grid_on_gpu.py
+	failed=0; \
+	$(SECONDS_AT_MOST) 140 $(GPU_TESTS) -n auto --maxprocesses=12 \
+	    tests/gpu/test_kernels.py tests/gpu/test_embedding_kernels.py || failed=1; \
+	$(SECONDS_AT_MOST) 90 $(GPU_TESTS) -n auto --maxprocesses=12 \
+	    tests/gpu/test_steps.py tests/gpu/test_grid_on_gpu.py || failed=1; \
+	exit $$failed
 
-gpu-bench: gpu-build ## rows for bench/results/
-	$(PYTHON) bench/gpu_kernels.py
-	$(PYTHON) bench/bench_step.py
-	$(PYTHON) bench/bench_methods.py --architectures GPT2-Small --sweeps N V
+gpu-kernels: gpu-build ## rows for bench/results/: every kernel beside its floor and its rivals
+	$(SECONDS_AT_MOST) 90 $(PYTHON) bench/gpu_kernels.py --rounds 10
 
-# Without torch's cache of memory, whose blocks hide what is read or written beside a tensor.
+gpu-bench: gpu-build ## and whole steps
+	failed=0; \
+	$(SECONDS_AT_MOST) 80 $(PYTHON) bench/bench_step.py || failed=1; \
+	$(SECONDS_AT_MOST) 60 $(PYTHON) bench/bench_methods.py --architectures GPT2-Small \
+	    --sweeps N V || failed=1; \
+	exit $$failed
+
+# Without torch's cache of memory, whose blocks hide what is read or written beside a tensor. Races are
+# looked for in the CUDA kernels alone: the tool does not know the barriers of Triton's.
 gpu-sanitize: export PYTORCH_NO_CUDA_MEMORY_CACHING = 1
-gpu-sanitize: gpu-build ## every family of kernels, at its smallest shapes: a few minutes
-	compute-sanitizer --error-exitcode 1 $(PYTHON) -P -m pytest tests/gpu/test_kernels.py \
-	    -k "not bf16 and (17-din or 1-din or (test_norm and shape2) or (cross_entropy and plain and 50257))"
-	compute-sanitizer --error-exitcode 1 $(PYTHON) -P -m pytest tests/gpu/test_embedding_kernels.py \
-	    -k "layouts and int64 and (fp16 or fp32) and (random or equal or broadcast) and (plain or strided)"
+gpu-sanitize: gpu-build ## every family of kernels, at its smallest shapes
+	@test -n "$(SANITIZER)" || { echo "gpu-sanitize: compute-sanitizer is neither on PATH nor \
+	beside nvcc; it comes with the CUDA toolkit" >&2; exit 1; }
+	failed=0; \
+	$(SECONDS_AT_MOST) 35 $(SANITIZER) --error-exitcode 1 $(GPU_TESTS) \
+	    tests/gpu/test_embedding_kernels.py \
+	    -k "layouts and int64 and (fp16 or fp32) and (random or equal) and plain" || failed=1; \
+	$(SECONDS_AT_MOST) 25 $(SANITIZER) --tool racecheck --error-exitcode 1 $(GPU_TESTS) \
+	    tests/gpu/test_embedding_kernels.py -k "layouts and int64 and fp32 and equal and plain" \
+	    || failed=1; \
+	$(SECONDS_AT_MOST) 50 $(SANITIZER) --error-exitcode 1 $(GPU_TESTS) tests/gpu/test_kernels.py \
+	    -k "not test_fp32_direction and fp16 and \
+	    (17-din or 1-din or (norm and shape2) or (cross_entropy and plain and 50257))" || failed=1; \
+	exit $$failed
 
 clean:
 	rm -rf $(VENV) build *.egg-info graddot_kernels/*.so

@@ -1,5 +1,6 @@
 """What the benchmarks share: interleaved timing, and one row a run in bench/results/."""
 
+import contextlib
 import ctypes
 import datetime
 import functools
@@ -110,8 +111,26 @@ def _cpu_name() -> str:
 def _commit() -> str:
     """The commit measured, with "+" if the tree differs from it."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--abbrev=10"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    try:
+        done = subprocess.run(command, check=False, capture_output=True, text=True)
+    except OSError:  # a machine lent for minutes may have no git
+        return "unknown"
     return done.stdout.strip() or "unknown"
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    if not torch.cuda.is_available():
+        return versions
+    versions |= {"cuda": torch.version.cuda or torch.version.hip}
+    with contextlib.suppress(ImportError):
+        import triton
+
+        versions["triton"] = triton.__version__
+    return versions
 
 
 def append_row(name: str, row: dict[str, Any]) -> None:
@@ -122,7 +141,7 @@ def append_row(name: str, row: dict[str, Any]) -> None:
         "commit": _commit(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "versions": _versions(),
     }
     RESULTS.mkdir(parents=True, exist_ok=True)
     with (RESULTS / f"{name}.jsonl").open("a") as f:

@@ -9,8 +9,10 @@ compared with float64 first, and a wrong one is not timed.
 """
 
 import argparse
+import functools
 import statistics
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -245,6 +247,25 @@ def measure_auto(rounds: int) -> dict[str, object]:
     return {"op": "auto", "worst_excess": round(worst, 3), "t_d_auto_gram_direction_us": rows}
 
 
+def run(jobs: dict[str, Callable[[], dict[str, object]]]) -> int:
+    """A row of each in bench/results/; one that fails is shown, and the others follow."""
+    from _report import append_row
+
+    failed = 0
+    for name, job in jobs.items():
+        try:
+            row = job()
+        except Exception:  # noqa: BLE001 - compilers and devices may raise anything
+            failed += 1
+            print(f"{name}: no row", traceback.format_exc(), sep="\n", flush=True)
+            continue
+        append_row("gpu_kernels", row)
+        shown = ("op", "shape", "us", "floor_us", "of_floor", "of_cublas")
+        print({k: row[k] for k in shown if k in row} if "us" in row else row, flush=True)
+    print(f"rows {len(jobs) - failed}, failed {failed}")
+    return 1 if failed else 0
+
+
 def dry_run(names: list[str]) -> None:
     for shape, sizes in SHAPES.items():
         print(f"{shape}: N={sizes[0]} V={sizes[1]} T={sizes[2]} Din={sizes[3]} Dout={sizes[4]}")
@@ -267,20 +288,15 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("gpu_kernels: not measured, torch.cuda is not available; --dry-run prints counts")
         return 1
-    from _report import append_row
-
     rate, bandwidth = ceilings(args.rounds)
     print(f"ceiling {rate / 1e12:.0f} TFLOP/s bf16, copy {bandwidth / 1e9:.0f} GB/s")
-    for op in [x for x in args.only if x != "auto"]:
-        for shape in args.shapes:
-            row = measure(op, shape, rate, bandwidth, args.rounds)
-            append_row("gpu_kernels", row)
-            print({k: row[k] for k in ("op", "shape", "us", "floor_us", "of_floor", "of_cublas")})
+    jobs: dict[str, Callable[[], dict[str, object]]] = {
+        f"{op}, {shape}": functools.partial(measure, op, shape, rate, bandwidth, args.rounds)
+        for op in args.only if op != "auto" for shape in args.shapes
+    }  # fmt: skip
     if "auto" in args.only:
-        row = measure_auto(max(5, args.rounds // 4))
-        append_row("gpu_kernels", row)
-        print(row)
-    return 0
+        jobs["auto"] = functools.partial(measure_auto, max(5, args.rounds // 4))
+    return run(jobs)
 
 
 if __name__ == "__main__":

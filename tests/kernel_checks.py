@@ -6,6 +6,9 @@ gradient's of Σ|b||a|, a dot's of ‖D‖ Σ_t ‖b_t‖‖a_t‖. The inputs a
 sees them, so the dtype of the inputs does not appear. tf32 keeps 11 bits of every factor.
 """
 
+import contextlib
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -13,6 +16,20 @@ from graddot_kernels import reference
 
 FP32_ERROR = 1e-6
 TF32_ERROR = 2e-3
+
+
+@contextlib.contextmanager
+def tf32(allowed: bool) -> Iterator[None]:
+    """Pytest's monkeypatch cannot: torch.backends has no such attributes to be put back."""
+    settings = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [x.allow_tf32 for x in settings]
+    try:
+        for x in settings:
+            x.allow_tf32 = allowed
+        yield
+    finally:
+        for x, value in zip(settings, before, strict=True):
+            x.allow_tf32 = value
 
 
 def random(*shape: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0) -> Tensor:

@@ -1,6 +1,7 @@
 """What the benchmarks share: time and energy of functions in turn."""
 
 import importlib.util
+import json
 import time
 from pathlib import Path
 
@@ -47,3 +48,14 @@ def test_a_counter_that_is_missing_or_begins_again_leaves_no_energy(report, monk
     falling = iter(range(100, 0, -1))
     monkeypatch.setattr(report, "joules", lambda: next(falling))
     assert report.time_and_energy({"nothing": lambda: None}, repeats=1)[1] is None
+
+
+def test_a_row_names_device_and_versions_where_there_is_no_git(report, tmp_path, monkeypatch):
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(report.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(report.torch.cuda, "get_device_name", lambda: "a GPU")
+    report.append_row("some", {"figure": 1})
+    row = json.loads((tmp_path / "some.jsonl").read_text())
+    assert (row["commit"], row["device"], row["figure"]) == ("unknown", "a GPU", 1)
+    assert {"python", "torch", "cuda"} <= row["versions"].keys()

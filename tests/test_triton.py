@@ -8,10 +8,12 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_checks import tf32
 
 from graddot_kernels.triton_kernels import config
 from graddot_kernels.triton_kernels.config import TABLES, cdiv, packed, tile_for, wgrad_samples
@@ -69,6 +71,20 @@ def test_groups_of_samples_fill_the_chip(tiles: int, n: int) -> None:
         assert waves <= 1.25 * tiles * n / 132
 
 
+@pytest.mark.parametrize("hip, kind", [(None, "tf32"), ("7.0", "ieee")], ids=["nvidia", "amd"])
+def test_tf32_is_for_the_matrix_units_that_have_it(hip, kind, monkeypatch) -> None:
+    """On AMD's other than gfx942 Triton refuses it."""
+    pytest.importorskip("triton")
+    from graddot_kernels.triton_kernels.launch import precision
+
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for allowed in (True, False):
+        with tf32(allowed):
+            assert precision(torch.zeros(2)) == (kind if allowed else "ieee")
+            assert precision(torch.zeros(2).half()) == "ieee"
+    assert not torch.backends.cuda.matmul.allow_tf32
+
+
 def test_routes_by_counted_operations() -> None:
     tile = tile_for("wgrad", "sm_90", "half")
     assert config.fused_wgrad_is_cheaper(1, 1024, tile)
@@ -119,6 +135,23 @@ def test_gpu_bench_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     count = bench.counts(32, 4, 1024, 768, 768)["wgrad"]
     assert count.flops == 2 * 32 * 1024 * 768 * 768
     assert count.floor(1e15, 3e12) > count.flops / 1e15 * 0.99
+
+
+def test_gpu_bench_goes_on_after_a_failure(monkeypatch, capsys) -> None:
+    """A wrong kernel has no row; the other kernels have."""
+    rows = []
+    report = types.SimpleNamespace(append_row=lambda name, row: rows.append(row))
+    monkeypatch.setitem(sys.modules, "_report", report)
+
+    def wrong():  # type: ignore[no-untyped-def]
+        raise AssertionError("gram: relative error 1.00e+00")
+
+    good = {"op": "norm", "us": {"kernel": 1.0}}
+    assert _gpu_bench().run({"gram, small": wrong, "norm, small": lambda: good}) == 1
+    assert rows == [good]
+    printed = capsys.readouterr().out
+    assert "gram, small: no row" in printed and "gram: relative error" in printed
+    assert printed.endswith("rows 1, failed 1\n")
 
 
 def test_package_works_without_triton() -> None:

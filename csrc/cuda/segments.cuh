@@ -7,6 +7,7 @@
 #include <cub/device/device_run_length_encode.cuh>
 #include <cub/device/device_scan.cuh>
 #include <stdexcept>
+#include <string>
 
 #include "../tokens.h"
 
@@ -24,6 +25,14 @@ void launch_kernel(cudaStream_t stream, int64_t blocks, int threads, void (*kern
   config.blockDim = dim3(static_cast<unsigned>(threads));
   config.stream = stream;
   cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// What cub refuses it says by its result alone: cudaGetLastError does not know.
+inline void check_cub(cudaError_t error) {
+  if (error != cudaSuccess) {
+    throw std::runtime_error(std::string("graddot embedding kernels: cub: ") +
+                             cudaGetErrorString(error));
+  }
 }
 
 inline int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
@@ -102,7 +111,7 @@ class TokenSorter {
     size_ = arena.take<int>(1);
     size_t bytes = 0;
     for (const Step step : {&TokenSorter::sort_pairs, &TokenSorter::encode, &TokenSorter::scan}) {
-      (this->*step)(nullptr, bytes, capacity_, nullptr);
+      check_cub((this->*step)(nullptr, bytes, capacity_, nullptr));
       temporary_bytes_ = bytes > temporary_bytes_ ? bytes : temporary_bytes_;
     }
     temporary_ = arena.take<char>(static_cast<int64_t>(temporary_bytes_));
@@ -114,27 +123,27 @@ class TokenSorter {
                   keys_, tokens_);
     for (const Step step : {&TokenSorter::sort_pairs, &TokenSorter::encode, &TokenSorter::scan}) {
       size_t bytes = temporary_bytes_;
-      (this->*step)(temporary_, bytes, size, stream);
+      check_cub((this->*step)(temporary_, bytes, size, stream));
     }
     return {ids_, counts_, begins_, sorted_tokens_, size_};
   }
 
  private:
   // Without temporary memory, a step only says how many bytes of it it needs.
-  using Step = void (TokenSorter::*)(void*, size_t&, int, cudaStream_t) const;
+  using Step = cudaError_t (TokenSorter::*)(void*, size_t&, int, cudaStream_t) const;
 
-  void sort_pairs(void* temporary, size_t& bytes, int size, cudaStream_t stream) const {
-    cub::DeviceRadixSort::SortPairs(temporary, bytes, keys_, sorted_keys_, tokens_, sorted_tokens_,
-                                    size, 0, key_bits_, stream);
+  cudaError_t sort_pairs(void* temporary, size_t& bytes, int size, cudaStream_t stream) const {
+    return cub::DeviceRadixSort::SortPairs(temporary, bytes, keys_, sorted_keys_, tokens_,
+                                           sorted_tokens_, size, 0, key_bits_, stream);
   }
-  void encode(void* temporary, size_t& bytes, int size, cudaStream_t stream) const {
-    cub::DeviceRunLengthEncode::Encode(temporary, bytes, sorted_keys_, ids_, counts_, size_, size,
-                                       stream);
+  cudaError_t encode(void* temporary, size_t& bytes, int size, cudaStream_t stream) const {
+    return cub::DeviceRunLengthEncode::Encode(temporary, bytes, sorted_keys_, ids_, counts_, size_,
+                                              size, stream);
   }
   // Over all `size` counts, of which only the first *size_ mean anything: no count before a
   // segment's own is beyond them.
-  void scan(void* temporary, size_t& bytes, int size, cudaStream_t stream) const {
-    cub::DeviceScan::ExclusiveSum(temporary, bytes, counts_, begins_, size, stream);
+  cudaError_t scan(void* temporary, size_t& bytes, int size, cudaStream_t stream) const {
+    return cub::DeviceScan::ExclusiveSum(temporary, bytes, counts_, begins_, size, stream);
   }
 
   int64_t num_embeddings_;

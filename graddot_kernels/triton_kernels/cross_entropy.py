@@ -46,6 +46,9 @@ def cross_entropy_kernel(
     label = tl.load(p_labels + i_row)
     used = label != ignore_index
     valid = (label >= 0) & (label < vocab)
+    # A label that is no token makes its loss NaN, which no training run overlooks. Read before the
+    # sums over all threads, which no thread passes, to write gradients, until every other has read.
+    at_label = tl.load(p_logits + label, mask=valid, other=float("nan")).to(tl.float32)
     even = vocab // 16 * 16
     o_tail = even + tl.arange(0, BV)
     b_most = tl.full((BV,), -float("inf"), tl.float32)
@@ -59,8 +62,6 @@ def cross_entropy_kernel(
     most = tl.max(b_most, 0)
     total = tl.sum(tl.where(b_most == -float("inf"), 0.0, b_sum * tl.exp(b_most - most)), 0)
     lse = most + tl.log(total)
-    # A label that is no token makes its loss NaN, which no training run overlooks.
-    at_label = tl.load(p_logits + label, mask=valid, other=float("nan")).to(tl.float32)
     loss = lse - (1 - smoothing) * at_label
     loss -= tl.where(smoothing == 0, 0.0, smoothing * tl.sum(b_plain, 0) / vocab)
     tl.store(p_losses + i_row, tl.where(used, loss + z_loss * lse * lse, 0.0))

@@ -33,10 +33,11 @@ def on_device(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 def precision(x: Tensor) -> str:
-    """How the matrix units treat x: true fp32 unless the user allowed tf32, as in torch.mm."""
+    """How the matrix units treat x: true fp32 unless the user allowed tf32, as in torch.mm. AMD's
+    take fp32 as it is."""
     # Not allow_tf32, which raises once tf32 was allowed by the newer of torch's two interfaces.
     allowed = x.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if allowed and torch.version.hip is None else "ieee"
 
 
 def choose_tile(op: str, x: Tensor) -> Tile:
@@ -87,4 +88,6 @@ def flat_tokens(x: Tensor) -> Tensor | None:
     n, t, d = x.shape
     if n > 1 and t > 1 and x.stride(0) != t * x.stride(1):
         return None
-    return x.as_strided((1, n * t, d), (0, x.stride(0) if t == 1 else x.stride(1), x.stride(2)))
+    step = x.stride(0) if t == 1 else x.stride(1)
+    # The only sample's stride is never taken, but of 0 no descriptor is made.
+    return x.as_strided((1, n * t, d), (n * t * step, step, x.stride(2)))

@@ -15,6 +15,9 @@
 
 #include "rows.h"
 #include "threads.h"
+#if __has_include("cuda_on_host.h")
+#include "cuda_on_host.h"
+#endif
 
 namespace graddot {
 
@@ -176,8 +179,27 @@ void test_no_embeddings() {
     expect(false, "ids outside a table of 0 embeddings are refused");
   }
 }
+
+void test_error_of_cub() {
+  Case c{};
+  c.n = c.t = c.d = c.v = 1;
+  c.ids = {0, 0};
+  c.grad = {1, 1};
+  c.val_rows = {1};
+  c.e = 1;
+  cuda_on_host::cub_error = 1;
+  bool thrown = false;
+  try {
+    embedding_dots(c.problem());
+  } catch (const std::runtime_error& e) {
+    thrown = std::string(e.what()).find("cub: an error") != std::string::npos;
+  }
+  cuda_on_host::cub_error = cudaSuccess;
+  expect(thrown, "an error that cub returns is raised");
+}
 #else
 void test_no_embeddings() {}
+void test_error_of_cub() {}
 #endif
 
 void test_half() {
@@ -196,6 +218,7 @@ void test_half() {
 int main() {
   graddot::test_check_ids();
   graddot::test_no_embeddings();
+  graddot::test_error_of_cub();
   graddot::test_half();
   for (int i = 0; i < 300; ++i) {
     graddot::Case c = graddot::random_case();

@@ -16,6 +16,7 @@ from kernel_checks import (
     check_wgrad,
     inputs,
     random,
+    tf32,
 )
 
 import graddot_kernels as gk
@@ -186,10 +187,8 @@ def test_norm(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 def test_tf32_only_when_allowed() -> None:
     act, grad = _inputs((3, 200, 256, 128), torch.float32)
     direction = random(1, 128, 256, dtype=torch.float32, device="cuda")
-    before = torch.backends.cuda.matmul.allow_tf32
-    try:
-        for allowed, tolerance in ((False, TOLERANCE), (True, TF32_ERROR)):
-            torch.backends.cuda.matmul.allow_tf32 = allowed
+    for allowed, tolerance in ((False, TOLERANCE), (True, TF32_ERROR)):
+        with tf32(allowed):
             got = gk.linear_wgrad_dot(direction, act, grad)
             check_wgrad(*got, direction, act, grad, tolerance=tolerance)
             # Sums, which torch takes in fp32 all the same.
@@ -197,8 +196,6 @@ def test_tf32_only_when_allowed() -> None:
             gk.linear_wgrad_dot_into(out, direction, act, grad, bias_grad=bias)
             size = grad.double().abs().sum((0, 1))
             assert_within(bias, grad.double().sum((0, 1)), size, TOLERANCE)
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])

@@ -20,8 +20,6 @@ def test_a_step_does_not_wait_and_its_rows_are_right(tmp_path, head, given):
     if head == "fused":
         fuse_head(model)
     val_on_gpu = tuple(x.cuda() for x in val)
-    # As on the CPU, where the brute force runs: fp32 without TF32.
-    torch.backends.cuda.matmul.allow_tf32 = False
     optimizer = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.1, device="cuda"))
     engine = GradDotProdEngine(model, None if given else val, store=writer)
     if given:

@@ -24,7 +24,13 @@ from torch import Tensor
 
 from graddot_kernels import triton_kernels
 from graddot_kernels.triton_kernels import linear_wgrad
-from graddot_kernels.triton_kernels.launch import aligned_rows, aligned_width, choose_tile
+from graddot_kernels.triton_kernels.launch import (
+    aligned_rows,
+    aligned_width,
+    choose_tile,
+    fits_descriptor,
+    flat_tokens,
+)
 from graddot_kernels.triton_kernels.linear_direction import linear_direction_dot, split_direction
 from graddot_kernels.triton_kernels.linear_gram import linear_gram_dot
 
@@ -72,6 +78,19 @@ def test_gram(shape: tuple[int, ...], dtype: torch.dtype, pairwise: bool) -> Non
     val_act, val_grad = inputs(3, max(1, t - 2), d_in, d_out, dtype=dtype, seed=2)
     got = linear_gram_dot(val_act, val_grad, act, grad, pairwise)
     check_gram(got, val_act, val_grad, act, grad, pairwise)
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 48, 16), (1, 40, 16, 24), (20, 1, 16, 16)])
+def test_gram_of_all_val_tokens_by_descriptors(shape: tuple[int, ...]) -> None:
+    """Flattened into one row, they still are what a descriptor can be made of."""
+    _, _, d_in, d_out = shape
+    act, grad = inputs(2, 33, d_in, d_out, dtype=torch.float16)
+    val = inputs(*shape, dtype=torch.float16, seed=2)
+    for x in val:
+        flat = flat_tokens(x)
+        assert flat is not None and fits_descriptor(flat)
+    tile = replace(choose_tile("gram", act), tma=True)
+    check_gram(linear_gram_dot(*val, act, grad, False, tile), *val, act, grad, False)
 
 
 @SHAPE

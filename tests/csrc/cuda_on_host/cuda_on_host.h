@@ -48,6 +48,8 @@ inline dim3 gridDim, blockDim, blockIdx, threadIdx;
 
 namespace cuda_on_host {
 
+inline cudaError_t cub_error = cudaSuccess;  // what cub's functions return, having done nothing else
+
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "CUDA on the host: block %u, thread %u: %s\n", blockIdx.x, threadIdx.x, what);
   std::abort();
@@ -219,4 +221,4 @@ inline cudaError_t cudaMemsetAsync(void* data, int value, size_t bytes, cudaStre
 }
 
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline const char* cudaGetErrorString(cudaError_t) { return "no error"; }
+inline const char* cudaGetErrorString(cudaError_t error) { return error ? "an error" : "no error"; }

@@ -11,12 +11,12 @@ namespace cub {
 
 struct DeviceRadixSort {
   template <class Key, class Value>
-  static void SortPairs(void* temporary, size_t& bytes, const Key* keys, Key* sorted_keys,
-                        const Value* values, Value* sorted_values, int size, int begin_bit,
-                        int end_bit, cudaStream_t) {
+  static cudaError_t SortPairs(void* temporary, size_t& bytes, const Key* keys, Key* sorted_keys,
+                               const Value* values, Value* sorted_values, int size, int begin_bit,
+                               int end_bit, cudaStream_t) {
     bytes = 1;
-    if (!temporary) {
-      return;
+    if (!temporary || cuda_on_host::cub_error) {
+      return cuda_on_host::cub_error;
     }
     const auto digits = [&](int i) {
       return static_cast<uint64_t>(keys[i]) << (64 - end_bit) >> (64 - end_bit + begin_bit);
@@ -28,6 +28,7 @@ struct DeviceRadixSort {
       sorted_keys[i] = keys[order[static_cast<size_t>(i)]];
       sorted_values[i] = values[order[static_cast<size_t>(i)]];
     }
+    return cudaSuccess;
   }
 };
 

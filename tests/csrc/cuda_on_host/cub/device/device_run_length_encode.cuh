@@ -6,11 +6,11 @@ namespace cub {
 
 struct DeviceRunLengthEncode {
   template <class Key, class Count>
-  static void Encode(void* temporary, size_t& bytes, const Key* keys, Key* unique, Count* counts,
-                     int* runs, int size, cudaStream_t) {
+  static cudaError_t Encode(void* temporary, size_t& bytes, const Key* keys, Key* unique,
+                            Count* counts, int* runs, int size, cudaStream_t) {
     bytes = 1;
-    if (!temporary) {
-      return;
+    if (!temporary || cuda_on_host::cub_error) {
+      return cuda_on_host::cub_error;
     }
     *runs = 0;
     for (int i = 0; i < size; ++i) {
@@ -20,6 +20,7 @@ struct DeviceRunLengthEncode {
       }
       ++counts[*runs - 1];
     }
+    return cudaSuccess;
   }
 };
 
