@@ -86,7 +86,7 @@ def embedding_ghost_dot(
     """⟨Σ_v G_v, G_i⟩, (N,)."""
     val = embedding_sample_grads(val_ids, val_grad, num_embeddings, padding_idx).sum(0)
     train = embedding_sample_grads(train_ids, train_grad, num_embeddings, padding_idx)
-    return torch.einsum("ed,ned->n", val, train)
+    return (val * train).flatten(1).sum(1)
 
 
 def embedding_direction_dot(
@@ -105,7 +105,8 @@ def embedding_wgrad_dot(
     """scale · Σ_i G_i, (num_embeddings, d), and ⟨D_k, G_i⟩, (K, N)."""
     grads = embedding_sample_grads(ids, grad, direction.shape[1], padding_idx)
     total = grads.sum(0)
-    dots = torch.einsum("ked,ned->kn", direction, grads)
+    # sum() adds in pairs: a long table's rounding would show in an einsum, which adds in sequence.
+    dots = torch.stack([(d * grads).flatten(1).sum(1) for d in direction])
     return (total if scale is None else total * scale), dots
 
 

@@ -334,43 +334,7 @@ class GradDotProdEngine:
         """
         prepare_compiler()
         run_compiled()
-        if not self._forward.attached:
-            raise GraddotError("call attach(optimizer) before attach_train_batch")
-        if self._forward.micro is not None:
-            raise GraddotError(
-                "the previous batch had no prepare_gradients(); call it first, or after an exception"
-                " clear_gradients()"
-            )
-        if self._forward.logged_unapplied and self._has_gradients():
-            raise GraddotError(
-                "aggregate_and_log() wrote values of 0, for the optimizer had not taken the step, and"
-                " its gradients are still there; with gradient accumulation call it once, after"
-                " optimizer.step()"
-            )
-        if self.store is not None and any(
-            taken is not False
-            for micro in self._pending
-            for taken, one in zip(micro.applied, self._optimizers, strict=True)
-            if isinstance(one, torch.optim.Optimizer)
-        ):
-            raise GraddotError(
-                "the optimizer took a step with the batches before, whose values would be counted as"
-                " of one step with this one's; call aggregate_and_log() after every optimizer.step()"
-            )
-        covered = {name: self._parameters[name] for name in self._coverage.covered}
-        if frozen := [name for name, p in covered.items() if not p.requires_grad]:
-            raise GraddotError(
-                f"{', '.join(frozen[:5])}{' …' if frozen[5:] else ''}: trained when the engine was made,"
-                " but frozen now, so that scores would leave out what coverage() says they have;"
-                " detach() the engine and make another one after parameters are frozen"
-            )
-        if not self._val and self._forward.directions is None:
-            raise GraddotError(
-                "there is no direction; call set_directions first, or give the engine val_data"
-            )
-        groups = [group["params"] for one in self._optimizers for group in one.param_groups]
-        if [len(group) for group in groups] != self._group_sizes:
-            self._check_optimizers(self._optimizers)
+        self._require_ready()
         train = read_rows(X, Y, "the training batch")
         self._val = [rows.beside(train) for rows in self._val]
         parts = [train, *self._val]
@@ -430,6 +394,46 @@ class GradDotProdEngine:
         )
         micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
         self._forward.begin(micro)
+
+    def _require_ready(self) -> None:
+        """Raise GraddotError unless a micro-batch may begin."""
+        if not self._forward.attached:
+            raise GraddotError("call attach(optimizer) before attach_train_batch")
+        if self._forward.micro is not None:
+            raise GraddotError(
+                "the previous batch had no prepare_gradients(); call it first, or after an exception"
+                " clear_gradients()"
+            )
+        if self._forward.logged_unapplied and self._has_gradients():
+            raise GraddotError(
+                "aggregate_and_log() wrote values of 0, for the optimizer had not taken the step, and"
+                " its gradients are still there; with gradient accumulation call it once, after"
+                " optimizer.step()"
+            )
+        if self.store is not None and any(
+            taken is not False
+            for micro in self._pending
+            for taken, one in zip(micro.applied, self._optimizers, strict=True)
+            if isinstance(one, torch.optim.Optimizer)
+        ):
+            raise GraddotError(
+                "the optimizer took a step with the batches before, whose values would be counted as"
+                " of one step with this one's; call aggregate_and_log() after every optimizer.step()"
+            )
+        covered = {name: self._parameters[name] for name in self._coverage.covered}
+        if frozen := [name for name, p in covered.items() if not p.requires_grad]:
+            raise GraddotError(
+                f"{', '.join(frozen[:5])}{' …' if frozen[5:] else ''}: trained when the engine was made,"
+                " but frozen now, so that scores would leave out what coverage() says they have;"
+                " detach() the engine and make another one after parameters are frozen"
+            )
+        if not self._val and self._forward.directions is None:
+            raise GraddotError(
+                "there is no direction; call set_directions first, or give the engine val_data"
+            )
+        groups = [group["params"] for one in self._optimizers for group in one.param_groups]
+        if [len(group) for group in groups] != self._group_sizes:
+            self._check_optimizers(self._optimizers)
 
     def _packed(self, lengths: Sequence[int] | Tensor, labels: Tensor) -> Segments:
         reasons = {
