@@ -102,7 +102,7 @@ class Trainer:
         self.run_dir: RunDirectory | None = None
         self.step = 0  # the next to run
         self.stop_signal = 0  # that all processes know of
-        self._signal = 0  # that this process got
+        self._signals = [0]  # that this process got; the last counts
 
     def distribute(self) -> None:
         """Copy or shard the model over the processes; then make the optimizer and the engine."""
@@ -267,7 +267,7 @@ class Trainer:
         rank, world = self.processes.rank, self.processes.world
         report = torch.zeros(2 + world, dtype=torch.float64, device=self.device)
         report[0], report[1] = losses.mean() / world, self.run_dir.failed
-        report[2 + rank] = self._signal
+        report[2 + rank] = self._signals[-1]
         report = self.processes.summed(report)
         if not report.is_cuda:
             return report, None
@@ -439,8 +439,9 @@ class Trainer:
         """All steps that are left, with rows and checkpoints saved on the way."""
         self._open_run()
         assert self.run_dir is not None
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self._on_signal) for number in numbers}
+        numbers, got = (signal.SIGINT, signal.SIGTERM), self._signals
+        note = lambda number, frame: got.append(number)  # which outlives the model, and holds none
+        before = {number: signal.signal(number, note) for number in numbers}
         bar = tqdm(
             total=self.args.max_steps,
             initial=self.step,
@@ -466,9 +467,6 @@ class Trainer:
             for number, handler in before.items():  # all is saved: nothing to finish first
                 signal.signal(number, handler)
             self._measure_overhead()
-
-    def _on_signal(self, number: int, frame: Any) -> None:
-        self._signal = number
 
     def _step_and_save(self, bar: tqdm) -> None:
         assert self.run_dir is not None
