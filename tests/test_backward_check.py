@@ -97,7 +97,7 @@ def step(model, forward, rows=5):
     engine = GradDotProdEngine(model, val_data=(val, val))
     engine.attach()
     engine.attach_train_batch(x, x, 0, None)
-    forward(model, *engine.prepare_forward_input(x, x)).backward()
+    engine.track_loss(forward(model, *engine.prepare_forward_input(x, x))).backward()
     engine.prepare_gradients()
     return engine.aggregate_and_log(), (x, val)
 
