@@ -19,7 +19,6 @@ Instead of riding along, validation rows may be run by themselves, every so many
     engine.set_directions(engine.compute_directions(val_batches))
 """
 
-import functools
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
@@ -28,7 +27,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from . import distributed
 from .batches import (
@@ -56,7 +54,8 @@ from .errors import GraddotError
 from .layers import Step
 from .loss_scale import LossScale
 from .model_forward import ModelForward
-from .scores import MicroBatch, Norms, leaf_names, learning_rates, score_rows
+from .optimizers import Optimizers
+from .scores import MicroBatch, Norms, score_rows
 from .segments import Segments
 
 
@@ -159,10 +158,8 @@ class GradDotProdEngine:
         )
         weakref.finalize(self, run_compiled, self._forward.number)  # a first step that was given up
         self._direction_norms: Tensor | None = None
-        self._optimizers: list[torch.optim.Optimizer] = []
-        self._step_hook: Any = None
-        self._group_sizes: list[int] = []  # of the optimizers, when they were checked
-        self._other: str | None = None  # an optimizer that is not ours, but took the step
+        self._scored = {name: self._parameters[name] for name in self._coverage.covered}
+        self._optimizers = Optimizers(model, self._scored, None)
         self._pending: list[MicroBatch] = []
         self._logged_norms: list[Norms] = []
 
@@ -256,47 +253,16 @@ class GradDotProdEngine:
     ) -> None:
         """Put the scored layers in place. The optimizer, or several, as Muon's for matrices beside
         AdamW's, are only read: their learning rates, and whether they took the step."""
-        given = list(optimizer) if isinstance(optimizer, (list, tuple)) else [optimizer]
-        optimizers = [_inner_optimizer(one) for one in given if one is not None]
-        self._check_optimizers(optimizers)
+        optimizers = Optimizers(self.model, self._scored, optimizer)
         self._forward.attach()
         self._optimizers = optimizers
-        if optimizers:
-            # Of all optimizers, for one that is not ours may take the step. It does not keep us alive.
-            stepped = functools.partial(_after_step, weakref.ref(self))
-            self._step_hook = register_optimizer_step_post_hook(stepped)
-
-    def _check_optimizers(self, optimizers: Sequence[torch.optim.Optimizer]) -> None:
-        """Raise GraddotError unless they update all that is scored, and nothing outside the model."""
-        groups = [group["params"] for one in optimizers for group in one.param_groups]
-        updated = [id(p) for group in groups for p in group]
-        others = [n for n in self._coverage.covered if id(self._parameters[n]) not in updated]
-        if optimizers and others:
-            raise GraddotError(
-                f"the optimizer does not update {', '.join(others[:5])}{' …' if others[5:] else ''}"
-                f" ({len(others)} of {len(self._coverage.covered)} scored parameters), so that values"
-                " would leave them out; give attach() a list if there are several, exclude= what is not"
-                " to count, or call attach() without one and make values of parameter_dots()"
-            )
-        if len(set(updated)) < len(updated):
-            raise GraddotError(
-                "a parameter is updated by several optimizers, so its lr is not known"
-            )
-        if foreign := len(set(updated) - {id(p) for p in self.model.parameters()}):
-            raise GraddotError(
-                f"the optimizer updates {foreign} parameters that are not in the engine's model, so"
-                " neither scored nor kept free of validation rows; make them (a head, a criterion)"
-                " part of the model's forward, or update them by an optimizer of their own and give"
-                " directions instead of val_data"
-            )
-        self._group_sizes = [len(group) for group in groups]
+        optimizers.watch(self._after_optimizer_step)
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
         self._forward.detach()
-        if self._step_hook is not None:
-            self._step_hook.remove()
-        self._step_hook, self._pending, self._other = None, [], None
+        self._optimizers.unwatch()
+        self._pending = []
 
     def detach_for_evaluation(self) -> None:
         """Run the model as it was until `reattach_after_evaluation`. Not in the midst of a step."""
@@ -305,7 +271,7 @@ class GradDotProdEngine:
 
     def reattach_after_evaluation(self) -> None:
         """Attach again, with the same optimizers."""
-        self.attach(self._optimizers)
+        self.attach(self._optimizers.given)
 
     # One step
 
@@ -343,9 +309,7 @@ class GradDotProdEngine:
         ).labels
         val_rows = [len(part) for part in self._val]
         targets = 1 if self._targets is None else len(self._targets)
-        leaf_of = leaf_names(
-            self._parameters, self._coverage.covered, self._optimizers, self._per_parameter
-        )
+        leaf_of = self._optimizers.leaf_names(self._per_parameter)
         first = next(iter(self._parameters.values()))
         tokens, packed = None, None
         if segments is not None:
@@ -390,7 +354,7 @@ class GradDotProdEngine:
             direction_norms=self._direction_norms,
             filled=filled_rows(parts),
             segments=packed,
-            applied=[not isinstance(one, torch.optim.Optimizer) for one in self._optimizers],
+            applied=self._optimizers.none_took_it(),
         )
         micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
         self._forward.begin(micro)
@@ -410,18 +374,12 @@ class GradDotProdEngine:
                 " its gradients are still there; with gradient accumulation call it once, after"
                 " optimizer.step()"
             )
-        if self.store is not None and any(
-            taken is not False
-            for micro in self._pending
-            for taken, one in zip(micro.applied, self._optimizers, strict=True)
-            if isinstance(one, torch.optim.Optimizer)
-        ):
+        if self.store is not None and any(map(self._optimizers.took_any, self._pending)):
             raise GraddotError(
                 "the optimizer took a step with the batches before, whose values would be counted as"
                 " of one step with this one's; call aggregate_and_log() after every optimizer.step()"
             )
-        covered = {name: self._parameters[name] for name in self._coverage.covered}
-        if frozen := [name for name, p in covered.items() if not p.requires_grad]:
+        if frozen := [name for name, p in self._scored.items() if not p.requires_grad]:
             raise GraddotError(
                 f"{', '.join(frozen[:5])}{' …' if frozen[5:] else ''}: trained when the engine was made,"
                 " but frozen now, so that scores would leave out what coverage() says they have;"
@@ -431,9 +389,7 @@ class GradDotProdEngine:
             raise GraddotError(
                 "there is no direction; call set_directions first, or give the engine val_data"
             )
-        groups = [group["params"] for one in self._optimizers for group in one.param_groups]
-        if [len(group) for group in groups] != self._group_sizes:
-            self._check_optimizers(self._optimizers)
+        self._optimizers.check_again()
 
     def _packed(self, lengths: Sequence[int] | Tensor, labels: Tensor) -> Segments:
         reasons = {
@@ -481,7 +437,7 @@ class GradDotProdEngine:
                 "the loss is none that the model returned, nor was it passed to track_loss, so that its"
                 " scale cannot be told; before you scale it: loss = engine.track_loss(loss)"
             )
-        self._note_rates(micro)
+        self._optimizers.note_rates(micro)
         self._pending.append(micro)
 
     def parameter_dots(self) -> dict[str, Tensor]:
@@ -547,25 +503,24 @@ class GradDotProdEngine:
         self._require_pending()
         scores = self._shaped([micro.scores() for micro in self._pending])
         if self.store is not None:
-            taken = [x for micro in self._pending for x in micro.applied]
-            if self._other is not None and any(x is False for x in taken):
-                raise GraddotError(
-                    f"the step was taken by an optimizer, {self._other}, that attach() was not given, so that"
-                    " values would be 0; detach() and attach(optimizer) after another one is made"
-                )
+            self._optimizers.require_given(self._pending)
             rows = score_rows(self._pending, self._targets, columns or {}, gradient_scale)
             for values, iteration in rows:
                 self.store.append(values, iteration)
-            self._forward.logged_unapplied = any(x is False for x in taken)
+            self._forward.logged_unapplied = any(
+                taken is False for micro in self._pending for taken in micro.applied
+            )
         self._logged_norms = [micro.norms() for micro in self._pending] if self.norms else []
-        self._pending, self._other = [], None
+        self._pending = []
+        self._optimizers.forget_step()
         return scores
 
     def clear_gradients(self) -> None:
         """Drop all gradients, and the scores of a step that is not to count."""
         self._forward.give_up()
         self.model.zero_grad(set_to_none=True)
-        self._pending, self._other = [], None
+        self._pending = []
+        self._optimizers.forget_step()
 
     # Inside
 
@@ -575,17 +530,6 @@ class GradDotProdEngine:
         if not self._logged_norms:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
-
-    def _note_rates(self, micro: MicroBatch, took_step: int | None = None) -> None:
-        """The optimizers' learning rates: those of one that took the step, for a loop may set them
-        right before it, and what was not noted yet of the others."""
-        if not self._optimizers or (took_step is None and micro.leaf_lrs):
-            return
-        lr, rates, of = learning_rates(self._parameters, micro.leaf_of, self._optimizers)
-        if took_step == 0 or not micro.leaf_lrs:
-            micro.lr = lr
-        kept = {leaf: was for leaf, was in micro.leaf_lrs.items() if of[leaf] != took_step}
-        micro.leaf_lrs, micro.optimizer_of = {**rates, **kept}, of
 
     def _has_gradients(self) -> bool:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
@@ -604,40 +548,12 @@ class GradDotProdEngine:
         return joined[0] if self._targets is None else joined
 
     def _after_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        found_inf = getattr(optimizer, "found_inf", None)  # a GradScaler's, for fused optimizers
-        taken = list(self._pending)
+        micros = list(self._pending)
         if self._forward.micro is not None and self._forward.micro.step.has_dots:
-            taken.append(self._forward.micro)  # whose prepare_gradients() is still to come
-        k = next((k for k, one in enumerate(self._optimizers) if one is optimizer), None)
-        if k is None:
-            scored = {id(self._parameters[name]) for name in self._coverage.covered}
-            if taken and any(id(p) in scored for g in optimizer.param_groups for p in g["params"]):
-                self._other = type(optimizer).__name__
-            return
-        for micro in taken:
-            self._note_rates(micro, k)
-            micro.applied[k] = True if found_inf is None else found_inf == 0
-        if not taken and self._forward.logged_unapplied:
+            micros.append(self._forward.micro)  # whose prepare_gradients() is still to come
+        given = self._optimizers.note_step(optimizer, micros)
+        if given and not micros and self._forward.logged_unapplied:
             raise GraddotError(
                 "the optimizer's step came after aggregate_and_log(), which wrote values of 0 for"
                 " a step that was not taken; call aggregate_and_log() after the step"
             )
-
-
-def _after_step(
-    engine: "weakref.ref[GradDotProdEngine]", optimizer: Any, args: Any, kwargs: Any
-) -> None:
-    if (own := engine()) is not None:
-        own._after_optimizer_step(optimizer)
-
-
-def _inner_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """Without accelerate's wrapper. Raises GraddotError for what is none."""
-    while isinstance(getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = optimizer.optimizer
-    if not hasattr(optimizer, "param_groups"):
-        raise GraddotError(
-            f"attach got a {type(optimizer).__name__}; expected an optimizer, or a list of them, whose"
-            " learning rates the values are made of, or none, and then there are no values"
-        )
-    return optimizer  # type: ignore[no-any-return]

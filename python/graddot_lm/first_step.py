@@ -1,6 +1,6 @@
 """The checks of a first step, made again now and then: what they look at, and when they are due."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -122,9 +122,8 @@ class FirstStep:
 
     def _check_losses(self, micro: MicroBatch, inputs: ModelInputs, output: Any) -> None:
         """Losses that the model returns must be those of its rows."""
-        samples, take = inputs.rows, inputs.take
+        samples, take = _samples(micro, inputs)
         if micro.segments is not None:
-            samples, take = len(micro.segments), micro.segments.take
             self.check_packed(*inputs.both, micro.segments)
         fused = hasattr(self._model.__dict__.get("forward"), "label_shift")  # checks itself
         outputs = enumerate(tensors_in(output))
@@ -138,10 +137,8 @@ class FirstStep:
         self._apart_checked |= micro.segments is not None and samples > 1
 
     def _check_backward(self, micro: MicroBatch, inputs: ModelInputs) -> None:
-        samples, take, lengths = inputs.rows, inputs.take, None
-        if micro.segments is not None:
-            lengths = micro.segments.lengths
-            samples, take = len(lengths), micro.segments.take
+        samples, take = _samples(micro, inputs)
+        lengths = None if micro.segments is None else micro.segments.lengths
         if samples > 1:
             layers, layouts = self._layers.judged(), micro.step.layouts
             check_backward(self._model, layers, layouts, *inputs.both, samples, take, lengths)
@@ -181,3 +178,12 @@ class FirstStep:
         if self._reentrant is not None:
             self._reentrant.remove()
             self._reentrant = None
+
+
+def _samples(
+    micro: MicroBatch, inputs: ModelInputs
+) -> tuple[int, Callable[[Any, Sequence[int]], Any]]:
+    """How many there are, rows or in one, and what takes some of them out of the inputs."""
+    if micro.segments is None:
+        return inputs.rows, inputs.take
+    return len(micro.segments), micro.segments.take

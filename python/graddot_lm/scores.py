@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .batches import LossForm
 from .errors import GraddotError
@@ -180,41 +180,9 @@ class MicroBatch:
         return torch.full((), applied, device=self.step.scale.device)
 
 
-def leaf_names(
-    parameters: Mapping[str, nn.Parameter],
-    covered: Sequence[str],
-    optimizers: Sequence[torch.optim.Optimizer],
-    per_parameter: bool,
-) -> dict[str, str]:
-    """The leaf of every covered parameter: its own, or that of its group in an optimizer."""
-    if per_parameter:
-        return {name: name for name in covered}
-    groups = [group for one in optimizers for group in one.param_groups]
-    group_of = {id(p): str(i) for i, group in enumerate(groups) for p in group["params"]}
-    return {name: group_of.get(id(parameters[name]), "none") for name in covered}
-
-
-def learning_rates(
-    parameters: Mapping[str, nn.Parameter],
-    leaf_of: Mapping[str, str],
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> tuple[Number, dict[str, Number], dict[str, int]]:
-    """The first group's, by leaf, and by leaf which optimizer updates it."""
-    groups = [(k, g, _rate(g["lr"])) for k, one in enumerate(optimizers) for g in one.param_groups]
-    by_id = {id(p): (rate, k) for k, group, rate in groups for p in group["params"]}
-    of_leaf = {leaf: by_id.get(id(parameters[name]), (0.0, 0)) for name, leaf in leaf_of.items()}
-    rates = {leaf: rate for leaf, (rate, _) in of_leaf.items()}
-    return groups[0][2], rates, {leaf: k for leaf, (_, k) in of_leaf.items()}
-
-
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What `torch.nn.utils.clip_grad_norm_` multiplied gradients of this norm by, 0-dim fp64."""
     return (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
-
-
-def _rate(lr: Number) -> Number:
-    """As it is now: a scheduler changes a tensor in place."""
-    return lr.detach().to(torch.float64, copy=True) if isinstance(lr, Tensor) else float(lr)
 
 
 def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
