@@ -23,7 +23,8 @@ def _run(rank, world, folder, function, args):
         timeout=timedelta(seconds=TIMEOUT),
     )
     torch.save(function(rank, world, *args), folder / f"{rank}.pt")
-    dist.destroy_process_group()
+    # The group is not freed here, where that may hang (see graddot_lm.processes): a fork ends
+    # without it.
 
 
 def on_processes(world, folder, function, *args):

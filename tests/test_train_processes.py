@@ -11,13 +11,15 @@ import torch
 import torch.distributed as dist
 from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
+from graddot_lm.processes import Processes
 from graddot_lm.report import summarize
 from graddot_lm.run_directory import RunDirectory
 from graddot_lm.settings import read_config
 from graddot_lm.store import open_rows, read_scores
 from graddot_lm.train import Trainer
-from process_group import PROCESSES
+from process_group import PROCESSES, on_processes
 from test_train import FP64, arguments, assert_same_run, tokens, train  # noqa: F401
+from torch.nn.parallel import DistributedDataParallel
 
 TIMEOUT = 150
 STEPS = 20
@@ -375,3 +377,23 @@ def test_a_run_is_not_resumed_while_a_process_of_it_lives(tokens, tmp_path, caps
     held[1].set()
     process.join(TIMEOUT)
     assert train(tokens, tmp_path, "--resume") == 0
+
+
+def _end_runs(rank, world, folder):
+    """What a run does to its group, over and over: gather, end, then free the model."""
+    dist.destroy_process_group()  # that of the test
+    for number in range(30):
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world
+        )
+        processes = Processes(rank, world, torch.device("cpu"))
+        model = DistributedDataParallel(torch.nn.Linear(3, 3))
+        processes.together(dist.get_rank)
+        processes.end()
+        del model
+    return rank
+
+
+def test_a_model_is_freed_after_its_processes(tmp_path):
+    """It was the last to hold the group, which joined gloo's threads while they needed Python."""
+    assert on_processes(2, tmp_path / "results", _end_runs, tmp_path) == [0, 1]

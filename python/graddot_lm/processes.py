@@ -19,6 +19,11 @@ Result = TypeVar("Result")
 MEMORY = (MemoryError, torch.OutOfMemoryError)  # of numpy and of GPUs; torch on CPUs has none
 
 
+# Groups that are over, never freed. A group of gloo's waits for its threads as it goes, holding the
+# interpreter that they need to let go of tensors (torch 2.13): the process would hang.
+_ended: list[dist.ProcessGroup | None] = []
+
+
 @dataclass(frozen=True)
 class Processes:
     """This process's number among `world`, and its device."""
@@ -57,6 +62,7 @@ class Processes:
 
     def end(self) -> None:
         if self.world > 1:
+            _ended.append(dist.group.WORLD)
             dist.destroy_process_group()
 
     def share(self, sample_ids: np.ndarray) -> np.ndarray:
