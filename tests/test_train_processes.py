@@ -381,7 +381,8 @@ def test_a_run_is_not_resumed_while_a_process_of_it_lives(tokens, tmp_path, caps
 
 def _end_runs(rank, world, folder):
     """What a run does to its group, over and over: gather, end, then free the model."""
-    dist.destroy_process_group()  # that of the test
+    dist.barrier()  # the other one may still be connecting
+    dist.destroy_process_group()
     for number in range(30):
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/{number}", rank=rank, world_size=world
