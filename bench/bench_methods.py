@@ -30,15 +30,13 @@ from rivals import (
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-# (N, V, T, K): what varies in each sweep, from one base.
-BASE = (8, 1, 256, 1)
+# (N, V, T, K), one of which varies in each sweep.
 SWEEPS = {
     "N": [(n, 1, 256, 1) for n in (2, 4, 8, 16, 32)],
     "V": [(8, v, 256, 1) for v in (1, 2, 4, 8)],
     "T": [(8, 1, t, 1) for t in (16, 64, 256, 1024)],
     "K": [(8, 16, 256, k) for k in (1, 4, 16)],
 }
-MEMORY_HEAVY = {"vmap(grad)", "Opacus"}
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
