@@ -39,7 +39,7 @@ def check_backward(
     samples: int,
     take: Callable[[Any, list[int]], Any],
     lengths: Sequence[int] | None = None,
-) -> None:
+) -> list[bool]:
     """Raise GraddotError if gradients of the layers' outputs are not those of each sample alone.
 
     take(inputs, index) gives a model's inputs for some of the samples, which are rows, or share one and
@@ -47,7 +47,7 @@ def check_backward(
     first half. Where the model returns something by samples, the loss is of that, and the others'
     gradients must be zero then; else it is the model's own, and the half runs by itself. In both the
     half's gradients must be the same, but for the scale of a mean. A model that cannot be
-    differentiated so is not judged.
+    differentiated so is not judged. Returns of each of the model's outputs whether it is by samples.
     """
     packed, inputs = lengths is not None, (args, kwargs)
     index = _some_of(samples, [] if packed else tree_leaves(inputs))
@@ -87,7 +87,7 @@ def check_backward(
     except GraddotError:
         raise
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
-        return
+        return []
     own, few = size(half), size(index if by_sample else half)
     pairs = []
     for name, calls in whole.items():
@@ -119,6 +119,7 @@ def check_backward(
                 " mixes them, as one that adds the gradient of an auxiliary loss (turn that off) or"
                 " that normalises gradients over the batch"
             )
+    return [n is not None for n in both]
 
 
 def _some_of(samples: int, inputs: list[Any]) -> list[int]:

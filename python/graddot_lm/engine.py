@@ -421,6 +421,8 @@ class GradDotProdEngine:
         """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
 
         A loss that the caller computes is refused without; `.loss` of a model's output is tracked.
+        Raises GraddotError in a checked step if the loss compares samples, and `prepare_gradients` if
+        it is a mean with weights.
         """
         run_compiled()
         return self._forward.tracked(loss)

@@ -14,6 +14,7 @@ from .digests import held_values
 from .errors import GraddotError
 from .layers import ScoredFunction
 from .outputs import check_loss, check_memory, check_padding, is_divided
+from .own_loss import check_samples_apart
 from .parts import ModelInputs
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch
@@ -39,6 +40,8 @@ class FirstStep:
         self._labels: LabelCheck | None = None
         self._buffers: BufferCheck | None = None  # as they were before the forward under way
         self._whole: dict[str, nn.Parameter] = {}
+        self._by_sample: list[bool] = []  # of each of the model's outputs whether it is
+        self._returned: list[Tensor] = []  # those that are, of the step under way
         self._reentrant: ReentrantCheck | None = None
         self._check_reentrant = True
 
@@ -101,6 +104,7 @@ class FirstStep:
         new_packing = self._has_new_packing(micro)
         if due and micro.step.first or new_packing:
             self._check_losses(micro, inputs, output)
+        self._by_sample = []
         if (due or new_packing) and not micro.step.sharded:
             self._check_backward(micro, inputs)
         if due:
@@ -141,7 +145,10 @@ class FirstStep:
         lengths = None if micro.segments is None else micro.segments.lengths
         if samples > 1:
             layers, layouts = self._layers.judged(), micro.step.layouts
-            check_backward(self._model, layers, layouts, *inputs.both, samples, take, lengths)
+            by_sample = check_backward(
+                self._model, layers, layouts, *inputs.both, samples, take, lengths
+            )
+            self._by_sample = by_sample if lengths is None else []
 
     def check_packed(self, args: Any, kwargs: Mapping[str, Any], segments: Segments) -> None:
         """Raise GraddotError unless the model keeps apart the samples that share a row."""
@@ -155,14 +162,26 @@ class FirstStep:
 
     # What becomes of the step
 
-    def check_loss_uses(self, loss: Tensor) -> None:
-        """Raise GraddotError if a parameter reaches the loss behind its layer's back."""
+    def see_returned(self, output: Any, rows: int) -> None:
+        """Note what a loss of the caller's own may be made of."""
+        pairs = zip(tensors_in(output), self._by_sample, strict=False)
+        self._returned = [x for x, by in pairs if by and x.requires_grad and len(x) == rows]
+
+    def check_own_loss(self, loss: Tensor) -> None:
+        """Raise GraddotError if a parameter reaches the caller's loss behind its layer's back, or if
+        it compares samples."""
         check_parameter_uses(loss, self._whole)
+        check_samples_apart(loss, self._returned, self.thorough)
 
     def finish(self, micro: MicroBatch) -> None:
         """After the backward. Raises GraddotError if a check of it failed."""
-        if self._labels is not None and self._labels.problem is not None:
-            raise GraddotError(self._labels.problem)
+        if self._labels is not None:
+            if self._labels.problem is not None:
+                raise GraddotError(self._labels.problem)
+            weights, self._labels.weights = self._labels.weights, None
+            scale, is_mean = micro.loss_scale, micro.loss_reduction == "mean"
+            if weights is not None and scale.is_own and is_mean and micro.segments is None:
+                weights.check(micro.counts, micro.n, scale.factor())
         if self._reentrant is not None:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
@@ -170,11 +189,12 @@ class FirstStep:
         self._finished += 1
         if self._finished in CHECKED_AFTER or self._undecided:
             self._labels = None
-        self._whole = {}
+        self._whole, self._returned = {}, []
 
     def give_up(self, micro: MicroBatch | None) -> None:
         if micro is not None and micro.step.first:
             self._labels = None  # what was not finished was not checked
+        self._returned = []
         if self._reentrant is not None:
             self._reentrant.remove()
             self._reentrant = None

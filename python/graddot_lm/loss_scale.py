@@ -68,6 +68,11 @@ class LossScale:
             return [torch.where(compiled != 0, compiled, 1.0)]
         return [*returned, compiled] if compiled != 0 else returned
 
+    @property
+    def is_own(self) -> bool:
+        """Whether the backward was that of a loss of the caller's own."""
+        return any(leaf.grad is not None for leaf in self._own)
+
     def factor(self) -> Tensor:
         """What the loss was multiplied by, 0-dim fp64; 1 if none was tracked."""
         factors = self.factors()
@@ -76,7 +81,7 @@ class LossScale:
     def check(self) -> None:
         """Raise GraddotError if the factor cannot be told."""
         factors = self.factors()
-        if any(leaf.grad is not None for leaf in self._own):
+        if self.is_own:
             if len(factors) > 1:
                 raise GraddotError(
                     "two losses were tracked, so that their scale cannot be told; add them up and pass"

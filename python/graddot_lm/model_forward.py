@@ -178,7 +178,7 @@ class ModelForward:
         if self.micro is None:
             return loss
         if self.micro.step.first:
-            self._checks.check_loss_uses(loss)
+            self._checks.check_own_loss(loss)
         return self.micro.loss_scale.tracked(loss)
 
     def check_packed(self, args: Any, kwargs: Any, segments: Segments) -> None:
@@ -388,4 +388,6 @@ class ModelForward:
         with self.set_aside():
             self._checks.after_forward(micro, self._inputs, output, self.directions is not None)
         self._inputs = None
-        return micro.loss_scale.tracked_output(output, checked=micro.step.first)
+        output = micro.loss_scale.tracked_output(output, checked=micro.step.first)
+        self._checks.see_returned(output, micro.step.rows)
+        return output

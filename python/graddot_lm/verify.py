@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from .distributed import is_sharded
 from .errors import GraddotError
 from .layers import ScoredFunction
+from .own_loss import TokenWeights
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -183,6 +184,7 @@ class LabelCheck:
     ) -> None:
         """summed adds up what each token has, (rows, T), as counts are."""
         self.problem: str | None = None
+        self.weights: TokenWeights | None = None  # what the backward under way has shown
         self._counts, self._strict = counts, first or labels.dim() > 1
         self._summed = summed
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
@@ -202,6 +204,7 @@ class LabelCheck:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
         idle = (grad == 0).all(-1)
+        self.weights = TokenWeights(logits, grad, ~idle)
         used = self._summed(~idle)
         missing = self._counts.to(used.device) - used
         if (missing > 0).any():

@@ -1,0 +1,126 @@
+"""Whether a loss of the caller's own is the mean over the labelled tokens of all rows, where that shows.
+
+Scores take it for one: a sample's part of it is told from the numbers of labelled tokens alone.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .errors import GraddotError
+from .parts import splits_of
+
+AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
+
+
+def check_samples_apart(loss: Tensor, outputs: Sequence[Tensor], thorough: bool) -> None:
+    """Raise GraddotError if a loss compares samples, as one with the others of the batch as negatives.
+
+    outputs, (rows, ...) each, are those of the model that it is made of. Where a loss is a sum over
+    rows, its gradient of some rows' outputs does not change with others'. One that cannot be
+    differentiated twice, or has a backward of its own, is not judged; nor is one of so many outputs
+    that this would cost memory. thorough as in `splits_of`.
+    """
+    if not outputs or sum(x.numel() for x in outputs) > AT_MOST or _has_own_backward(loss, outputs):
+        return
+    rows = len(outputs[0])
+    random = torch.Generator(loss.device).manual_seed(0)
+    probes = [torch.randn(x.shape, generator=random, device=loss.device).to(x) for x in outputs]
+    try:
+        grads = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
+        used = [(x, g, r) for x, g, r in zip(outputs, grads, probes, strict=True) if g is not None]
+        for part, rest in splits_of(rows, thorough):
+            moved = sum((g[part] * r[part]).sum() for _, g, r in used)
+            if not isinstance(moved, Tensor) or not moved.requires_grad:
+                return  # a loss that is linear in them
+            curved = torch.autograd.grad(
+                moved, [x for x, _, _ in used], retain_graph=True, allow_unused=True
+            )
+            own, others = (
+                torch.stack([c[rows].double().square().sum() for c in curved if c is not None])
+                for rows in (part, rest)
+            )
+            if others.sum() > 1e-8 * own.sum():
+                break
+        else:
+            return
+    except RuntimeError:  # not twice
+        return
+    raise GraddotError(
+        "the loss passed to track_loss compares samples: its gradient at what the model returns for some"
+        f" of the {rows} rows of the batch changes with what it returns for others, as with negatives"
+        " from the batch or a function of the whole mean. No sample has a loss of its own then, and"
+        " validation rows that ride along would be compared with training rows"
+    )
+
+
+def _has_own_backward(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
+    """Whether an autograd function written in Python is between them: it may not bear to run twice."""
+    ends = {x.grad_fn for x in outputs}
+    stack = [loss.grad_fn]
+    seen = {*ends, *stack}
+    while stack:
+        node = stack.pop()
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            return True
+        for following, _ in node.next_functions if node is not None else ():
+            if following is not None and following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return False
+
+
+class TokenWeights:
+    """What the tokens of each row weigh in a cross-entropy, by the gradient at its logits.
+
+    There it is w · (p − y) for a token of weight w, of which p, softmax of the logits, is known, and y
+    is the class whose gradient is negative.
+    """
+
+    def __init__(self, logits: Tensor, grad: Tensor, used: Tensor) -> None:
+        """logits and grad (rows, T, C); used (rows, T), where grad is not 0. Where there are many
+        classes, a few of a row's tokens are looked at."""
+        rows, _, classes = grad.shape
+        each = max(1, AT_MOST // (rows * classes))
+        number = used.sum(1, keepdim=True)
+        every = ((number + each - 1) // each).clamp(min=1)
+        row, at = (used & (used.cumsum(1) % every == 0)).nonzero().unbind(1)
+        z, g = (x[row, at].double() for x in (logits, grad))
+        d = z.softmax(-1)
+        d.scatter_add_(1, g.argmin(-1, keepdim=True), d.new_full((len(d), 1), -1.0))
+        size = d.norm(dim=-1)
+        weight = (g * d).sum(-1) / size.square()
+        self.tolerance = 0.1 if torch.finfo(grad.dtype).bits == 16 else 1e-3
+        # What is predicted with all but certainty has a gradient that is mostly rounding.
+        told = size > self.tolerance
+        off = (g - weight[:, None] * d).norm(dim=-1) > self.tolerance * g.norm(dim=-1)
+        self.known = bool((told & ~off).any()) and not bool((told & off).any())
+        self._weight, row = weight[told], row[told]
+        number = torch.bincount(row, minlength=rows)
+        total = self._weight.new_zeros(rows).index_add_(0, row, self._weight)
+        self._by_row = total / number  # NaN of a row of which nothing is told
+
+    def check(self, counts: Tensor, n: int, factor: Tensor) -> None:
+        """Raise GraddotError if they differ, and add up to 1 over all rows or over training rows, the
+        first n, and validation rows each; counts (rows,) are labelled tokens."""
+        if not self.known:
+            return
+        low, high = (x / factor.to(self._weight.device) for x in self._weight.aminmax())
+        if not high - low > self.tolerance * high.abs():
+            return
+        weights = self._by_row / factor.to(self._by_row.device)
+        sums = torch.where(counts > 0, counts * weights, 0.0).to(weights)
+        is_one = lambda x: bool((x - 1).abs() < self.tolerance / 20)
+        if is_one(sums.sum()):
+            what = "add up to one, as in a mean of rows' own means or one with weights of classes"
+        elif n < len(sums) and is_one(sums[:n].sum()) and is_one(sums[n:].sum()):
+            what = "add up to one over training and validation rows each, as in a sum of two means"
+        else:
+            return  # weights that have nothing to do with the rest of the batch
+        raise GraddotError(
+            f"the labelled tokens of the batch weigh {float(low):.4g} to {float(high):.4g} in the loss"
+            f" passed to track_loss, and {what}. Expected the mean over the labelled tokens of all"
+            " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
+            " rows' own means give the engine labels of one number a row, so that each counts once"
+        )

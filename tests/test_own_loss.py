@@ -1,0 +1,194 @@
+"""Losses of the caller's own: those that are no mean over the batch's labelled tokens are refused."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from brute_force import gradient, lm_loss, tiny_gpt2, token_batch
+from graddot_lm import GraddotError, GradDotProdEngine
+from test_engine import close, run_step
+from torch import nn
+
+TEXT = token_batch(4, 9, seed=1, ragged=True), token_batch(2, 9, seed=2, ragged=True)
+CLASS_WEIGHTS = torch.tensor([1.0, 0.2, 3.0])
+
+
+def points(rows, seed):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(rows, 5, generator=g), torch.arange(rows) % 3
+
+
+POINTS = points(6, seed=1), points(3, seed=2)
+
+
+def net(width=3):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, width))
+
+
+def token_losses(logits, labels):
+    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return losses, labels[:, 1:] != -100
+
+
+def mean_of_means(logits, labels):
+    losses, used = token_losses(logits, labels)
+    return (losses.sum(1) / used.sum(1)).mean()
+
+
+def by_classes(logits, labels):
+    return F.cross_entropy(logits, labels, weight=CLASS_WEIGHTS.to(logits))
+
+
+def two_means(logits, labels):
+    n = len(POINTS[0][0])
+    return F.cross_entropy(logits[:n], labels[:n]) + F.cross_entropy(logits[n:], labels[n:])
+
+
+def with_token_weights(logits, labels):
+    losses, used = token_losses(logits, labels)
+    weights = used * torch.linspace(1, 2, losses.shape[1], dtype=logits.dtype)
+    return (losses * weights).sum() / weights.sum()
+
+
+WEIGHTED = {
+    "row-means": (tiny_gpt2, TEXT, mean_of_means, 1, "0.02381 to 0.04167 .*add up to one, as"),
+    "tokens": (tiny_gpt2, TEXT, with_token_weights, 1, "add up to one, as in a mean of rows' own"),
+    "classes": (net, POINTS, by_classes, 0, "add up to one, as in .* weights of classes"),
+    "two-means": (net, POINTS, two_means, 0, "0.1667 to 0.3333.*each, as in a sum of two means"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+@pytest.mark.parametrize("name", WEIGHTED)
+def test_weights_that_depend_on_the_batch_are_refused(name, factor, dtype):
+    make, (train, val), loss, shift, text = WEIGHTED[name]
+    model = make().to(dtype)
+    if train[0].is_floating_point():
+        train, val = ((x.to(dtype), y) for x, y in (train, val))
+    if dtype == torch.bfloat16:
+        text = "add up to one"
+    with pytest.raises(GraddotError, match=text):
+        run_step(model, train, val, loss=loss, factor=factor, label_shift=shift)
+
+
+def test_of_many_classes_a_few_tokens_are_looked_at(monkeypatch):
+    monkeypatch.setattr("graddot_lm.own_loss.AT_MOST", 2 * 6 * 61)
+    with pytest.raises(GraddotError, match="add up to one, as in a mean of rows' own means"):
+        run_step(tiny_gpt2(), *TEXT, loss=mean_of_means)
+    run_step(tiny_gpt2(), *TEXT, loss=lm_loss)
+
+
+def test_weights_of_samples_are_exact():
+    """That have nothing to do with the batch: the sample's loss is then that many times as large."""
+    (x, y), (xv, yv) = TEXT
+    rows = torch.tensor([0.5, 2.0, 1.3, 0.1, 1.0, 0.7], dtype=torch.float64)
+
+    def weighted(logits, labels, weights=rows):
+        losses, used = token_losses(logits, labels)
+        return (losses * weights.to(logits)[:, None]).sum() / used.sum()
+
+    model = tiny_gpt2().double()
+    scores, _ = run_step(model, (x, y), (xv, yv), loss=weighted)
+    val_grad = gradient(model, xv, yv, loss=lambda *args: weighted(*args, rows[4:]))
+    for i in range(4):
+        own = gradient(model, x[[i]], y[[i]], loss=lm_loss)
+        want = sum((val_grad[n] * own[n]).sum() for n in own) * rows[i]
+        close(scores[i], want, 1e-10)
+
+
+def test_the_mean_of_rows_own_means():
+    """Exact with labels of one number a row, as the message says."""
+    (x, y), (xv, yv) = TEXT
+    model = tiny_gpt2().double()
+    exact = copy.deepcopy(model)
+    batch = lambda ids, labels: {
+        "input_ids": ids, "token_labels": labels, "labels": torch.zeros(len(ids), dtype=torch.long)
+    }  # fmt: skip
+    engine = GradDotProdEngine(model, batch(xv, yv), label_shift=0)
+    engine.attach()
+    engine.attach_train_batch(batch(x, y), None, 0, None)
+    joint, _ = engine.prepare_forward_input(batch(x, y), None)
+    logits = model(joint["input_ids"]).logits
+    engine.track_loss(mean_of_means(logits, joint["token_labels"])).backward()
+    engine.prepare_gradients()
+    scores = engine.aggregate_and_log()
+    val_grad = gradient(exact, xv, yv, loss=mean_of_means)
+    for i in range(4):
+        own = gradient(exact, x[[i]], y[[i]], loss=lm_loss)
+        close(scores[i], sum((val_grad[n] * own[n]).sum() for n in own), 1e-10)
+    for name, want in gradient(exact, x, y, loss=mean_of_means).items():
+        torch.testing.assert_close(model.get_parameter(name).grad, want, rtol=1e-9, atol=1e-12)
+
+
+def contrastive(out, labels):
+    return F.cross_entropy(F.normalize(out) @ F.normalize(out).T / 0.1, labels.flip(0))
+
+
+def ranked(out, labels):
+    return F.softplus(out[0::2, 0][:4] - out[1::2, 0][:4]).sum() / len(out)
+
+
+def standardised(out, labels):
+    return ((out - out.mean(0)) / out.std(0)).tanh().square().mean()
+
+
+def root(out, labels):
+    return F.mse_loss(out, torch.zeros_like(out)).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("given", [False, True], ids=["riding", "given"])
+@pytest.mark.parametrize("loss", [contrastive, ranked, standardised, root])
+def test_a_loss_that_compares_samples_is_refused(loss, given, dtype):
+    model, ((x, y), (xv, yv)) = net(width=4).to(dtype), POINTS
+    engine = GradDotProdEngine(model, None if given else (xv.to(dtype), yv), label_shift=0)
+    if given:
+        engine.set_directions({n: torch.ones_like(p) for n, p in model.named_parameters()})
+    engine.attach()
+    engine.attach_train_batch(x.to(dtype), y, 0, None)
+    out = model(engine.prepare_forward_input(x.to(dtype), y)[0])
+    with pytest.raises(GraddotError, match="compares samples: .* 6|9 rows"):
+        engine.track_loss(loss(out, torch.arange(len(out))))
+
+
+class WithTable(nn.Module):
+    """Returns embeddings, and a table of as many entries as the batch has rows."""
+
+    def __init__(self, rows):
+        super().__init__()
+        self.embed = net(4)
+        self.register_buffer("table", torch.randn(rows, 4))
+
+    def forward(self, x):
+        return self.embed(x), self.table.clone().requires_grad_()
+
+
+def test_a_loss_by_a_table_of_as_many_entries_as_rows():
+    (x, y), (xv, yv) = POINTS
+    model = WithTable(len(x) + len(xv))
+    engine = GradDotProdEngine(model, (xv, yv), label_shift=0)
+    engine.attach()
+    engine.attach_train_batch(x, y, 0, None)
+    out, table = model(engine.prepare_forward_input(x, y)[0])
+    engine.track_loss(F.cross_entropy(out @ table.T, torch.arange(9))).backward()
+    engine.prepare_gradients()
+
+
+class NotTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.calls = 0
+        return x.square().mean()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.calls += 1
+        assert ctx.calls == 1
+        return grad * torch.ones(9, 3) / 27
+
+
+def test_a_loss_with_a_backward_of_its_own_runs_it_once():
+    run_step(net(), *POINTS, loss=lambda out, y: NotTwice.apply(out), label_shift=0)
