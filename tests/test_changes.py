@@ -130,6 +130,13 @@ def test_an_optimizer_of_a_part_of_the_model_is_refused():
         attached(model, {"adam": optimizer})
 
 
+def test_a_model_on_several_devices_is_refused():
+    model = Net()
+    model.head.to("meta")
+    with pytest.raises(GraddotError, match="parameters are on cpu and meta, .* DDP or FSDP2"):
+        attached(model)
+
+
 class Later(nn.Module):
     """Its second layer runs from the second step on; with time first, T as large as the rows."""
 

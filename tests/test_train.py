@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -313,6 +314,24 @@ def test_the_overhead_is_not_waited_for(tokens, tmp_path, number, status):
     assert process.returncode == status and "Traceback" not in error, error
     assert train(tokens, tmp_path, "--resume") == 0
     assert set(read_scores(tmp_path / "run")["step"].to_pylist()) == set(range(8))
+
+
+def test_a_report_is_awaited_on_its_own_device(monkeypatch):
+    """With --device cuda:1 the current device is another, whose stream has no copy to wait for."""
+    recorded = []
+    event = SimpleNamespace(record=recorded.append)
+    monkeypatch.setattr(torch.cuda, "Event", lambda blocking: event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
+    run = SimpleNamespace(
+        device=torch.device("cpu"),
+        processes=SimpleNamespace(rank=0, world=1, summed=lambda x: x),
+        run_dir=SimpleNamespace(failed=False),
+        _signals=[0],
+    )
+    report, there = Trainer._report(run, torch.tensor([1.0, 3.0]))
+    assert report.tolist() == [2, 0, 0]
+    assert there is event and recorded == [run.device]
 
 
 def test_the_smallest_block(tokens, tmp_path):

@@ -47,10 +47,11 @@ def direction_kernel(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BAND: tl.constexpr,
     SLICES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of tokens × columns of y, k): x (rows, d_x), y (rows, d_y), D (K, d_y, d_x)."""
-    tiles_n = tl.cdiv(d_y, BN)
-    i_m, i_n = tile_of(tl.program_id(0), tl.cdiv(rows, BM), tiles_n, BAND)
-    i_k = tl.program_id(1).to(tl.int64)
+    """Program k after k, of each the tiles of tokens × columns of y: x (rows, d_x), y (rows, d_y),
+    D (K, d_y, d_x). In one dimension, for a grid has 65535 in its second."""
+    tiles_m, tiles_n = tl.cdiv(rows, BM), tl.cdiv(d_y, BN)
+    i_m, i_n = tile_of(tl.program_id(0) % (tiles_m * tiles_n), tiles_m, tiles_n, BAND)
+    i_k = (tl.program_id(0) // (tiles_m * tiles_n)).to(tl.int64)
     o_row = i_m * BM + tl.arange(0, BM)
     o_n = i_n * BN + tl.arange(0, BN)
     m_row = o_row < rows
@@ -112,7 +113,7 @@ def linear_direction_dot(
     parts = act.new_empty((k, tiles_n, n, t), dtype=torch.float32)
     if parts.numel() > 0:
         with on_device(act):
-            direction_kernel[(cdiv(rows, tile.rows) * tiles_n, k)](
+            direction_kernel[(cdiv(rows, tile.rows) * tiles_n * k,)](
                 x, y, direction, parts, rows, t, x.shape[2], y.shape[2],
                 *x.stride(), *y.stride(), *direction.stride(),
                 BM=tile.rows, BN=tile.cols, BK=tile.depth, BAND=_BAND,

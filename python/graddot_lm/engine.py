@@ -253,6 +253,12 @@ class GradDotProdEngine:
     ) -> None:
         """Put the scored layers in place. The optimizer, or several, as Muon's for matrices beside
         AdamW's, are only read: their learning rates, and whether they took the step."""
+        devices = sorted({str(p.device) for p in self._parameters.values()})
+        if len(devices) > 1:
+            raise GraddotError(
+                f"trained parameters are on {' and '.join(devices)}, but a step's scores are added up on"
+                " one device: put the model on one, and use DDP or FSDP2 for several"
+            )
         optimizers = Optimizers(self.model, self._scored, optimizer)
         self._forward.attach()
         self._optimizers = optimizers

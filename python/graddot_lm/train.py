@@ -271,10 +271,11 @@ class Trainer:
         report = self.processes.summed(report)
         if not report.is_cuda:
             return report, None
-        report = report.to("cpu", non_blocking=True)
+        copied = report.to("cpu", non_blocking=True)
         there = torch.cuda.Event(blocking=True)
-        there.record()
-        return report, there
+        # Of the report's device: with --device cuda:1 the current one is another.
+        there.record(torch.cuda.current_stream(report.device))
+        return copied, there
 
     def _agreed(self, report: Tensor, there: torch.cuda.Event | None) -> float:
         """The mean loss over all processes, which at the same time learn of each other's signals,

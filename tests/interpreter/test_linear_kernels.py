@@ -23,7 +23,7 @@ from kernel_checks import (
 from torch import Tensor
 
 from graddot_kernels import triton_kernels
-from graddot_kernels.triton_kernels import linear_wgrad
+from graddot_kernels.triton_kernels import linear_direction, linear_wgrad
 from graddot_kernels.triton_kernels.launch import (
     aligned_rows,
     aligned_width,
@@ -104,6 +104,21 @@ def test_direction(shape: tuple[int, ...], dtype: torch.dtype, per_token: bool) 
     direction = random(2, shape[3], shape[2], dtype=dtype)
     got = linear_direction_dot(direction, act, grad, per_token)
     check_direction(got, direction, act, grad, per_token)
+
+
+def test_as_many_directions_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU's grid has at most 65535 programs in its second dimension, but 2³¹ in its first."""
+    grids = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int, ...]):  # type: ignore[no-untyped-def]
+            grids.append(grid)
+            return lambda *args, **kwargs: None
+
+    monkeypatch.setattr(linear_direction, "direction_kernel", Kernel())
+    act, grad = inputs(1, 1, 1, 1, dtype=torch.float32)
+    linear_direction_dot(torch.ones(70_000, 1, 1), act, grad, False)
+    assert grids == [(70_000,)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
