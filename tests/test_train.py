@@ -680,6 +680,16 @@ def test_output_that_there_is_no_room_for_is_one_line(unbuffered):
     assert (done.returncode, done.stderr) == (1, message)
 
 
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("doctor >&-", 0), ("doctor >&- 2>&- <&-", 0), ("scores nowhere 2>&-", 2)],
+)
+def test_what_goes_to_a_closed_stream_goes_nowhere(command, status):
+    words = f"{sys.executable} -m graddot_lm.cli {command}"
+    done = subprocess.run(["bash", "-c", words], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
+
+
 @pytest.mark.parametrize("command", ["scores", "tokenize", "train"])
 @pytest.mark.parametrize("fault", ["long", "forbidden"])
 def test_a_path_that_there_is_no_getting_at_is_one_line(
