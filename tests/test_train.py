@@ -600,16 +600,20 @@ BAD = [
     ("--learning_rate -1", "--learning_rate is -1.0"),
     ("--learning_rate inf", "--learning_rate is inf"),
     ("--warmup_step -1", "--warmup_step is -1; it must be at least 0"),
+    (f"--warmup_step 1{'0' * 400}", "it must be below 2**31"),
+    (f"--eval_bs {2**70}", f"--eval_bs is {2**70}; it must be below 2**31"),
+    ("--learning_rate 1e308", "--learning_rate is 1e+308; it must be at most 1e30"),
     ("--measure_overhead -2", "--measure_overhead is -2"),
     ("--train_set ,", "--train_set names no domain"),
     ("--val_set ,", "--val_set names no domain"),
     ("--device foo", "--device is 'foo'; it must be cpu, cuda, or one GPU"),
     ("--device cuda:99", "--device is 'cuda:99', which cannot be used here"),
     ("--device meta", "--device is 'meta', which cannot be used here"),
+    ("--device privateuseone", "--device is 'privateuseone', which cannot be used here"),
 ]
 
 
-@pytest.mark.parametrize("extra, message", BAD, ids=[extra for extra, _ in BAD])
+@pytest.mark.parametrize("extra, message", BAD, ids=[extra[:40] for extra, _ in BAD])
 def test_bad_option(tokens, tmp_path, capsys, extra, message):
     assert train(tokens, tmp_path / "results", extra) == 2
     assert message in capsys.readouterr().err
