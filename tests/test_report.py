@@ -406,6 +406,7 @@ def data_dir(tmp_path):
         (root / slug).mkdir(parents=True)
         tokens = np.resize(tokenizer.encode(text).ids, 20 * 128 + 1)
         tokens.astype("<u2").tofile(root / slug / "train.bin")
+        (root / slug / "val.bin").touch()
         counts = {"tokens": len(tokens), "documents": 1}
         none = {"tokens": 0, "documents": 0}
         domains.append({"name": name, "slug": slug, "train": counts, "val": none})
@@ -444,6 +445,20 @@ def test_no_excerpts_of_text_that_was_tokenized_anew(tmp_path, data_dir):
     path = write_run(tmp_path / "run", data_rows(), config)
     assert report.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
     (data_dir / "meta.json").write_text(json.dumps(meta | {"seed": 1}))
+    summary = report.summarize(path)
+    assert "excerpt" not in summary["best"][0]
+    assert summary["no_excerpts"].endswith("not the data of this run")
+
+
+def test_no_excerpts_of_other_text_of_as_many_tokens(tmp_path, data_dir):
+    """As made texts of equal length are, when they are made anew."""
+    data = TokenData(data_dir)
+    config = {"data_dir": str(data_dir), "block_size": 128, "data_fingerprint": data.fingerprint}
+    config["data_content"] = [data.content, TokenData(data_dir, "val").content]
+    path = write_run(tmp_path / "run", data_rows(), config)
+    assert report.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
+    file = data_dir / "code" / "train.bin"
+    file.write_bytes(file.read_bytes()[::-1])
     summary = report.summarize(path)
     assert "excerpt" not in summary["best"][0]
     assert summary["no_excerpts"].endswith("not the data of this run")

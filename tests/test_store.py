@@ -428,6 +428,9 @@ def test_only_an_empty_folder_becomes_a_run(tmp_path):
     RunDirectory.create(tmp_path / "a" / "run", CONFIG).close()
     with pytest.raises(GraddotError, match="holds a run; resume it"):
         RunDirectory.create(tmp_path / "a" / "run", CONFIG)
+    for place, words in (("none/../a/run", "holds a run"), ("none/..", "holds other files")):
+        with pytest.raises(GraddotError, match=words):  # also where "none" is not there yet
+            RunDirectory.create(tmp_path / place, CONFIG)
     with pytest.raises(GraddotError, match="not a run's directory"):
         RunDirectory.resume(tmp_path / "b", CONFIG)
 

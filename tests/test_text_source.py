@@ -149,6 +149,22 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path, monkeypatch
         find_sources([str(tmp_path)])
 
 
+def test_links_in_a_folder_are_not_passed_over(tmp_path):
+    """Each folder once: also where a link leads back to what it lies in."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "more" / "deep").mkdir(parents=True)
+    (tmp_path / "in" / "a.jsonl").write_bytes(GOOD)
+    (tmp_path / "more" / "deep" / "b.jsonl").write_bytes(GOOD)
+    (tmp_path / "in" / "link").symlink_to("../more")
+    (tmp_path / "in" / "same").symlink_to("../more/deep")
+    (tmp_path / "more" / "back").symlink_to("../in")
+    found = [source.name for source in find_sources([str(tmp_path / "in")])]
+    assert found == [f"{tmp_path}/in/a.jsonl", f"{tmp_path}/in/link/deep/b.jsonl"]
+    (tmp_path / "more" / "gone.jsonl").symlink_to("nowhere")
+    with pytest.raises(GraddotError, match=r"in/link/gone.jsonl: a link to what is not there"):
+        find_sources([str(tmp_path / "in")])
+
+
 def test_input_errors(tmp_path, bpe):
     (tmp_path / "empty").mkdir()
     (tmp_path / "a.txt").write_text("text")

@@ -619,16 +619,20 @@ BAD = [
     ("--learning_rate -1", "--learning_rate is -1.0"),
     ("--learning_rate inf", "--learning_rate is inf"),
     ("--warmup_step -1", "--warmup_step is -1; it must be at least 0"),
+    (f"--warmup_step 1{'0' * 400}", "it must be below 2**31"),
+    (f"--eval_bs {2**70}", f"--eval_bs is {2**70}; it must be below 2**31"),
+    ("--learning_rate 1e308", "--learning_rate is 1e+308; it must be at most 1e30"),
     ("--measure_overhead -2", "--measure_overhead is -2"),
     ("--train_set ,", "--train_set names no domain"),
     ("--val_set ,", "--val_set names no domain"),
     ("--device foo", "--device is 'foo'; it must be cpu, cuda, or one GPU"),
     ("--device cuda:99", "--device is 'cuda:99', which cannot be used here"),
     ("--device meta", "--device is 'meta', which cannot be used here"),
+    ("--device privateuseone", "--device is 'privateuseone', which cannot be used here"),
 ]
 
 
-@pytest.mark.parametrize("extra, message", BAD, ids=[extra for extra, _ in BAD])
+@pytest.mark.parametrize("extra, message", BAD, ids=[extra[:40] for extra, _ in BAD])
 def test_bad_option(tokens, tmp_path, capsys, extra, message):
     assert train(tokens, tmp_path / "results", extra) == 2
     assert message in capsys.readouterr().err
@@ -697,6 +701,16 @@ def test_output_that_there_is_no_room_for_is_one_line(unbuffered):
         )
     message = "graddot doctor: the output cannot be written: No space left on device\n"
     assert (done.returncode, done.stderr) == (1, message)
+
+
+@pytest.mark.parametrize(
+    ("command", "status"),
+    [("doctor >&-", 0), ("doctor >&- 2>&- <&-", 0), ("scores nowhere 2>&-", 2)],
+)
+def test_what_goes_to_a_closed_stream_goes_nowhere(command, status):
+    words = f"{sys.executable} -m graddot_lm.cli {command}"
+    done = subprocess.run(["bash", "-c", words], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (status, "", "")
 
 
 @pytest.mark.parametrize("command", ["scores", "tokenize", "train"])

@@ -91,8 +91,19 @@ def _discard_output() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def _open_streams() -> None:
+    """What is closed as we start (`>&-`) goes nowhere: Python has no stream for it then, and the
+    next file opened would get its number, and with it what libraries print."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        os.set_inheritable(number, True)
+    os.close(number)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)
+
+
 def run_program() -> NoReturn:
     """`main` as a program, which ends with it."""
+    _open_streams()
     try:
         status = main()
     except SystemExit as end:  # argparse's, or that of a process whose first one says why

@@ -134,7 +134,8 @@ def _usable(device: str) -> torch.device:
     found = _named(device)
     try:
         torch.zeros(1, device=found).item()
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts that it has it
+    # A torch without CUDA asserts that it has it, and a backend's module may not be there.
+    except (RuntimeError, AssertionError, ImportError) as error:
         reason = str(error).splitlines()[0][:120]
         raise GraddotError(
             f"--device is {device!r}, which cannot be used here ({reason}); --device cpu always can"

@@ -21,6 +21,7 @@ from graddot_lm.files import write_atomic, writing
 from graddot_lm.load_tokenizer import load_tokenizer
 from graddot_lm.settings import recorded_config
 from graddot_lm.store import open_rows, reading
+from graddot_lm.token_writer import SPLITS
 
 EXCERPT = 80
 MEASURES = ("value", "dot")
@@ -273,7 +274,7 @@ def _add_excerpts(config: dict, samples: list[dict[str, Any]]) -> str | None:
     folder = config["data_dir"]
     try:
         data = TokenData(folder, block_size=config["block_size"])
-        if "data_fingerprint" in config and config["data_fingerprint"] != data.fingerprint:
+        if not _is_of_run(config, data):
             return f"{folder}: tokenized anew or otherwise; not the data of this run"
         for sample in samples:
             sample_id = sample["sample_id"]
@@ -288,6 +289,14 @@ def _add_excerpts(config: dict, samples: list[dict[str, Any]]) -> str | None:
     return None
 
 
+def _is_of_run(config: dict, data: TokenData) -> bool:
+    """Whether it is what the run recorded: other text may have as many tokens in every domain."""
+    if config.get("data_fingerprint", data.fingerprint) != data.fingerprint:
+        return False
+    recorded = config.get("data_content")
+    return recorded is None or recorded[SPLITS.index(data.split)] == data.content
+
+
 def _validation(config: dict, target: str | None) -> list[dict[str, Any]]:
     """The validation samples that the scores are about, with an excerpt each.
 
@@ -298,7 +307,7 @@ def _validation(config: dict, target: str | None) -> list[dict[str, Any]]:
         return []
     try:
         data = TokenData(config["data_dir"], "val", block_size=config["block_size"])
-        if data.fingerprint != config["data_fingerprint"]:
+        if not _is_of_run(config, data):
             return []
         if config.get("target_per_domain"):
             ids = [i for i in ids if data.domain_of([i]) == [target]]

@@ -76,12 +76,13 @@ class RunDirectory:
         Raises GraddotError if a run or anything else is there, or it cannot be written.
         """
         path = Path(path)
-        if path.exists() and not path.is_dir():
+        place = path.resolve()  # where ".." leads, also out of a folder that is not there yet
+        if place.exists() and not place.is_dir():
             raise GraddotError(f"{path}: is a file; a run needs a folder")
-        if (path / "config.json").exists():
+        if (place / "config.json").exists():
             raise GraddotError(f"{path}: holds a run; resume it, or choose another folder")
         with writing(path):
-            if any(_foreign(file) for file in path.rglob("*")):
+            if any(_foreign(file) for file in place.rglob("*")):
                 raise GraddotError(f"{path}: holds other files; choose a new or empty folder")
         run = cls(path, targets, 0, world, bool(config.get("norms")))
         with writing(path):

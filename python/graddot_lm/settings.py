@@ -23,6 +23,7 @@ _IS_RIGHT: dict[str, Callable[[Any], bool]] = {
     "data_dir": lambda x: type(x) is str,
     "tokenizer": lambda x: type(x) is str,
     "val_sample_ids": lambda x: _all(x, int),
+    "data_content": lambda x: _all(x, str) and len(x) == 2,
     "measured": lambda x: all(isinstance(x.get(k, 0), int | float) for k in _OVERHEAD),
     "coverage": lambda x: (
         _all(x["covered"], str) and _all(x["excluded"], str) and type(x["share"]) is float

@@ -85,14 +85,26 @@ def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source
 
 
 def _files_in(folder: Path) -> list[Path]:
-    """Every text file in it, sorted. Path.rglob would pass over a folder that it may not list."""
+    """Every text file in it, sorted, also behind links to folders. Path.rglob would pass over these,
+    and over a folder that it may not list."""
 
     def refuse(error: OSError) -> NoReturn:
         raise GraddotError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
-    walked = os.walk(folder, onerror=refuse)
-    files = [Path(parent, name) for parent, _, names in walked for name in names]
-    return sorted(p for p in files if FILE_NAME.search(p.name) and p.is_file())
+    files: list[Path] = []
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        place = os.path.realpath(parent)
+        if place in seen:  # behind another link, perhaps one that leads back
+            folders.clear()
+            continue
+        seen.add(place)
+        folders.sort()
+        files += [Path(parent, name) for name in names if FILE_NAME.search(name)]
+    for file in files:
+        if file.is_symlink() and not file.exists():
+            raise GraddotError(f"{file}: a link to what is not there; bring that, or take it away")
+    return sorted(file for file in files if file.is_file())
 
 
 def _check_once(sources: list[Source]) -> None:

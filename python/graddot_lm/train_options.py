@@ -205,14 +205,18 @@ def check(args: argparse.Namespace) -> None:
     least = dict.fromkeys(positive.split(), 1) | {"warmup_step": 0, "measure_overhead": 0}
     least["block_size"] = 8  # the fused head is tried on as many tokens
     for name, bound in least.items():
-        if getattr(args, name) < bound:
-            raise GraddotError(f"--{name} is {getattr(args, name)}; it must be at least {bound}")
+        value = getattr(args, name)
+        if not bound <= value < 2**31:  # beyond, numbers and arrays of them overflow somewhere
+            limit = f"at least {bound}" if value < bound else "below 2**31"
+            raise GraddotError(f"--{name} is {value}; it must be {limit}")
     if not -(2**63) <= args.seed < 2**64:  # which torch's generators take
         raise GraddotError(f"--seed is {args.seed}; it must be from -2**63 up to 2**64 - 1")
     for name in ("learning_rate", "weight_decay", "grad_clip"):
         value = getattr(args, name)
         if not (math.isfinite(value) and value >= 0):
             raise GraddotError(f"--{name} is {value}; it must be a number of at least 0")
+        if value > 1e30:  # nor does Adam's step, some times the rate, fit into float32 at 1e38
+            raise GraddotError(f"--{name} is {value}; it must be at most 1e30")
     for name in ("train_set", "val_set"):
         if getattr(args, name) == []:
             raise GraddotError(f"--{name} names no domain; name some, separated by commas, or all")
