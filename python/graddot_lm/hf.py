@@ -8,19 +8,15 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
-import copy
 import inspect
-import itertools
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
@@ -31,57 +27,12 @@ from .directions import adamw_direction
 from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
+from .indexed import INDEX, LENGTHS, IndexCollator, Indexed, with_own_generators
 from .scores import Number, clip_factor
 from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema
 
-_INDEX = "graddot_index"
-_LENGTHS = "graddot_lengths"
 _SAVED_EVERY = 100  # steps between saves of the rows, beside those at checkpoints
-
-
-class _Indexed(Dataset):
-    """A dataset whose items come with their index."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = fetch(indices) if fetch else [self.dataset[i] for i in indices]
-        return list(zip(indices, items, strict=True))
-
-
-class _IndexCollator:
-    """Collates the items; their indices, (N,), are one more entry of the batch, and their lengths if
-    they became one row. Items without tokens are not in that."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[tuple[int, Any]]) -> Any:
-        batch = self.collate([item for _, item in items])
-        lengths = flattened_lengths([item for _, item in items], batch)
-        if lengths is not None and len(items) > 1:
-            batch[_LENGTHS] = [n for n in lengths if n]
-            items = list(itertools.compress(items, lengths))
-        batch[_INDEX] = torch.tensor([index for index, _ in items])
-        return batch
-
-
-def _with_own_generators(collator: Any) -> Any:
-    """The same collator, whose own generators, if it has any, draw apart from the other's."""
-    own = copy.copy(collator)
-    for name, value in dict(getattr(own, "__dict__", {})).items():
-        if isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
-            setattr(own, name, copy.deepcopy(value))
-    return own
 
 
 class _ScoreCallback(TrainerCallback):
@@ -108,10 +59,11 @@ class GradDotProdTrainer(Trainer):
         class ScoredSFTTrainer(GradDotProdTrainer, SFTTrainer):
             compute_loss = Trainer.compute_loss
 
-    One row a training sample a step: step (from 0), sample_id (its index in train_dataset),
-    n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and value, which takes
-    account of gradient accumulation, clipping and each parameter group's own learning rate, and is
-    0 in a step that was not taken. They are saved every 100 steps, at checkpoints and at the end.
+    One row a training sample a step: step (from 0), sample_id (its index in train_dataset; collators
+    have to keep the order of items), n_tokens, dot, lr, applied (not in a step that a GradScaler
+    skipped) and value, which takes account of gradient accumulation, clipping and each parameter
+    group's own learning rate, and is 0 in a step that was not taken. They are saved every 100 steps,
+    at checkpoints and at the end.
     Where the collator makes one row of all items (DataCollatorWithFlattening, TRL's padding_free),
     each is scored as if it had a row of its own, without norms; where several texts are one item
     (TRL's packing), they are one sample.
@@ -163,7 +115,7 @@ class GradDotProdTrainer(Trainer):
         named = isinstance(val_dataset, Mapping)
         self._val_sets = dict(val_dataset) if named else {"val": val_dataset}
         self._val_batches: dict[str, list[Any]] = {}
-        self._val_collator = _with_own_generators(self.data_collator)
+        self._val_collator = with_own_generators(self.data_collator)
         self._val_interval, self._val_named, self._adamw = val_interval, named, adamw
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
@@ -231,8 +183,9 @@ class GradDotProdTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's, with every sample's index in the batch."""
         dataset, collator = self.train_dataset, self.data_collator
-        self.train_dataset = _Indexed(dataset)
-        self.data_collator = _IndexCollator(self._own_collator("training", collator))
+        self.train_dataset = Indexed(dataset)
+        main = getattr(self.model, "main_input_name", "input_ids")
+        self.data_collator = IndexCollator(self._own_collator("training", collator), main)
         try:
             return super().get_train_dataloader()
         finally:
@@ -243,7 +196,7 @@ class GradDotProdTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         given = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(given.dataset if isinstance(given, _Indexed) else given)
+        return super()._get_train_sampler(given.dataset if isinstance(given, Indexed) else given)
 
     def _validation_batches(self, target: str) -> list[Any]:
         if target not in self._val_batches:
@@ -330,7 +283,13 @@ class GradDotProdTrainer(Trainer):
     ) -> Tensor:
         """Trainer's, with the batch's scores taken from its backward."""
         self._refuse()  # what was set since
-        index, lengths = inputs.pop(_INDEX), inputs.pop(_LENGTHS, None)
+        if INDEX not in inputs:
+            raise GraddotError(
+                "the batch does not say which samples it holds. A get_train_dataloader of your own has to"
+                " be in a class that the trainer inherits after GradDotProdTrainer, and use"
+                " self.train_dataset and self.data_collator; and a batch is for one training_step"
+            )
+        index, lengths = inputs.pop(INDEX), inputs.pop(LENGTHS, None)
         self._check_rows(inputs, len(index) if lengths is None else 1)
         if not self._training:
             self._begin()
