@@ -33,6 +33,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import (
     BertForQuestionAnswering,
     DataCollatorWithFlattening,
+    GPT2LMHeadModel,
     Trainer,
 )
 from transformers.trainer_pt_utils import LabelSmoother
@@ -368,3 +369,17 @@ def test_loaders_of_the_users_own(tmp_path):
             scored(tmp_path / "refused", tiny_gpt2(), cls=cls).train()
     scored(tmp_path, tiny_gpt2(), cls=Part, max_steps=1).train()
     assert [row["sample_id"] for row in rows_of(tmp_path / "scores")] == [7, 3, 11, 5]
+
+
+class Named(GPT2LMHeadModel):
+    """For which Trainer does not shift the labels whose loss it smooths."""
+
+
+@pytest.mark.parametrize("shift", [0, "auto"])
+def test_a_smoothed_loss_shifts_labels_as_the_models(tmp_path, shift):
+    model = tiny_gpt2()
+    model.__class__ = Named
+    match = "label_shift is 0, but .* by 1" if shift == 0 else "4 labelled tokens .* used 5"
+    with pytest.raises(GraddotError, match=match):
+        options = {"label_smoothing_factor": 0.1, "options": {"label_shift": shift}}
+        scored(tmp_path, model, **options).train()

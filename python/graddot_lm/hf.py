@@ -21,7 +21,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
 
 from .background import BackgroundWriter
-from .batches import has_causal_lm_loss
+from .batches import label_shift_of
 from .digests import own_random
 from .directions import adamw_direction
 from .distributed import unwrapped, whole
@@ -121,7 +121,7 @@ class GradDotProdTrainer(Trainer):
         assert self.model is not None and self.args.output_dir is not None
         self._options, smoother = dict(engine_options or {}), self.label_smoother
         if smoother is not None:  # which gets the labels in the model's place
-            self._options.setdefault("label_shift", int(has_causal_lm_loss(unwrapped(self.model))))
+            self._set_label_shift()
         self.engine = GradDotProdEngine(self.model, **self._options)
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
@@ -162,6 +162,19 @@ class GradDotProdTrainer(Trainer):
                 " compute_loss = transformers.Trainer.compute_loss in the class if the model's own"
                 " loss is the same, or use GradDotProdEngine in a loop of your own"
             )
+
+    def _set_label_shift(self) -> None:
+        """Of the smoothed loss, and of the model's own for validation: one that both go by."""
+        own = label_shift_of(unwrapped(self.model))  # type: ignore[arg-type]
+        given = self._options.get("label_shift", "auto")
+        if given not in ("auto", own):
+            raise GraddotError(
+                f"label_shift is {given}, but the model's own loss shifts the labels by {own}: with"
+                " label_smoothing_factor the validation loss is the model's, and tokens of both are"
+                " counted alike. Trainer smooths the loss of shifted labels for the classes in"
+                " MODEL_FOR_CAUSAL_LM_MAPPING_NAMES of transformers alone"
+            )
+        self._options["label_shift"] = own
 
     def _fsdp(self) -> Any:
         """accelerate's plugin, if the model is or will be sharded."""
