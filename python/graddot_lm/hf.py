@@ -145,6 +145,8 @@ class GradDotProdTrainer(Trainer):
             "FSDP and torch_compile": fsdp and args.torch_compile,
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
             "label_smoothing_factor in this version of transformers": self._smooths_otherwise(),
+            # Of TRL, which compute_loss = Trainer.compute_loss would pass over.
+            'loss_type="dft"': getattr(args, "loss_type", None) == "dft",
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "model_init": self.model_init is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
