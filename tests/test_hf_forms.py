@@ -31,6 +31,7 @@ from loop_steps import tiny_bert
 from torch.distributed.fsdp import CPUOffloadPolicy
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import (
+    BertForPreTraining,
     BertForQuestionAnswering,
     DataCollatorWithFlattening,
     GPT2LMHeadModel,
@@ -271,6 +272,18 @@ def test_targets_that_are_not_in_labels_are_refused(tmp_path):
     trainer = scored(tmp_path, BertForQuestionAnswering(config), collator=spans)
     with pytest.raises(GraddotError, match='no "labels", but start_positions, end_positions'):
         trainer.train()
+
+
+def test_targets_beside_labels_are_refused(tmp_path):
+    """Rows of as many labels each, as in a first batch, would not show that the loss is two means."""
+
+    def two(rows):
+        batch = collate(rows)
+        return {**batch, "next_sentence_label": batch["labels"][:, 0] % 2}
+
+    model = BertForPreTraining(tiny_bert().config)
+    with pytest.raises(GraddotError, match='next_sentence_label beside "labels"'):
+        scored(tmp_path, model, collator=two).train()
 
 
 class Epochs(Dataset):

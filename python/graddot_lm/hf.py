@@ -19,6 +19,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import find_labels
 
 from .background import BackgroundWriter
 from .batches import label_shift_of
@@ -125,6 +126,9 @@ class GradDotProdTrainer(Trainer):
         self.engine = GradDotProdEngine(self.model, **self._options)
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
+        whole_model: Any = self.model
+        of_peft = hasattr(whole_model, "get_base_model")
+        self._targets = find_labels(type(whole_model.get_base_model() if of_peft else whole_model))
         self._folder = Path(self.args.output_dir) / "scores"
         self.scores = self._writer()
         self._training = False
@@ -334,14 +338,18 @@ class GradDotProdTrainer(Trainer):
 
     def _check_rows(self, inputs: Mapping[str, Any], items: int) -> None:
         """Raise GraddotError unless each of the batch's items has a row of labels."""
-        labels = inputs.get("labels")
+        labels, others = inputs.get("labels"), self._other_targets(inputs)
         if labels is None:
-            others = [name for name in self.label_names or () if name in inputs]
             raise GraddotError(
                 f'the batch has no "labels", but {", ".join(others or inputs)}; they are needed to'
                 " count the terms that each sample has in the loss. Targets under other names, as"
                 " start_positions and end_positions, cannot be scored: let the collator put them"
                 ' into "labels", with the samples first, and the model compute its loss from them'
+            )
+        if others:
+            raise GraddotError(
+                f'the batch has {", ".join(others)} beside "labels", which alone are counted: a loss made'
+                " of several means is no mean over samples, each by its own labels. Leave them out"
             )
         if isinstance(labels, Tensor) and labels.dim() and len(labels) != items:
             raise GraddotError(
@@ -349,6 +357,11 @@ class GradDotProdTrainer(Trainer):
                 " their input_ids lie one after the other, with position_ids; batches in which an item"
                 " is not one row cannot be scored otherwise: use a collator that pads"
             )
+
+    def _other_targets(self, inputs: Mapping[str, Any]) -> list[str]:
+        """What else of the batch the model, or the user, takes for targets."""
+        names = [*self._targets, *([] if "labels" in inputs else self.label_names or ())]
+        return [name for name in dict.fromkeys(names) if name != "labels" and name in inputs]
 
     def _direct(self, step: int) -> bool:
         """Give the engine its directions for this step; whether there are any."""
