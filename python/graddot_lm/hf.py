@@ -93,7 +93,7 @@ class GradDotProdTrainer(Trainer):
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
     several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
     parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`, `model_init`,
-    auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels".
+    auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels" alone.
     """
 
     def __init__(
