@@ -1,6 +1,7 @@
 """Losses, batches and what models return, under GradDotProdTrainer: exact, or refused with the reason."""
 
 import re
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from brute_force import tiny_gpt2
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
+from graddot_lm.indexed import IndexCollator
 from hf_runs import (
     OUTPUTS,
     TRAIN,
@@ -27,10 +29,12 @@ from hf_runs import (
 )
 from loop_steps import tiny_bert
 from torch.distributed.fsdp import CPUOffloadPolicy
-from torch.utils.data import IterableDataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset
 from transformers import (
+    BertForPreTraining,
     BertForQuestionAnswering,
     DataCollatorWithFlattening,
+    GPT2LMHeadModel,
     Trainer,
 )
 from transformers.trainer_pt_utils import LabelSmoother
@@ -268,3 +272,127 @@ def test_targets_that_are_not_in_labels_are_refused(tmp_path):
     trainer = scored(tmp_path, BertForQuestionAnswering(config), collator=spans)
     with pytest.raises(GraddotError, match='no "labels", but start_positions, end_positions'):
         trainer.train()
+
+
+def test_targets_beside_labels_are_refused(tmp_path):
+    """Rows of as many labels each, as in a first batch, would not show that the loss is two means."""
+
+    def two(rows):
+        batch = collate(rows)
+        return {**batch, "next_sentence_label": batch["labels"][:, 0] % 2}
+
+    model = BertForPreTraining(tiny_bert().config)
+    with pytest.raises(GraddotError, match='next_sentence_label beside "labels"'):
+        scored(tmp_path, model, collator=two).train()
+
+
+class Epochs(Dataset):
+    """Other tokens in every epoch."""
+
+    def __init__(self):
+        self.epoch = 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __len__(self):
+        return len(TRAIN)
+
+    def __getitem__(self, i):
+        return {"input_ids": [(t + 7 * self.epoch) % 60 + 1 for t in TRAIN[i]["input_ids"]]}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_datasets_are_told_the_epoch(tmp_path, workers):
+    options = {"max_steps": -1, "num_train_epochs": 2, "dataloader_num_workers": workers}
+    models = [tiny_gpt2(), tiny_gpt2()]
+    train(tmp_path / "scored", models[0], Epochs(), **options)
+    args = arguments(tmp_path / "regular", **options)
+    Trainer(model=models[1], args=args, data_collator=collate, train_dataset=Epochs()).train()
+    for p, q in zip(*(model.parameters() for model in models), strict=True):
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
+
+
+def left_padded(rows):
+    batch = collate(rows)
+    lengths = batch["attention_mask"].sum(1).tolist()
+    for key, value in batch.items():
+        batch[key] = torch.stack([x.roll(-n) for x, n in zip(value, lengths, strict=True)])
+    return batch
+
+
+def truncated(rows):
+    return {key: value[:, :5] for key, value in collate(rows).items()}
+
+
+def changed(rows):
+    """As those that mask tokens: no row is an item's."""
+    batch = collate(rows)
+    batch["input_ids"][:, 1] = 0
+    return batch
+
+
+def by_length(rows):
+    return collate(sorted(rows, key=lambda row: -len(row["input_ids"])))
+
+
+@pytest.mark.parametrize("collator", [collate, left_padded, truncated, changed, by_length])
+def test_the_order_of_items_is_kept(collator):
+    """Or rows would go by the ids of others."""
+    items, refused = list(enumerate(TRAIN[:6])), collator is by_length
+    with (
+        pytest.raises(GraddotError, match="row 0 of its input_ids is that of item 4")
+        if refused
+        else nullcontext()
+    ):
+        batch = IndexCollator(collator)(items)
+        assert batch["graddot_index"].tolist() == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_run_whose_collator_sorts_is_refused(tmp_path):
+    with pytest.raises(GraddotError, match="the collator changes the order of the items"):
+        scored(tmp_path, tiny_gpt2(), collator=by_length).train()
+
+
+class OwnLoader(GradDotProdTrainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_size=3, collate_fn=self.data_collator)
+
+
+class PartLoader(Trainer):
+    def get_train_dataloader(self):
+        part = Subset(self.train_dataset, [7, 3, 11, 5])
+        return DataLoader(part, batch_size=2, collate_fn=self.data_collator)
+
+
+class Part(GradDotProdTrainer, PartLoader):
+    pass
+
+
+class Twice(GradDotProdTrainer):
+    def training_step(self, model, inputs, *args):
+        super().training_step(model, inputs, *args)
+        return super().training_step(model, inputs, *args)
+
+
+def test_loaders_of_the_users_own(tmp_path):
+    """Samples keep their index, or it is said what hides it."""
+    for cls in (OwnLoader, Twice):
+        with pytest.raises(GraddotError, match="does not say which samples it holds"):
+            scored(tmp_path / "refused", tiny_gpt2(), cls=cls).train()
+    scored(tmp_path, tiny_gpt2(), cls=Part, max_steps=1).train()
+    assert [row["sample_id"] for row in rows_of(tmp_path / "scores")] == [7, 3, 11, 5]
+
+
+class Named(GPT2LMHeadModel):
+    """For which Trainer does not shift the labels whose loss it smooths."""
+
+
+@pytest.mark.parametrize("shift", [0, "auto"])
+def test_a_smoothed_loss_shifts_labels_as_the_models(tmp_path, shift):
+    model = tiny_gpt2()
+    model.__class__ = Named
+    match = "label_shift is 0, but .* by 1" if shift == 0 else "4 labelled tokens .* used 5"
+    with pytest.raises(GraddotError, match=match):
+        options = {"label_smoothing_factor": 0.1, "options": {"label_shift": shift}}
+        scored(tmp_path, model, **options).train()

@@ -93,6 +93,38 @@ def test_virtual_tokens(name, rows, record_property):
     check(model, train, token_batch(1, 11, VOCAB, seed=2), torch.float64, record_property)
 
 
+@pytest.mark.parametrize("given", [{}, {"label_shift": 0}, {"label_shift": 1}], ids=str)
+@pytest.mark.parametrize("name", ["PromptTuningConfig", "PrefixTuningConfig"])
+def test_the_first_label_is_predicted_by_virtual_tokens(name, given, close):
+    """But not behind a prefix, which is in the cache; and no other count of labels passes."""
+    model = adapters(name, num_virtual_tokens=3).double()
+    x, y = token_batch(4, 11, VOCAB, seed=1, ragged=True)
+    val = token_batch(2, 11, VOCAB, seed=2, ragged=True)
+    engine = GradDotProdEngine(model, **given)
+    by_name = lambda x, y: {"input_ids": x, "labels": y}
+    batch = by_name(x, y)
+    # Of unequal numbers of labels, weighted by them.
+    direction = engine.compute_directions(
+        [by_name(a[None], b[None]) for a, b in zip(*val, strict=True)]
+    )
+    engine.set_directions(direction)
+    engine.attach()
+    engine.attach_train_batch(batch, None, 0, None)
+    model(**batch, num_items_in_batch=torch.tensor(20)).loss.backward()  # as Trainer calls it
+    shifts = name == "PrefixTuningConfig"
+    if given.get("label_shift", int(shifts)) != shifts:
+        with pytest.raises(GraddotError, match="labelled tokens by its labels, but the loss used"):
+            engine.prepare_gradients()
+        return
+    engine.prepare_gradients()
+    exact = mapping_gradient(model, by_name(*val))
+    rows = [by_name(x[i : i + 1], y[i : i + 1]) for i in range(4)]
+    want = [
+        sum((d * mapping_gradient(model, row)[n]).sum() for n, d in exact.items()) for row in rows
+    ]
+    close(engine.aggregate_and_log(), torch.stack(want), TOLERANCE)
+
+
 def test_fourierft(record_property):
     """In float64 alone: its transform in fp32 is off by about 1e-5, with or without scores."""
     train, val = token_batch(4, 11, VOCAB, seed=1, ragged=True), token_batch(2, 11, VOCAB, seed=2)

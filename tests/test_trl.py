@@ -149,3 +149,5 @@ def test_what_cannot_be_scored_is_refused(tmp_path, tokenizer):
 
     with pytest.raises(GraddotError, match="compute_loss of its own, SFTTrainer.compute_loss"):
         trainer(OwnLoss, tmp_path / "own", tokenizer, "text")
+    with pytest.raises(GraddotError, match="cannot score with .*(loss_type|compute_loss_func)"):
+        trainer(ScoredSFTTrainer, tmp_path / "dft", tokenizer, "text", loss_type="dft")

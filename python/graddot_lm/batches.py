@@ -20,6 +20,7 @@ Inputs = Tensor | Mapping[str, Tensor]
 Batch = tuple[Inputs, Tensor] | Mapping[str, Tensor]
 
 _ONE_TENSOR = "inputs"  # the key of inputs that are a tensor
+_PROMPTS = {"PROMPT_TUNING", "P_TUNING", "MULTITASK_PROMPT_TUNING"}  # of peft
 # Of the samples of a packed row, for FlashAttention: no tensors with rows first.
 LENGTHS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"}
 
@@ -210,9 +211,19 @@ class LossForm:
 
 def label_shift_of(model: nn.Module) -> int:
     """By how many tokens a transformers model shifts the `labels` it is passed, 0 or 1."""
+    if _has_virtual_tokens(model):  # the last of which predicts the first label
+        return 0
     fused = getattr(model.__dict__.get("forward"), "label_shift", None)
     shifts = has_causal_lm_loss(model) or "shift_labels" in _own_loss(model)
     return int(shifts) if fused is None else fused
+
+
+def _has_virtual_tokens(model: nn.Module) -> bool:
+    """Whether peft puts trained tokens before those of a batch, as in prompt tuning; those of a prefix
+    are in the cache of the layers' attention."""
+    config = getattr(model, "active_peft_config", None)
+    kind = str(getattr(getattr(config, "peft_type", None), "value", ""))
+    return bool(getattr(config, "is_prompt_learning", False)) and kind in _PROMPTS
 
 
 def has_causal_lm_loss(model: nn.Module) -> bool:

@@ -8,80 +8,32 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
-import copy
 import inspect
-import itertools
-import random
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.trainer_pt_utils import LabelSmoother
+from transformers.utils import find_labels
 
 from .background import BackgroundWriter
-from .batches import has_causal_lm_loss
+from .batches import label_shift_of
 from .digests import own_random
 from .directions import adamw_direction
 from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
+from .indexed import INDEX, LENGTHS, IndexCollator, Indexed, with_own_generators
 from .scores import Number, clip_factor
 from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema
 
-_INDEX = "graddot_index"
-_LENGTHS = "graddot_lengths"
 _SAVED_EVERY = 100  # steps between saves of the rows, beside those at checkpoints
-
-
-class _Indexed(Dataset):
-    """A dataset whose items come with their index."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: int) -> tuple[int, Any]:
-        return index, self.dataset[index]
-
-    def __getitems__(self, indices: list[int]) -> list[tuple[int, Any]]:
-        fetch = getattr(self.dataset, "__getitems__", None)
-        items = fetch(indices) if fetch else [self.dataset[i] for i in indices]
-        return list(zip(indices, items, strict=True))
-
-
-class _IndexCollator:
-    """Collates the items; their indices, (N,), are one more entry of the batch, and their lengths if
-    they became one row. Items without tokens are not in that."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any]) -> None:
-        self.collate = collate
-
-    def __call__(self, items: list[tuple[int, Any]]) -> Any:
-        batch = self.collate([item for _, item in items])
-        lengths = flattened_lengths([item for _, item in items], batch)
-        if lengths is not None and len(items) > 1:
-            batch[_LENGTHS] = [n for n in lengths if n]
-            items = list(itertools.compress(items, lengths))
-        batch[_INDEX] = torch.tensor([index for index, _ in items])
-        return batch
-
-
-def _with_own_generators(collator: Any) -> Any:
-    """The same collator, whose own generators, if it has any, draw apart from the other's."""
-    own = copy.copy(collator)
-    for name, value in dict(getattr(own, "__dict__", {})).items():
-        if isinstance(value, (torch.Generator, np.random.Generator, random.Random)):
-            setattr(own, name, copy.deepcopy(value))
-    return own
 
 
 class _ScoreCallback(TrainerCallback):
@@ -108,10 +60,11 @@ class GradDotProdTrainer(Trainer):
         class ScoredSFTTrainer(GradDotProdTrainer, SFTTrainer):
             compute_loss = Trainer.compute_loss
 
-    One row a training sample a step: step (from 0), sample_id (its index in train_dataset),
-    n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and value, which takes
-    account of gradient accumulation, clipping and each parameter group's own learning rate, and is
-    0 in a step that was not taken. They are saved every 100 steps, at checkpoints and at the end.
+    One row a training sample a step: step (from 0), sample_id (its index in train_dataset; collators
+    have to keep the order of items), n_tokens, dot, lr, applied (not in a step that a GradScaler
+    skipped) and value, which takes account of gradient accumulation, clipping and each parameter
+    group's own learning rate, and is 0 in a step that was not taken. They are saved every 100 steps,
+    at checkpoints and at the end.
     Where the collator makes one row of all items (DataCollatorWithFlattening, TRL's padding_free),
     each is scored as if it had a row of its own, without norms; where several texts are one item
     (TRL's packing), they are one sample.
@@ -140,7 +93,7 @@ class GradDotProdTrainer(Trainer):
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
     several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
     parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`, `model_init`,
-    auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels".
+    auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels" alone.
     """
 
     def __init__(
@@ -163,16 +116,19 @@ class GradDotProdTrainer(Trainer):
         named = isinstance(val_dataset, Mapping)
         self._val_sets = dict(val_dataset) if named else {"val": val_dataset}
         self._val_batches: dict[str, list[Any]] = {}
-        self._val_collator = _with_own_generators(self.data_collator)
+        self._val_collator = with_own_generators(self.data_collator)
         self._val_interval, self._val_named, self._adamw = val_interval, named, adamw
         self._directions: dict[str, dict[str, Tensor]] = {}  # by target
         assert self.model is not None and self.args.output_dir is not None
         self._options, smoother = dict(engine_options or {}), self.label_smoother
         if smoother is not None:  # which gets the labels in the model's place
-            self._options.setdefault("label_shift", int(has_causal_lm_loss(unwrapped(self.model))))
+            self._set_label_shift()
         self.engine = GradDotProdEngine(self.model, **self._options)
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
+        whole_model: Any = self.model
+        of_peft = hasattr(whole_model, "get_base_model")
+        self._targets = find_labels(type(whole_model.get_base_model() if of_peft else whole_model))
         self._folder = Path(self.args.output_dir) / "scores"
         self.scores = self._writer()
         self._training = False
@@ -193,6 +149,8 @@ class GradDotProdTrainer(Trainer):
             "FSDP and torch_compile": fsdp and args.torch_compile,
             "parallelism_config": getattr(args, "parallelism_config", None) is not None,
             "label_smoothing_factor in this version of transformers": self._smooths_otherwise(),
+            # Of TRL, which compute_loss = Trainer.compute_loss would pass over.
+            'loss_type="dft"': getattr(args, "loss_type", None) == "dft",
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "model_init": self.model_init is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
@@ -210,6 +168,19 @@ class GradDotProdTrainer(Trainer):
                 " compute_loss = transformers.Trainer.compute_loss in the class if the model's own"
                 " loss is the same, or use GradDotProdEngine in a loop of your own"
             )
+
+    def _set_label_shift(self) -> None:
+        """Of the smoothed loss, and of the model's own for validation: one that both go by."""
+        own = label_shift_of(unwrapped(self.model))  # type: ignore[arg-type]
+        given = self._options.get("label_shift", "auto")
+        if given not in ("auto", own):
+            raise GraddotError(
+                f"label_shift is {given}, but the model's own loss shifts the labels by {own}: with"
+                " label_smoothing_factor the validation loss is the model's, and tokens of both are"
+                " counted alike. Trainer smooths the loss of shifted labels for the classes in"
+                " MODEL_FOR_CAUSAL_LM_MAPPING_NAMES of transformers alone"
+            )
+        self._options["label_shift"] = own
 
     def _fsdp(self) -> Any:
         """accelerate's plugin, if the model is or will be sharded."""
@@ -231,8 +202,9 @@ class GradDotProdTrainer(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Trainer's, with every sample's index in the batch."""
         dataset, collator = self.train_dataset, self.data_collator
-        self.train_dataset = _Indexed(dataset)
-        self.data_collator = _IndexCollator(self._own_collator("training", collator))
+        self.train_dataset = Indexed(dataset)
+        main = getattr(self.model, "main_input_name", "input_ids")
+        self.data_collator = IndexCollator(self._own_collator("training", collator), main)
         try:
             return super().get_train_dataloader()
         finally:
@@ -243,7 +215,7 @@ class GradDotProdTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         given = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(given.dataset if isinstance(given, _Indexed) else given)
+        return super()._get_train_sampler(given.dataset if isinstance(given, Indexed) else given)
 
     def _validation_batches(self, target: str) -> list[Any]:
         if target not in self._val_batches:
@@ -330,7 +302,13 @@ class GradDotProdTrainer(Trainer):
     ) -> Tensor:
         """Trainer's, with the batch's scores taken from its backward."""
         self._refuse()  # what was set since
-        index, lengths = inputs.pop(_INDEX), inputs.pop(_LENGTHS, None)
+        if INDEX not in inputs:
+            raise GraddotError(
+                "the batch does not say which samples it holds. A get_train_dataloader of your own has to"
+                " be in a class that the trainer inherits after GradDotProdTrainer, and use"
+                " self.train_dataset and self.data_collator; and a batch is for one training_step"
+            )
+        index, lengths = inputs.pop(INDEX), inputs.pop(LENGTHS, None)
         self._check_rows(inputs, len(index) if lengths is None else 1)
         if not self._training:
             self._begin()
@@ -360,14 +338,18 @@ class GradDotProdTrainer(Trainer):
 
     def _check_rows(self, inputs: Mapping[str, Any], items: int) -> None:
         """Raise GraddotError unless each of the batch's items has a row of labels."""
-        labels = inputs.get("labels")
+        labels, others = inputs.get("labels"), self._other_targets(inputs)
         if labels is None:
-            others = [name for name in self.label_names or () if name in inputs]
             raise GraddotError(
                 f'the batch has no "labels", but {", ".join(others or inputs)}; they are needed to'
                 " count the terms that each sample has in the loss. Targets under other names, as"
                 " start_positions and end_positions, cannot be scored: let the collator put them"
                 ' into "labels", with the samples first, and the model compute its loss from them'
+            )
+        if others:
+            raise GraddotError(
+                f'the batch has {", ".join(others)} beside "labels", which alone are counted: a loss made'
+                " of several means is no mean over samples, each by its own labels. Leave them out"
             )
         if isinstance(labels, Tensor) and labels.dim() and len(labels) != items:
             raise GraddotError(
@@ -375,6 +357,11 @@ class GradDotProdTrainer(Trainer):
                 " their input_ids lie one after the other, with position_ids; batches in which an item"
                 " is not one row cannot be scored otherwise: use a collator that pads"
             )
+
+    def _other_targets(self, inputs: Mapping[str, Any]) -> list[str]:
+        """What else of the batch the model, or the user, takes for targets."""
+        names = [*self._targets, *([] if "labels" in inputs else self.label_names or ())]
+        return [name for name in dict.fromkeys(names) if name != "labels" and name in inputs]
 
     def _direct(self, step: int) -> bool:
         """Give the engine its directions for this step; whether there are any."""

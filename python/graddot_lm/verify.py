@@ -186,7 +186,7 @@ class LabelCheck:
         self.problem: str | None = None
         self.weights: TokenWeights | None = None  # what the backward under way has shown
         self._counts, self._strict = counts, first or labels.dim() > 1
-        self._summed = summed
+        self._summed, self._most = summed, math.inf
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
         for x in tensors_in(output):
             if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
@@ -196,16 +196,32 @@ class LabelCheck:
                     before.append(x)
         if isinstance(output, Mapping) and any(output.get("logits") is x for x in behind):
             behind = [output["logits"]]
+        if not (behind or before):
+            behind = self._longer(output, labels)
         for logits, classes in [(x, -1) for x in behind[-1:]] or [(x, 1) for x in before[-1:]]:
             compare = functools.partial(self._compare, logits.detach(), classes)
             logits.register_hook(compare)
+
+    def _longer(self, output: Any, labels: Tensor) -> list[Tensor]:
+        """The logits of a model that puts tokens of its own before those that labels have."""
+        logits = output.get("logits") if isinstance(output, Mapping) else None
+        if not isinstance(logits, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return []
+        if not (logits.requires_grad and logits.dim() == 3 and len(logits) == len(self._counts)):
+            return []
+        if logits.shape[1] <= labels.shape[1]:
+            return []
+        self._summed, self._most = lambda by_token: by_token.sum(1), labels.shape[1]
+        return [logits]
 
     def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
         idle = (grad == 0).all(-1)
-        self.weights = TokenWeights(logits, grad, ~idle)
         used = self._summed(~idle)
+        if (used > self._most).any():  # frames of speech, of which labels are no tokens
+            return
+        self.weights = TokenWeights(logits, grad, ~idle)
         missing = self._counts.to(used.device) - used
         if (missing > 0).any():
             gone = self._summed(idle & _rounds_to_zero(logits, grad))
