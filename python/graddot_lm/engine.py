@@ -45,7 +45,7 @@ from .coverage import Coverage, cover
 from .directions import (
     Direction,
     LossFunction,
-    batch_loss,
+    ValidationLoss,
     direction_norms,
     mean_gradient,
     stack_directions,
@@ -218,12 +218,13 @@ class GradDotProdEngine:
 
         Gradient of the mean loss over all their labelled tokens by parameter name, or a mapping of
         that for a mapping {target name: batches}. loss_fn(model, inputs, labels) gives a batch's
-        loss, reduced as `loss_reduction` says; by default model(**inputs, labels=labels).loss. It
-        runs the model as it is: call `model.eval()` first for a gradient without dropout, and
-        inside autocast if training is. loss_scale keeps an fp16 backward from rounding to zero, as
-        a GradScaler's scale does; where it overflows, a smaller one is taken, and the result is not
-        scaled. `.grad` and scores are left alone. Raises GraddotError without labelled tokens and
-        if the gradient is not finite.
+        loss, reduced as `loss_reduction` says and with the labels shifted as `label_shift` says; by
+        default model(**inputs, labels=labels).loss. It runs the model as it is: call `model.eval()`
+        first for a gradient without dropout, and inside autocast if training is. loss_scale keeps an
+        fp16 backward from rounding to zero, as a GradScaler's scale does; where it overflows, a
+        smaller one is taken, and the result is not scaled. `.grad` and scores are left alone. Raises
+        GraddotError without labelled tokens, if the first batch's loss shifts the labels otherwise,
+        and if the gradient is not finite.
         """
         if distributed.is_sharded(self._parameters.values()):  # which may hold a step's gradients
             self._require_no_step()
@@ -232,19 +233,10 @@ class GradDotProdEngine:
                 name: self.compute_directions(own, loss_fn, loss_scale=loss_scale)
                 for name, own in batches.items()
             }
-        loss_of = lambda batch: self._validation_loss(batch, loss_fn)
+        loss_of = ValidationLoss(self.model, self._loss, loss_fn)
         covered = self._coverage.covered
         with self._forward.set_aside(), torch.enable_grad():
             return mean_gradient(self._parameters, covered, batches, loss_of, loss_scale)
-
-    def _validation_loss(
-        self, batch: Batch, loss_fn: LossFunction | None
-    ) -> tuple[Tensor, float, float]:
-        rows = read_batch(batch, "a validation batch")
-        loss = batch_loss(self.model, rows, loss_fn)
-        shift = self._loss.shift_by(self.model) if loss_fn is None else None
-        count = float(self._loss.count(rows.labels, shift).sum())
-        return loss, count if self._loss.reduction == "mean" else 1.0, count
 
     # Life cycle
 
