@@ -491,14 +491,30 @@ def test_values_logged_before_an_accumulated_step_are_refused():
         run(engine, token_batch(2, 9, seed=3))
 
 
-def test_a_direction_that_is_a_gradient_is_copied():
+@pytest.mark.parametrize("of", ["grad", "detached", "flat", "weights"])
+def test_a_direction_that_is_a_gradient_is_copied(of):
+    """Or a view of one, or the weights themselves."""
     model = Net()
     plain_loss(model, *VAL).backward()
     engine = GradDotProdEngine(model)
     engine.attach()
-    engine.set_directions({n: p.grad for n, p in model.named_parameters()})
+    take = {
+        "grad": lambda p: p.grad,
+        "detached": lambda p: p.grad.detach(),
+        "flat": lambda p: p.grad.flatten().view_as(p),
+        "weights": lambda p: p.detach(),
+    }[of]
+    direction = {n: take(p) for n, p in model.named_parameters()}
+    kept = {n: d.clone() for n, d in direction.items()}
+    engine.set_directions(direction)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
     model.zero_grad(set_to_none=False)
-    assert (step(engine, plain_loss) != 0).all()
+    got = step(engine, plain_loss)
+    engine.set_directions(kept)
+    model.zero_grad(set_to_none=False)
+    assert (got != 0).all() and torch.equal(step(engine, plain_loss), got)
     whole = {n: torch.ones_like(p, dtype=torch.long) for n, p in model.named_parameters()}
     with pytest.raises(GraddotError, match="floating-point"):
         engine.set_directions(whole)

@@ -61,14 +61,20 @@ def stack_directions(
     stacked = {}
     for name in covered:
         p = parameters[name]
-        # A parameter's own .grad is zeroed and written to in place.
-        parts = [d[name].clone() if d[name] is p.grad else d[name] for d in directions.values()]
-        parts = [part.detach() for part in parts]
+        # Parameters and their .grad, or views of them, are written to in place, and zeroed.
+        own = [x for x in (p, p.grad) if x is not None]
+        parts = [d[name].detach() for d in directions.values()]
+        parts = [x.clone() if any(_share_memory(x, y) for y in own) else x for x in parts]
         stacked[id(p)] = distributed.stacked(parts, p, _accumulator(p))
     for name, finite in zip(covered, distributed.are_finite([*stacked.values()]), strict=True):
         if not finite:
             raise GraddotError(f"the direction of {name} has NaN or infinite numbers")
     return stacked
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    parts = [distributed.own_part(one).untyped_storage().data_ptr() for one in (x, y)]
+    return parts[0] == parts[1]
 
 
 def direction_norms(stacked: Mapping[int, Tensor]) -> Tensor:

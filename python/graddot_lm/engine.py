@@ -187,7 +187,8 @@ class GradDotProdEngine:
         or {target name: such a mapping} for K at once.
 
         Training rows then run alone. The tensors are held as they are, or copied to the
-        parameter's device and fp32 (fp64 for fp64). Raises GraddotError if they do not fit the
+        parameter's device and fp32 (fp64 for fp64), or because they are the parameter's own memory
+        or its .grad's. Raises GraddotError if they do not fit the
         covered parameters, if validation rows ride along, and in the midst of a step.
         """
         if self._val:
