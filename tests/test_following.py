@@ -279,6 +279,24 @@ def test_what_is_too_large_is_refused_with_what_to_do():
         check_layer(layer, data(4)[0])
 
 
+@pytest.mark.parametrize("bag", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_tables_with_gradients_scaled_by_the_batch_are_refused(bag, scaled):
+    """How often an id is in the batch divides its gradient: of one row by itself that can be proven."""
+    lookup = {"scale_grad_by_freq": True} | ({"mode": "sum"} if bag else {})
+
+    def forward(m, ids):
+        table = m.w * 2 if scaled else m.w
+        return F.embedding_bag(ids, table, **lookup) if bag else F.embedding(ids, table, **lookup)
+
+    ids = torch.arange(12).view(4, 3) % 5
+    with pytest.raises(GraddotError, match="scale_grad_by_freq and sparse are not supported"):
+        check_layer(Block(forward, w=N(5, 6)), ids)
+    layer = (nn.EmbeddingBag if bag else nn.Embedding)(5, 6, **lookup)
+    with pytest.raises(GraddotError, match="scale_grad_by_freq mixes samples"):
+        GradDotProdEngine(layer)
+
+
 def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
     layer = Block(lambda m, x: (m.inner(x).mT.transpose(0, 1) * m.w).transpose(0, 1), w=N(5))
     with pytest.raises(

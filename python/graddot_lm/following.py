@@ -9,6 +9,7 @@ operation runs instead, which needs no copies.
 
 import contextlib
 import functools
+import inspect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -36,7 +37,13 @@ TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: i
 # What was decided in a forward, by function and number of its call: for each result whether its
 # first dimension is that of the rows; None of a call that met rows.
 Calls = dict[tuple[str, int], tuple[bool, ...] | None]
+TABLES = {func: inspect.signature(func) for func in (F.embedding, F.embedding_bag)}
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class Refused(GraddotError):
+    """Of what a layer does, and no other way of scoring it changes: each row's part of a gradient that
+    is scaled by how often an id is in the batch can be proven, but is no part of that."""
 
 
 class Following(TorchFunctionMode):
@@ -356,6 +363,8 @@ class Following(TorchFunctionMode):
             return self._linear(args[0], args[1], matmul=True)
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func in TABLES:
+            self._check_table(TABLES[func].bind(*args, **kwargs).arguments)
         if func is F.embedding:
             return self._embedding(*args, **kwargs)
         return self._norm(*args, **kwargs) if func is F.layer_norm else None
@@ -384,6 +393,12 @@ class Following(TorchFunctionMode):
     def _is_computed(self, x: Tensor | None) -> bool:
         return id(x) in self._followed and id(x) not in self._own
 
+    def _check_table(self, arguments: dict[str, Any]) -> None:
+        if id(arguments["weight"]) not in self._followed:
+            return
+        if any(arguments.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse")):
+            raise Refused("max_norm, scale_grad_by_freq and sparse are not supported")
+
     def _embedding(  # type: ignore[no-untyped-def]
         self, input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
         scale_grad_by_freq=False, sparse=False,
@@ -391,8 +406,6 @@ class Following(TorchFunctionMode):
         own, transposed = self._form(weight)
         if own is None or transposed:
             return None
-        if max_norm is not None or scale_grad_by_freq or sparse:
-            raise GraddotError("max_norm, scale_grad_by_freq and sparse are not supported")
         if padding_idx is not None:  # may count from the end
             padding_idx %= len(own)
         if id(input) not in self._constants:

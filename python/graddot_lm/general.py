@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 from .errors import GraddotError
-from .following import Calls, Following, over_rows, too_large
+from .following import Calls, Following, Refused, over_rows, too_large
 from .scored import Scored, ScoredForward
 
 Rule = Callable[..., Any]
@@ -64,6 +64,8 @@ class ProvenRule:
                 return prove(module, scored, make, args, kwargs)
             except GraddotError as error:
                 reasons.append(f"{name}: {error}")
+                if isinstance(error, Refused):
+                    break
         raise GraddotError(
             f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
             " holds:\n  "
