@@ -457,6 +457,34 @@ def test_an_ignored_label_is_noticed_where_classes_come_second():
 # The optimizer's step
 
 
+@pytest.mark.parametrize("option", ["norms", "per_token", "per_parameter"])
+def test_what_is_read_before_the_step_is_closed(option):
+    """Of all samples whose backward ran: the last micro-batch's, too, and none of the step before."""
+    read = {
+        "norms": lambda engine: [engine.gradient_norms(), engine.cosines(), engine.target_norms()],
+        "per_token": lambda engine: [engine.token_dots()],
+        "per_parameter": lambda engine: [*engine.parameter_dots().values()],
+    }[option]
+    model, found = tiny_gpt2(), []
+    directions = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    for closed in (True, False):
+        engine = GradDotProdEngine(model, label_shift=1, **{option: True})
+        engine.attach()
+        engine.set_directions(directions)
+        for step in range(2):
+            for number in (0, 1):
+                train = token_batch(2, 9, seed=2 * step + number)
+                engine.attach_train_batch(*train, step, None)
+                engine.track_loss(lm_loss(model(train[0]).logits, train[1])).backward()
+                if closed or number == 0:
+                    engine.prepare_gradients()
+            found.append(read(engine))
+            assert len(engine.aggregate_and_log()) == 4
+        engine.detach()
+    for got, want in zip(found[2:], found[:2], strict=True):
+        assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("closes", ["before", "after", "never"])
 def test_values_wherever_the_step_is_closed(closes):
     model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()

@@ -520,6 +520,7 @@ class GradDotProdEngine:
     def _norms(self) -> list[Norms]:
         if not self.norms:
             raise GraddotError("norms and cosines need GradDotProdEngine(..., norms=True)")
+        self._close_micro_batch()
         if not self._logged_norms:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
@@ -528,7 +529,13 @@ class GradDotProdEngine:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         return any(bool(distributed.own_part(grad).any()) for grad in gradients)
 
+    def _close_micro_batch(self) -> None:
+        """Where the caller left it out after the backward: what is read has that one's samples, too."""
+        if self._forward.micro is not None and self._forward.micro.step.has_dots:
+            self.prepare_gradients()
+
     def _require_pending(self) -> None:
+        self._close_micro_batch()
         if not self._pending:
             raise GraddotError("no scores: run a step from attach_train_batch to its backward")
 
