@@ -416,6 +416,16 @@ def test_two_tracked_losses_are_refused():
         engine.prepare_gradients()
 
 
+def test_a_tracked_loss_that_is_no_number_is_refused():
+    """The sum of the losses that it holds, or their weights, would be taken for its scale."""
+    engine = attached(Net(), loss_reduction="sum")
+    engine.attach_train_batch(*TRAIN, 0, None)
+    x, y = engine.prepare_forward_input(*TRAIN)
+    losses = F.cross_entropy(engine.model(x), y, reduction="none")
+    with pytest.raises(GraddotError, match=r"a loss of shape \(6,\), whose scale cannot be told"):
+        engine.track_loss(losses)
+
+
 class Unreduced(Net):
     def forward(self, x, y):
         return {"loss": F.cross_entropy(super().forward(x), y, reduction="none")}

@@ -411,7 +411,7 @@ class GradDotProdEngine:
 
     @uncompiled("graddot: track_loss")
     def track_loss(self, loss: Tensor) -> Tensor:
-        """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
+        """The same loss, one number, whose later scaling (GradScaler, 1/accumulation) the scores undo.
 
         A loss that the caller computes is refused without; `.loss` of a model's output is tracked.
         """

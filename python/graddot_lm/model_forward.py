@@ -177,6 +177,11 @@ class ModelForward:
         """The loss, whose later scaling shows in a leaf of the micro-batch under way."""
         if self.micro is None:
             return loss
+        if loss.numel() != 1:  # weights, or a sum, would be taken for its scale
+            raise GraddotError(
+                f"track_loss got a loss of shape {tuple(loss.shape)}, whose scale cannot be told; reduce"
+                " it to one number first"
+            )
         if self.micro.step.first:
             self._checks.check_loss_uses(loss)
         return self.micro.loss_scale.tracked(loss)
