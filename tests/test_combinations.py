@@ -183,6 +183,18 @@ def test_inputs_by_keyword(checked):
     checked(Net(forward, **parts), tokens)
 
 
+def test_weights_that_are_computed_once_and_kept(checked):
+    """The checks of a step run the model inside of the loop's cached(), too."""
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH))
+    model = Net(lambda m, x: m.head(m.up(m.up(x)).tanh().mean(1)), up=layer, head=nn.Linear(8, 3))
+
+    def loss(model, x, y):
+        with nn.utils.parametrize.cached():
+            return classes(model, x, y)
+
+    checked(model, vectors, loss)
+
+
 class FusedHead(nn.Module):
     """A parameter of its own around a fused head, tied or not."""
 

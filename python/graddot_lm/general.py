@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from .digests import uncached
 from .errors import GraddotError
 from .following import Calls, Following, Refused, over_rows, too_large
 from .scored import Scored, ScoredForward
@@ -49,7 +50,8 @@ class ProvenRule:
         way = self._proven.get(key)
         if way is None:
             way = self._proven[key] = self._prove(module, scored, args, kwargs)
-        out = way(module, scored, *args, **kwargs)
+        with uncached():  # a weight is followed, or of each row, in one call
+            out = way(module, scored, *args, **kwargs)
         if isinstance(way, InPlace):
             way.check(module, scored, args, kwargs)
         return out

@@ -18,7 +18,7 @@ from .averaging import Averaging
 from .batches import LossForm
 from .checkpointing import recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import own_buffers, own_inputs, own_random
+from .digests import own_buffers, own_inputs, own_random, uncached
 from .errors import GraddotError
 from .first_step import FirstStep
 from .layers import Step
@@ -160,7 +160,8 @@ class ModelForward:
         kept = self.micro, self.logged_unapplied
         self.micro = None
         try:
-            yield
+            with uncached():
+                yield
         finally:
             self.micro, self.logged_unapplied = kept
 
