@@ -1,6 +1,7 @@
 """Parameters that a layer uses in its own forward, around large layers inside of it."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -369,3 +370,55 @@ def test_a_measure_that_is_refused(detached, rows, match):
     train, val = (x[:-1].double(), y[:-1]), (x[-1:].double(), y[-1:])
     with pytest.raises(GraddotError, match=match):
         run_step(Scaled(detached), train, val, loss=F.cross_entropy, label_shift=0)
+
+
+def test_two_models_in_threads():
+    """One begins its forward in that of the other, and ends it after the other's step."""
+    inside, ended = threading.Event(), threading.Event()
+    waits: list[str] = []
+    x, y = data(5)
+    train, val = (x[:3].double(), y[:3]), (x[3:].double(), y[3:])
+
+    def forward(name):
+        def run(m, x):
+            scaled = m.inner(x) * m.w
+            begins, waits[:] = name in waits, [x for x in waits if x != name]
+            if begins and name == "first":
+                other.start()
+                assert inside.wait(60)
+            elif begins:
+                inside.set()
+                assert ended.wait(60)
+            return _Scaled.apply(scaled, m.s) * m.t
+
+        return run
+
+    def make(name):
+        torch.manual_seed(len(name))
+        block = Block(forward(name), w=N(6), s=N(6), t=N(6))
+        model = nn.Sequential(block, nn.Flatten(1), nn.Linear(30, 3)).double()
+        engine = GradDotProdEngine(model, val, label_shift=0)
+        engine.attach()
+        return model, engine
+
+    def step(name, number):
+        model, engine = models[name]
+        model.zero_grad()
+        engine.attach_train_batch(*train, number, None)
+        x, y = engine.prepare_forward_input(*train)
+        engine.track_loss(F.cross_entropy(model(x), y)).backward()
+        engine.prepare_gradients()
+        scores[name] = engine.aggregate_and_log()
+
+    models = {name: make(name) for name in ("first", "second")}
+    scores: dict[str, torch.Tensor] = {}
+    for name in models:
+        step(name, 0)
+    want = dict(scores)
+    scores.clear()
+    other = threading.Thread(target=step, args=("second", 1))
+    waits += models
+    step("first", 1)
+    ended.set()
+    other.join()
+    assert all(torch.equal(scores[name], want[name]) for name in models)

@@ -106,6 +106,9 @@ def uncached() -> Iterator[None]:
     """Inside of it `parametrize.cached()`, in which a loop may run its model, keeps nothing: the weights
     that are computed here, perhaps without gradients, are not those of the step."""
     enabled, cache = parametrize._cache_enabled, parametrize._cache
+    if not enabled:  # nor may another thread begin to meanwhile
+        yield
+        return
     parametrize._cache_enabled, parametrize._cache = 0, {}
     try:
         yield

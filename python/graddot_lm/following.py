@@ -10,6 +10,7 @@ operation runs instead, which needs no copies.
 import contextlib
 import functools
 import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -28,7 +29,7 @@ from torch.utils._pytree import (
 
 from .errors import GraddotError
 from .layers import ScoredFunction
-from .scored import Scored, ScoredForward
+from .scored import Scored, thread
 
 WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 ONLY_THE_TYPE = {"to", "type_as"}  # of a second tensor
@@ -86,15 +87,12 @@ class Following(TorchFunctionMode):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        before, ScoredForward.around = ScoredForward.around, self
-        apply = torch.autograd.Function.__dict__["apply"]
-        torch.autograd.Function.apply = classmethod(_seen_apply)  # type: ignore[method-assign, assignment]
+        before, thread.around = thread.around, self
         try:
-            with self:
+            with _functions_seen(), self:
                 yield
         finally:
-            ScoredForward.around = before
-            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+            thread.around = before
 
     def as_rows(self, values: Any, *, one_for_all: bool = False) -> Any:
         """What is followed and was expanded to the rows, with entry i from copy i; with
@@ -116,7 +114,7 @@ class Following(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if ScoredForward.around is not self:  # inside of a layer that is scored by itself
+        if thread.around is not self:  # inside of a layer that is scored by itself
             return func(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
         name = getattr(func, "__name__", "")
@@ -424,6 +422,27 @@ class Following(TorchFunctionMode):
 
 
 _apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+
+_running, _before, _lock = 0, None, threading.Lock()
+
+
+@contextlib.contextmanager
+def _functions_seen() -> Iterator[None]:
+    """Inside of it, in whichever thread, calls of autograd functions are seen."""
+    global _running, _before
+    with _lock:
+        if not _running:
+            _before = torch.autograd.Function.__dict__["apply"]
+            torch.autograd.Function.apply = classmethod(_seen_apply)  # type: ignore[method-assign, assignment]
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if not _running:
+                torch.autograd.Function.apply = _before  # type: ignore[method-assign, assignment]
 
 
 def _seen_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
