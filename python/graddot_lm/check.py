@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-from .digests import NoDropout, own_random, uncached
+from .digests import NoDropout, own_buffers, own_random, uncached
 from .errors import GraddotError
 from .general import Rule, Tokens, caller_rule
 from .layers import Step
@@ -263,7 +263,8 @@ class _Proof:
             args, kwargs = tree_map(
                 lambda x: leaf(x) if isinstance(x, Tensor) else _own(x), arguments
             )
-            out = module(*args, **kwargs)
+            with own_buffers(module):
+                out = module(*args, **kwargs)
         except GraddotError:
             raise
         except Exception as error:  # whatever the layer's own code raises is the reason

@@ -133,13 +133,16 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
     what a forward adds to a running mean or a counter, or remembers, is gone afterwards."""
     kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     held = held_values(model)
-    copies: dict[int, Tensor] = {}
+    collected = {module: _collections_of(module) for module in model.modules()}
+    copies: dict[int, Any] = {}
     own = lambda x: copies.setdefault(id(x), x.detach().clone())
     for module, buffers in kept:
         module._buffers.update({k: own(x) for k, x in buffers.items() if x is not None})
     for module, values in held.items():
         tensors = {k: x for k, x in values.items() if isinstance(x, Tensor)}
         vars(module).update({k: own(x) for k, x in tensors.items() if not x.requires_grad})
+    for module, values in collected.items():
+        vars(module).update({k: copies.setdefault(id(x), x.copy()) for k, x in values.items()})
     try:
         yield
     finally:
@@ -147,6 +150,18 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         hold(held)
+        for module, values in collected.items():
+            vars(module).update(values)
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _collections_of(module: nn.Module) -> dict[str, Any]:
+    """Lists and dicts in a module's attributes, as of losses to add up, or of weights that it computed
+    and keeps, which without a gradient would be the step's."""
+    values = [(k, x) for k, x in vars(module).items() if "hook" not in k]
+    return {k: x for k, x in values if type(x) in (list, dict) and k not in _OF_EVERY_MODULE}
 
 
 Held = Mapping[nn.Module, Mapping[str, Any]]
