@@ -423,6 +423,16 @@ def test_two_tracked_losses_are_refused():
         engine.prepare_gradients()
 
 
+def test_a_tracked_loss_that_is_no_number_is_refused():
+    """The sum of the losses that it holds, or their weights, would be taken for its scale."""
+    engine = attached(Net(), loss_reduction="sum")
+    engine.attach_train_batch(*TRAIN, 0, None)
+    x, y = engine.prepare_forward_input(*TRAIN)
+    losses = F.cross_entropy(engine.model(x), y, reduction="none")
+    with pytest.raises(GraddotError, match=r"a loss of shape \(6,\), whose scale cannot be told"):
+        engine.track_loss(losses)
+
+
 class Unreduced(Net):
     def forward(self, x, y):
         return {"loss": F.cross_entropy(super().forward(x), y, reduction="none")}
@@ -464,6 +474,34 @@ def test_an_ignored_label_is_noticed_where_classes_come_second():
 # The optimizer's step
 
 
+@pytest.mark.parametrize("option", ["norms", "per_token", "per_parameter"])
+def test_what_is_read_before_the_step_is_closed(option):
+    """Of all samples whose backward ran: the last micro-batch's, too, and none of the step before."""
+    read = {
+        "norms": lambda engine: [engine.gradient_norms(), engine.cosines(), engine.target_norms()],
+        "per_token": lambda engine: [engine.token_dots()],
+        "per_parameter": lambda engine: [*engine.parameter_dots().values()],
+    }[option]
+    model, found = tiny_gpt2(), []
+    directions = {name: torch.ones_like(p) for name, p in model.named_parameters()}
+    for closed in (True, False):
+        engine = GradDotProdEngine(model, label_shift=1, **{option: True})
+        engine.attach()
+        engine.set_directions(directions)
+        for step in range(2):
+            for number in (0, 1):
+                train = token_batch(2, 9, seed=2 * step + number)
+                engine.attach_train_batch(*train, step, None)
+                engine.track_loss(lm_loss(model(train[0]).logits, train[1])).backward()
+                if closed or number == 0:
+                    engine.prepare_gradients()
+            found.append(read(engine))
+            assert len(engine.aggregate_and_log()) == 4
+        engine.detach()
+    for got, want in zip(found[2:], found[:2], strict=True):
+        assert all(map(torch.equal, got, want))
+
+
 @pytest.mark.parametrize("closes", ["before", "after", "never"])
 def test_values_wherever_the_step_is_closed(closes):
     model, val, store = tiny_gpt2(), token_batch(1, 9, seed=2), Store()
@@ -498,14 +536,30 @@ def test_values_logged_before_an_accumulated_step_are_refused():
         run(engine, token_batch(2, 9, seed=3))
 
 
-def test_a_direction_that_is_a_gradient_is_copied():
+@pytest.mark.parametrize("of", ["grad", "detached", "flat", "weights"])
+def test_a_direction_that_is_a_gradient_is_copied(of):
+    """Or a view of one, or the weights themselves."""
     model = Net()
     plain_loss(model, *VAL).backward()
     engine = GradDotProdEngine(model)
     engine.attach()
-    engine.set_directions({n: p.grad for n, p in model.named_parameters()})
+    take = {
+        "grad": lambda p: p.grad,
+        "detached": lambda p: p.grad.detach(),
+        "flat": lambda p: p.grad.flatten().view_as(p),
+        "weights": lambda p: p.detach(),
+    }[of]
+    direction = {n: take(p) for n, p in model.named_parameters()}
+    kept = {n: d.clone() for n, d in direction.items()}
+    engine.set_directions(direction)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0.5)
     model.zero_grad(set_to_none=False)
-    assert (step(engine, plain_loss) != 0).all()
+    got = step(engine, plain_loss)
+    engine.set_directions(kept)
+    model.zero_grad(set_to_none=False)
+    assert (got != 0).all() and torch.equal(step(engine, plain_loss), got)
     whole = {n: torch.ones_like(p, dtype=torch.long) for n, p in model.named_parameters()}
     with pytest.raises(GraddotError, match="floating-point"):
         engine.set_directions(whole)

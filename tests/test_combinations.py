@@ -183,6 +183,46 @@ def test_inputs_by_keyword(checked):
     checked(Net(forward, **parts), tokens)
 
 
+def test_weights_that_are_computed_once_and_kept(checked):
+    """The checks of a step run the model inside of the loop's cached(), too."""
+    layer = nn.utils.parametrizations.orthogonal(nn.Linear(WIDTH, WIDTH))
+    model = Net(lambda m, x: m.head(m.up(m.up(x)).tanh().mean(1)), up=layer, head=nn.Linear(8, 3))
+
+    def loss(model, x, y):
+        with nn.utils.parametrize.cached():
+            return classes(model, x, y)
+
+    checked(model, vectors, loss)
+
+
+class Keeps(nn.Module):
+    """Computes a weight once a step and keeps it, and collects an auxiliary loss of its rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.kept, self.losses = own_weight(WIDTH), {}, []
+
+    def forward(self, x):
+        if "exp" not in self.kept:
+            self.kept["exp"] = self.weight.exp()
+        y = x * self.kept["exp"]
+        self.losses.append(y.square().mean())
+        return y
+
+
+def test_what_a_layer_keeps_in_dicts_and_lists(checked):
+    """The checks of a step, without gradients or with them, leave nothing there for its forward."""
+    model = Net(lambda m, x: m.head(m.layer(x).tanh().mean(1)), layer=Keeps(), head=nn.Linear(8, 3))
+
+    def loss(model, x, y):
+        whole = classes(model, x, y) + 0.5 * torch.stack(model.layer.losses).mean()
+        model.layer.kept.clear()
+        model.layer.losses.clear()
+        return whole
+
+    checked(model, vectors, loss)
+
+
 class FusedHead(nn.Module):
     """A parameter of its own around a fused head, tied or not."""
 

@@ -70,6 +70,27 @@ def test_riding_along_and_given_directions_agree(close, make):
     close(engine.aggregate_and_log(), riding[1], 1e-10)
 
 
+def test_how_a_validation_loss_shifts_labels_is_seen(close):
+    """The default label_shift is that of the model where loss_fn passes it the labels; where loss_fn shifts
+    them itself, batches of two lengths would be weighted by other numbers of tokens."""
+    model = tiny_gpt2().double()
+    vals = [token_batch(2, 4, seed=2), token_batch(1, 20, seed=3)]
+    engine = GradDotProdEngine(model)
+    parts = [gradient(model, *val) for val in vals]
+    compiled = torch.compile(model, backend="eager")
+    for call in (model, compiled, compiled):
+        got = engine.compute_directions(vals, lambda _, x, y: call(x, labels=y).loss)  # noqa: B023
+        for name, direction in got.items():
+            want = (6 * parts[0][name] + 19 * parts[1][name]) / 25
+            close(direction, want, 1e-6, want.norm())
+    with pytest.raises(GraddotError, match="its loss used 6; give the engine label_shift=1"):
+        engine.compute_directions(vals, loss_of_logits)
+    shifted = lambda model, x, y: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+    GradDotProdEngine(model, label_shift=0).compute_directions(vals, shifted)
+    with pytest.raises(GraddotError, match="its loss used 8; give the engine label_shift=0"):
+        GradDotProdEngine(model, label_shift=1).compute_directions(vals, shifted)
+
+
 def test_directions_leave_excluded_parameters_alone(close):
     model = tiny_gpt2(tied=False).double()
     train, val = token_batch(3, 15, seed=1), token_batch(1, 15, seed=2)

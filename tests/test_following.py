@@ -1,6 +1,7 @@
 """Parameters that a layer uses in its own forward, around large layers inside of it."""
 
 import functools
+import threading
 
 import pytest
 import torch
@@ -279,6 +280,24 @@ def test_what_is_too_large_is_refused_with_what_to_do():
         check_layer(layer, data(4)[0])
 
 
+@pytest.mark.parametrize("bag", [False, True])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_tables_with_gradients_scaled_by_the_batch_are_refused(bag, scaled):
+    """How often an id is in the batch divides its gradient: of one row by itself that can be proven."""
+    lookup = {"scale_grad_by_freq": True} | ({"mode": "sum"} if bag else {})
+
+    def forward(m, ids):
+        table = m.w * 2 if scaled else m.w
+        return F.embedding_bag(ids, table, **lookup) if bag else F.embedding(ids, table, **lookup)
+
+    ids = torch.arange(12).view(4, 3) % 5
+    with pytest.raises(GraddotError, match="scale_grad_by_freq and sparse are not supported"):
+        check_layer(Block(forward, w=N(5, 6)), ids)
+    layer = (nn.EmbeddingBag if bag else nn.Embedding)(5, 6, **lookup)
+    with pytest.raises(GraddotError, match="scale_grad_by_freq mixes samples"):
+        GradDotProdEngine(layer)
+
+
 def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
     layer = Block(lambda m, x: (m.inner(x).mT.transpose(0, 1) * m.w).transpose(0, 1), w=N(5))
     with pytest.raises(
@@ -351,3 +370,55 @@ def test_a_measure_that_is_refused(detached, rows, match):
     train, val = (x[:-1].double(), y[:-1]), (x[-1:].double(), y[-1:])
     with pytest.raises(GraddotError, match=match):
         run_step(Scaled(detached), train, val, loss=F.cross_entropy, label_shift=0)
+
+
+def test_two_models_in_threads():
+    """One begins its forward in that of the other, and ends it after the other's step."""
+    inside, ended = threading.Event(), threading.Event()
+    waits: list[str] = []
+    x, y = data(5)
+    train, val = (x[:3].double(), y[:3]), (x[3:].double(), y[3:])
+
+    def forward(name):
+        def run(m, x):
+            scaled = m.inner(x) * m.w
+            begins, waits[:] = name in waits, [x for x in waits if x != name]
+            if begins and name == "first":
+                other.start()
+                assert inside.wait(60)
+            elif begins:
+                inside.set()
+                assert ended.wait(60)
+            return _Scaled.apply(scaled, m.s) * m.t
+
+        return run
+
+    def make(name):
+        torch.manual_seed(len(name))
+        block = Block(forward(name), w=N(6), s=N(6), t=N(6))
+        model = nn.Sequential(block, nn.Flatten(1), nn.Linear(30, 3)).double()
+        engine = GradDotProdEngine(model, val, label_shift=0)
+        engine.attach()
+        return model, engine
+
+    def step(name, number):
+        model, engine = models[name]
+        model.zero_grad()
+        engine.attach_train_batch(*train, number, None)
+        x, y = engine.prepare_forward_input(*train)
+        engine.track_loss(F.cross_entropy(model(x), y)).backward()
+        engine.prepare_gradients()
+        scores[name] = engine.aggregate_and_log()
+
+    models = {name: make(name) for name in ("first", "second")}
+    scores: dict[str, torch.Tensor] = {}
+    for name in models:
+        step(name, 0)
+    want = dict(scores)
+    scores.clear()
+    other = threading.Thread(target=step, args=("second", 1))
+    waits += models
+    step("first", 1)
+    ended.set()
+    other.join()
+    assert all(torch.equal(scores[name], want[name]) for name in models)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
-from .digests import NoDropout, own_random
+from .digests import NoDropout, own_buffers, own_random, uncached
 from .errors import GraddotError
 from .general import Rule, Tokens, caller_rule
 from .layers import Step
@@ -263,7 +263,8 @@ class _Proof:
             args, kwargs = tree_map(
                 lambda x: leaf(x) if isinstance(x, Tensor) else _own(x), arguments
             )
-            out = module(*args, **kwargs)
+            with own_buffers(module):
+                out = module(*args, **kwargs)
         except GraddotError:
             raise
         except Exception as error:  # whatever the layer's own code raises is the reason
@@ -396,6 +397,7 @@ def _exactly() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_is)
         stack.enter_context(own_random())
+        stack.enter_context(uncached())
         stack.enter_context(torch.enable_grad())
         for kind in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(kind, enabled=False))

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
@@ -101,6 +102,21 @@ def own_random() -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def uncached() -> Iterator[None]:
+    """Inside of it `parametrize.cached()`, in which a loop may run its model, keeps nothing: the weights
+    that are computed here, perhaps without gradients, are not those of the step."""
+    enabled, cache = parametrize._cache_enabled, parametrize._cache
+    if not enabled:  # nor may another thread begin to meanwhile
+        yield
+        return
+    parametrize._cache_enabled, parametrize._cache = 0, {}
+    try:
+        yield
+    finally:
+        parametrize._cache_enabled, parametrize._cache = enabled, cache
+
+
+@contextlib.contextmanager
 def must_run(what: str, shown: str) -> Iterator[None]:
     """Raise GraddotError if the model, whose own code may raise anything, does not run inside of it."""
     try:
@@ -117,13 +133,16 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
     what a forward adds to a running mean or a counter, or remembers, is gone afterwards."""
     kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
     held = held_values(model)
-    copies: dict[int, Tensor] = {}
+    collected = {module: _collections_of(module) for module in model.modules()}
+    copies: dict[int, Any] = {}
     own = lambda x: copies.setdefault(id(x), x.detach().clone())
     for module, buffers in kept:
         module._buffers.update({k: own(x) for k, x in buffers.items() if x is not None})
     for module, values in held.items():
         tensors = {k: x for k, x in values.items() if isinstance(x, Tensor)}
         vars(module).update({k: own(x) for k, x in tensors.items() if not x.requires_grad})
+    for module, values in collected.items():
+        vars(module).update({k: copies.setdefault(id(x), x.copy()) for k, x in values.items()})
     try:
         yield
     finally:
@@ -131,6 +150,18 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
             module._buffers.clear()
             module._buffers.update(buffers)
         hold(held)
+        for module, values in collected.items():
+            vars(module).update(values)
+
+
+_OF_EVERY_MODULE = vars(nn.Module()).keys()
+
+
+def _collections_of(module: nn.Module) -> dict[str, Any]:
+    """Lists and dicts in a module's attributes, as of losses to add up, or of weights that it computed
+    and keeps, which without a gradient would be the step's."""
+    values = [(k, x) for k, x in vars(module).items() if "hook" not in k]
+    return {k: x for k, x in values if type(x) in (list, dict) and k not in _OF_EVERY_MODULE}
 
 
 Held = Mapping[nn.Module, Mapping[str, Any]]

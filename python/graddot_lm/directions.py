@@ -12,9 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from . import distributed
-from .batches import Rows
+from .batches import Batch, LossForm, Rows, read_batch
 from .checkpointing import has_reentrant_checkpoint
+from .compiled import numbers
+from .compiler import run_compiled, run_uncompiled
 from .errors import GraddotError
+from .verify import tensors_in
 
 Direction = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Any, Tensor], Tensor]
@@ -58,14 +61,20 @@ def stack_directions(
     stacked = {}
     for name in covered:
         p = parameters[name]
-        # A parameter's own .grad is zeroed and written to in place.
-        parts = [d[name].clone() if d[name] is p.grad else d[name] for d in directions.values()]
-        parts = [part.detach() for part in parts]
+        # Parameters and their .grad, or views of them, are written to in place, and zeroed.
+        own = [x for x in (p, p.grad) if x is not None]
+        parts = [d[name].detach() for d in directions.values()]
+        parts = [x.clone() if any(_share_memory(x, y) for y in own) else x for x in parts]
         stacked[id(p)] = distributed.stacked(parts, p, _accumulator(p))
     for name, finite in zip(covered, distributed.are_finite([*stacked.values()]), strict=True):
         if not finite:
             raise GraddotError(f"the direction of {name} has NaN or infinite numbers")
     return stacked
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    parts = [distributed.own_part(one).untyped_storage().data_ptr() for one in (x, y)]
+    return parts[0] == parts[1]
 
 
 def direction_norms(stacked: Mapping[int, Tensor]) -> Tensor:
@@ -98,6 +107,68 @@ def batch_loss(model: nn.Module, rows: Rows, loss_fn: LossFunction | None) -> Te
             raise
         raise GraddotError(f"the model takes no labels ({error}); pass loss_fn") from error
     return _loss_in(output)
+
+
+class ValidationLoss:
+    """Of one batch after the other: the loss, the weight of its gradient, and its labelled tokens.
+
+    What the first batch's loss is made of is seen, uncompiled: whether the model gets the labels, and
+    which of them the loss uses.
+    """
+
+    def __init__(self, model: nn.Module, form: LossForm, loss_fn: LossFunction | None) -> None:
+        self._model, self._form, self._loss_fn = model, form, loss_fn
+        self._shift: int | None = None
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, float, float]:
+        rows = read_batch(batch, "a validation batch")
+        if self._shift is None:
+            loss = self._first(rows)
+        else:
+            loss = batch_loss(self._model, rows, self._loss_fn)
+        count = float(self._form.count(rows.labels, self._shift).sum())
+        return loss, count if self._form.reduction == "mean" else 1.0, count
+
+    def _first(self, rows: Rows) -> Tensor:
+        calls: list[tuple[Mapping[str, Any], Any]] = []
+        note = lambda module, args, kwargs, output: calls.append((kwargs, output))
+        handle, number = self._model.register_forward_hook(note, with_kwargs=True), next(numbers)
+        run_uncompiled(number)
+        try:
+            loss = batch_loss(self._model, rows, self._loss_fn)
+        finally:
+            run_compiled(number)
+            handle.remove()
+        labelled = any(kwargs.get("labels") is not None for kwargs, _ in calls)
+        own = int(self._form.label_shift == 1)
+        self._shift = self._form.shift_by(self._model) if labelled else own
+        for _, output in calls:
+            self._check_shift(output, rows.labels, self._shift)
+        return loss
+
+    def _check_shift(self, output: Any, labels: Tensor, shift: int) -> None:
+        """In the backward, raise GraddotError if the tokens with a gradient are those of the other shift:
+        batches would be weighted by other numbers of tokens than their losses are means of."""
+        if labels.dim() != 2 or labels.is_floating_point():
+            return
+        want, other = (self._form.count(labels, by) for by in (shift, 1 - shift))
+
+        def compare(grad: Tensor) -> None:
+            used = (grad != 0).any(-1).sum(1)
+            if (
+                used.any()
+                and torch.equal(used, other.to(used.device))
+                and not torch.equal(other, want)
+            ):
+                raise GraddotError(
+                    f"a validation batch has {int(want.sum())} labelled tokens by its labels and a"
+                    f" label_shift of {shift}, but its loss used {int(other.sum())}; give the engine"
+                    f" label_shift={1 - shift}, which is how loss_fn and the loss of training shift labels"
+                )
+
+        logits = [x for x in tensors_in(output) if x.requires_grad and x.shape[:-1] == labels.shape]
+        for x in logits[:1]:
+            x.register_hook(compare)
 
 
 def _loss_in(output: Any) -> Tensor:

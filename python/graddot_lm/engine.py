@@ -45,7 +45,7 @@ from .coverage import Coverage, cover
 from .directions import (
     Direction,
     LossFunction,
-    batch_loss,
+    ValidationLoss,
     direction_norms,
     mean_gradient,
     stack_directions,
@@ -187,7 +187,8 @@ class GradDotProdEngine:
         or {target name: such a mapping} for K at once.
 
         Training rows then run alone. The tensors are held as they are, or copied to the
-        parameter's device and fp32 (fp64 for fp64). Raises GraddotError if they do not fit the
+        parameter's device and fp32 (fp64 for fp64), or because they are the parameter's own memory
+        or its .grad's. Raises GraddotError if they do not fit the
         covered parameters, if validation rows ride along, and in the midst of a step.
         """
         if self._val:
@@ -218,12 +219,13 @@ class GradDotProdEngine:
 
         Gradient of the mean loss over all their labelled tokens by parameter name, or a mapping of
         that for a mapping {target name: batches}. loss_fn(model, inputs, labels) gives a batch's
-        loss, reduced as `loss_reduction` says; by default model(**inputs, labels=labels).loss. It
-        runs the model as it is: call `model.eval()` first for a gradient without dropout, and
-        inside autocast if training is. loss_scale keeps an fp16 backward from rounding to zero, as
-        a GradScaler's scale does; where it overflows, a smaller one is taken, and the result is not
-        scaled. `.grad` and scores are left alone. Raises GraddotError without labelled tokens and
-        if the gradient is not finite.
+        loss, reduced as `loss_reduction` says and with the labels shifted as `label_shift` says; by
+        default model(**inputs, labels=labels).loss. It runs the model as it is: call `model.eval()`
+        first for a gradient without dropout, and inside autocast if training is. loss_scale keeps an
+        fp16 backward from rounding to zero, as a GradScaler's scale does; where it overflows, a
+        smaller one is taken, and the result is not scaled. `.grad` and scores are left alone. Raises
+        GraddotError without labelled tokens, if the first batch's loss shifts the labels otherwise,
+        and if the gradient is not finite.
         """
         if distributed.is_sharded(self._parameters.values()):  # which may hold a step's gradients
             self._require_no_step()
@@ -232,19 +234,10 @@ class GradDotProdEngine:
                 name: self.compute_directions(own, loss_fn, loss_scale=loss_scale)
                 for name, own in batches.items()
             }
-        loss_of = lambda batch: self._validation_loss(batch, loss_fn)
+        loss_of = ValidationLoss(self.model, self._loss, loss_fn)
         covered = self._coverage.covered
         with self._forward.set_aside(), torch.enable_grad():
             return mean_gradient(self._parameters, covered, batches, loss_of, loss_scale)
-
-    def _validation_loss(
-        self, batch: Batch, loss_fn: LossFunction | None
-    ) -> tuple[Tensor, float, float]:
-        rows = read_batch(batch, "a validation batch")
-        loss = batch_loss(self.model, rows, loss_fn)
-        shift = self._loss.shift_by(self.model) if loss_fn is None else None
-        count = float(self._loss.count(rows.labels, shift).sum())
-        return loss, count if self._loss.reduction == "mean" else 1.0, count
 
     # Life cycle
 
@@ -424,7 +417,7 @@ class GradDotProdEngine:
 
     @uncompiled("graddot: track_loss")
     def track_loss(self, loss: Tensor) -> Tensor:
-        """The same loss, whose later scaling (GradScaler, 1/accumulation) the scores will undo.
+        """The same loss, one number, whose later scaling (GradScaler, 1/accumulation) the scores undo.
 
         A loss that the caller computes is refused without; `.loss` of a model's output is tracked.
         Raises GraddotError in a checked step if the loss compares samples, and `prepare_gradients` if
@@ -535,6 +528,7 @@ class GradDotProdEngine:
     def _norms(self) -> list[Norms]:
         if not self.norms:
             raise GraddotError("norms and cosines need GradDotProdEngine(..., norms=True)")
+        self._close_micro_batch()
         if not self._logged_norms:
             self._require_pending()
         return [micro.norms() for micro in self._pending] or self._logged_norms
@@ -543,7 +537,13 @@ class GradDotProdEngine:
         gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
         return any(bool(distributed.own_part(grad).any()) for grad in gradients)
 
+    def _close_micro_batch(self) -> None:
+        """Where the caller left it out after the backward: what is read has that one's samples, too."""
+        if self._forward.micro is not None and self._forward.micro.step.has_dots:
+            self.prepare_gradients()
+
     def _require_pending(self) -> None:
+        self._close_micro_batch()
         if not self._pending:
             raise GraddotError("no scores: run a step from attach_train_batch to its backward")
 

@@ -9,6 +9,8 @@ operation runs instead, which needs no copies.
 
 import contextlib
 import functools
+import inspect
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -27,7 +29,7 @@ from torch.utils._pytree import (
 
 from .errors import GraddotError
 from .layers import ScoredFunction
-from .scored import Scored, ScoredForward
+from .scored import Scored, thread
 
 WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 ONLY_THE_TYPE = {"to", "type_as"}  # of a second tensor
@@ -36,7 +38,13 @@ TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: i
 # What was decided in a forward, by function and number of its call: for each result whether its
 # first dimension is that of the rows; None of a call that met rows.
 Calls = dict[tuple[str, int], tuple[bool, ...] | None]
+TABLES = {func: inspect.signature(func) for func in (F.embedding, F.embedding_bag)}
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
+
+
+class Refused(GraddotError):
+    """Of what a layer does, and no other way of scoring it changes: each row's part of a gradient that
+    is scaled by how often an id is in the batch can be proven, but is no part of that."""
 
 
 class Following(TorchFunctionMode):
@@ -79,15 +87,12 @@ class Following(TorchFunctionMode):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        before, ScoredForward.around = ScoredForward.around, self
-        apply = torch.autograd.Function.__dict__["apply"]
-        torch.autograd.Function.apply = classmethod(_seen_apply)  # type: ignore[method-assign, assignment]
+        before, thread.around = thread.around, self
         try:
-            with self:
+            with _functions_seen(), self:
                 yield
         finally:
-            ScoredForward.around = before
-            torch.autograd.Function.apply = apply  # type: ignore[method-assign]
+            thread.around = before
 
     def as_rows(self, values: Any, *, one_for_all: bool = False) -> Any:
         """What is followed and was expanded to the rows, with entry i from copy i; with
@@ -109,7 +114,7 @@ class Following(TorchFunctionMode):
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        if ScoredForward.around is not self:  # inside of a layer that is scored by itself
+        if thread.around is not self:  # inside of a layer that is scored by itself
             return func(*args, **kwargs)
         tensors = list(_tensors((*args, *kwargs.values())))
         name = getattr(func, "__name__", "")
@@ -356,6 +361,8 @@ class Following(TorchFunctionMode):
             return self._linear(args[0], args[1], matmul=True)
         if func is F.linear:
             return self._linear(*args, **kwargs)
+        if func in TABLES:
+            self._check_table(TABLES[func].bind(*args, **kwargs).arguments)
         if func is F.embedding:
             return self._embedding(*args, **kwargs)
         return self._norm(*args, **kwargs) if func is F.layer_norm else None
@@ -384,6 +391,12 @@ class Following(TorchFunctionMode):
     def _is_computed(self, x: Tensor | None) -> bool:
         return id(x) in self._followed and id(x) not in self._own
 
+    def _check_table(self, arguments: dict[str, Any]) -> None:
+        if id(arguments["weight"]) not in self._followed:
+            return
+        if any(arguments.get(name) for name in ("max_norm", "scale_grad_by_freq", "sparse")):
+            raise Refused("max_norm, scale_grad_by_freq and sparse are not supported")
+
     def _embedding(  # type: ignore[no-untyped-def]
         self, input, weight, padding_idx=None, max_norm=None, norm_type=2.0,
         scale_grad_by_freq=False, sparse=False,
@@ -391,8 +404,6 @@ class Following(TorchFunctionMode):
         own, transposed = self._form(weight)
         if own is None or transposed:
             return None
-        if max_norm is not None or scale_grad_by_freq or sparse:
-            raise GraddotError("max_norm, scale_grad_by_freq and sparse are not supported")
         if padding_idx is not None:  # may count from the end
             padding_idx %= len(own)
         if id(input) not in self._constants:
@@ -411,6 +422,27 @@ class Following(TorchFunctionMode):
 
 
 _apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+
+_running, _before, _lock = 0, None, threading.Lock()
+
+
+@contextlib.contextmanager
+def _functions_seen() -> Iterator[None]:
+    """Inside of it, in whichever thread, calls of autograd functions are seen."""
+    global _running, _before
+    with _lock:
+        if not _running:
+            _before = torch.autograd.Function.__dict__["apply"]
+            torch.autograd.Function.apply = classmethod(_seen_apply)  # type: ignore[method-assign, assignment]
+        _running += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _running -= 1
+            if not _running:
+                torch.autograd.Function.apply = _before  # type: ignore[method-assign, assignment]
 
 
 def _seen_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
+from .digests import uncached
 from .errors import GraddotError
-from .following import Calls, Following, over_rows, too_large
+from .following import Calls, Following, Refused, over_rows, too_large
 from .scored import Scored, ScoredForward
 
 Rule = Callable[..., Any]
@@ -49,7 +50,8 @@ class ProvenRule:
         way = self._proven.get(key)
         if way is None:
             way = self._proven[key] = self._prove(module, scored, args, kwargs)
-        out = way(module, scored, *args, **kwargs)
+        with uncached():  # a weight is followed, or of each row, in one call
+            out = way(module, scored, *args, **kwargs)
         if isinstance(way, InPlace):
             way.check(module, scored, args, kwargs)
         return out
@@ -64,6 +66,8 @@ class ProvenRule:
                 return prove(module, scored, make, args, kwargs)
             except GraddotError as error:
                 reasons.append(f"{name}: {error}")
+                if isinstance(error, Refused):
+                    break
         raise GraddotError(
             f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
             " holds:\n  "

@@ -18,7 +18,7 @@ from .averaging import Averaging
 from .batches import LossForm
 from .checkpointing import recomputing
 from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import own_buffers, own_inputs, own_random
+from .digests import own_buffers, own_inputs, own_random, uncached
 from .errors import GraddotError
 from .first_step import FirstStep
 from .layers import Step
@@ -160,7 +160,8 @@ class ModelForward:
         kept = self.micro, self.logged_unapplied
         self.micro = None
         try:
-            yield
+            with uncached():
+                yield
         finally:
             self.micro, self.logged_unapplied = kept
 
@@ -177,6 +178,11 @@ class ModelForward:
         """The loss, whose later scaling shows in a leaf of the micro-batch under way."""
         if self.micro is None:
             return loss
+        if loss.numel() != 1:  # weights, or a sum, would be taken for its scale
+            raise GraddotError(
+                f"track_loss got a loss of shape {tuple(loss.shape)}, whose scale cannot be told; reduce"
+                " it to one number first"
+            )
         if self.micro.step.first:
             self._checks.check_own_loss(loss)
         return self.micro.loss_scale.tracked(loss)

@@ -87,7 +87,7 @@ def refusal(module: nn.Module) -> str | None:
         return None
     if not has_own_forward(module):
         return "its forward was replaced on the instance; a rule is for a class's forward"
-    if isinstance(module, nn.Embedding):
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
         if module.max_norm is not None:
             return "max_norm changes the weights in the forward"
         if module.scale_grad_by_freq:

@@ -1,8 +1,9 @@
 """What a layer's rule may do with the layer's parameters while a step is active."""
 
 import functools
+import threading
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -156,12 +157,17 @@ def by_token(rule: Callable[..., Any]) -> Callable[..., Any]:
     return any_layout(rule)
 
 
+class _Thread(threading.local):
+    """What is so in this thread: another may run another model."""
+
+    around: Any = None  # what follows the parameters of the layer that calls (following.py)
+
+
+thread = _Thread()
+
+
 class ScoredForward:
     """Stands in the place of a layer's forward: by its rule in a step, the layer's own otherwise."""
-
-    around: ClassVar[Any] = (
-        None  # what follows the parameters of the layer that calls (following.py)
-    )
 
     def __init__(
         self,
@@ -191,14 +197,14 @@ class ScoredForward:
         step = self.begin(self.module, self.name)
         if step is None:
             return self.own_forward(*args, **kwargs)
-        if self.around is not None and self.around.without_rows((args, kwargs)):
+        if thread.around is not None and thread.around.without_rows((args, kwargs)):
             return self.own_forward(*args, **kwargs)
         if self.model_forward is not None:
             self.model_forward.require_layout(step, self.name)
         scored = Scored(self.name, step, self.own_forward)
         if not self._any_layout:
             scored.require_rows_first()
-        around, ScoredForward.around = ScoredForward.around, None
+        around, thread.around = thread.around, None
         before = _tensor_attributes(self.module) if step.first else None
         try:
             if around is not None:
@@ -213,7 +219,7 @@ class ScoredForward:
             if step.moved is not None:
                 out = _moved(out, step, self.name)
         finally:
-            ScoredForward.around = around
+            thread.around = around
         if before is not None and before != _tensor_attributes(self.module):
             self.keeps_tensors = True
         self._record(args, kwargs, out, scored)
