@@ -351,6 +351,62 @@ def test_losses_that_forwards_make_themselves(name, record_property):
     assert error <= TOLERANCE
 
 
+@pytest.mark.parametrize("riding", [True, False], ids=["riding", "given"])
+@pytest.mark.parametrize("lengths", [(6,), (9, 6)], ids=["first", "later"])
+def test_as_many_target_tokens_as_rows(lengths, riding, record_property):
+    """Bart's decoder gives its table of positions the tokens' positions, (T,), beside the tokens."""
+    model = tiny(
+        "BartForConditionalGeneration", encoder_layers=2, encoder_attention_heads=2,
+        encoder_ffn_dim=24, attention_dropout=0.0, activation_dropout=0.0, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
+    )  # fmt: skip
+    engine = GradDotProdEngine(model)
+    for number, length in enumerate(lengths):
+        ids, labels = (token_batch(8, n, VOCAB, seed=number)[0] for n in (7, length))
+        rows = (range(4), range(4, 6)) if riding else (range(6), range(6, 8))
+        train, val = ({"input_ids": ids[part], "labels": labels[part]} for part in rows)
+        want, scale = mapping_dots(model, train, val)
+        if riding:
+            engine = GradDotProdEngine(model, val)
+        engine.attach()
+        if not riding:
+            engine.set_directions(mapping_gradient(model, val))
+        engine.attach_train_batch(train, None, number, None)
+        model(**engine.prepare_forward_input(train)[0]).loss.backward()
+        engine.prepare_gradients()
+        error = ((engine.aggregate_and_log() - want).abs() / scale).max().item()
+        record_property("relative_error", error)
+        assert error <= TOLERANCE
+        engine.detach()
+
+
+class ByIndex(nn.Module):
+    """Of a layer that has whole numbers beside its input, (rows,), which it mixes."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4))
+
+    def forward(self, x, index):
+        return x * self.weight * (1 + index.sum())
+
+
+class WithIndex(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.body, self.by_index = nn.Linear(5, 4), ByIndex()
+
+    def forward(self, x):
+        return self.by_index(self.body(x), (x[:, 0] > 0).long())
+
+
+def test_whole_numbers_of_the_rows_that_are_mixed_are_refused():
+    x = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
+    batches = (x[:4], torch.arange(4)), (x[4:], torch.arange(2))
+    with pytest.raises(GraddotError, match="depends on other samples of the batch of 6 rows"):
+        run_step(WithIndex(), *batches, loss=F.cross_entropy, label_shift=0)
+
+
 def test_given_directions_of_weights_that_the_forward_casts(record_property):
     """A router in fp32, whatever the model's dtype."""
     model = deepseek_v3().double()

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 from .digests import uncached
 from .errors import GraddotError
 from .following import Calls, Following, Refused, over_rows, too_large
-from .scored import Scored, ScoredForward
+from .scored import Scored, ScoredForward, first_tensor
 
 Rule = Callable[..., Any]
 LARGEST = 2**22  # elements whose gradient may be held for every sample of a layer
@@ -33,41 +33,55 @@ class ProvenRule:
 
     Proven again when the layer's mode or its arguments' kind changes, when the first batch of
     several rows comes after batches of one, and when the layer does with its parameters what it did
-    not do in the proof.
+    not do in the proof. Positions, (T,), beside the layer's input may be as many as there are rows:
+    where nothing can be proven with an entry a row, they are taken for the same in all.
     """
 
     def __init__(self, ways: dict[str, Callable[[float], Rule]], largest: float = LARGEST) -> None:
         self._ways, self._largest = ways, largest
-        self._proven: dict[Any, Rule] = {}
+        # By kind of call; with which of its arguments are the same for all rows.
+        self._proven: dict[Any, tuple[Rule, list[int]]] = {}
         self._of_tokens: ProvenRule | None = None
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
         scored.require_rows_first()
         if scored.step.packed:
             return self._by_token(module, scored, args, kwargs)
-        kinds = [_kind(scored, x) for x in tree_flatten((args, kwargs))[0]]
-        key = (module.training, scored.rows == 1, *kinds)
-        way = self._proven.get(key)
-        if way is None:
-            way = self._proven[key] = self._prove(module, scored, args, kwargs)
+        leaves = tree_leaves((args, kwargs))
+        key = (module.training, scored.rows == 1, *(_kind(scored, x) for x in leaves))
+        if key not in self._proven:
+            self._proven[key] = self._prove(module, scored, args, kwargs)
+        way, same = self._proven[key]
+        scored.same += [leaves[i] for i in same]
         with uncached():  # a weight is followed, or of each row, in one call
             out = way(module, scored, *args, **kwargs)
         if isinstance(way, InPlace):
             way.check(module, scored, args, kwargs)
         return out
 
-    def _prove(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Rule:
+    def _prove(
+        self, module: nn.Module, scored: Scored, args: Any, kwargs: Any
+    ) -> tuple[Rule, list[int]]:
         from .check import prove  # check.py attaches rules, this one among them
 
         reasons = []
-        for name, way in self._ways.items():
-            try:
-                make = functools.partial(way, self._largest)
-                return prove(module, scored, make, args, kwargs)
-            except GraddotError as error:
-                reasons.append(f"{name}: {error}")
-                if isinstance(error, Refused):
-                    break
+        leaves, main = tree_leaves((args, kwargs)), first_tensor((args, kwargs))
+        others = [(i, x) for i, x in enumerate(leaves) if x is not main]
+        positions = [i for i, x in others if _may_be_positions(scored, x)]
+        given = scored.same
+        for same in ([], positions) if positions else ([],):
+            scored.same = [*given, *(leaves[i] for i in same)]
+            for name, way in self._ways.items():
+                try:
+                    make = functools.partial(way, self._largest)
+                    rule = prove(module, scored, make, args, kwargs)
+                    scored.same = given
+                    return rule, same
+                except GraddotError as error:
+                    if not same:
+                        reasons.append(f"{name}: {error}")
+                    if isinstance(error, Refused):
+                        break
         raise GraddotError(
             f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
             " holds:\n  "
@@ -135,6 +149,12 @@ def _kind(scored: Scored, x: Any) -> Any:
     if isinstance(x, Tensor):
         return scored.has_rows(x)
     return x if isinstance(x, (bool, str)) else None
+
+
+def _may_be_positions(scored: Scored, x: Any) -> bool:
+    """Whether it is (T,) whole numbers, as many as there are rows."""
+    whole = isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32)
+    return whole and x.dim() == 1 and scored.has_rows(x)
 
 
 class InPlace:

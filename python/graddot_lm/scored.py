@@ -29,12 +29,13 @@ class Scored:
     def __init__(self, name: str, step: Step, own_forward: Callable[..., Any]) -> None:
         self.name, self.step, self.own_forward = name, step, own_forward
         self.rows = step.rows
-        self.same: Tensor | None = None  # the layer's input, if it is the same for every row
+        self.same: list[Tensor] = []  # inputs of the layer that are the same for every row
         self.broadcasts = False  # whether the layer's output got rows that its input had not
 
     def has_rows(self, x: Tensor) -> bool:
         """Whether a tensor's first dimension holds the samples."""
-        if x is self.same or isinstance(x, nn.Parameter):  # however many entries it has
+        # However many entries they have.
+        if isinstance(x, nn.Parameter) or any(x is same for same in self.same):
             return False
         tokens = self.step.row_tokens(self.name)
         if x.dim() == 0 or x.shape[0] not in (self.rows, self.rows * tokens):
@@ -211,7 +212,7 @@ class ScoredForward:
                 args, kwargs = around.as_rows((args, kwargs))
             layout, first = step.layouts.get(self.name), first_tensor((args, kwargs))
             if layout == "same":
-                scored.same = first
+                scored.same = [first]
             if isinstance(layout, int) and first is not None and first.shape[:1] == (1,):
                 out = self._in_one_sequence(scored, args, kwargs)
             else:
