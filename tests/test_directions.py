@@ -205,6 +205,33 @@ def test_adamw_direction_refusals():
         adamw_direction(optimizer, parameters, zeros)
 
 
+def test_adamw_direction_of_a_parameter_without_a_gradient_so_far():
+    """Left out around zero; around its first gradient, by finite differences of AdamW's own step."""
+    torch.manual_seed(0)
+    parameters = {n: nn.Parameter(torch.randn(4, dtype=torch.float64)) for n in ("used", "other")}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-3, eps=1e-2)
+    parameters["used"].grad = torch.randn(4, dtype=torch.float64)
+    optimizer.step()
+    ones = {n: torch.ones_like(p) for n, p in parameters.items()}
+    got = adamw_direction(optimizer, parameters, ones)
+    assert got["used"].all() and not got["other"].any()
+    gradients = {n: torch.randn(4, dtype=torch.float64) for n in parameters}
+    got = adamw_direction(optimizer, parameters, ones, gradients)
+
+    def stepped(h):
+        own = {n: nn.Parameter(p.detach().clone()) for n, p in parameters.items()}
+        twin = torch.optim.AdamW(own.values(), lr=1e-3, eps=1e-2)
+        twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        for n, p in own.items():
+            p.grad = gradients[n] + h
+        twin.step()
+        return own
+
+    below, above = stepped(-1e-5), stepped(1e-5)
+    for n, slope in got.items():
+        torch.testing.assert_close(slope, (below[n] - above[n]) / 2e-8, rtol=1e-4, atol=1e-6)
+
+
 def token_parts(model, direction, row, labels):
     """⟨direction, gradient⟩ by token, (T,), float64: every use of a weight in a linear layer,
     embedding or norm gets a copy of it for every token, whose gradient is that token's part."""

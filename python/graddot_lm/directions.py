@@ -283,8 +283,8 @@ def adamw_direction(
     To first order, lr · ⟨result, δ⟩ is how much more the validation loss falls in the coming step
     of `optimizer` if δ is added to its gradient. `gradient` is the training gradient of that step
     (clipped, unscaled) around which the step is linearised; without it, around zero, where entries
-    that have had no gradient yet (second moment 0, as of tokens not met so far) are left out, for
-    there the step is only a sign. Compute it after the last optimizer step, before the next.
+    that have had no gradient yet (second moment 0, as of tokens not met so far), and parameters that
+    had none in any step, are left out, for there the step is only a sign. Compute it after the last optimizer step, before the next.
 
     parameters names the model's parameters, as `model.named_parameters()` does. Raises
     GraddotError for optimizers other than Adam and AdamW, for amsgrad, maximize and Adam's coupled
@@ -307,8 +307,11 @@ def adamw_direction(
                 " expected AdamW without amsgrad and maximize"
             )
         state = optimizer.state.get(p)
-        if not state:
+        if not state and not any(optimizer.state.values()):
             raise GraddotError(f"the optimizer has no state of {name} yet; take a step first")
+        if not state:  # no step had a gradient of it
+            zero = torch.zeros_like(one)
+            state = {"step": 0.0, "exp_avg": zero, "exp_avg_sq": zero}
         g = torch.zeros_like(one) if gradient is None else gradient[name].to(one)
         result[name] = one * _adam_slope(g, state, group)
     return result

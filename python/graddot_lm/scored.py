@@ -211,7 +211,7 @@ class ScoredForward:
             if around is not None:
                 args, kwargs = around.as_rows((args, kwargs))
             layout, first = step.layouts.get(self.name), first_tensor((args, kwargs))
-            if layout == "same":
+            if layout == "same" and first is not None:
                 scored.same = [first]
             if isinstance(layout, int) and first is not None and first.shape[:1] == (1,):
                 out = self._in_one_sequence(scored, args, kwargs)
