@@ -284,7 +284,8 @@ def adamw_direction(
     of `optimizer` if δ is added to its gradient. `gradient` is the training gradient of that step
     (clipped, unscaled) around which the step is linearised; without it, around zero, where entries
     that have had no gradient yet (second moment 0, as of tokens not met so far), and parameters that
-    had none in any step, are left out, for there the step is only a sign. Compute it after the last optimizer step, before the next.
+    had none in any step, are left out, for there the step is only a sign. Compute it after the last
+    optimizer step, before the next.
 
     parameters names the model's parameters, as `model.named_parameters()` does. Raises
     GraddotError for optimizers other than Adam and AdamW, for amsgrad, maximize and Adam's coupled

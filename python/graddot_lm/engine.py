@@ -186,10 +186,10 @@ class GradDotProdEngine:
         """Dot every training sample with these from now on: {parameter name: tensor of its shape},
         or {target name: such a mapping} for K at once.
 
-        Training rows then run alone. The tensors are held as they are, or copied to the
-        parameter's device and fp32 (fp64 for fp64), or because they are the parameter's own memory
-        or its .grad's. Raises GraddotError if they do not fit the
-        covered parameters, if validation rows ride along, and in the midst of a step.
+        Training rows then run alone. The tensors are held as they are, or copied: to the parameter's
+        device and fp32 (fp64 for fp64), and where they share the memory of the parameter or its .grad.
+        Raises GraddotError if they do not fit the covered parameters, if validation rows ride along,
+        and in the midst of a step.
         """
         if self._val:
             raise GraddotError("validation rows ride along; leave val_data out to give directions")
