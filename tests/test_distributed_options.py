@@ -268,6 +268,39 @@ def test_values_of_a_summed_loss_count_the_tokens_of_all_processes(tmp_path):
         assert torch.allclose(values, 0.5 / 4 * dots, rtol=1e-12)
 
 
+def joined_steps(rank, world, global_mean, divide_by_initial_world_size):
+    """Values over dots of a process that has one batch more than the other, and its lr·n_i/n_train."""
+    model = tiny_gpt2().double()
+    wrapper, store = DistributedDataParallel(model), Store()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = GradDotProdEngine(wrapper, val_batch(), store=store, global_mean=global_mean)
+    engine.attach(optimizer)
+
+    def one_step(step):
+        x, y = token_batch(2, 9, seed=10 * step + rank)
+        engine.attach_train_batch(x, y, step, torch.arange(len(x)))
+        xx, yy = engine.prepare_forward_input(x, y)
+        wrapper(xx, labels=yy).loss.backward()
+        optimizer.step()
+        engine.aggregate_and_log()
+        optimizer.zero_grad()
+
+    with wrapper.join(divide_by_initial_world_size=divide_by_initial_world_size):
+        for step in range(2 + rank):
+            if (refusal := message(one_step, step)) is not None:
+                return refusal
+    return store.column("value") / store.column("dot")
+
+
+def test_processes_that_have_no_more_data(tmp_path):
+    for ratios in on_processes(2, tmp_path / "initial", joined_steps, False, True):
+        assert torch.allclose(ratios, torch.full_like(ratios, 0.5 / 2 / 2), rtol=1e-9)
+    for refusal in on_processes(2, tmp_path / "active", joined_steps, False, False):
+        assert "divide_by_initial_world_size=False) divides gradients by" in refusal
+    for refusal in on_processes(2, tmp_path / "global", joined_steps, True, True):
+        assert "cannot be asked for their numbers of labelled tokens" in refusal
+
+
 def test_a_first_batch_in_which_only_the_first_row_has_labels():
     """Position ids of shape (T,): the other rows' gradients are zero for want of labels."""
     model, x = tiny_gpt2().double(), token_batch(3, 9, seed=0)[0]

@@ -48,9 +48,16 @@ def averaging_group(
     `given` if there is one, else that of the DistributedDataParallel that runs, or that over which
     the parameters are sharded; None where gradients stay in one process.
     """
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    joined = wrapper is not None and wrapper._join_config.enable
+    if joined and not wrapper._divide_by_initial_world_size:
+        raise GraddotError(
+            "DistributedDataParallel.join(divide_by_initial_world_size=False) divides gradients by the"
+            " number of processes that still have data, which values do not know; leave the argument out"
+        )
     if given is not None:
         return given
-    if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
+    if wrapper is not None:
         return wrapper.process_group
     mesh = next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
     if mesh is None:
@@ -74,6 +81,18 @@ def check_static_graph() -> None:
             "DistributedDataParallel(static_graph=True) with reentrant checkpoints counts the backward"
             " of compute_directions as its first, and would give wrong gradients; pass"
             " use_reentrant=False to the checkpoints, or give val_data instead of directions"
+        )
+
+
+def check_all_answer() -> None:
+    """Raise GraddotError if processes that have ended their loop may stand in for DDP's own
+    communication alone, as inside of `join()`."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None and wrapper._join_config.enable:
+        raise GraddotError(
+            "inside DistributedDataParallel.join() processes that have no more data cannot be asked for"
+            " their numbers of labelled tokens, as global_mean=True, loss_reduction='sum' and"
+            " num_items_in_batch need; leave these out, or give every process equally many batches"
         )
 
 
