@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
@@ -11,6 +13,7 @@ from loop_steps import Store, attached, run
 from model_zoo import causal
 from process_group import on_processes
 from torch import nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -299,6 +302,46 @@ def test_processes_that_have_no_more_data(tmp_path):
         assert "divide_by_initial_world_size=False) divides gradients by" in refusal
     for refusal in on_processes(2, tmp_path / "global", joined_steps, True, True):
         assert "cannot be asked for their numbers of labelled tokens" in refusal
+
+
+def gathered_rows(logits, labels):
+    rows = logits.mean(1)
+    negatives = torch.cat(collectives.all_gather(rows))
+    return F.cross_entropy(rows @ negatives.T, torch.arange(len(rows)))
+
+
+def functional_gather(logits, labels):
+    rows = all_gather_tensor_autograd(logits.mean(1), 0, dist.group.WORLD)
+    return F.cross_entropy(rows @ rows.T, torch.arange(len(rows)))
+
+
+def averaged(logits, labels):
+    return collectives.all_reduce(flat_loss(logits, labels)) / dist.get_world_size()
+
+
+def losses_over_processes(rank, world):
+    """Messages for losses made of other processes' rows, and the scores of a mean of their losses."""
+    model = Flat().double()
+    x, y = token_batch(3, 9, seed=rank)
+    found = []
+    for loss in (gathered_rows, functional_gather, averaged):
+        engine = given(model, lambda m, x, y: flat_loss(m(x), y), label_shift=0)
+        engine.attach_train_batch(x, y, 0, None)
+        logits = model(x)
+        refusal = message(lambda e=engine, z=logits, f=loss: e.track_loss(f(z, y)).backward())
+        found.append(refusal or engine.aggregate_and_log())
+        engine.detach()
+        model.zero_grad()
+    return found
+
+
+def test_losses_made_of_other_processes_rows_are_refused(tmp_path):
+    for rank, (*refusals, scores) in enumerate(on_processes(2, tmp_path, losses_over_processes)):
+        for refusal in refusals:
+            assert "made of what the model returned in other processes" in refusal
+        train = token_batch(3, 9, seed=rank)
+        want, scale = (total(d) for d in sample_dots(Flat(), train, val_batch(), loss=flat_loss))
+        assert ((scores - want).abs() / scale).max() <= TOLERANCE
 
 
 def test_a_first_batch_in_which_only_the_first_row_has_labels():
