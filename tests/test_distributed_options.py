@@ -241,6 +241,17 @@ def unsynced(rank, world):
     return midst, message(engine.compute_directions, [val_batch()])
 
 
+def own_validation(rank, world):
+    """The message where each process of a sharded model has a validation batch of its own."""
+    engine = GradDotProdEngine(fully_shard(tiny_gpt2()))
+    return message(engine.compute_directions, [val_batch(), token_batch(2 + rank, 9, seed=rank)])
+
+
+def test_directions_of_shards_need_the_same_batches(tmp_path):
+    for refusal in on_processes(2, tmp_path, own_validation):
+        assert "batch 1 has 16 labelled tokens in one process and 24 in another" in refusal
+
+
 def test_directions_of_shards_need_their_gradients(tmp_path):
     for midst, refusal in on_processes(2, tmp_path, unsynced):
         assert "a step is under way" in midst

@@ -118,6 +118,26 @@ def largest(value: int, group: dist.ProcessGroup | None, device: torch.device) -
     return int(most)
 
 
+def check_same_counts(counts: Sequence[float], parameters: Iterable[nn.Parameter]) -> None:
+    """Raise GraddotError unless all processes of a sharded model, whose gradients are averaged, had
+    validation batches of as many labelled tokens each."""
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded or not counts:
+        return
+    own = torch.tensor(counts, dtype=torch.float64, device=own_part(sharded[0]).device)
+    most = torch.stack([own, -own])
+    for group in sharded[0].device_mesh.get_all_groups():
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    high, low = most[0], -most[1]
+    if different := (high != low).nonzero().flatten().tolist():
+        k = different[0]
+        raise GraddotError(
+            f"validation batch {k} has {int(low[k])} labelled tokens in one process and {int(high[k])} in"
+            " another; a sharded model averages the gradients of its processes, so all of them have to"
+            " pass compute_directions the same batches"
+        )
+
+
 def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> None:
     """Raise unless a layer sees, in its forward, the whole of the parameter `known` by this name.
 
