@@ -145,13 +145,25 @@ def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> Non
     """
     if isinstance(parameter, DTensor):
         raise GraddotError(
-            f"{name} is a DTensor inside the forward, as under tensor parallelism, which cannot be"
-            " scored; of DTensors only those of fully_shard can"
+            f"{name} is a DTensor inside the forward, as under tensor parallelism, or in a block that is"
+            " sharded by itself inside of a module with parameters of its own, which cannot be scored;"
+            " of DTensors only those of fully_shard can. Give such parameters a module of their own"
         )
     if parameter is not known and not isinstance(known, DTensor):
         raise GraddotError(
             f"{name} was replaced since the engine was made; make the engine last, after"
             " fully_shard and whatever else replaces parameters"
+        )
+
+
+def check_not_sharded_itself(module: nn.Module) -> None:
+    """Raise GraddotError for a module, followed through its forward, that cannot be copied."""
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        own = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+        raise GraddotError(
+            f"a {layer_type(module).__name__} has parameters of its own ({own or 'through its layers'}),"
+            " which are followed through its forward and proven on a copy, but fully_shard was called on"
+            " it; give these parameters a module of their own, on which it is not called"
         )
 
 
