@@ -252,6 +252,24 @@ class Borrowed(nn.Module):
         return F.linear(self.second(x), self.first.weight)
 
 
+class Scaled(nn.Module):
+    """Has a parameter of its own beside a layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.inner = nn.Parameter(torch.ones(4)), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.inner(x * self.scale)
+
+
+def nested():
+    """A model with a parameter of its own, and a block that is sharded by itself."""
+    model = Scaled()
+    fully_shard(model.inner)
+    return fully_shard(model)
+
+
 def one_step(model, x, y):
     engine = GradDotProdEngine(model, (x, y), label_shift=0)
     engine.attach()
@@ -271,6 +289,8 @@ def refused(rank, world):
     attempts = {
         "borrowed": lambda: one_step(fully_shard(Borrowed()), x, y),
         "tensor-parallel": lambda: one_step(parallel, x, y),
+        "own": lambda: one_step(fully_shard(Scaled()), x, y),
+        "nested": lambda: one_step(nested(), x, y),
         "late": lambda: engine.attach_train_batch(x, y, 0, None),
         "parallel": lambda: one_step(nn.DataParallel(nn.Linear(4, 4)), x, y),
         "fused": lambda: fuse_head(fully_sharded(tiny_gpt2(tied=False))),
@@ -290,6 +310,8 @@ def test_refusals(tmp_path):
     for messages in on_processes(2, tmp_path, refused):
         assert "first.weight (by " in messages["borrowed"], messages
         assert "weight is a DTensor inside the forward" in messages["tensor-parallel"], messages
+        assert "a Scaled has parameters of its own (scale)" in messages["own"], messages
+        assert "Give such parameters a module of their own" in messages["nested"], messages
         assert "weight, bias: not a trainable parameter of the model when" in messages["late"], (
             messages
         )

@@ -4,6 +4,8 @@ import random
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional as collectives
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
@@ -11,6 +13,7 @@ from loop_steps import Store, attached, run
 from model_zoo import causal
 from process_group import on_processes
 from torch import nn
+from torch.distributed._functional_collectives import all_gather_tensor_autograd
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
@@ -238,6 +241,17 @@ def unsynced(rank, world):
     return midst, message(engine.compute_directions, [val_batch()])
 
 
+def own_validation(rank, world):
+    """The message where each process of a sharded model has a validation batch of its own."""
+    engine = GradDotProdEngine(fully_shard(tiny_gpt2()))
+    return message(engine.compute_directions, [val_batch(), token_batch(2 + rank, 9, seed=rank)])
+
+
+def test_directions_of_shards_need_the_same_batches(tmp_path):
+    for refusal in on_processes(2, tmp_path, own_validation):
+        assert "batch 1 has 16 labelled tokens in one process and 24 in another" in refusal
+
+
 def test_directions_of_shards_need_their_gradients(tmp_path):
     for midst, refusal in on_processes(2, tmp_path, unsynced):
         assert "a step is under way" in midst
@@ -266,6 +280,79 @@ def sum_step(rank, world):
 def test_values_of_a_summed_loss_count_the_tokens_of_all_processes(tmp_path):
     for dots, values in on_processes(2, tmp_path, sum_step):
         assert torch.allclose(values, 0.5 / 4 * dots, rtol=1e-12)
+
+
+def joined_steps(rank, world, global_mean, divide_by_initial_world_size):
+    """Values over dots of a process that has one batch more than the other, and its lr·n_i/n_train."""
+    model = tiny_gpt2().double()
+    wrapper, store = DistributedDataParallel(model), Store()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = GradDotProdEngine(wrapper, val_batch(), store=store, global_mean=global_mean)
+    engine.attach(optimizer)
+
+    def one_step(step):
+        x, y = token_batch(2, 9, seed=10 * step + rank)
+        engine.attach_train_batch(x, y, step, torch.arange(len(x)))
+        xx, yy = engine.prepare_forward_input(x, y)
+        wrapper(xx, labels=yy).loss.backward()
+        optimizer.step()
+        engine.aggregate_and_log()
+        optimizer.zero_grad()
+
+    with wrapper.join(divide_by_initial_world_size=divide_by_initial_world_size):
+        for step in range(2 + rank):
+            if (refusal := message(one_step, step)) is not None:
+                return refusal
+    return store.column("value") / store.column("dot")
+
+
+def test_processes_that_have_no_more_data(tmp_path):
+    for ratios in on_processes(2, tmp_path / "initial", joined_steps, False, True):
+        assert torch.allclose(ratios, torch.full_like(ratios, 0.5 / 2 / 2), rtol=1e-9)
+    for refusal in on_processes(2, tmp_path / "active", joined_steps, False, False):
+        assert "divide_by_initial_world_size=False) divides gradients by" in refusal
+    for refusal in on_processes(2, tmp_path / "global", joined_steps, True, True):
+        assert "cannot be asked for their numbers of labelled tokens" in refusal
+
+
+def gathered_rows(logits, labels):
+    rows = logits.mean(1)
+    negatives = torch.cat(collectives.all_gather(rows))
+    return F.cross_entropy(rows @ negatives.T, torch.arange(len(rows)))
+
+
+def functional_gather(logits, labels):
+    rows = all_gather_tensor_autograd(logits.mean(1), 0, dist.group.WORLD)
+    return F.cross_entropy(rows @ rows.T, torch.arange(len(rows)))
+
+
+def averaged(logits, labels):
+    return collectives.all_reduce(flat_loss(logits, labels)) / dist.get_world_size()
+
+
+def losses_over_processes(rank, world):
+    """Messages for losses made of other processes' rows, and the scores of a mean of their losses."""
+    model = Flat().double()
+    x, y = token_batch(3, 9, seed=rank)
+    found = []
+    for loss in (gathered_rows, functional_gather, averaged):
+        engine = given(model, lambda m, x, y: flat_loss(m(x), y), label_shift=0)
+        engine.attach_train_batch(x, y, 0, None)
+        logits = model(x)
+        refusal = message(lambda e=engine, z=logits, f=loss: e.track_loss(f(z, y)).backward())
+        found.append(refusal or engine.aggregate_and_log())
+        engine.detach()
+        model.zero_grad()
+    return found
+
+
+def test_losses_made_of_other_processes_rows_are_refused(tmp_path):
+    for rank, (*refusals, scores) in enumerate(on_processes(2, tmp_path, losses_over_processes)):
+        for refusal in refusals:
+            assert "made of what the model returned in other processes" in refusal
+        train = token_batch(3, 9, seed=rank)
+        want, scale = (total(d) for d in sample_dots(Flat(), train, val_batch(), loss=flat_loss))
+        assert ((scores - want).abs() / scale).max() <= TOLERANCE
 
 
 def test_a_first_batch_in_which_only_the_first_row_has_labels():

@@ -26,9 +26,11 @@ class Averaging:
         return distributed.world_size(self._group)
 
     def summed(self, value: Tensor) -> Tensor:
+        distributed.check_all_answer()
         return distributed.summed(value, self._group)
 
     def largest(self, number: int) -> int:
+        distributed.check_all_answer()
         device = distributed.own_part(self._parameters[0]).device
         return distributed.largest(number, self._group, device)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 
+from . import distributed
 from .digests import NoDropout, own_buffers, own_random, uncached
 from .errors import GraddotError
 from .general import Rule, Tokens, caller_rule
@@ -356,6 +357,7 @@ def _own(x: Any) -> Any:
 def _exact_copy(module: nn.Module) -> nn.Module:
     """In float64, experts by the implementation of transformers that has it. The parameters are
     moved a little: behind a gate that begins with zero no gradient would show what is wrong."""
+    distributed.check_not_sharded_itself(module)
     copied = copy.deepcopy(module).double()
     generator = torch.Generator().manual_seed(0)
     for p in copied.parameters():

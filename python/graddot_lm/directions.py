@@ -210,17 +210,19 @@ def mean_gradient(
     """
     kept = {name: p.grad for name, p in parameters.items()}
     total = {n: torch.zeros_like(parameters[n], dtype=_accumulator(parameters[n])) for n in covered}
-    tokens = 0.0
+    counts: list[float] = []
     try:
         for batch in batches:
             grads, weight, count, loss_scale = _backward(batch, parameters, loss_of, loss_scale)
             for name in covered:
                 if (grad := grads.get(name)) is not None:
                     total[name].add_(grad, alpha=weight)
-            tokens += count
+            counts.append(count)
     finally:
         for name, p in parameters.items():
             p.grad = kept[name]
+    distributed.check_same_counts(counts, parameters.values())
+    tokens = sum(counts)
     if tokens == 0:
         raise GraddotError("the validation batches have no labelled token")
     finite = distributed.are_finite([gradient.div_(tokens) for gradient in total.values()])

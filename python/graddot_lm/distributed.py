@@ -48,9 +48,16 @@ def averaging_group(
     `given` if there is one, else that of the DistributedDataParallel that runs, or that over which
     the parameters are sharded; None where gradients stay in one process.
     """
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    joined = wrapper is not None and wrapper._join_config.enable
+    if joined and not wrapper._divide_by_initial_world_size:
+        raise GraddotError(
+            "DistributedDataParallel.join(divide_by_initial_world_size=False) divides gradients by the"
+            " number of processes that still have data, which values do not know; leave the argument out"
+        )
     if given is not None:
         return given
-    if (wrapper := DistributedDataParallel._get_active_ddp_module()) is not None:
+    if wrapper is not None:
         return wrapper.process_group
     mesh = next((p.device_mesh for p in parameters if isinstance(p, DTensor)), None)
     if mesh is None:
@@ -77,6 +84,18 @@ def check_static_graph() -> None:
         )
 
 
+def check_all_answer() -> None:
+    """Raise GraddotError if processes that have ended their loop may stand in for DDP's own
+    communication alone, as inside of `join()`."""
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    if wrapper is not None and wrapper._join_config.enable:
+        raise GraddotError(
+            "inside DistributedDataParallel.join() processes that have no more data cannot be asked for"
+            " their numbers of labelled tokens, as global_mean=True, loss_reduction='sum' and"
+            " num_items_in_batch need; leave these out, or give every process equally many batches"
+        )
+
+
 def world_size(group: dist.ProcessGroup | None) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
@@ -99,6 +118,26 @@ def largest(value: int, group: dist.ProcessGroup | None, device: torch.device) -
     return int(most)
 
 
+def check_same_counts(counts: Sequence[float], parameters: Iterable[nn.Parameter]) -> None:
+    """Raise GraddotError unless all processes of a sharded model, whose gradients are averaged, had
+    validation batches of as many labelled tokens each."""
+    sharded = [p for p in parameters if isinstance(p, DTensor)]
+    if not sharded or not counts:
+        return
+    own = torch.tensor(counts, dtype=torch.float64, device=own_part(sharded[0]).device)
+    most = torch.stack([own, -own])
+    for group in sharded[0].device_mesh.get_all_groups():
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+    high, low = most[0], -most[1]
+    if different := (high != low).nonzero().flatten().tolist():
+        k = different[0]
+        raise GraddotError(
+            f"validation batch {k} has {int(low[k])} labelled tokens in one process and {int(high[k])} in"
+            " another; a sharded model averages the gradients of its processes, so all of them have to"
+            " pass compute_directions the same batches"
+        )
+
+
 def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> None:
     """Raise unless a layer sees, in its forward, the whole of the parameter `known` by this name.
 
@@ -106,13 +145,25 @@ def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> Non
     """
     if isinstance(parameter, DTensor):
         raise GraddotError(
-            f"{name} is a DTensor inside the forward, as under tensor parallelism, which cannot be"
-            " scored; of DTensors only those of fully_shard can"
+            f"{name} is a DTensor inside the forward, as under tensor parallelism, or in a block that is"
+            " sharded by itself inside of a module with parameters of its own, which cannot be scored;"
+            " of DTensors only those of fully_shard can. Give such parameters a module of their own"
         )
     if parameter is not known and not isinstance(known, DTensor):
         raise GraddotError(
             f"{name} was replaced since the engine was made; make the engine last, after"
             " fully_shard and whatever else replaces parameters"
+        )
+
+
+def check_not_sharded_itself(module: nn.Module) -> None:
+    """Raise GraddotError for a module, followed through its forward, that cannot be copied."""
+    if any(isinstance(part, FSDPModule) for part in module.modules()):
+        own = ", ".join(name for name, _ in module.named_parameters(recurse=False))
+        raise GraddotError(
+            f"a {layer_type(module).__name__} has parameters of its own ({own or 'through its layers'}),"
+            " which are followed through its forward and proven on a copy, but fully_shard was called on"
+            " it; give these parameters a module of their own, on which it is not called"
         )
 
 

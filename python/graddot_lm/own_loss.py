@@ -4,6 +4,7 @@ Scores take it for one: a sample's part of it is told from the numbers of labell
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,14 +16,24 @@ AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it
 
 
 def check_samples_apart(loss: Tensor, outputs: Sequence[Tensor], thorough: bool) -> None:
-    """Raise GraddotError if a loss compares samples, as one with the others of the batch as negatives.
+    """Raise GraddotError if a loss compares samples, as one with the others of the batch as negatives,
+    or with those of other processes.
 
     outputs, (rows, ...) each, are those of the model that it is made of. Where a loss is a sum over
     rows, its gradient of some rows' outputs does not change with others'. One that cannot be
     differentiated twice, or has a backward of its own, is not judged; nor is one of so many outputs
     that this would cost memory. thorough as in `splits_of`.
     """
-    if not outputs or sum(x.numel() for x in outputs) > AT_MOST or _has_own_backward(loss, outputs):
+    nodes = _between(loss, outputs)
+    if any(map(_gathers, nodes)):
+        raise GraddotError(
+            "the loss passed to track_loss is made of what the model returned in other processes, too,"
+            " through communication with a gradient, as with negatives of all processes. No sample has"
+            " a loss of its own then; make it of what the model returns in this process"
+        )
+    # An autograd function written in Python may not bear to run twice.
+    own_backward = any(isinstance(n, torch.autograd.function.BackwardCFunction) for n in nodes)
+    if not outputs or sum(x.numel() for x in outputs) > AT_MOST or own_backward:
         return
     rows = len(outputs[0])
     random = torch.Generator(loss.device).manual_seed(0)
@@ -55,20 +66,30 @@ def check_samples_apart(loss: Tensor, outputs: Sequence[Tensor], thorough: bool)
     )
 
 
-def _has_own_backward(loss: Tensor, outputs: Sequence[Tensor]) -> bool:
-    """Whether an autograd function written in Python is between them: it may not bear to run twice."""
+def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[Any]:
+    """The nodes of the graph from the loss to the outputs, or to the leaves where there are none."""
     ends = {x.grad_fn for x in outputs}
-    stack = [loss.grad_fn]
+    found, stack = [], [loss.grad_fn]
     seen = {*ends, *stack}
     while stack:
-        node = stack.pop()
-        if isinstance(node, torch.autograd.function.BackwardCFunction):
-            return True
-        for following, _ in node.next_functions if node is not None else ():
+        if (node := stack.pop()) is None:
+            continue
+        found.append(node)
+        for following, _ in node.next_functions:
             if following is not None and following not in seen:
                 seen.add(following)
                 stack.append(following)
-    return False
+    return found
+
+
+def _gathers(node: Any) -> bool:
+    """Whether it is of PyTorch's communication with a gradient, of more than a number: losses of
+    processes may be averaged."""
+    function = getattr(type(node), "_forward_cls", None)
+    module = getattr(function, "__module__", "")
+    if not module.startswith("torch.distributed.nn") and "_c10d_functional" not in node.name():
+        return False
+    return any(len(x.shape) > 0 for x in node._input_metadata)
 
 
 class TokenWeights:
