@@ -450,6 +450,18 @@ def test_a_cap_that_new_weights_do_not_reach_is_seen(dtype):
     unfuse_head(fuse_head(model))
 
 
+def test_other_forms_of_labels_are_refused():
+    """Which the model's own loss takes."""
+    ids, labels = token_batch(2, 9, seed=1)
+    model = fuse_head(tiny_gpt2().eval())
+    with pytest.raises(GraddotError, match="got shift_labels, which the fused head does not take"):
+        model(ids, labels=labels, shift_labels=ids.flip(1))
+    with pytest.raises(GraddotError, match="got ignore_index=5, which"):
+        model(ids, labels=labels, ignore_index=5)
+    usual = model(ids, labels=labels, shift_labels=None, ignore_index=-100).loss
+    assert usual == model(ids, labels=labels).loss
+
+
 # The op below it
 
 

@@ -225,6 +225,14 @@ class _FusedForward:
             return self.original(*args, **kwargs)
         kwargs.pop("return_dict", None)
         num_labels = kwargs.pop("num_items_in_batch", None)
+        shifted, ignored = kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100)
+        if shifted is not None or ignored != -100:
+            given = f"ignore_index={ignored}" if shifted is None else "shift_labels"
+            raise GraddotError(
+                f"the model with a fused head got {given}, which the fused head does not take: its loss"
+                " is that of labels, with -100 where there is none. Give it these, unfuse_head the"
+                " model, or call linear_cross_entropy"
+            )
         hidden = self.model.base_model(*args, **kwargs)[0]
         if self.label_shift:
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
