@@ -15,7 +15,7 @@ from graddot_lm import (
 )
 from test_engine import TOLERANCE, close
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
 
 from graddot_kernels import fused_head, reference
@@ -435,6 +435,31 @@ def test_models_that_cannot_be_fused():
         fuse_head(Capped(config))
     with pytest.raises(GraddotError, match="not a base model with a Linear head"):
         fuse_head(nn.Sequential(nn.Linear(3, 4)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_cap_that_new_weights_do_not_reach_is_seen(dtype):
+    config = Gemma2Config(
+        vocab_size=61, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+    )  # fmt: skip
+    model = Gemma2ForCausalLM(config).to(dtype)
+    with pytest.raises(GraddotError, match="computes another loss"):
+        fuse_head(model)
+    config.final_logit_softcapping = None
+    unfuse_head(fuse_head(model))
+
+
+def test_other_forms_of_labels_are_refused():
+    """Which the model's own loss takes."""
+    ids, labels = token_batch(2, 9, seed=1)
+    model = fuse_head(tiny_gpt2().eval())
+    with pytest.raises(GraddotError, match="got shift_labels, which the fused head does not take"):
+        model(ids, labels=labels, shift_labels=ids.flip(1))
+    with pytest.raises(GraddotError, match="got ignore_index=5, which"):
+        model(ids, labels=labels, ignore_index=5)
+    usual = model(ids, labels=labels, shift_labels=None, ignore_index=-100).loss
+    assert usual == model(ids, labels=labels).loss
 
 
 # The op below it

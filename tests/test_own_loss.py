@@ -27,14 +27,25 @@ def net(width=3):
     return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, width))
 
 
-def token_losses(logits, labels):
-    losses = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+def token_losses(logits, labels, **form):
+    losses = F.cross_entropy(
+        logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none", **form
+    )
     return losses, labels[:, 1:] != -100
 
 
-def mean_of_means(logits, labels):
-    losses, used = token_losses(logits, labels)
+def mean_of_means(logits, labels, **form):
+    losses, used = token_losses(logits, labels, **form)
     return (losses.sum(1) / used.sum(1)).mean()
+
+
+def smoothed_mean_of_means(logits, labels):
+    return mean_of_means(logits, labels, label_smoothing=0.1)
+
+
+def smoothed_lm_loss(logits, labels):
+    losses, used = token_losses(logits, labels, label_smoothing=0.1)
+    return losses.sum() / used.sum()
 
 
 def by_classes(logits, labels):
@@ -54,6 +65,7 @@ def with_token_weights(logits, labels):
 
 WEIGHTED = {
     "row-means": (tiny_gpt2, TEXT, mean_of_means, 1, "0.02381 to 0.04167 .*add up to one, as"),
+    "smoothed": (tiny_gpt2, TEXT, smoothed_mean_of_means, 1, "0.02381 to 0.04167 .*to one, as"),
     "tokens": (tiny_gpt2, TEXT, with_token_weights, 1, "add up to one, as in a mean of rows' own"),
     "classes": (net, POINTS, by_classes, 0, "add up to one, as in .* weights of classes"),
     "two-means": (net, POINTS, two_means, 0, "0.1667 to 0.3333.*each, as in a sum of two means"),
@@ -72,6 +84,13 @@ def test_weights_that_depend_on_the_batch_are_refused(name, factor, dtype):
         text = "add up to one"
     with pytest.raises(GraddotError, match=text):
         run_step(model, train, val, loss=loss, factor=factor, label_shift=shift)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [2, 4])
+def test_label_smoothing_is_no_weight_of_tokens(rows, dtype):
+    train = token_batch(rows, 9, seed=3, ragged=True)
+    run_step(tiny_gpt2().to(dtype), train, TEXT[1], loss=smoothed_lm_loss)
 
 
 def test_of_many_classes_a_few_tokens_are_looked_at(monkeypatch):

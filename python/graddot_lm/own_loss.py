@@ -3,6 +3,7 @@
 Scores take it for one: a sample's part of it is told from the numbers of labelled tokens alone.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -96,7 +97,7 @@ class TokenWeights:
     """What the tokens of each row weigh in a cross-entropy, by the gradient at its logits.
 
     There it is w · (p − y) for a token of weight w, of which p, softmax of the logits, is known, and y
-    is the class whose gradient is negative.
+    is the class whose gradient is negative; with label smoothing ε it is w · (p − (1 − ε) y − ε/C).
     """
 
     def __init__(self, logits: Tensor, grad: Tensor, used: Tensor) -> None:
@@ -108,15 +109,21 @@ class TokenWeights:
         every = ((number + each - 1) // each).clamp(min=1)
         row, at = (used & (used.cumsum(1) % every == 0)).nonzero().unbind(1)
         z, g = (x[row, at].double() for x in (logits, grad))
-        d = z.softmax(-1)
-        d.scatter_add_(1, g.argmin(-1, keepdim=True), d.new_full((len(d), 1), -1.0))
-        size = d.norm(dim=-1)
-        weight = (g * d).sum(-1) / size.square()
+        p, label = z.softmax(-1), g.argmin(-1, keepdim=True)
         self.tolerance = 0.1 if torch.finfo(grad.dtype).bits == 16 else 1e-3
-        # What is predicted with all but certainty has a gradient that is mostly rounding.
-        told = size > self.tolerance
-        off = (g - weight[:, None] * d).norm(dim=-1) > self.tolerance * g.norm(dim=-1)
-        self.known = bool((told & ~off).any()) and not bool((told & off).any())
+        fits = []
+        for smoothing in (g.new_zeros(()), _smoothing(p, g, label)):
+            d = p - smoothing / classes
+            d.scatter_add_(1, label, (smoothing - 1).expand_as(label))
+            size = d.norm(dim=-1)
+            weight = (g * d).sum(-1) / size.square()
+            # What is predicted with all but certainty has a gradient that is mostly rounding.
+            told = size > self.tolerance
+            off = (g - weight[:, None] * d).norm(dim=-1) / g.norm(dim=-1)
+            fits.append((float(off[told].amax()) if told.any() else math.inf, weight, told))
+        # A smoothing that fits little better is of rounding.
+        off_by, weight, told = fits[fits[1][0] < fits[0][0] / 2]
+        self.known = off_by <= self.tolerance
         self._weight, row = weight[told], row[told]
         number = torch.bincount(row, minlength=rows)
         total = self._weight.new_zeros(rows).index_add_(0, row, self._weight)
@@ -145,3 +152,17 @@ class TokenWeights:
             " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
             " rows' own means give the engine labels of one number a row, so that each counts once"
         )
+
+
+def _smoothing(p: Tensor, g: Tensor, label: Tensor) -> Tensor:
+    """The ε of label smoothing, which all tokens have, by the one where it shows best: at classes that
+    are no label g is w · p − w · ε/C, a line through p. 0 where it is no such number."""
+    if not p.numel() or p.shape[1] < 3:
+        return p.new_zeros(())
+    others = torch.ones_like(p).scatter_(1, label, 0.0)
+    mean = lambda x: (x * others).sum(1, keepdim=True) / (p.shape[1] - 1)
+    centred = (p - mean(p)) * others
+    spread = centred.square().sum(1, keepdim=True)
+    slope = (centred * g).sum(1, keepdim=True) / spread
+    found = (p.shape[1] * (mean(p) - mean(g) / slope))[spread.argmax(), 0]
+    return torch.where((found > 0) & (found < 1), found, 0.0)
