@@ -83,12 +83,23 @@ def test_how_a_validation_loss_shifts_labels_is_seen(close):
         for name, direction in got.items():
             want = (6 * parts[0][name] + 19 * parts[1][name]) / 25
             close(direction, want, 1e-6, want.norm())
-    with pytest.raises(GraddotError, match="its loss used 6; give the engine label_shift=1"):
+    with pytest.raises(
+        GraddotError, match="row 0 of the batch has 4 .* the loss used 3. Pass label_shift=1"
+    ):
         engine.compute_directions(vals, loss_of_logits)
     shifted = lambda model, x, y: F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
     GradDotProdEngine(model, label_shift=0).compute_directions(vals, shifted)
-    with pytest.raises(GraddotError, match="its loss used 8; give the engine label_shift=0"):
+    with pytest.raises(
+        GraddotError,
+        match="row 0 of the batch has 3 .* the loss used 4. Pass label_shift=1 .*, and 0 if",
+    ):
         GradDotProdEngine(model, label_shift=1).compute_directions(vals, shifted)
+    of_one = GradDotProdEngine(model, label_shift=1).compute_directions(vals[:1], shifted)
+    want = gradient(
+        model, *vals[0], loss=lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten())
+    )
+    for name, direction in of_one.items():  # of one batch, whose weight does not matter
+        close(direction, want[name], 1e-6, want[name].norm())
 
 
 def test_directions_leave_excluded_parameters_alone(close):

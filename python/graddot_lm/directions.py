@@ -17,7 +17,7 @@ from .checkpointing import has_reentrant_checkpoint
 from .compiled import numbers
 from .compiler import run_compiled, run_uncompiled
 from .errors import GraddotError
-from .verify import tensors_in
+from .verify import LabelCheck
 
 Direction = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Any, Tensor], Tensor]
@@ -119,6 +119,7 @@ class ValidationLoss:
     def __init__(self, model: nn.Module, form: LossForm, loss_fn: LossFunction | None) -> None:
         self._model, self._form, self._loss_fn = model, form, loss_fn
         self._shift: int | None = None
+        self._checks: list[LabelCheck] = []
 
     def __call__(self, batch: Batch) -> tuple[Tensor, float, float]:
         rows = read_batch(batch, "a validation batch")
@@ -142,33 +143,19 @@ class ValidationLoss:
         labelled = any(kwargs.get("labels") is not None for kwargs, _ in calls)
         own = int(self._form.label_shift == 1)
         self._shift = self._form.shift_by(self._model) if labelled else own
-        for _, output in calls:
-            self._check_shift(output, rows.labels, self._shift)
+        counts = self._form.count(rows.labels, self._shift)
+        summed = lambda by_token: by_token.sum(1)
+        self._checks = [
+            LabelCheck(output, rows.labels, counts, summed, first=False) for _, output in calls
+        ]
         return loss
 
-    def _check_shift(self, output: Any, labels: Tensor, shift: int) -> None:
-        """In the backward, raise GraddotError if the tokens with a gradient are those of the other shift:
-        batches would be weighted by other numbers of tokens than their losses are means of."""
-        if labels.dim() != 2 or labels.is_floating_point():
-            return
-        want, other = (self._form.count(labels, by) for by in (shift, 1 - shift))
-
-        def compare(grad: Tensor) -> None:
-            used = (grad != 0).any(-1).sum(1)
-            if (
-                used.any()
-                and torch.equal(used, other.to(used.device))
-                and not torch.equal(other, want)
-            ):
-                raise GraddotError(
-                    f"a validation batch has {int(want.sum())} labelled tokens by its labels and a"
-                    f" label_shift of {shift}, but its loss used {int(other.sum())}; give the engine"
-                    f" label_shift={1 - shift}, which is how loss_fn and the loss of training shift labels"
-                )
-
-        logits = [x for x in tensors_in(output) if x.requires_grad and x.shape[:-1] == labels.shape]
-        for x in logits[:1]:
-            x.register_hook(compare)
+    def check(self) -> None:
+        """After the first batch's backward, raise GraddotError if its loss did not use the labels that were
+        counted: several would be weighted by other numbers than their losses are means of."""
+        checks, self._checks = self._checks, []
+        for problem in filter(None, (check.problem for check in checks)):
+            raise GraddotError(f"in compute_directions, {problem}")
 
 
 def _loss_in(output: Any) -> Tensor:
@@ -198,7 +185,7 @@ def mean_gradient(
     parameters: Mapping[str, nn.Parameter],
     covered: Sequence[str],
     batches: Iterable[Any],
-    loss_of: Callable[[Any], tuple[Tensor, float, float]],
+    loss_of: ValidationLoss,
     loss_scale: float = 1.0,
 ) -> dict[str, Tensor]:
     """Gradient of the mean loss over all labelled tokens of the batches, for the covered names.
@@ -213,6 +200,8 @@ def mean_gradient(
     counts: list[float] = []
     try:
         for batch in batches:
+            if counts:  # the gradient of one batch has no weight
+                loss_of.check()
             grads, weight, count, loss_scale = _backward(batch, parameters, loss_of, loss_scale)
             for name in covered:
                 if (grad := grads.get(name)) is not None:
@@ -235,7 +224,7 @@ def mean_gradient(
 def _backward(
     batch: Any,
     parameters: Mapping[str, nn.Parameter],
-    loss_of: Callable[[Any], tuple[Tensor, float, float]],
+    loss_of: ValidationLoss,
     scale: float,
 ) -> tuple[dict[str, Tensor | None], float, float, float]:
     """The scaled gradients by name, their weight, the tokens, and the scale used."""

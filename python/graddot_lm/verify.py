@@ -230,7 +230,7 @@ class LabelCheck:
         if wrong:
             row = wrong[0]
             self.problem = (
-                f"row {row} of the joint batch has {int(self._counts[row])} labelled tokens by its"
+                f"row {row} of the batch has {int(self._counts[row])} labelled tokens by its"
                 f" labels, but the loss used {int(used[row])}. Pass label_shift=1 if the loss"
                 " shifts the labels itself, and 0 if it does not; if it ignores another value than"
                 " -100, pass ignore_index"
