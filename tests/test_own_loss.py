@@ -169,7 +169,7 @@ def test_a_loss_that_compares_samples_is_refused(loss, given, dtype):
     engine.attach()
     engine.attach_train_batch(x.to(dtype), y, 0, None)
     out = model(engine.prepare_forward_input(x.to(dtype), y)[0])
-    with pytest.raises(GraddotError, match="compares samples: .* 6|9 rows"):
+    with pytest.raises(GraddotError, match="compares samples: .* (6|9) rows"):
         engine.track_loss(loss(out, torch.arange(len(out))))
 
 
