@@ -428,9 +428,11 @@ def test_too_little_memory_is_one_line(tokens, tmp_path, capsys, monkeypatch, er
         raise type(error)(*error.args)  # another one, for its traceback holds the model
 
     monkeypatch.setattr(Trainer, "_losses", full)
-    assert train(tokens, tmp_path) == 2
-    (line,) = capsys.readouterr().err.splitlines()
-    assert f"out of memory ({str(error).splitlines()[0]})" in line and "--batch_size" in line
+    for extra, option in (("", "--batch_size"), ("--eval_only", "--eval_bs")):
+        assert train(tokens, tmp_path, extra) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"out of memory ({str(error).splitlines()[0]})" in line
+        assert f"a smaller {option} " in line
 
 
 @pytest.mark.parametrize(
@@ -495,6 +497,31 @@ def test_eval_only_writes_nothing(tokens, tmp_path, capsys):
     assert "after 8 steps" in capsys.readouterr().out
     options = "--train_set sums --val_set sums --batch_size 2 --method Regular"
     assert train(tokens, tmp_path, f"--eval_only --resume {options}") == 0, "free to differ"
+
+
+def test_an_evaluation_takes_each_block_once_where_they_are_few(tokens, tmp_path, capsys):
+    """However many batches are asked for: the mean over all blocks of the set."""
+    data = TokenData(tokens, "val", ["prose"], 24)
+    extra = f"--val_set prose --eval_iter {2**31 - 1} --eval_bs 7 --eval_only {FP64}"
+    assert len(data) % 7 and train(tokens, tmp_path, extra) == 0
+    torch.manual_seed(7)
+    model = build_gpt2("GPT2-Tiny", data.vocab_size, 24, 0.0).double().eval()
+    x, y = data.get(range(len(data)))
+    with torch.no_grad():
+        want = F.cross_entropy(model(x).logits.flatten(0, 1), y.flatten())
+    assert capsys.readouterr().out == f"val loss {want:.4f} after 0 steps\n"
+
+
+def test_regular_training_that_could_not_be_evaluated_is_refused(tokens, tmp_path, capsys):
+    shutil.copytree(tokens, tmp_path / "tokens")
+    meta = json.loads((tokens / "meta.json").read_text())
+    for domain in meta["domains"]:
+        domain["val"] = {"tokens": 0, "documents": 0}
+        (tmp_path / "tokens" / domain["slug"] / "val.bin").write_bytes(b"")
+    (tmp_path / "tokens" / "meta.json").write_text(json.dumps(meta))
+    assert train(tmp_path / "tokens", tmp_path / "results", "--method Regular") == 2
+    assert "no block of 24 tokens in the val split" in capsys.readouterr().err
+    assert not (tmp_path / "results").exists()
 
 
 def test_eval_only_wants_the_model_and_the_tokenizer_of_the_run(tokens, tmp_path, capsys):

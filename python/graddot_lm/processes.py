@@ -18,6 +18,11 @@ from .errors import GraddotError
 Result = TypeVar("Result")
 MEMORY = (MemoryError, torch.OutOfMemoryError)  # of numpy and of GPUs; torch on CPUs has none
 
+LESS_A_STEP = (
+    "a smaller --batch_size or --block_size needs less, and so does --gradient_accumulation_steps,"
+    " which leaves weights and scores as they are"
+)
+LESS_AN_EVALUATION = "an evaluation needs less with a smaller --eval_bs or --block_size"
 
 # Groups that are over, never freed. A group of gloo's waits for its threads as it goes, holding the
 # interpreter that they need to let go of tensors (torch 2.13): the process would hang.
@@ -99,17 +104,18 @@ class Processes:
             raise GraddotError(message)
         raise SystemExit(2)
 
-    def explained(self, error: Exception) -> GraddotError | None:
-        """What to tell people of an error that ends this process alone; None to let it be."""
+    def explained(self, error: Exception, remedy: str = LESS_A_STEP) -> GraddotError | None:
+        """What to tell people of an error that ends this process alone; None to let it be.
+
+        `remedy` is for where memory was short.
+        """
         if isinstance(error, GraddotError):
             where = f"process {self.rank} of {self.world}: " if self.rank else ""
             return GraddotError(f"{where}{error}")
         if isinstance(error, MEMORY) or "DefaultCPUAllocator" in str(error):
             where = f"process {self.rank} of {self.world} is " if self.world > 1 else ""
             return GraddotError(
-                f"{where}out of memory ({str(error).splitlines()[0][:200]}); a smaller --batch_size or"
-                " --block_size needs less, and so does --gradient_accumulation_steps, which leaves"
-                " weights and scores as they are"
+                f"{where}out of memory ({str(error).splitlines()[0][:200]}); {remedy}"
             )
         if self.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             return GraddotError(

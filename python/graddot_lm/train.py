@@ -27,7 +27,7 @@ from .distributed import gathered, load_model, load_optimizer, shard, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .models import DTYPES, build_gpt2
-from .processes import Processes, seed_step
+from .processes import LESS_AN_EVALUATION, Processes, seed_step
 from .run_directory import RunDirectory
 from .scores import clip_factor
 from .settings import check_evaluation, recorded_config
@@ -92,6 +92,8 @@ class Trainer:
         weights = args.domain_weights
         weights = None if weights is None else parse_weights(weights)
         self.sampler = MixtureSampler(self.data, args.batch_size, args.seed, weights)
+        count = min(args.eval_iter * args.eval_bs, len(self.val_data)) or 1
+        self.eval_ids = MixtureSampler(self.val_data, count, args.seed).next_batch()
         self.val_ids = self._val_ids() if args.method == "GradDotProd" else {}
         self.val_batches = {
             target: self._to_device(self.val_data.get(ids)) for target, ids in self.val_ids.items()
@@ -328,24 +330,32 @@ class Trainer:
             raise GraddotError(f"{path}: no checkpoint to evaluate")
         return load_checkpoint(latest)
 
-    @torch.no_grad()
     def evaluate(self) -> float:
-        """Mean loss over eval_iter batches of eval_bs blocks of the val set, always the same.
+        """Mean loss over eval_iter batches of eval_bs blocks of the val set, always the same; over
+        each of its blocks once, where they are fewer."""
+        try:
+            return self._evaluate()
+        except (RuntimeError, MemoryError) as error:
+            explained = self.processes.explained(error, LESS_AN_EVALUATION)
+            if explained is None:
+                raise
+            raise explained from error
 
-        The processes take turns at the batches, all as often, for shards are gathered in step.
-        """
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """The processes take turns at the batches, all as often, for shards are gathered in step."""
         self.model.eval()
-        sampler = MixtureSampler(self.val_data, self.args.eval_bs, self.args.seed)
-        batches = [sampler.next_batch() for _ in range(self.args.eval_iter)]
+        count, size = len(self.eval_ids), self.args.eval_bs
+        batches = np.split(self.eval_ids, range(size, count, size))
         losses = torch.zeros(len(batches), dtype=torch.float64, device=self.device)
         for turn in range(0, len(batches), self.processes.world):
             i = turn + self.processes.rank
             x, y = self._to_device(self.val_data.get(batches[min(i, len(batches) - 1)]))
             loss, _ = self._losses(x, y)
             if i < len(batches):
-                losses[i] = loss
+                losses[i] = loss.double() * len(x) / count
         self.model.train()
-        return self.processes.summed(losses).mean().item()
+        return self.processes.summed(losses).sum().item()
 
     # State
 

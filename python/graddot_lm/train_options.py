@@ -184,7 +184,7 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
         ("dot_prod_save_interval", 100, "steps between saves of the scores"),
         ("checkpoint_interval", 1000, "steps between checkpoints; the last step always has one"),
         ("eval_interval", 500, "steps between evaluations"),
-        ("eval_iter", 10, "batches of an evaluation"),
+        ("eval_iter", 10, "batches of an evaluation, which takes no block of the val set twice"),
         ("eval_bs", 16, "samples in a batch of an evaluation"),
         ("measure_overhead", 0, "after training, time this many steps with and without scores"),
     ):
