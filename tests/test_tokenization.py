@@ -1,11 +1,13 @@
 """`graddot tokenize` against a plain one-document-at-a-time encoding, and its tokenizers."""
 
 import json
+import os
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
-from graddot_lm import text_source, token_writer
+from graddot_lm import text_source, token_writer, tokenization
 from graddot_lm.errors import GraddotError
 from graddot_lm.load_tokenizer import load_tokenizer
 from tokenize_checks import (
@@ -71,6 +73,18 @@ def test_result_depends_on_seed_but_not_on_workers_or_cuts(tmp_path, pile, bpe, 
     tokenize(pile, tmp_path / "three", bpe, workers=3)
     assert content(tmp_path / "one") == content(tmp_path / "three")
     assert content(tmp_path / "one") != content(tmp_path / "other")
+
+
+def test_no_more_workers_than_cpus(tmp_path, pile, bpe, monkeypatch):
+    started = []
+
+    def pool(workers, *arguments):
+        started.append(workers)
+        return ProcessPoolExecutor(2, *arguments)
+
+    monkeypatch.setattr(tokenization, "ProcessPoolExecutor", pool)
+    tokenize(pile, tmp_path / "out", bpe, workers=10**30)
+    assert started == [os.cpu_count()]
 
 
 def test_max_tokens_is_exact_and_a_prefix(tmp_path, pile, bpe):

@@ -155,6 +155,8 @@ def _encoded(
 
 # Command line
 
+CPUS = os.cpu_count() or 1
+
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "--input": (INPUT_HELP, {"nargs": "+", "required": True, "metavar": "PATH"}),
     "--output": (
@@ -195,8 +197,8 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": int, "metavar": "N"},
     ),
     "--workers": (
-        "processes that encode; the result does not depend on it (default: %(default)s, the CPUs)",
-        {"type": int, "default": os.cpu_count() or 1, "metavar": "N"},
+        "processes that encode, as many as CPUs at most; the result does not depend on it",
+        {"type": int, "default": CPUS, "metavar": "N"},
     ),
     "--skip_bad_lines": (SKIP_HELP, {"action": "store_true"}),
     "--overwrite": (
@@ -283,9 +285,10 @@ def _tokenize_in_processes(
     args: argparse.Namespace,
 ) -> None:
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    pool = ProcessPoolExecutor(args.workers, context, _start_worker, (tokenizer.to_str(), rules))
+    workers = min(args.workers, CPUS)
+    pool = ProcessPoolExecutor(workers, context, _start_worker, (tokenizer.to_str(), rules))
     try:
-        _tokenize(pool, writer, sources, args)
+        _tokenize(pool, 3 * workers, writer, sources, args)
     except BrokenProcessPool as error:
         raise GraddotError(
             "a worker process was killed (out of memory?); run the same command again to go on, "
@@ -313,7 +316,11 @@ def _interrupts_held() -> Iterator[None]:
 
 
 def _tokenize(
-    pool: ProcessPoolExecutor, writer: TokenWriter, sources: list[Source], args: argparse.Namespace
+    pool: ProcessPoolExecutor,
+    window: int,
+    writer: TokenWriter,
+    sources: list[Source],
+    args: argparse.Namespace,
 ) -> None:
     """Read on from the recorded position to the end of the input or `args.max_tokens`."""
     sizes = [source.bytes for source in sources]
@@ -326,7 +333,7 @@ def _tokenize(
     forked.result()
     chunks = read_chunks(sources, source, line) if total < limit else iter(())
     with tqdm(initial=total, unit="tok", unit_scale=True, disable=None) as bar:
-        for chunk, documents, tokens in _encoded(pool, chunks, 3 * args.workers):
+        for chunk, documents, tokens in _encoded(pool, chunks, window):
             source, line = chunk.source, chunk.line
             total += _store(writer, chunk, documents, tokens, limit - total, args)
             bar.total = args.max_tokens
