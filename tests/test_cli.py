@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from math import nan
 from pathlib import Path
 
 import pytest
@@ -101,6 +102,20 @@ def test_text_that_the_terminal_cannot_show_is_no_error(tmp_path):
         text=True,
     )
     assert (done.returncode, done.stderr) == (0, "") and r"\u6f22" in done.stdout
+
+
+def test_names_do_not_write_to_the_terminal(tmp_path, capsys):
+    names = ["\x1b[31mlaw", "co\rde"]
+    columns = {f"{measure}_{name}": [1.0, nan] for name in names for measure in ("dot", "value")}
+    writer = PartWriter(tmp_path / "run\x07" / "scores", scores_schema(names))
+    writer.append({"sample_id": [1, 2], "domain": ["\x1b[2J"] * 2, **columns}, 0)
+    writer.flush()
+    run = str(tmp_path / "run\x07")
+    for options in ([], ["--target", names[0]], ["--target", names[1]], ["--target", "art"]):
+        assert cli.main(["scores", run, *options]) == 2 * (options[1:] == ["art"])
+        shown = "".join(capsys.readouterr())
+        assert shown and all(char.isprintable() or char == "\n" for char in shown)
+        assert r"\x1b[31mlaw" in shown or options[1:] == names[1:]
 
 
 @pytest.mark.parametrize("where", ["import_module", "report.run"])

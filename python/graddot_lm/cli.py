@@ -8,7 +8,7 @@ import sys
 from importlib import import_module
 from typing import NoReturn
 
-from .errors import GraddotError
+from .errors import GraddotError, printable
 
 # name -> module, its two functions, one line of help. Modules are imported only when used, so
 # that `graddot --help` does not wait for torch.
@@ -61,7 +61,7 @@ def _main(argv: list[str]) -> int:
         sys.stdout.flush()
         return status
     except GraddotError as error:
-        print(f"graddot {args.command}: {error}", file=sys.stderr)
+        print(printable(f"graddot {args.command}: {error}"), file=sys.stderr)
         return 2
     except BrokenPipeError:
         output = select.poll()

@@ -16,7 +16,7 @@ import pyarrow.dataset as ds
 from pyarrow import acero
 
 from graddot_lm.data import TokenData
-from graddot_lm.errors import GraddotError
+from graddot_lm.errors import GraddotError, printable
 from graddot_lm.files import write_atomic, writing
 from graddot_lm.load_tokenizer import load_tokenizer
 from graddot_lm.settings import recorded_config
@@ -420,7 +420,7 @@ def _closing_lines(summary: dict[str, Any]) -> list[str]:
 def format_summary(summary: dict[str, Any]) -> str:
     """`summarize`'s figures as text."""
     by, (first, last) = summary["by"], summary["steps"]
-    target = f", target {summary['target']}" if summary["target"] else ""
+    target = f", target {escape(summary['target'], 40)}" if summary["target"] else ""
     counts = f"{summary['rows']:,} scores of {summary['samples']:,} samples"
     blocks = [f"{summary['run']}: {counts}, steps {first} to {last}{target}"]
     if summary["rows_left_out"]:
@@ -450,7 +450,7 @@ def format_targets(summaries: Mapping[str, dict[str, Any]]) -> str:
     ]
     for target, summary in summaries.items():
         if left_out := summary["rows_left_out"]:
-            blocks[0] += f"\nleft out for {target}: {left_out:,} {_LEFT_OUT}"
+            blocks[0] += f"\nleft out for {escape(target, 40)}: {left_out:,} {_LEFT_OUT}"
     matrix = _matrix_text(summaries, by)
     blocks.append(f"mean {by} ± standard error, by training domain (rows) and target:\n{matrix}")
     blocks.append("sequences that help and hurt a target: --target NAME")
@@ -551,12 +551,16 @@ def run(args: argparse.Namespace) -> int:
     if args.target is None and args.csv is None and _targets(open_rows(args.run)):
         summaries = summarize_targets(args.run, args.by, steps)
         compared = {"run": args.run, "by": args.by, "targets": summaries}
-        print(json.dumps(_finite(compared), indent=2) if args.json else format_targets(summaries))
+        _show(compared, args.json, format_targets(summaries))
         return 0
     rows = open_rows(args.run)
     samples = sample_table(args.run, args.by, steps, args.target, rows)
     summary = summarize(args.run, args.top, args.by, steps, args.target, samples, rows)
     if args.csv is not None:
         _write_csv(samples.sort_by([(args.by, "descending"), ("sample_id", "ascending")]), args.csv)
-    print(json.dumps(_finite(summary), indent=2) if args.json else format_summary(summary))
+    _show(summary, args.json, format_summary(summary))
     return 0
+
+
+def _show(figures: dict[str, Any], as_json: bool, text: str) -> None:
+    print(json.dumps(_finite(figures), indent=2) if as_json else printable(text))

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import zstandard
 
-from graddot_lm.errors import GraddotError
+from graddot_lm.errors import GraddotError, printable
 
 CHUNK_BYTES = 1 << 20
 READ_BYTES = 256 << 10
@@ -306,7 +306,7 @@ def with_skipped(closing: str, skipped: dict) -> str:
         f"{file['name']}: all from line {file['line']} on is lost: {file['problem']}"
         for file in skipped["damaged_files"]
     ]
-    return "\n".join([closing, *lost])
+    return printable("\n".join([closing, *lost]))
 
 
 def _column(record: dict, dotted: str) -> Any:
