@@ -6,9 +6,11 @@ which a later process reads on.
 """
 
 import codecs
+import hashlib
 import json
 import os
 import re
+import stat
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -48,11 +50,17 @@ class DamagedFileError(BadRecordError):
 
 
 class Source(NamedTuple):
-    """A file (`bytes` is its size) or a hub dataset (`bytes` is None, `split` the one to read)."""
+    """A file (`bytes` is its size) or a hub dataset (`bytes` is None, `split` the one to read).
+
+    A file that was replaced is told by `modified`, in nanoseconds, or by `start`, a digest of its
+    first bytes.
+    """
 
     name: str
     bytes: int | None
     split: str | None = None
+    modified: int | None = None
+    start: str | None = None
 
 
 def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source]:
@@ -68,20 +76,32 @@ def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source
             files = _files_in(path)
             if not files:
                 raise GraddotError(f"{name}: no .jsonl, .json or .ndjson file (.gz, .zst) in it")
-            sources += [Source(str(p), p.stat().st_size) for p in files]
+            sources += [_file_source(str(file)) for file in files]
         elif path.exists():
             if not FILE_NAME.search(path.name):
                 raise GraddotError(
                     f"{name}: unknown file ending; wanted .jsonl, .json or .ndjson, "
                     "optionally followed by .gz or .zst"
                 )
-            sources.append(Source(name, path.stat().st_size))
+            sources.append(_file_source(name))
         elif FILE_NAME.search(name) or not HUB_NAME.match(name):
             raise GraddotError(f"{name}: no such file or folder")
         else:
             sources.append(Source(name, None, dataset_split))
     _check_once(sources)
     return sources
+
+
+def _file_source(name: str) -> Source:
+    status = os.stat(name)
+    if not stat.S_ISREG(status.st_mode):  # a pipe can be read once
+        return Source(name, status.st_size)
+    try:
+        with open(name, "rb") as file:
+            start = hashlib.sha256(file.read(READ_BYTES)).hexdigest()
+    except OSError as error:
+        raise GraddotError(f"{name}: cannot be read: {error.strerror}") from error
+    return Source(name, status.st_size, modified=status.st_mtime_ns, start=start)
 
 
 def _files_in(folder: Path) -> list[Path]:

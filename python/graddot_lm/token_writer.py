@@ -92,8 +92,11 @@ class TokenWriter:
             for key in sorted({*old, *new})
             if old.get(key) != new.get(key) and key != "sources"
         ]
-        if old.get("sources") != new["sources"]:
-            differing.append(_differing_sources(old.get("sources", []), new["sources"]))
+        before, now = old.get("sources", []), new["sources"]
+        known = set().union(*before)  # an older version recorded names and sizes alone
+        now = [{key: source[key] for key in source if key in known} for source in now]
+        if before != now:
+            differing.append(_differing_sources(before, now))
         if differing and read_nothing:
             return self.state
         if differing:
@@ -217,7 +220,7 @@ def _is_progress(state: dict) -> bool:
 
 
 def _differing_sources(old: list[dict], new: list[dict]) -> str:
-    """Which files are others, or of another size; of thousands, not all."""
+    """Which files are others, or were written since; of thousands, not all."""
     before, now = ({tuple(source.values()) for source in sources} for sources in (old, new))
     names = sorted({name for name, *_ in before ^ now})
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
