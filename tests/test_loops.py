@@ -5,6 +5,8 @@ computed in fp32 whatever the model's dtype, which bounds the tests that use the
 """
 
 import copy
+import io
+import pickle
 
 import pytest
 import torch
@@ -517,3 +519,22 @@ def test_a_loop_of_accelerate(close, mixed_precision, engine_first):
     trained = accelerator.unwrap_model(model)
     for name, p in plain.named_parameters():
         assert (trained.get_parameter(name) - p).norm() <= tolerance * p.norm(), name
+
+
+def test_a_pickled_attached_model_is_a_plain_model():
+    model, val, train = tiny_gpt2(), token_batch(1, 9, seed=2), token_batch(2, 9, seed=1)
+    engine = attached(model, val)
+    run(engine, train)
+    want = engine.aggregate_and_log()
+    for kept in (model, copy.deepcopy(model), model.transformer):
+        torch.save(kept, io.BytesIO())
+        assert b"graddot" not in pickle.dumps(kept)
+    loaded = pickle.loads(pickle.dumps(model))
+    hooks = lambda m: [h for name, h in m.__dict__.items() if name.startswith("_forward") and h]
+    assert not any(map(hooks, loaded.modules())) and any(map(hooks, model.modules()))
+    with torch.no_grad():
+        assert torch.equal(loaded(val[0]).logits, model(val[0]).logits)
+        loaded.lm_head.weight.zero_()
+        assert not loaded(val[0]).logits.any() and model.lm_head.weight.any()
+    run(engine, train)  # as if nothing had been
+    torch.testing.assert_close(engine.aggregate_and_log(), want)

@@ -5,7 +5,9 @@ it that they know how the rows lie in their inputs, and that a first step is che
 """
 
 import contextlib
+import copyreg
 import functools
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -29,6 +31,26 @@ from .scored_layers import ScoredLayers
 from .scores import MicroBatch, Number
 from .segments import Segments
 from .tracing import rows_of, trace_after, trace_before
+
+
+def _reduced(model: nn.Module) -> Any:
+    """How a model is copied and pickled, by its class's own way: without the hooks of an engine."""
+    reduced = model.__reduce_ex__(2)
+    state = reduced[2] if len(reduced) > 2 else None
+    if not isinstance(state, dict) or "_forward_hooks" not in state:
+        return reduced
+    ours = {
+        number
+        for hooks in (state["_forward_hooks"], state["_forward_pre_hooks"])
+        for number, hook in hooks.items()
+        if isinstance(getattr(hook, "__self__", None), ModelForward)
+    }
+    kept = {
+        name: OrderedDict((number, x) for number, x in hooks.items() if number not in ours)
+        for name, hooks in state.items()
+        if name.startswith("_forward_")
+    }
+    return *reduced[:2], {**state, **kept}, *reduced[3:]
 
 
 class ModelForward:
@@ -71,7 +93,8 @@ class ModelForward:
         self.one_row = False  # whether the batch under way has one row
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelForward":
-        """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
+        """Itself: a model whose class copies it in a way of its own keeps the hooks, which ignore all
+        but this model."""
         return self
 
     # In and out of the model
@@ -83,6 +106,7 @@ class ModelForward:
     def attach(self) -> None:
         """Put the scored layers in place."""
         self._layers.attach()
+        copyreg.pickle(type(self.model), _reduced)  # type: ignore[arg-type]
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),

@@ -263,6 +263,10 @@ class ScoredForward:
         copied = memo[id(self.module)]
         return type(copied).forward.__get__(copied)
 
+    def __reduce__(self) -> Any:
+        """So is a pickled one: its layer's forward is that of its class."""
+        return getattr, (self.module, "forward")
+
 
 _ONE_TENSOR = form_of(((torch.empty(0),), ()), [], [])
 
