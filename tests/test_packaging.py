@@ -83,6 +83,9 @@ def test_doctor_prints_it(capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for text in (torch.__version__, "_C.abi3.so", "instruction set", "embedding_joint_wgrad_dot"):
         assert text in printed
+    compiled = graddot_kernels.build_info()["instruction_set"]
+    whose = f"the compiled library does ({compiled})" if compiled else "PyTorch does"
+    assert f"inner work of torch_impl's linear layers and loss: {whose}" in printed
 
 
 def unpacked_sdist(folder: Path) -> Path:
