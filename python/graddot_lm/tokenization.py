@@ -197,7 +197,7 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
         {"type": int, "metavar": "N"},
     ),
     "--workers": (
-        "processes that encode, as many as CPUs at most; the result does not depend on it",
+        "processes that encode; the result does not depend on it (default and most: %(default)s, CPUs)",
         {"type": int, "default": CPUS, "metavar": "N"},
     ),
     "--skip_bad_lines": (SKIP_HELP, {"action": "store_true"}),
