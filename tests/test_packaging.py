@@ -45,6 +45,14 @@ def test_without_the_extension_the_import_says_how_to_build_it(package_copy: Pat
     assert done.returncode != 0
     assert "ImportError" in done.stderr
     assert "pip install --no-build-isolation" in done.stderr
+    places = os.pathsep.join([str(package_copy), str(ROOT / "python")])
+    command = [sys.executable, "-m", "graddot_lm.cli", "doctor"]
+    environment = os.environ | {"PYTHONPATH": places}
+    done = subprocess.run(
+        command, check=False, cwd=package_copy, env=environment, capture_output=True, text=True
+    )
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith("graddot doctor: graddot_kernels' compiled")
 
 
 def test_an_extension_that_does_not_load_is_an_error_with_its_cause(package_copy: Path) -> None:

@@ -50,7 +50,11 @@ def _main(argv: list[str]) -> int:
     for name, (module, add, run, text) in COMMANDS.items():
         sub = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
         if argv[:1] == [name]:
-            imported = import_module(f"graddot_lm.{module}")
+            try:
+                imported = import_module(f"graddot_lm.{module}")
+            except ImportError as error:  # of what was not built, or is not there
+                print(f"graddot {name}: {error}", file=sys.stderr)
+                return 2
             getattr(imported, add)(sub)
             sub.set_defaults(function=getattr(imported, run))
     args = parser.parse_args(argv)
