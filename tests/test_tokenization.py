@@ -123,7 +123,7 @@ def test_columns_slugs_and_empty_lines(tmp_path, bpe):
     lines = [
         {"a": {"b": "one"}, "kind": "A b"},
         {"a": {"b": "two"}, "kind": "a-B"},
-        {"a": {"b": "three"}, "kind": "漢"},
+        {"a.b": "three", "kind": "漢"},
         {"a": {"b": ""}},
     ]
     (tmp_path / "a.jsonl").write_text("\n\n".join(json.dumps(line) for line in lines))

@@ -30,7 +30,10 @@ INPUT_HELP = (
     " folders, of which every such file is read, in sorted order; or the name of a dataset on the"
     " hub, which is streamed"
 )
-TEXT_HELP = "key of a document's text; dots go into nested objects (default: %(default)s)"
+TEXT_HELP = (
+    "key of a document's text; dots go into nested objects, where no key has them (default:"
+    " %(default)s)"
+)
 SKIP_HELP = (
     "pass over malformed documents and what follows the damage in a compressed file, and say so at"
     " the end, instead of stopping at the first"
@@ -330,6 +333,8 @@ def with_skipped(closing: str, skipped: dict) -> str:
 
 
 def _column(record: dict, dotted: str) -> Any:
+    if dotted in record:  # as flattened tables have them
+        return record[dotted]
     value: Any = record
     for key in dotted.split("."):
         value = value.get(key) if isinstance(value, dict) else None
