@@ -191,5 +191,5 @@ def damaged(path: str | Path, error: Exception) -> GraddotError:
     """What to say of a checkpoint that cannot be read, or whose state does not fit the run."""
     return GraddotError(
         f"{path}: damaged: {error}; if you take this folder away, the run goes on from the"
-        " checkpoint before it"
+        " checkpoint before it, where there is one"
     )
