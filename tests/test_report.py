@@ -131,6 +131,18 @@ def test_text_shows_them_on_aligned_lines(run_path, rows):
     ]
 
 
+def test_columns_are_aligned_where_characters_are_wide(tmp_path):
+    names = ["math", "数学", "e\u0301tude"]
+    with RunDirectory.create(tmp_path / "run", {}, targets=names[1:]) as run:
+        columns = {f"{kind}_{name}": [1.0] * 3 for kind in ("dot", "value") for name in names[1:]}
+        run.scores.append({"sample_id": [1, 2, 3], "domain": names, **columns}, 0)
+    wide = {"数": 2, "学": 2, "\u0301": 0}
+    taken = lambda line: sum(wide.get(char, 1) for char in line)
+    for target, first in ((None, 3), (names[1], 2)):
+        lines = report.format_report(tmp_path / "run", target=target).splitlines()
+        assert len({taken(line) for line in lines[first : first + 4]}) == 1
+
+
 def test_json_and_csv(run_path, rows, tmp_path, capsys):
     path = tmp_path / "samples.csv"
     assert call(run_path, "--json", "--top", 3, "--steps", "2:", "--csv", path, "--by", "dot") == 0

@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from unicodedata import combining, east_asian_width
 
 import numpy as np
 import pyarrow as pa
@@ -326,13 +327,20 @@ def _number(value: float | None, form: str = ".3e") -> str:
     return "-" if value is None else format(value, form)
 
 
+def _width(text: str) -> int:
+    """Columns of a terminal: Chinese characters and the like take two, accents put on others none."""
+    wide = sum(east_asian_width(char) in "WF" for char in text)
+    return len(text) + wide - sum(bool(combining(char)) for char in text)
+
+
 def _aligned(header: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[int]) -> str:
     """A table in text; columns in `left` are flush left, the others right."""
     lines = [header, *rows]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    widths = [max(_width(line[i]) for line in lines) for i in range(len(header))]
+    padded = lambda cell, space, i: cell + space if i in left else space + cell
     return "\n".join(
         "  ".join(
-            cell.ljust(width) if i in left else cell.rjust(width)
+            padded(cell, " " * (width - _width(cell)), i)
             for i, (cell, width) in enumerate(zip(line, widths, strict=True))
         ).rstrip()
         for line in lines
