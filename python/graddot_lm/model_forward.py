@@ -106,7 +106,7 @@ class ModelForward:
     def attach(self) -> None:
         """Put the scored layers in place."""
         self._layers.attach()
-        copyreg.pickle(type(self.model), _reduced)  # type: ignore[arg-type]
+        copyreg.dispatch_table.setdefault(type(self.model), _reduced)
         self._hooks = [
             self.model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
             self.model.register_forward_hook(self._after_forward, always_call=True),
