@@ -139,6 +139,10 @@ CASES = {
         lambda m, x: F.scaled_dot_product_attention(m.q.expand(len(x), -1, -1), m.inner(x), x),
         {"q": N(1, 3, 6)},
     ),
+    "table-transposed": (
+        lambda m, x: m.inner(x) + F.embedding((x[..., 0] > 0).long(), m.w.T, padding_idx=-1),
+        {"w": N(6, 2)},
+    ),
     "relative-bias": (_bias_of_positions, {"w": N(9, 1)}),
     "sinks": (_sinks, {"s": N(2)}),
     "state-space": (_state_space, {"log": N(6, 3), "d": N(6), "dt": N(6)}),
