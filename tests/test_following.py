@@ -241,6 +241,33 @@ def test_batches_as_long_as_any_other_dimension(name):
         model.zero_grad()
 
 
+def _behind_tokens(m, x):
+    """Positions behind virtual tokens: more of them than the layer gets tokens."""
+    positions = [torch.arange(x.shape[1] + n)[n:, None].to(x) for n in (3, 8)]
+    return m.inner(x) + m.w * (positions[0] + positions[1] + 1)
+
+
+def test_lengths_that_a_layer_makes_by_itself():
+    """In the proof of the first batch both are multiples of its five rows, by chance."""
+    model = Pooled("gain").double()
+    model.block._forward = _behind_tokens
+    g = torch.Generator().manual_seed(0)
+    make = lambda n, t: (torch.randn(n, t, 6, generator=g).double(), torch.arange(n) % 3)
+    val = make(1, 5)
+    engine = GradDotProdEngine(model, label_shift=0)
+    engine.attach()
+    loss = lambda net, x, y: F.cross_entropy(net(x), y)
+    engine.set_directions(engine.compute_directions([val], loss))
+    for n, t in [(5, 12), (2, 14), (3, 9), *((n, t) for t in range(4, 12) for n in (2, 3, 4))]:
+        x, y = make(n, t)
+        dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
+        engine.attach_train_batch(x, y, t, None)
+        engine.track_loss(F.cross_entropy(model(x), y)).backward()
+        engine.prepare_gradients()
+        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+        model.zero_grad()
+
+
 AUTOCAST = [
     "linear-cast",
     "gain",

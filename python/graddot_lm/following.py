@@ -37,7 +37,8 @@ CASTS = {*ONLY_THE_TYPE, "type", "float", "double", "half", "bfloat16"}
 TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 # What was decided in a forward, by function and number of its call: for each result whether its
 # first dimension is that of the rows; None of a call that met rows.
-Calls = dict[tuple[str, int], tuple[bool, ...] | None]
+Decided = tuple[bool, ...] | None
+Calls = dict[tuple[str, int], Decided]
 TABLES = {func: inspect.signature(func) for func in (F.embedding, F.embedding_bag)}
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
