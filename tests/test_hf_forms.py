@@ -75,6 +75,8 @@ def test_refusals(tmp_path, monkeypatch):
             make(torch_compile="compile" in reason, torch_compile_backend="eager")
     with pytest.raises(GraddotError, match="model_init"):
         make(model_init=lambda: tiny_gpt2())
+    with pytest.raises(GraddotError, match="finds no 'input_ids' in the validation set"):
+        train(tmp_path, tiny_gpt2(), val=[{"text": "not tokenized"}])
     with pytest.raises(GraddotError, match="optimizer is a SGD"):  # which never has a state
         train(tmp_path, tiny_gpt2(), adamw=True)
 

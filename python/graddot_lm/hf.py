@@ -233,7 +233,13 @@ class GradDotProdTrainer(Trainer):
             # dropout and samplers draw in training; and a run that resumes has the same batches.
             with own_random():
                 set_seed(self.args.seed)
-                batches = list(loader)
+                try:
+                    batches = list(loader)
+                except KeyError as error:
+                    raise GraddotError(
+                        f"the collator finds no {error} in the validation set: prepare val_dataset as"
+                        " the training set is, or pass it as eval_dataset, which TRL prepares"
+                    ) from error
             self._check_validation(batches, lengths)
             self._val_batches[target] = batches
         return self._val_batches[target]
