@@ -139,6 +139,10 @@ CASES = {
         lambda m, x: F.scaled_dot_product_attention(m.q.expand(len(x), -1, -1), m.inner(x), x),
         {"q": N(1, 3, 6)},
     ),
+    "table-transposed": (
+        lambda m, x: m.inner(x) + F.embedding((x[..., 0] > 0).long(), m.w.T, padding_idx=-1),
+        {"w": N(6, 2)},
+    ),
     "relative-bias": (_bias_of_positions, {"w": N(9, 1)}),
     "sinks": (_sinks, {"s": N(2)}),
     "state-space": (_state_space, {"log": N(6, 3), "d": N(6), "dt": N(6)}),
@@ -234,6 +238,33 @@ def test_batches_as_long_as_any_other_dimension(name):
         tolerance = 1e-6 if name in FP32 else 1e-10
         same_gradients(model, want, tolerance)
         close(engine.aggregate_and_log(), total(dots), tolerance, total(scales))
+        model.zero_grad()
+
+
+def _behind_tokens(m, x):
+    """Positions behind virtual tokens: more of them than the layer gets tokens."""
+    positions = [torch.arange(x.shape[1] + n)[n:, None].to(x) for n in (3, 8)]
+    return m.inner(x) + m.w * (positions[0] + positions[1] + 1)
+
+
+def test_lengths_that_a_layer_makes_by_itself():
+    """In the proof of the first batch both are multiples of its five rows, by chance."""
+    model = Pooled("gain").double()
+    model.block._forward = _behind_tokens
+    g = torch.Generator().manual_seed(0)
+    make = lambda n, t: (torch.randn(n, t, 6, generator=g).double(), torch.arange(n) % 3)
+    val = make(1, 5)
+    engine = GradDotProdEngine(model, label_shift=0)
+    engine.attach()
+    loss = lambda net, x, y: F.cross_entropy(net(x), y)
+    engine.set_directions(engine.compute_directions([val], loss))
+    for n, t in [(5, 12), (2, 14), (3, 9), *((n, t) for t in range(4, 12) for n in (2, 3, 4))]:
+        x, y = make(n, t)
+        dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
+        engine.attach_train_batch(x, y, t, None)
+        engine.track_loss(F.cross_entropy(model(x), y)).backward()
+        engine.prepare_gradients()
+        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
         model.zero_grad()
 
 

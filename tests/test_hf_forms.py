@@ -47,9 +47,9 @@ class Stream(IterableDataset):
 
 def test_refusals(tmp_path, monkeypatch):
     def make(data=TRAIN, val=VAL, model=None, **kwargs):
-        own = {k: kwargs.pop(k) for k in ("compute_loss_func", "model_init") if k in kwargs}
+        own = {k: kwargs.pop(k) for k in ("compute_loss_func",) if k in kwargs}
         args = arguments(tmp_path, **kwargs)
-        model = None if "model_init" in own else model or tiny_gpt2()
+        model = model or tiny_gpt2()
         return GradDotProdTrainer(
             model=model, args=args, train_dataset=data, val_dataset=val, **own
         )
@@ -73,8 +73,8 @@ def test_refusals(tmp_path, monkeypatch):
         with monkeypatch.context() as patch, pytest.raises(GraddotError, match=re.escape(reason)):
             patch.setattr(GradDotProdTrainer, "_fsdp", lambda self, plugin=plugin: plugin)
             make(torch_compile="compile" in reason, torch_compile_backend="eager")
-    with pytest.raises(GraddotError, match="model_init"):
-        make(model_init=lambda: tiny_gpt2())
+    with pytest.raises(GraddotError, match="finds no 'input_ids' in the validation set"):
+        train(tmp_path, tiny_gpt2(), val=[{"text": "not tokenized"}])
     with pytest.raises(GraddotError, match="optimizer is a SGD"):  # which never has a state
         train(tmp_path, tiny_gpt2(), adamw=True)
 

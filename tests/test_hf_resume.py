@@ -1,10 +1,18 @@
 """Runs of GradDotProdTrainer that stop midway and go on: every row is there once."""
 
 import pytest
+import torch
 from brute_force import tiny_gpt2
 from graddot_lm import GraddotError
 from graddot_lm.background import BackgroundWriter
+from graddot_lm.hf import GradDotProdTrainer
 from hf_runs import (
+    TRAIN,
+    VAL,
+    Snapshots,
+    arguments,
+    brute_force,
+    collate,
     rows_of,
     scored,
     train,
@@ -13,6 +21,7 @@ from transformers import (
     Trainer,
     TrainerCallback,
 )
+from transformers.trainer_utils import HPSearchBackend
 
 
 def test_resumed_run_has_every_row_once(tmp_path):
@@ -28,6 +37,55 @@ def test_resumed_run_has_every_row_once(tmp_path):
         assert got["dot"] == pytest.approx(want["dot"], rel=1e-4, abs=1e-6)
     with pytest.raises(GraddotError, match="holds the scores of an earlier run"):
         train(tmp_path / "cut", tiny_gpt2(), **options)
+
+
+def test_runs_of_one_trainer(tmp_path):
+    """Their scores are where its output_dir is then; an earlier run's stay as they are."""
+    trainer = scored(tmp_path / "one", tiny_gpt2())
+    trainer.train()
+    with pytest.raises(GraddotError, match="holds the scores of an earlier run"):
+        trainer.train()
+    trainer.args.output_dir = str(tmp_path / "two")
+    trainer.train()
+    ids = [[row["sample_id"] for row in rows_of(tmp_path / x / "scores")] for x in ("one", "two")]
+    assert ids[0] == ids[1] and len(ids[0]) == 18
+
+
+class Trial(dict):
+    """As a search's, of the hyperparameters it holds."""
+
+    def __init__(self, number, **parameters):
+        super().__init__(parameters)
+        self.number, self.params = number, parameters
+
+
+def test_a_model_for_every_run(tmp_path, close, monkeypatch):
+    """By model_init, and in a search the scores of every trial in its own folder."""
+    args = arguments(tmp_path, remove_unused_columns=False)
+    trainer = GradDotProdTrainer(
+        model_init=lambda: tiny_gpt2(),
+        args=args,
+        data_collator=collate,
+        train_dataset=TRAIN,
+        val_dataset=VAL,
+    )
+    snapshots = Snapshots()
+    trainer.add_callback(snapshots)
+    trainer.train()
+    # A search's own package may not be here; its trials are told by their type.
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)
+    trainer.hp_search_backend, trainer.hp_name = HPSearchBackend.OPTUNA, None
+    trainer.hp_space = lambda trial: trial
+    for number, rate in enumerate((0.01, 0.03)):
+        trainer.train(trial=Trial(number, learning_rate=rate))
+    for i, (folder, rate) in enumerate([("", 0.02), ("run-0", 0.01), ("run-1", 0.03)]):
+        rows = rows_of(tmp_path / folder / "scores")
+        assert rows[0]["lr"] == pytest.approx(rate) and len(rows) == 18
+        for step, model in enumerate(snapshots.models[3 * i : 3 * i + 3]):
+            at = [row for row in rows if row["step"] == step]
+            dots, scales, _ = brute_force(model, TRAIN, VAL, [row["sample_id"] for row in at])
+            got = torch.tensor([row["dot"] for row in at], dtype=torch.float64)
+            close(got, dots, 1e-5, scales)
 
 
 def test_rows_of_steps_that_are_not_taken_again_are_dropped(tmp_path):

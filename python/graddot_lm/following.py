@@ -37,7 +37,8 @@ CASTS = {*ONLY_THE_TYPE, "type", "float", "double", "half", "bfloat16"}
 TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 # What was decided in a forward, by function and number of its call: for each result whether its
 # first dimension is that of the rows; None of a call that met rows.
-Calls = dict[tuple[str, int], tuple[bool, ...] | None]
+Decided = tuple[bool, ...] | None
+Calls = dict[tuple[str, int], Decided]
 TABLES = {func: inspect.signature(func) for func in (F.embedding, F.embedding_bag)}
 MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__)
 
@@ -402,8 +403,11 @@ class Following(TorchFunctionMode):
         scale_grad_by_freq=False, sparse=False,
     ):  # fmt: skip
         own, transposed = self._form(weight)
+        known = id(input) in self._followed or id(input) in self._constants
         if own is None or transposed:
-            return None
+            if known or padding_idx is None or id(weight) not in self._followed:
+                return None
+            return self._mapped(_padded, (input, weight, padding_idx % len(weight)), {}, [input])
         if padding_idx is not None:  # may count from the end
             padding_idx %= len(own)
         if id(input) not in self._constants:
@@ -419,6 +423,12 @@ class Following(TorchFunctionMode):
         if id(weight) not in self._own or known or self._is_computed(bias):
             return None
         return self._scored.layer_norm(input, list(normalized_shape), weight, bias, eps)
+
+
+def _padded(ids: Tensor, weight: Tensor, padding_idx: int) -> Tensor:
+    """F.embedding's, of which torch.vmap forgets that the table's row has no gradient."""
+    out = F.embedding(ids, weight)
+    return torch.where((ids == padding_idx).unsqueeze(-1), out.detach(), out)
 
 
 _apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]

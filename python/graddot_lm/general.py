@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from .digests import uncached
 from .errors import GraddotError
-from .following import Calls, Following, Refused, over_rows, too_large
+from .following import Calls, Decided, Following, Refused, over_rows, too_large
 from .scored import Scored, ScoredForward, first_tensor
 
 Rule = Callable[..., Any]
@@ -205,10 +205,18 @@ class InPlace:
                 " rows in which it cannot be told whether a dimension is that of the rows; use"
                 " another number of rows"
             )
+        same = proof.keys() == self._known.keys()
         for call, decided in proof.items():
-            agreed = self._known.get(call, decided) == decided
-            self._known[call] = decided if agreed else None
+            self._known[call] = _agreed(self._known.get(call, decided), decided, same)
         self._proven.append(self._last)
+
+
+def _agreed(one: Decided, other: Decided, same: bool) -> Decided:
+    """What two proofs decided of a call. In the same sequence of calls a dimension that is not of the
+    rows in one of them was a multiple of the other's rows by chance."""
+    if same and one is not None and other is not None and len(one) == len(other):
+        return tuple(x and y for x, y in zip(one, other, strict=True))
+    return one if one == other else None
 
 
 def row_by_row(largest: float, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:

@@ -92,7 +92,7 @@ class GradDotProdTrainer(Trainer):
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
     several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
-    parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`, `model_init`,
+    parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`,
     auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels" alone.
     """
 
@@ -129,7 +129,6 @@ class GradDotProdTrainer(Trainer):
         whole_model: Any = self.model
         of_peft = hasattr(whole_model, "get_base_model")
         self._targets = find_labels(type(whole_model.get_base_model() if of_peft else whole_model))
-        self._folder = Path(self.args.output_dir) / "scores"
         self.scores = self._writer()
         self._training = False
         self._step: int | None = None
@@ -152,9 +151,10 @@ class GradDotProdTrainer(Trainer):
             # Of TRL, which compute_loss = Trainer.compute_loss would pass over.
             'loss_type="dft"': getattr(args, "loss_type", None) == "dft",
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
-            "model_init": self.model_init is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
-            "an iterable training set": isinstance(self.train_dataset, IterableDataset),
+            "an iterable training set, whose samples have no index": isinstance(
+                self.train_dataset, IterableDataset
+            ),
         }
         found = [name for name, is_so in reasons.items() if is_so]
         if found:
@@ -190,6 +190,11 @@ class GradDotProdTrainer(Trainer):
         """Whether a smoothed loss is no sum over num_items_in_batch, as the values take it to be."""
         takes = inspect.signature(LabelSmoother.__call__).parameters
         return self.label_smoother is not None and "num_items_in_batch" not in takes
+
+    @property
+    def _folder(self) -> Path:
+        """Of the run at hand, which may be a trial of a search."""
+        return Path(self._get_output_dir(getattr(self, "_trial", None))) / "scores"
 
     def _writer(self) -> BackgroundWriter:
         """Of this process's rows."""
@@ -233,7 +238,13 @@ class GradDotProdTrainer(Trainer):
             # dropout and samplers draw in training; and a run that resumes has the same batches.
             with own_random():
                 set_seed(self.args.seed)
-                batches = list(loader)
+                try:
+                    batches = list(loader)
+                except KeyError as error:
+                    raise GraddotError(
+                        f"the collator finds no {error} in the validation set: prepare val_dataset as"
+                        " the training set is, or pass it as eval_dataset, which TRL prepares"
+                    ) from error
             self._check_validation(batches, lengths)
             self._val_batches[target] = batches
         return self._val_batches[target]
@@ -273,16 +284,17 @@ class GradDotProdTrainer(Trainer):
         self._folder.mkdir(parents=True, exist_ok=True)
         if self.state.global_step == 0 and any(self._folder.glob("part-*")):
             raise GraddotError(
-                f"{self._folder} holds the scores of an earlier run; choose another"
+                f"{self._folder} holds the scores of an earlier run; remove them, choose another"
                 " output_dir, or resume from a checkpoint"
             )
         if self.args.process_index == 0:
-            self.scores.truncate_after(self.state.global_step - 1)
+            self._writer().truncate_after(self.state.global_step - 1)
         self.accelerator.wait_for_everyone()
         self.scores = self._writer()
 
     def _begin(self) -> None:
-        if self._fsdp() is not None:  # whose parameters have taken the place of others
+        # FSDP's parameters have taken the place of others, and model_init makes a model for every run.
+        if self._fsdp() is not None or self.model_init is not None:
             self.engine = GradDotProdEngine(self.model, **self._options)  # type: ignore[arg-type]
         self.engine.store = self.scores
         self.engine.attach(self.optimizer)
