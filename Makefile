@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 
-.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-options exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-models bench-options exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
@@ -35,7 +35,7 @@ csrc-check: $(VENV)/installed ## C++ unit test under sanitizers, .cu compile, sy
 aot: $(VENV)/installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942
 	$(BIN)/python bench/aot.py
 
-bench: bench-step bench-embedding bench-methods bench-micro bench-options
+bench: bench-step bench-embedding bench-methods bench-micro bench-models bench-options
 
 bench-step: $(VENV)/installed
 	$(BIN)/python bench/bench_step.py
@@ -48,6 +48,9 @@ bench-methods: $(VENV)/installed ## every way to the scores, as N, V, T and K gr
 
 bench-micro: $(VENV)/installed ## every family of ops beside its rivals, one after the other
 	$(BIN)/python bench/test_micro.py
+
+bench-models: $(VENV)/installed ## what scores add to a step, kind of model by kind of model
+	$(BIN)/python bench/bench_models.py
 
 bench-options: $(VENV)/installed ## what each of the engine's options adds to a step
 	$(BIN)/python bench/bench_options.py

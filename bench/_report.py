@@ -60,7 +60,11 @@ def joules(powercap: Path = Path("/sys/class/powercap")) -> float | None:
 
 
 def time_and_energy(
-    functions: dict[str, Callable[[], object]], repeats: int, *, settle: bool = False
+    functions: dict[str, Callable[[], object]],
+    repeats: int,
+    *,
+    settle: bool = False,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[dict[str, float], dict[str, float] | None]:
     """The median time of every function, in seconds, and its mean energy, in joules, if the device
     reports it, over `repeats` rounds of all of them.
@@ -79,10 +83,10 @@ def time_and_energy(
             if settle:
                 functions[name]()
             _synchronize()
-            before, start = joules(), time.perf_counter()
+            before, start = joules(), clock()
             result = functions[name]()
             _synchronize()
-            seconds, after = time.perf_counter() - start, joules()
+            seconds, after = clock() - start, joules()
             del result  # outside the time: freeing a large result is no function's own work
             if round_ > 0:
                 times[name].append(seconds)
@@ -95,10 +99,10 @@ def time_and_energy(
 
 
 def interleave(
-    functions: dict[str, Callable[[], object]], repeats: int, *, settle: bool = False
+    functions: dict[str, Callable[[], object]], repeats: int, **options: Any
 ) -> dict[str, float]:
     """`time_and_energy` without the energy."""
-    return time_and_energy(functions, repeats, settle=settle)[0]
+    return time_and_energy(functions, repeats, **options)[0]
 
 
 def _cpu_name() -> str:

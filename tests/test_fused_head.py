@@ -13,6 +13,7 @@ from graddot_lm import (
     linear_cross_entropy,
     unfuse_head,
 )
+from model_zoo import adapters
 from test_engine import TOLERANCE, close
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
@@ -396,6 +397,18 @@ def test_fuse_and_unfuse():
         unfuse_head(model)
     for name, p in model.state_dict().items():
         assert torch.equal(p, state[name])
+
+
+def test_adapters_around_the_model():
+    model = adapters(r=4)
+    ids, labels = token_batch(3, 9, seed=1, ragged=True)
+    want = model(ids, labels=labels).loss
+    assert fuse_head(model) is model
+    out = model(ids, labels=labels)
+    torch.testing.assert_close(out.loss, want)
+    assert out.token_losses.shape == ids.shape
+    unfuse_head(model)
+    assert model(ids, labels=labels).logits is not None
 
 
 def test_attention_mask_and_another_architecture():

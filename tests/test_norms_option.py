@@ -6,7 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, norm, sample_dots, tiny_gpt2, token_batch, total
-from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
+from graddot_lm import (
+    GraddotError,
+    GradDotProdEngine,
+    convolutions,
+    fuse_head,
+    transformers_layers,
+)
 from loop_steps import Store, attached, run
 from process_group import on_processes
 from test_engine import MLP, TOLERANCE, SharedEverything, run_step
@@ -126,7 +132,9 @@ class ConvNet(nn.Module):
 
 
 @DTYPES
-def test_conv_net(close, dtype):
+@pytest.mark.parametrize("few", [0, 1000], ids=["by-row", "by-patches"])
+def test_conv_net(close, dtype, few, monkeypatch):
+    monkeypatch.setattr(convolutions, "_FEW_POSITIONS", few)
     g = torch.Generator().manual_seed(5)
     x, y = torch.randn(5, 2, 11, 12, generator=g), torch.randint(0, 4, (5,), generator=g)
     check_step(
@@ -139,6 +147,15 @@ def test_conv_net(close, dtype):
 )
 def test_language_model(close, name):
     """RMS norms, padding ids, experts, position biases, the general rule; in fp32."""
+    train, val = token_batch(3, 9, VOCAB, seed=1, ragged=True), token_batch(2, 9, VOCAB, seed=2)
+    check_step(close, LANGUAGE_MODELS[name](), train, val, torch.float32)
+
+
+@pytest.mark.parametrize("most", [0, 9], ids=["by-token", "by-row"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt-oss", "mixtral-lora"])
+def test_experts(close, name, most, monkeypatch):
+    """Both ways to an expert's dots: rows of one length, and every token's product with the direction."""
+    monkeypatch.setattr(transformers_layers, "_MOST_FILLED", most)
     train, val = token_batch(3, 9, VOCAB, seed=1, ragged=True), token_batch(2, 9, VOCAB, seed=2)
     check_step(close, LANGUAGE_MODELS[name](), train, val, torch.float32)
 

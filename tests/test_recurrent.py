@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
-from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from graddot_lm import GraddotError, GradDotProdEngine, check_layer, recurrent
 from loop_steps import same_gradients
 from test_engine import run_step
 from torch import nn
@@ -83,6 +83,15 @@ def test_a_language_model(kind, batch_first, close):
         close(scores, total(dots), tolerance, total(scales))
         same_gradients(trained, want, tolerance)
         assert set(of_parameters) == {name for name, _ in model.named_parameters()}
+
+
+@KIND
+@pytest.mark.parametrize("given", [False, True], ids=["", "given-state"])
+def test_by_kernel(kind, given, close, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr(recurrent, "by_kernel", lambda gates: True)
+    test_a_layer(kind, 4, given, True)
+    test_a_language_model(kind, given, close)
 
 
 @KIND

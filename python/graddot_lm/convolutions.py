@@ -1,14 +1,19 @@
 """Convolutions: linear layers on the patches of their input."""
 
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graddot_kernels.sample_dots import bordered
+
 from .errors import GraddotError
 from .layers import (
     ScoredFunction,
+    Step,
     accumulator,
     linear_grad,
     no_autocast,
@@ -17,13 +22,18 @@ from .layers import (
     without_autocast,
 )
 from .scored import Scored, autocast_input
+from .shared_uses import SharedUses
+
+# Output positions up to which a CPU makes the patches of all rows in less time than every row's gradient.
+_FEW_POSITIONS = 256
 
 
 class ConvDot(ScoredFunction):
     """A convolution of groups=1 in one or two dimensions, zero padding, x (rows, Din, *size), or
     (rows·T, Din, *size) with several images a row.
 
-    The patches exist in the backward only, for one layer at a time.
+    The patches exist in the backward only, for one layer at a time; where they are many, every row's
+    gradient does instead, for one row at a time.
     """
 
     @staticmethod
@@ -40,22 +50,63 @@ class ConvDot(ScoredFunction):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         step, options, result = ctx.step, ctx.options, [None] * 5
-        if ctx.needs_input_grad[0]:
-            result[0] = torch.ops.aten.convolution_backward(
-                grad_out, x, weight.to(grad_out.dtype), None,
+        w, images = weight.to(grad_out.dtype), len(x) // step.rows
+
+        def gradient(begin: int, end: int, of_input: bool) -> Tensor:
+            """Of the input, or of the weight, from the rows between."""
+            rows = slice(begin * images, end * images)
+            return torch.ops.aten.convolution_backward(  # type: ignore[no-any-return]
+                grad_out[rows], x[rows], w, None,
                 options["stride"], options["padding"], options["dilation"],
-                False, [0] * (x.dim() - 2), 1, [True, False, False],
-            )[0]  # fmt: skip
-        by_row = lambda x: x.reshape(step.rows, -1, x.shape[2])
-        grad = by_row(grad_out.flatten(2).transpose(1, 2))
+                False, [0] * (x.dim() - 2), 1, [of_input, not of_input, False],
+            )[0 if of_input else 1]  # fmt: skip
+
+        if ctx.needs_input_grad[0]:
+            result[0] = gradient(0, step.rows, True)
         if ctx.bias_uses is not None:
-            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
+            row_grads = grad_out.flatten(2).sum(2, dtype=accumulator(grad_out.dtype))
+            row_grads = row_grads.view(step.rows, images, -1).sum(1)
             result[2] = vector_grad(step, ctx.bias_uses, row_grads).to(ctx.bias_dtype)
         if ctx.uses is not None:
-            act = by_row(_patches(x, weight.shape[2:], options))
-            weight_grad = linear_grad(step, ctx.uses, act, grad)
-            result[1] = weight_grad.view(weight.shape).to(weight.dtype)
+            positions = grad_out[0, 0].numel() * images
+            in_parts = x.is_cuda or step.tokens is not None or x.dtype != accumulator(x.dtype)
+            if positions <= _FEW_POSITIONS or in_parts or ctx.uses.paired:
+                by_row = lambda x: x.reshape(step.rows, -1, x.shape[2])
+                act = by_row(_patches(x, weight.shape[2:], options))
+                grad = by_row(grad_out.flatten(2).transpose(1, 2))
+                weight_grad = linear_grad(step, ctx.uses, act, grad).view(weight.shape)
+            else:
+                ctx.uses.linear_terms(x, grad_out)  # of which there are none, but it counts
+                weight_grad = _by_row(step, ctx.uses, lambda *rows: gradient(*rows, False))
+            result[1] = weight_grad.to(weight.dtype)
         return tuple(result)
+
+
+def _by_row(step: Step, uses: SharedUses, gradient: Callable[[int, int], Tensor]) -> Tensor:
+    """The training gradient of a weight from gradient(begin, end), that of the rows between; the step
+    collects its dots."""
+    n = step.train_rows
+    if step.val_rows:
+        ends = itertools.accumulate([n, *step.val_rows])
+        directions = [gradient(*rows) for rows in itertools.pairwise(ends)]
+    elif uses.given is not None:
+        directions = list(uses.direction().unbind())
+    else:
+        return gradient(0, n).mul_(step.scale)
+    dot = lambda a, b: torch.sum(a * b, dtype=torch.float64)
+    weight_grad, dots, norms = torch.zeros_like(directions[0]), [], []
+    for i in range(n):
+        row = gradient(i, i + 1)
+        dots.append(torch.stack([dot(d, row) for d in directions]))
+        if uses.norms:
+            norms.append(dot(row, row))
+        weight_grad += row
+    by_target = torch.stack(dots, 1)
+    if uses.norms:
+        own = torch.stack([dot(d, d) for d in directions]) if step.val_rows else None
+        by_target = bordered(by_target, torch.stack(norms), own)
+    step.collect(uses.leaf, by_target)
+    return weight_grad.mul_(step.scale)
 
 
 def _patches(x: Tensor, kernel: torch.Size, options: dict[str, Any]) -> Tensor:

@@ -261,6 +261,10 @@ def fuse_head(
     """
     if distributed.is_sharded(model.parameters()):  # whose forward runs in hooks, not by itself
         raise GraddotError("the model is sharded already; call fuse_head before fully_shard")
+    if hasattr(model, "get_base_model"):  # of peft, around the language model
+        form = {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        fuse_head(model.get_base_model(), label_shift=label_shift, **form)  # type: ignore[operator]
+        return model
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     base = getattr(model, "base_model", model)
     if type(get_head()) is not nn.Linear or base is model:
@@ -313,6 +317,8 @@ def _losses_of_large_logits(fused: _FusedForward, ids: Tensor) -> list[tuple[Ten
 
 def unfuse_head(model: nn.Module) -> None:
     """Give the model its own forward back."""
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()  # type: ignore[operator]
     if not isinstance(model.__dict__.get("forward"), _FusedForward):
         raise GraddotError("the model has no fused head")
     del model.__dict__["forward"]

@@ -292,19 +292,26 @@ def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> Tens
     cross_terms = uses.linear_terms(act, grad)
     if cross_terms is not None:
         step.collect(uses.leaf, cross_terms)
-    if step.val_rows:
-        weight_grad, dots = _ops.linear_joint_wgrad_dot(
-            act, grad, step.val_rows, step.scale, uses.norms
-        )
-    elif uses.given is not None:
+    if not step.val_rows and uses.given is None:
+        return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale)
+    direction = None
+    if not step.val_rows:
         step.check_samples(uses.name, act.shape[0])
         direction = uses.direction().flatten(2)  # a convolution's has its kernel's dimensions
-        direction = direction.to(accumulator(act.dtype))  # weights may be cast, as a router's
-        weight_grad, dots = _ops.linear_wgrad_dot(direction, act, grad, step.scale, uses.norms)
-    else:
-        return (grad.flatten(0, 1).t() @ act.flatten(0, 1)).mul_(step.scale)
+    weight_grad, dots = weight_grad_dot(step, direction, uses.norms, act, grad)
     step.collect(uses.leaf, dots)
     return weight_grad
+
+
+def weight_grad_dot(
+    step: Step, direction: Tensor | None, norms: bool, act: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The training gradient (Dout, Din) and the dots, with the direction (K, Dout, Din) or else with that
+    of the val rows."""
+    if direction is None:
+        return _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale, norms)  # type: ignore[no-any-return]
+    direction = direction.to(accumulator(act.dtype))  # weights may be cast, as a router's
+    return _ops.linear_wgrad_dot(direction, act, grad, step.scale, norms)  # type: ignore[no-any-return]
 
 
 def _embedding_grad(step: Step, uses: SharedUses, ids: Tensor, grad: Tensor) -> Tensor:

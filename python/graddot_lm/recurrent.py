@@ -1,12 +1,15 @@
-"""nn.RNN, LSTM and GRU: PyTorch's own kernels, with what they compute with weights taken apart.
+"""nn.RNN, LSTM and GRU, with what they compute with weights taken apart.
 
-The gates of a step are gates(x_t) + W_hh h_(t-1) + b_hh, of which a kernel tells no gradient. It is
-given gates(x) = W_ih x + b_ih as its input, with the identity in the place of W_ih, so that its input's
-gradient is the gates' own. The hidden states, of a run before it without a graph, make
-W_hh h + b_hh, whose difference with itself, zero, is added to the gates: it takes their gradient to
-the layer's rule for W_hh and b_hh, and the kernel's own copy of these takes none.
+The gates of a step are gates(x_t) + W_hh h_(t-1) + b_hh, with gates(x) = W_ih x + b_ih a linear layer's.
+A zero that is added to the rest takes its gradient to W_hh and b_hh, whose values in it take none.
+
+Two ways. *Step by step* the hidden states are known when the run is over, before the zero's backward.
+*PyTorch's kernel* tells no gradient of the gates: it is given gates(x) as its input, with the identity in
+the place of W_ih. There the zero is W_hh h + b_hh less itself, with the hidden states of a run before it
+without a graph.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,7 +17,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import GraddotError
-from .layers import no_autocast
+from .layers import (
+    ScoredFunction,
+    accumulator,
+    linear_grad,
+    no_autocast,
+    note_uses,
+    vector_grad,
+    without_autocast,
+)
 from .scored import Scored, any_layout
 
 KERNELS: dict[str, Any] = {
@@ -75,8 +86,26 @@ def _run(
     w_ih, w_hh, b_ih, b_hh = (getattr(module, name, None) for name in named)
     assert w_ih is not None and w_hh is not None
     gates = in_time(scored.linear_of_rows(x, w_ih, b_ih))
-    kernel = KERNELS[module.mode]
     state = tuple(s.to(gates.dtype) for s in state)
+    with no_autocast(gates.device.type):
+        if by_kernel(gates):
+            out, end = _by_kernel(module, scored, gates, state, w_hh, b_hh, in_time)
+        else:
+            out, end = _step_by_step(module.mode, scored, gates, state, w_hh, b_hh, in_time)
+    return in_time(out), end
+
+
+def by_kernel(gates: Tensor) -> bool:
+    """Whether to run PyTorch's kernel: twice, and with a product more, which on a CPU takes longer than
+    all its steps one by one."""
+    return gates.is_cuda
+
+
+def _by_kernel(
+    module: nn.RNNBase, scored: Scored, gates: Tensor, state: State, w_hh: Tensor, b_hh: Any,
+    in_time: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, State]:  # fmt: skip
+    kernel = KERNELS[module.mode]
     identity = torch.eye(gates.shape[2], dtype=gates.dtype, device=gates.device)
     values = [identity, w_hh.detach().to(gates.dtype)]
     if b_hh is not None:
@@ -84,10 +113,9 @@ def _run(
 
     def run(gates: Tensor) -> tuple[Tensor, State]:
         start = state if module.mode == "LSTM" else state[0]
-        with no_autocast(gates.device.type):
-            out, *end = kernel(
-                gates, start, values, b_hh is not None, 1, 0.0, module.training, False, True
-            )
+        out, *end = kernel(
+            gates, start, values, b_hh is not None, 1, 0.0, module.training, False, True
+        )
         return out, tuple(end)
 
     with torch.no_grad():
@@ -98,5 +126,63 @@ def _run(
         two, new = zero.split([2 * w_hh.shape[1], w_hh.shape[1]], 2)
         reset = (gates + hidden).detach()[..., : w_hh.shape[1]].sigmoid()
         zero = torch.cat([two, reset * new], 2)
-    out, end = run(gates + zero)
-    return in_time(out), end
+    return run(gates + zero)
+
+
+class HiddenDot(ScoredFunction):
+    """W_hh h + b_hh is computed step by step; this is a zero to be added to it, (rows, T, G), that takes
+    the gradient of all steps to W_hh and b_hh. `hidden` gets the h of every step, (rows, H) each, until
+    the backward."""
+
+    @staticmethod
+    def forward(ctx, gates, weight, bias, step, hidden, in_time):  # type: ignore[no-untyped-def]
+        ctx.hidden, ctx.in_time, ctx.dtype = hidden, in_time, weight.dtype
+        note_uses(ctx, step, weight, bias, vector=False)
+        return gates.new_zeros(()).expand(gates.shape)
+
+    @staticmethod
+    @without_autocast
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        step, result = ctx.step, [None] * 6
+        grad = step.as_samples(ctx.in_time(grad_out))
+        if ctx.bias_uses is not None:
+            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
+            result[2] = vector_grad(step, ctx.bias_uses, row_grads).to(ctx.bias_dtype)
+        if ctx.uses is not None:
+            act = step.as_samples(ctx.in_time(torch.stack(ctx.hidden, 1)))
+            result[1] = linear_grad(step, ctx.uses, act, grad).to(ctx.dtype)
+        return tuple(result)
+
+
+def _step_by_step(
+    mode: str, scored: Scored, gates: Tensor, state: State, w_hh: Tensor, b_hh: Any,
+    in_time: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, State]:  # fmt: skip
+    hidden: list[Tensor] = []  # detached, and the first copied: the caller may write to it
+    zero = HiddenDot.apply(gates, w_hh, b_hh, scored.step, hidden, in_time)
+    by_hidden = w_hh.detach().to(gates.dtype).t()
+    added = zero if b_hh is None else zero + b_hh.detach().to(gates.dtype)
+    if mode != "GRU":
+        gates = gates + added
+    h, c = state[0][0].clone(), state[-1][0]
+    out = []
+    for x, y in zip(gates.unbind(1), added.unbind(1), strict=True):
+        hidden.append(h.detach())
+        if mode == "LSTM":
+            both, new, last = torch.addmm(x, h, by_hidden).tensor_split(
+                (2 * h.shape[1], 3 * h.shape[1]), 1
+            )
+            enter, keep = both.sigmoid().chunk(2, 1)
+            c = keep * c + enter * new.tanh()
+            h = last.sigmoid() * c.tanh()
+        elif mode == "GRU":
+            of_hidden = torch.addmm(y, h, by_hidden)
+            two = 2 * h.shape[1]
+            reset, keep = (x[:, :two] + of_hidden[:, :two]).sigmoid().chunk(2, 1)
+            new = (x[:, two:] + reset * of_hidden[:, two:]).tanh()
+            h = new + keep * (h - new)
+        else:
+            activation = torch.relu if mode == "RNN_RELU" else torch.tanh
+            h = activation(torch.addmm(x, h, by_hidden))
+        out.append(h)
+    return torch.stack(out, 1), (h[None], c[None]) if mode == "LSTM" else (h[None],)

@@ -145,7 +145,7 @@ class SharedUses:
             )
 
     @property
-    def _paired(self) -> bool:
+    def paired(self) -> bool:
         """Whether there are cross terms between uses of the weight."""
         uses = self.linear_calls + len(self.embedding_ids)
         if self._has_pairs and self.vector_calls and uses:
@@ -215,7 +215,7 @@ class SharedUses:
         """Cross terms of a linear use with the uses whose backward ran before, (K, N)."""
         self._linears_done += 1
         self._check_count(self._linears_done, self.linear_calls)
-        if not self._paired:
+        if not self.paired:
             return None
         terms = [self._linear_pair(act, grad, *other) for other in self._linears]
         for ids, emb_grad in self._embeddings.values():
@@ -255,7 +255,7 @@ class SharedUses:
         """What the fused head leaves for the embedding, from its backward; see `_LinearPart`."""
         self._linears_done += 1
         self._check_count(self._linears_done, self.linear_calls)
-        if not self._paired:
+        if not self.paired:
             return
         after = len(self.embedding_ids) - self._embeddings_before_head
         if self.linear_calls > 1 or self._embeddings or after:
@@ -271,7 +271,7 @@ class SharedUses:
         """Cross terms of an embedding use, (K, N)."""
         self._embeddings_done += 1
         self._check_count(self._embeddings_done, len(self.embedding_ids))
-        if not self._paired:
+        if not self.paired:
             return None
         index = self._index(ids)
         parts = self._parts.pop(index, [])
@@ -297,7 +297,7 @@ class SharedUses:
         """Cross terms of a bias or norm use, given its per-row gradients (N + ΣV, d); (K, N)."""
         self._vectors_done += 1
         self._check_count(self._vectors_done, self.vector_calls)
-        if not self._has_pairs or (not self._paired and self.vector_calls == 1):
+        if not self._has_pairs or (not self.paired and self.vector_calls == 1):
             return None
         terms = None
         if self._vectors:

@@ -14,8 +14,19 @@ from torch import Tensor, nn
 from graddot_kernels.sample_dots import bordered
 
 from .errors import GraddotError
-from .layers import ScoredFunction, Step, accumulator, no_autocast, without_autocast
+from .layers import (
+    ScoredFunction,
+    Step,
+    accumulator,
+    no_autocast,
+    weight_grad_dot,
+    without_autocast,
+)
 from .scored import Scored, autocast_input, own_parameters
+
+# How many times an expert's tokens rows of one length may be, before a product with the direction for
+# every token is less work.
+_MOST_FILLED = 2
 
 
 class ExpertLinearDot(ScoredFunction):
@@ -59,6 +70,7 @@ class ExpertLinearDot(ScoredFunction):
         targets = len(step.val_rows) if given is None else len(given)
         dots = torch.zeros(targets, step.rows, dtype=high, device=x.device)
         norms, val_norms = dots.new_zeros(step.rows), dots.new_zeros(targets)
+        scored = bool(step.val_rows) or given is not None
         result[1] = torch.zeros_like(parameter)
         weight_grad = ctx.view(result[1])
         for e, (act, grad, rows) in enumerate(
@@ -68,6 +80,12 @@ class ExpertLinearDot(ScoredFunction):
                 if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
                     act, grad = grad, act
                 act, grad = act.to(high), grad.to(high)
+                by_row = _laid_out(act, grad, rows, step.rows) if scored else None
+                if by_row is not None:
+                    of_expert = None if given is None else given[:, e]
+                    weight_grad[e], own = weight_grad_dot(step, of_expert, uses.norms, *by_row)
+                    step.collect(uses.leaf, own)
+                    continue
                 directions = _directions(step, act, grad, rows) if given is None else given[:, e]
                 train = rows < n
                 act, grad, rows = act[train], grad[train], rows[train]
@@ -84,6 +102,20 @@ class ExpertLinearDot(ScoredFunction):
             dots = bordered(dots, norms[:n], val_norms if given is None else None)
         step.collect(uses.leaf, dots)
         return tuple(result)
+
+
+def _laid_out(act: Tensor, grad: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor] | None:
+    """One expert's tokens by row, (number, T, D), filled up with zeros; None if most would be that."""
+    counts = torch.bincount(rows, minlength=number)
+    longest = int(counts.max())
+    if number * longest > _MOST_FILLED * len(rows):
+        return None
+    first = counts.cumsum(0) - counts  # a row's tokens come one after the other
+    at = torch.arange(len(rows), device=rows.device) + (rows * longest - first[rows])
+    act, grad = (
+        x.new_zeros(number * longest, x.shape[1]).index_copy_(0, at, x) for x in (act, grad)
+    )
+    return act.unflatten(0, (number, longest)), grad.unflatten(0, (number, longest))
 
 
 def _squares(act: Tensor, grad: Tensor, rows: Tensor, n: int) -> Tensor:
