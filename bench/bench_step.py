@@ -12,7 +12,8 @@ On a CPU a GPT-2 of 4 layers and 50304 tokens in fp32; on a GPU GPT-2 Small in b
 Last line: worst case over the language-model shapes, the largest ratio of each kind (of
 naive_over_step the smallest), naive_over_step_mlp, k16_over_k1: sixteen val rows as sixteen targets
 over the same rows as one, and host_over_regular_nv: the step over Regular in a GPT-2 of 12 layers so
-narrow that little but the host's own work is left, which bounds the step on a fast GPU.
+narrow that little but the host's own work is left, which bounds the step on a fast GPU;
+host_compiled_over_regular_nv is the same of 4 such layers and both methods compiled.
 """
 
 import argparse
@@ -186,6 +187,29 @@ def measure_host(repeats: int) -> dict[str, float]:
     return row
 
 
+def measure_compiled_host(repeats: int) -> dict[str, float]:
+    """The same of 4 layers, for which torch.compile takes a minute on a CPU, in both methods."""
+    case, other = (LanguageModelCase(4, 1, 8, **NARROW | {"n_layer": 4}) for _ in range(2))
+    check(case)
+    for one in (case, other):
+        fuse_head(one.model)
+        one.model.compile()
+    other.engine.attach()
+    methods: dict[str, Callable[[], object]] = {
+        "regular_nv": lambda: case._regular(len(case.x)),
+        "graddot": lambda: other.attached_step(other.engine),
+    }
+    for method in methods.values():
+        for _ in range(3):  # the first step with scores runs uncompiled
+            method()
+    seconds = interleave(methods, 10 * repeats, settle=True)
+    row = {"host_compiled_over_regular_nv": seconds["graddot"] / seconds["regular_nv"]}
+    append_row(
+        "step", {"shape": "host-compiled", "repeats": 10 * repeats, **row, "seconds": seconds}
+    )
+    return row
+
+
 def case_of(shape: str) -> Case:
     return mlp_case() if shape == "mlp" else LanguageModelCase(*LM_SHAPES[shape])
 
@@ -243,7 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     rounds = 7 if DEVICE == "cuda" else 3
     parser.add_argument("--repeats", type=int, default=rounds, help="timed rounds of all methods")
-    shapes = [*LM_SHAPES, "mlp", "k16", "host"]
+    shapes = [*LM_SHAPES, "mlp", "k16", "host", "host-compiled"]
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, help="default: all")
     parser.add_argument("--memory_of", nargs=2, metavar=("SHAPE", "METHOD"), help="used by itself")
     args = parser.parse_args()
@@ -251,7 +275,11 @@ def main() -> None:
         print_peak_memory(*args.memory_of)
         return
     start = time.perf_counter()
-    apart = {"k16": measure_targets, "host": measure_host}
+    apart = {
+        "k16": measure_targets,
+        "host": measure_host,
+        "host-compiled": measure_compiled_host,
+    }
     rows = {
         shape: apart[shape](args.repeats) if shape in apart else measure(shape, args.repeats)
         for shape in args.shapes

@@ -224,6 +224,105 @@ def test_lora_of_experts(close):
     assert graphs() == 1
 
 
+class Norms(nn.Module):
+    """Norms of both kinds, one over two dimensions, and linear layers, one without bias."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wide, self.norm, self.mix = nn.LayerNorm((2, 6)), nn.RMSNorm(12), nn.Linear(12, 12)
+        self.plain, self.last = nn.LayerNorm(12, bias=False), nn.Linear(12, 7, bias=False)
+
+    def forward(self, x):
+        x = self.mix(self.norm(self.wide(x.view(-1, 2, 6)).flatten(1)))
+        return self.last(self.plain(torch.tanh(x)))
+
+
+@pytest.mark.parametrize("given", [False, True], ids=["riding", "given"])
+def test_layers_that_the_graph_scores_itself(given, close):
+    """No op of ours runs a rule; two targets, norms, and samples by micro-batches."""
+    model = Norms().double()
+    targets, seen = {"a": points(2, 99), "b": points(1, 98)}, []
+
+    def backend(graph, inputs):
+        seen.extend(str(node.target) for node in graph.graph.nodes)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    call = compiled(model, backend)
+    engine = GradDotProdEngine(model, None if given else targets, norms=True)
+    engine.attach()
+    for i in range(3):
+        batches = [points(4 + (i > 1), 2 * i + k) for k in range(2)]
+        if given:
+            engine.set_directions(
+                {name: gradient(model, *val, loss=F.cross_entropy) for name, val in targets.items()}
+            )
+        for batch in batches:
+            step(engine, call, batch, i, classify, factor=0.5)
+        plain, rows = unscored(model), []
+        for batch in batches:
+            rows += [(batch[0][k : k + 1], batch[1][k : k + 1]) for k in range(len(batch[1]))]
+        of_samples = [gradient(plain, *row, loss=F.cross_entropy) for row in rows]
+        norms = torch.stack([norm(g) for g in of_samples])
+        close(engine.gradient_norms(), norms, 1e-10)
+        got = engine.aggregate_and_log()
+        for row, val in zip(got, targets.values(), strict=True):
+            parts = [sample_dots(plain, b, val, loss=F.cross_entropy) for b in batches]
+            want, scale = (torch.cat([total(p[k]) for p in parts]) for k in (0, 1))
+            close(row, want, 1e-10, scale)
+        for name, p in model.named_parameters():
+            mean = torch.stack([g[name] for g in of_samples]).mean(0)
+            assert (p.grad - mean).norm() <= 1e-10 * mean.norm(), name
+        model.zero_grad(set_to_none=True)
+    assert seen and not [name for name in seen if "graddot_lm.layer" in name]
+
+
+class Repeating(nn.Module):
+    """A block, compiled alone, that runs as often as it is told."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.block, self.last, self.times = nn.Linear(12, 12), nn.Linear(12, 7), 1
+
+    def forward(self, x):
+        for _ in range(self.times):
+            x = torch.tanh(self.block(x))
+        return self.last(x)
+
+
+def test_backward_for_some_tensors_only():
+    """Whose graph computes all, and leaves the dots nowhere."""
+    model, train = Norms().double(), points(5, 0)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, points(2, 99))
+    engine.attach()
+    step(engine, call, train, 0, classify)
+    engine.aggregate_and_log()
+    engine.attach_train_batch(*train, 1, torch.arange(5))
+    x, y = engine.prepare_forward_input(*train)
+    engine.track_loss(F.cross_entropy(call(x), y)).backward(inputs=list(model.parameters()))
+    with pytest.raises(GraddotError, match="call backward\\(\\) on the loss, without inputs="):
+        engine.prepare_gradients()
+
+
+def test_layer_that_runs_more_often_than_when_it_was_judged(close):
+    """The cross terms of its uses would be missing: that step is refused, those after it are right."""
+    model, val = Repeating().double(), points(2, 99)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    model.block.compile(backend="aot_eager")
+    for i, times in enumerate([1, 1, 2, 2, 1]):
+        model.times, train = times, points(5, i)
+        if i == 2:
+            with pytest.raises(GraddotError, match="layer block ran otherwise in a compiled graph"):
+                step(engine, model, train, i, classify)
+            engine.clear_gradients()
+            continue
+        step(engine, model, train, i, classify)
+        check(engine, close, train, val, 1e-10, loss=F.cross_entropy)
+
+
 class Shared(nn.Module):
     """A weight of two embeddings and a head; layers called twice, also on the very same input."""
 
@@ -631,8 +730,8 @@ def test_refusals(way):
     engine.attach()
     step(engine, call, points(5, 0), 0, classify)
     engine.aggregate_and_log()
-    hook = model.first.weight.register_hook(lambda grad: 2 * grad)
-    with pytest.raises(GraddotError, match="layer first has a parameter with a gradient hook"):
+    hook = model.conv.weight.register_hook(lambda grad: 2 * grad)
+    with pytest.raises(GraddotError, match="layer conv has a parameter with a gradient hook"):
         step(engine, call, points(5, 1), 1, classify)
     hook.remove()
     engine.clear_gradients()

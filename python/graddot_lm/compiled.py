@@ -1,4 +1,6 @@
-"""torch.compile of a model with an engine attached: every scored layer is one op of the graph.
+"""torch.compile of a model with an engine attached: scored layers that are an op of the graph each.
+
+Most layers of a transformer need none: see in_graph.py.
 
 The compiler sees `graddot_lm::layer`, whose shapes are those of the layer's own forward. When the
 graph runs, the op runs the layer's rule, as uncompiled code does, on a small autograd graph of its
@@ -177,6 +179,7 @@ _library.define(
     "begin(int site, Tensor(a!) clock, Tensor[] inputs, Tensor? items, bool labelled) -> ()",
     tags=_tags,
 )
+_library.define("scale(int site, Tensor grad) -> Tensor", tags=_tags)
 _library.define("end(int site, Tensor(a!) clock, Tensor[] outputs) -> ()", tags=_tags)
 
 
@@ -290,6 +293,15 @@ def _begin(number, clock, inputs, items, labelled):  # type: ignore[no-untyped-d
     clock.add_(1)
 
 
+def _scale(number, grad):  # type: ignore[no-untyped-def]
+    """The step's scale, as it is once there is such a gradient."""
+    return _site(number).scale().clone()  # which the next step writes to
+
+
+def _scale_fake(number, grad):  # type: ignore[no-untyped-def]
+    return torch.empty((), dtype=torch.float64, device=grad.device)
+
+
 def _end(number, clock, outputs):  # type: ignore[no-untyped-def]
     _site(number).model_forward.end_compiled()
     clock.add_(1)
@@ -298,6 +310,7 @@ def _end(number, clock, outputs):  # type: ignore[no-untyped-def]
 for _name, _function, _fake in (
     ("layer", _layer, _layer_fake),
     ("layer_backward", _layer_backward, _layer_backward_fake),
+    ("scale", _scale, _scale_fake),
     ("begin", _begin, lambda *args: None),
     ("end", _end, lambda *args: None),
 ):

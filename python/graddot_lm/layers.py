@@ -95,9 +95,10 @@ class Step:
         """Dots of one use of a parameter."""
         self._note_backward()
         if leaf is not None:
-            self._add(leaf, dots)
+            self.add(leaf, dots)
 
-    def _add(self, leaf: str, dots: Tensor) -> None:
+    def add(self, leaf: str, dots: Tensor) -> None:
+        """Dots of a leaf, whose backward is through."""
         found = self._dots.setdefault(leaf, [])
         found.append(dots)
         if len(found) == _DOTS_TOGETHER:
@@ -125,7 +126,7 @@ class Step:
         self._rows, self._held = {}, 0
 
     def _dot_rows(self, leaf: str, row_grads: Tensor) -> None:
-        self._add(leaf, vector_form(row_grads, row_grads, self.val_rows, self.norms))
+        self.add(leaf, vector_form(row_grads, row_grads, self.val_rows, self.norms))
 
     def _note_backward(self) -> None:
         """One that raises leaves a part of the dots behind, and `in_backward`."""

@@ -23,6 +23,7 @@ from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
 from .digests import own_buffers, own_inputs, own_random, uncached
 from .errors import GraddotError
 from .first_step import FirstStep
+from .graph_layers import InGraphLayers
 from .layers import Step
 from .layout_search import LayoutSearch
 from .parts import ModelInputs
@@ -85,6 +86,7 @@ class ModelForward:
             model, self._layers, self._averaging, self._resolve, self._in_step
         )
         self._checks = FirstStep(model, self._layers, self._averaging)
+        self.in_graph = InGraphLayers(self._layers, parameters)
         self._hooks: list[Any] = []
         # For graphs that torch.compile makes of the model.
         self.number, self.key = next(compiled.numbers), compiled.new_owner(self)
@@ -128,6 +130,7 @@ class ModelForward:
         self._hooks = []
         self.give_up()
         rows_of.pop(self.number, None)
+        self.in_graph.forget()
 
     # One micro-batch
 
@@ -138,6 +141,7 @@ class ModelForward:
         labels = micro.labels
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         self.one_row = len(labels) == 1
+        self.in_graph.begin(micro, self.directions)
         unseen = self._layouts.is_new(labels)
         if self.is_first or unseen or self._checks.has_new(micro):
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
@@ -159,6 +163,7 @@ class ModelForward:
                 " part of the model; call clear_gradients()"
             )
         micro.step.dot_held_rows()
+        self.in_graph.collect(micro)
         if not micro.step.has_dots:
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")
         micro.loss_scale.check()
@@ -168,6 +173,8 @@ class ModelForward:
                 f"{', '.join(held)}: the loss depends on the shared weight's linear layer, but not"
                 " on its embedding; their gradient cannot be completed"
             )
+        if micro.step.first:
+            self.in_graph.judge(micro)
         self._checks.finish(micro)
         self.micro = None
         return micro
@@ -176,6 +183,7 @@ class ModelForward:
         """Forget the micro-batch under way."""
         run_compiled()
         self._checks.give_up(self.micro)
+        self.in_graph.give_up()
         self.micro = None
 
     @contextlib.contextmanager

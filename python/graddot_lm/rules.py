@@ -17,13 +17,15 @@ from .convolutions import conv_rule
 from .distributed import layer_type
 from .errors import GraddotError
 from .general import ProvenRule, Rule, general_rule
+from .in_graph import layer_norm, linear, rms_norm
 from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
 from .recurrent import PROJECTIONS, recurrent_rule
-from .scored import Scored, any_layout, by_token, has_own_forward, own_parameters
+from .scored import Scored, any_layout, by_token, has_own_forward, in_graph, own_parameters
 from .transformers_layers import experts, is_adapted_experts, is_experts, is_relative_bias
 
 
 @by_token
+@in_graph(linear)
 def _linear(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, (nn.Linear, Conv1D))
     return scored.linear(input, module.weight, module.bias, transposed=isinstance(module, Conv1D))
@@ -36,6 +38,7 @@ def _embedding(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
 
 
 @by_token
+@in_graph(layer_norm)
 def _layer_norm(module: nn.Module, scored: Scored, input: Tensor) -> Tensor:
     assert isinstance(module, nn.LayerNorm)
     shape = list(module.normalized_shape)
@@ -156,4 +159,5 @@ def rule_for(module: nn.Module) -> Rule | None:
     form = rms_norm_form(module)
     if form is None:
         return general_rule(any_size=layer_type(module) in _registered)
-    return functools.partial(_norm_or_general, form, general_rule())
+    norm = functools.partial(_norm_or_general, form, general_rule())
+    return in_graph(functools.partial(rms_norm, form))(norm)

@@ -152,6 +152,17 @@ def any_layout(rule: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def in_graph(forward: Callable[..., Tensor]) -> Callable[..., Any]:
+    """Marks a rule for which this stands in a graph, where the layer's parameters are used once: see
+    in_graph.py."""
+
+    def decorate(rule: Callable[..., Any]) -> Callable[..., Any]:
+        rule.in_graph = forward  # type: ignore[attr-defined]
+        return rule
+
+    return decorate
+
+
 def by_token(rule: Callable[..., Any]) -> Callable[..., Any]:
     """Marks a rule whose layer works on each token alone, so that it may get (1, rows·T, ...) too."""
     rule.by_token = True  # type: ignore[attr-defined]
@@ -183,6 +194,7 @@ class ScoredForward:
         model_forward is what compiled code asks (compiled.py)."""
         self.module, self.name, self._rule = module, name, rule
         self._any_layout = getattr(getattr(rule, "func", rule), "any_layout", False)
+        self.in_graph = getattr(rule, "in_graph", None)
         self.begin, self._watch, self.own_forward = begin, watch, module.forward
         self.model_forward, self.sites = model_forward, []  # type: ignore[var-annotated]
         self.key = new_owner(self)

@@ -50,6 +50,11 @@ class ScoredLayers:
         return bool(self._attached)
 
     @property
+    def forwards(self) -> Mapping[str, ScoredForward]:
+        """Those in place, by layer."""
+        return self._forwards
+
+    @property
     def include_model(self) -> bool:
         """Whether the model itself is one of them."""
         return "" in self._rules

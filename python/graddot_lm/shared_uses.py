@@ -110,6 +110,12 @@ class SharedUses:
     _vectors: list[Tensor] = field(default_factory=list)
 
     @property
+    def calls(self) -> int:
+        """How often the forward used it."""
+        plain = self.linear_calls + self.vector_calls + self.expert_calls
+        return plain + len(self.embedding_ids)
+
+    @property
     def holds(self) -> bool:
         """Whether one use keeps tensors of its own for another."""
         kept = self.embedding_ids or self._linears or self._embeddings or self._parts

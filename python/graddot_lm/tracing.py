@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from .compiled import new_site, owner
 from .errors import GraddotError
+from .in_graph import enter_graph, inputs_of
 from .layers import Step
 from .verify import map_tensors, tensors_in
 
@@ -48,6 +49,10 @@ def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     """A scored layer's call in a graph."""
     if scored.model_forward is None or not scored.model_forward.scoring():
         return scored.own_forward(*args, **kwargs)
+    if scored.in_graph is not None and len(args) == 1 and not kwargs:
+        traced = _trace_in_graph(scored, args[0])
+        if traced is not None:
+            return traced
     tensors: list[Tensor] = []
     numbers: list[int] = []
     form = form_of((args, tuple(kwargs.values())), tensors, numbers)
@@ -65,6 +70,16 @@ def trace_layer(scored: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     rows = rows_of[scored.model_forward.number].shape[0] if broadcasts or several else 0
     outputs = _trace_call(site, scored, tensors, numbers, rows)
     return filled(returns, outputs[:-1], [])
+
+
+def _trace_in_graph(scored: Any, x: Any) -> Tensor | None:
+    """A layer that is scored by the graph's own operations; None for one that is not."""
+    if not isinstance(x, Tensor) or x.dim() < 2 or not enter_graph(scored.model_forward.key):
+        return None
+    inputs = inputs_of.get(scored.key)
+    if inputs is None or x.shape[0] != rows_of[scored.model_forward.number].shape[0]:
+        return None
+    return scored.in_graph(scored, inputs, x)  # type: ignore[no-any-return]
 
 
 def trace_head(

@@ -1,0 +1,225 @@
+"""Layers that a graph of torch.compile scores by its own operations.
+
+An op that runs a layer's rule (compiled.py) takes the host longer than most layers take the device,
+and nothing can be fused with it. The layers here, nearly all of a transformer, are traced instead:
+linear layers, layer norms and RMS norms whose input has the rows in front and whose parameters are
+used once a step. Their dots leave the graph as the gradient of a tensor of the engine's, a sink,
+which the forward takes and does not look at. The one op that they call asks for the step's scale; the
+engine counts by it which layers' backwards ran how often.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.pytorch_utils import Conv1D
+
+from graddot_kernels.sample_dots import bordered
+
+from .compiled import new_site, owner
+from .layers import accumulator
+from .shared_uses import vector_form
+
+_ops = torch.ops.graddot
+
+
+class GraphInputs:
+    """What a layer's operations in a graph take besides its input and parameters.
+
+    sink is (P, K, N) of P parameters, with norms a row and perhaps a column more, as dots are in
+    `layers.Step`; directions are those given, (K, *shape) each, none where val rows ride along.
+    """
+
+    def __init__(
+        self, sink: Tensor, val_rows: list[int], norms: bool, directions: list[Tensor]
+    ) -> None:
+        self.sink, self.val_rows, self.norms, self.directions = sink, val_rows, norms, directions
+
+
+# By the key of a layer's scored forward; no attribute of it for the reason that `tracing.rows_of` is none.
+inputs_of: dict[str, GraphInputs] = {}
+
+
+def enter_graph(key: str) -> bool:
+    """Tell the engine of this key that layers of it are traced. Runs while the compiler traces."""
+    owner(key).in_graph.enter()
+    return True
+
+
+enter_graph._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result
+
+
+# The layers, traced with their backward
+
+
+class _Uses:
+    """The gradients and the dots of one layer's parameters, in its backward."""
+
+    def __init__(self, site: int, inputs: GraphInputs, rows: int, grad: Tensor) -> None:
+        self.inputs, self.n = inputs, rows - sum(inputs.val_rows)
+        # Known once the forward is through, as the fused head may count the labels.
+        self.scale = torch.ops.graddot_lm.scale(site, grad)
+        self._dots: list[Tensor] = []
+
+    def linear(self, act: Tensor, grad: Tensor) -> Tensor:
+        """The training gradient (Dout, Din) of a weight, as `layers.linear_grad`."""
+        inputs = self.inputs
+        if inputs.val_rows:
+            weight_grad, dots = _ops.linear_joint_wgrad_dot(
+                act, grad, inputs.val_rows, self.scale, inputs.norms
+            )
+        else:
+            direction = inputs.directions[len(self._dots)].to(accumulator(act.dtype))
+            weight_grad, dots = _ops.linear_wgrad_dot(
+                direction, act, grad, self.scale, inputs.norms
+            )
+        self._dots.append(dots)
+        return weight_grad  # type: ignore[no-any-return]
+
+    def vector(self, rows: Tensor) -> Tensor:
+        """That of a bias or a norm's weight, (d,), from its row gradients, as `layers.vector_grad`."""
+        inputs = self.inputs
+        if inputs.val_rows:
+            dots = vector_form(rows, rows, inputs.val_rows, inputs.norms)
+        else:
+            direction = inputs.directions[len(self._dots)].flatten(1)
+            dots = direction.to(rows.dtype) @ rows.t()
+            dots = bordered(dots, rows.square().sum(1)) if inputs.norms else dots
+        self._dots.append(dots)
+        return rows[: self.n].sum(0) * self.scale.to(rows.dtype)
+
+    def sink_grad(self) -> Tensor:
+        return torch.stack([x.to(self.inputs.sink.dtype) for x in self._dots])
+
+
+def _no_autocast(x: Tensor) -> torch.autocast:
+    return torch.autocast(x.device.type, enabled=False)
+
+
+def _by_row(x: Tensor) -> Tensor:
+    """(rows, ..., D) as (rows, T, D)."""
+    return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer, as `layers.LinearDot`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, sink, inputs, site, transposed):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.inputs, ctx.site, ctx.transposed = inputs, site, transposed
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        w = weight.to(x.dtype)
+        return F.linear(x, w.t() if transposed else w, None if bias is None else bias.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        with _no_autocast(grad_out):
+            uses = _Uses(ctx.site, ctx.inputs, x.shape[0], grad_out)
+            act, grad = _by_row(x), _by_row(grad_out)
+            swapped = (grad, act) if ctx.transposed else (act, grad)
+            weight_grad, bias_grad = uses.linear(*swapped).to(weight.dtype), None
+            if ctx.bias_dtype is not None:
+                rows = grad.sum(1, dtype=accumulator(grad.dtype))
+                bias_grad = uses.vector(rows).to(ctx.bias_dtype)
+            w = weight.to(grad_out.dtype)
+            x_grad = grad_out @ (w.t() if ctx.transposed else w)
+            return x_grad, weight_grad, bias_grad, uses.sink_grad(), None, None, None
+
+
+class _LayerNorm(torch.autograd.Function):
+    """A layer norm, as `layers.LayerNormDot`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, sink, inputs, site, shape, eps):  # type: ignore[no-untyped-def]
+        out, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.inputs, ctx.site, ctx.shape = inputs, site, shape
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        with _no_autocast(grad_out):
+            uses = _Uses(ctx.site, ctx.inputs, x.shape[0], grad_out)
+            x_grad = torch.ops.aten.native_layer_norm_backward(
+                grad_out, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+            grad = grad_out.to(accumulator(x.dtype))
+            normed = (x.to(grad.dtype) - mean) * rstd
+            of_rows = [_by_row(y.flatten(-len(ctx.shape))).sum(1) for y in (grad * normed, grad)]
+            weight_grad = uses.vector(of_rows[0]).view(weight.shape).to(weight.dtype)
+            bias_grad = None
+            if bias is not None:
+                bias_grad = uses.vector(of_rows[1]).view(bias.shape).to(bias.dtype)
+            return x_grad, weight_grad, bias_grad, uses.sink_grad(), None, None, None, None
+
+
+class _RMSNorm(torch.autograd.Function):
+    """An RMS norm whose forward made `value`, as `norms.RMSNormDot`."""
+
+    @staticmethod
+    def forward(ctx, x, weight, value, sink, inputs, site, eps, offset):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x, weight)
+        ctx.inputs, ctx.site, ctx.eps, ctx.offset = inputs, site, eps, offset
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
+        x, weight = ctx.saved_tensors
+        with _no_autocast(grad_out):
+            uses = _Uses(ctx.site, ctx.inputs, x.shape[0], grad_out)
+            wide = x.to(accumulator(x.dtype))
+            grad = grad_out.to(wide.dtype)
+            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
+            normed = wide * rstd
+            scaled = grad * (ctx.offset + weight.to(wide.dtype))
+            x_grad = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+            weight_grad = uses.vector(_by_row(grad * normed).sum(1)).to(weight.dtype)
+            return x_grad.to(x.dtype), weight_grad, None, uses.sink_grad(), None, None, None, None
+
+
+def linear(scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
+    """The output of a scored linear layer, in a graph."""
+    module, kind = scored.module, x.device.type
+    site = new_site(_LayerBackward, scored.key)
+    arguments = module.weight, module.bias, inputs.sink, inputs, site, isinstance(module, Conv1D)
+    if not torch.is_autocast_enabled(kind):
+        return _Linear.apply(x, *arguments)  # type: ignore[no-any-return]
+    x = x.to(torch.get_autocast_dtype(kind))
+    with torch.autocast(kind, enabled=False):
+        return _Linear.apply(x, *arguments)  # type: ignore[no-any-return]
+
+
+def layer_norm(scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
+    """That of a layer norm."""
+    module = scored.module
+    if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
+        x = x.to(module.weight.dtype)
+    site = new_site(_LayerBackward, scored.key)
+    shape = list(module.normalized_shape)
+    return _LayerNorm.apply(  # type: ignore[no-any-return]
+        x, module.weight, module.bias, inputs.sink, inputs, site, shape, module.eps
+    )
+
+
+def rms_norm(form: Any, scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
+    """That of an RMS norm of this form, with whatever casts its own forward makes."""
+    with torch.no_grad():
+        value = scored.own_forward(x.detach())
+    (weight,) = scored.module.parameters()
+    site = new_site(_LayerBackward, scored.key)
+    eps = form.eps_for(accumulator(x.dtype))
+    return _RMSNorm.apply(x, weight, value, inputs.sink, inputs, site, eps, form.offset)  # type: ignore[no-any-return]
+
+
+class _LayerBackward:
+    """The backward of one call of a scored layer in a graph, when it runs."""
+
+    def __init__(self, scored: Any) -> None:
+        self._scored = scored
+
+    def scale(self) -> Tensor:
+        return self._scored.model_forward.in_graph.scale(self._scored.name)  # type: ignore[no-any-return]
