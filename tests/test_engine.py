@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -395,6 +396,11 @@ def test_a_copy_of_an_attached_model_is_a_plain_model():
         copied.lm_head.weight.zero_()
     engine.attach_train_batch(*token_batch(2, 9, seed=1), 0, None)
     assert not copied(val[0]).logits.any() and model.lm_head.weight.any()
+    for part in (model, model.lm_head):
+        with pytest.raises(GraddotError, match="cannot be pickled; save model.state_dict"):
+            pickle.dumps(part)
+    engine.detach()
+    pickle.dumps(model)
 
 
 def test_evaluation_between_steps():

@@ -24,7 +24,7 @@ from .first_step import FirstStep
 from .layers import Step
 from .layout_search import LayoutSearch
 from .parts import ModelInputs
-from .scored import ScoredForward
+from .scored import NOT_PICKLED, ScoredForward
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch, Number
 from .segments import Segments
@@ -73,6 +73,9 @@ class ModelForward:
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelForward":
         """Itself: a copy of an attached model keeps the hooks, which ignore all but this model."""
         return self
+
+    def __reduce__(self) -> Any:
+        raise GraddotError(NOT_PICKLED)
 
     # In and out of the model
 

@@ -167,6 +167,9 @@ class _Thread(threading.local):
 thread = _Thread()
 
 
+NOT_PICKLED = "a model with an engine attached cannot be pickled; save model.state_dict(), or detach() the engine"
+
+
 class ScoredForward:
     """Stands in the place of a layer's forward: by its rule in a step, the layer's own otherwise."""
 
@@ -262,6 +265,9 @@ class ScoredForward:
         """A copied model is a plain one: its layers must not run this model's weights."""
         copied = memo[id(self.module)]
         return type(copied).forward.__get__(copied)
+
+    def __reduce__(self) -> Any:
+        raise GraddotError(NOT_PICKLED)
 
 
 _ONE_TENSOR = form_of(((torch.empty(0),), ()), [], [])
