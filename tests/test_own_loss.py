@@ -1,6 +1,7 @@
 """Losses of the caller's own: those that are no mean over the batch's labelled tokens are refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -265,6 +266,20 @@ def test_a_kept_number_over_the_batch_is_refused(keep, dtype):
     ):
         run_step(model, train, val, loss=lambda *of: kept_by(model)(*of), label_shift=0)
     run_step(Keeps(balance, keep).to(dtype), train, val, loss=F.cross_entropy, label_shift=0)
+
+
+def test_a_returned_number_over_the_batch_is_refused_where_it_is_used():
+    class Returns(Keeps):
+        def forward(self, x):
+            out = self.embed(x)
+            return out, self.number(out)
+
+    step = functools.partial(run_step, train=POINTS[0], val=POINTS[1], label_shift=0)
+    with pytest.raises(GraddotError, match="the model's loss is 0.* Expected the mean"):
+        step(
+            Returns(balance, in_attribute), loss=lambda out, y: F.cross_entropy(out[0], y) + out[1]
+        )
+    step(Returns(balance, in_attribute), loss=lambda out, y: F.cross_entropy(out[0], y))
 
 
 @pytest.mark.parametrize("keep", [in_attribute, in_list])

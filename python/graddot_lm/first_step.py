@@ -45,7 +45,7 @@ class FirstStep:
         # What is wrong with losses that the model returns, or keeps in its modules' attributes.
         self._problems: dict[int | str, str] = {}
         self._mixed: GraddotError | None = None  # what is wrong in the backward
-        self._used: list[str] = []  # of the kept ones those that the backward reached
+        self._used: list[str] = []  # of them those that the backward reached
         self._span: ForwardSpan | None = None  # of the step's forward, if it is checked
         self._reentrant: ReentrantCheck | None = None
         self._check_reentrant = True
@@ -156,20 +156,22 @@ class FirstStep:
                 self._model, *inputs.both, samples, weights, take,
                 thorough=inputs.thorough, runs=inputs.runs,
             )  # fmt: skip
-        self._apart_checked |= micro.segments is not None and samples > 1
 
     def _check_losses(self, output: Any) -> None:
-        """Losses that the model returns must be those of its rows, and those that it keeps, if used."""
-        for k, x in enumerate(tensors_in(output)):
-            if k in self._problems and x.requires_grad:
-                raise GraddotError(self._problems[k])
-        if self._mixed is not None:
+        """Raise GraddotError if the model's loss is not that of its rows; see to it that other numbers
+        of which that is so are refused if the backward reaches them."""
+        numbers = kept_numbers(self._model)
+        numbers.update(enumerate(tensors_in(output)))
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        for key, problem in self._problems.items():
+            x = numbers.get(key)
+            if x is None or x.grad_fn is None:
+                continue
+            if x is loss:
+                raise GraddotError(problem)
+            x.register_hook(lambda grad, problem=problem: self._used.append(problem))
+        if self._mixed is not None and not self._problems:
             raise self._mixed
-        kept = kept_numbers(self._model) if self._problems else {}
-        for name in kept.keys() & self._problems.keys():
-            if kept[name].grad_fn is not None:
-                see = lambda grad, problem=self._problems[name]: self._used.append(problem)
-                kept[name].register_hook(see)
 
     def _check_backward(self, micro: MicroBatch, inputs: ModelInputs) -> None:
         samples, take = _samples(micro, inputs)
@@ -210,6 +212,8 @@ class FirstStep:
         """After the backward. Raises GraddotError if a check of it failed."""
         if self._used:
             raise GraddotError(self._used[0])
+        if self._mixed is not None:
+            raise self._mixed
         if self._labels is not None:
             if self._labels.problem is not None:
                 raise GraddotError(self._labels.problem)
@@ -220,6 +224,7 @@ class FirstStep:
         if self._reentrant is not None:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
+        self._apart_checked |= micro.segments is not None and len(micro.segments) > 1
         self.thorough &= not micro.step.first or micro.step.rows == 1
         self._finished += 1
         if self._finished in CHECKED_AFTER or self._undecided:
@@ -230,6 +235,7 @@ class FirstStep:
         if micro is not None and micro.step.first:
             self._labels = None  # what was not finished was not checked
         self._returned, self._span = [], None
+        self._mixed, self._used = None, []
         if self._reentrant is not None:
             self._reentrant.remove()
             self._reentrant = None
