@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine
 from torch import nn
+from torch.nn.utils import prune
 from transformers.pytorch_utils import Conv1D
 
 # Relative error of a dot; the denominator is at least a tenth of the Cauchy-Schwarz scale
@@ -444,6 +445,10 @@ def test_refusals_name_what_is_wrong():
     _engine_error(
         nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), val, match="1.weight: BatchNorm"
     )
+    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 3)
+    normed = nn.utils.weight_norm(nn.Linear(4, 4))
+    _engine_error(nn.Sequential(pruned), val, match="0.weight_orig: a hook computes weight before")
+    _engine_error(nn.Sequential(normed), val, match="0.weight_g: a hook computes weight before")
 
 
 def test_a_weight_used_behind_the_layers_back():

@@ -64,6 +64,17 @@ class Renamed(nn.Linear):
     pass
 
 
+class ByHand(Scale):
+    """An RMS norm whose eps stands in its forward."""
+
+    def __init__(self, *shape):
+        super().__init__(*shape)
+        del self.eps
+
+    def forward(self, x):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5) * self.weight
+
+
 class MixesSamples(Scale):
     def forward(self, x):
         return (x - x.mean(0)) * self.weight
@@ -95,6 +106,7 @@ class Cell(nn.Module):
         (GemmaRMSNorm(6, eps=1e-3), RMSNormForm(1e-3, 1.0)),
         (nn.RMSNorm(6, eps=1e-2), RMSNormForm(1e-2, 0.0)),
         (nn.RMSNorm(6), RMSNormForm(None, 0.0)),
+        (ByHand(6), RMSNormForm(1e-5, 0.0)),
         (ByMaximum(6), None),
         (Scale(6), None),
         (nn.LayerNorm(6, bias=False), None),

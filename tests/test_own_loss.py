@@ -1,11 +1,12 @@
 """Losses of the caller's own: those that are no mean over the batch's labelled tokens are refused."""
 
 import copy
+import functools
 
 import pytest
 import torch
 import torch.nn.functional as F
-from brute_force import gradient, lm_loss, tiny_gpt2, token_batch
+from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine
 from test_engine import close, run_step
 from torch import nn
@@ -211,3 +212,120 @@ class NotTwice(torch.autograd.Function):
 
 def test_a_loss_with_a_backward_of_its_own_runs_it_once():
     run_step(net(), *POINTS, loss=lambda out, y: NotTwice.apply(out), label_shift=0)
+
+
+def balance(out):
+    p = F.softmax(out, -1)
+    return (F.one_hot(p.argmax(-1), p.shape[1]).to(p).mean(0) * p.mean(0)).sum()
+
+
+def penalty(out):
+    return out.square().mean()
+
+
+class Keeps(nn.Module):
+    """Leaves a number of its output for the loop, as hand-written mixtures of experts do."""
+
+    def __init__(self, number, keep):
+        super().__init__()
+        self.embed, self.number, self.keep, self.kept = net(), number, keep, []
+
+    def forward(self, x):
+        out = self.embed(x)
+        self.keep(self, self.number(out))
+        return out
+
+
+def in_attribute(model, number):
+    model.kept = number
+
+
+def in_list(model, number):
+    model.kept.append(number)
+
+
+ELSEWHERE = []
+
+
+def elsewhere(model, number):
+    ELSEWHERE.append(number)
+
+
+def kept_by(model):
+    kept = model.kept if isinstance(model.kept, torch.Tensor) else [*model.kept, *ELSEWHERE][-1]
+    return lambda out, y: F.cross_entropy(out, y) + 0.5 * kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("keep", [in_attribute, in_list])
+def test_a_kept_number_over_the_batch_is_refused(keep, dtype):
+    model = Keeps(balance, keep).to(dtype)
+    train, val = (tuple(x.to(dtype) if x.is_floating_point() else x for x in b) for b in POINTS)
+    with pytest.raises(
+        GraddotError, match=r"^kept(\[0\])?, of which the loss is made, is 0.* mean"
+    ):
+        run_step(model, train, val, loss=lambda *of: kept_by(model)(*of), label_shift=0)
+    run_step(Keeps(balance, keep).to(dtype), train, val, loss=F.cross_entropy, label_shift=0)
+
+
+def test_a_returned_number_over_the_batch_is_refused_where_it_is_used():
+    class Returns(Keeps):
+        def forward(self, x):
+            out = self.embed(x)
+            return out, self.number(out)
+
+    step = functools.partial(run_step, train=POINTS[0], val=POINTS[1], label_shift=0)
+    with pytest.raises(GraddotError, match="the model's loss is 0.* Expected the mean"):
+        step(
+            Returns(balance, in_attribute), loss=lambda out, y: F.cross_entropy(out[0], y) + out[1]
+        )
+    step(Returns(balance, in_attribute), loss=lambda out, y: F.cross_entropy(out[0], y))
+
+
+@pytest.mark.parametrize("keep", [in_attribute, in_list])
+def test_a_kept_mean_of_rows_is_exact(keep):
+    model, with_penalty = (
+        Keeps(penalty, keep),
+        lambda out, y: F.cross_entropy(out, y) + 0.5 * penalty(out),
+    )
+    want, _ = sample_dots(model.embed, *POINTS, loss=with_penalty)
+    scores, _ = run_step(model, *POINTS, loss=lambda *of: kept_by(model)(*of), label_shift=0)
+    close(scores, total(want), 1e-5)
+
+
+def test_a_number_kept_outside_of_the_model_is_refused():
+    ELSEWHERE.clear()
+    model, other = Keeps(penalty, elsewhere), Keeps(penalty, elsewhere)
+    with pytest.raises(GraddotError, match="neither returned nor kept in a module's attribute"):
+        run_step(model, *POINTS, loss=lambda *of: kept_by(model)(*of), label_shift=0)
+    ELSEWHERE.clear()
+    with pytest.raises(GraddotError, match="computed when the engine ran it on parts of the batch"):
+        run_step(
+            other, *POINTS, label_shift=0,
+            loss=lambda out, y: out.square().mean() + next(x for x in ELSEWHERE if x.requires_grad),
+        )  # fmt: skip
+
+
+def test_what_a_hook_sees_is_that_of_the_step():
+    """As in the distillation of features: the checks' runs come before."""
+    model, seen = net(), {}
+
+    def features(out, y):
+        return F.cross_entropy(out, y) + (seen["hidden"] - 0.3).square().mean()
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = copy.deepcopy(model)
+
+        def forward(self, x):
+            hidden = self.net[1](self.net[0](x))
+            return torch.cat([self.net[2](hidden), hidden], 1)
+
+    def of_both(out, y):
+        return F.cross_entropy(out[:, :3], y) + (out[:, 3:] - 0.3).square().mean()
+
+    want, _ = sample_dots(Both(), *POINTS, loss=of_both)
+    model[1].register_forward_hook(lambda module, args, out: seen.update(hidden=out))
+    scores, _ = run_step(model, *POINTS, loss=features, label_shift=0)
+    close(scores, total(want), 1e-5)

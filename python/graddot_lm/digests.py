@@ -187,6 +187,18 @@ def hold(held: Held) -> None:
         vars(module).update(values)
 
 
+def kept_numbers(model: nn.Module) -> dict[int | str, Tensor]:
+    """The numbers that modules hold in their attributes, or in lists and dicts there, by name, as
+    auxiliary losses that a forward leaves for the training loop."""
+    found: dict[int | str, Tensor] = {}
+    for name, module in model.named_modules():
+        for key, value in {**_held_by(module), **_collections_of(module)}.items():
+            numbers = [x for x in tensors_in(value) if x.dim() == 0 and x.is_floating_point()]
+            for k, x in enumerate(numbers):
+                found[f"{name}.{key}".lstrip(".") + (f"[{k}]" if x is not value else "")] = x
+    return found
+
+
 def own_inputs(arguments: Any) -> Any:
     """A call's arguments with copies of their tensors, for a model may write to its input."""
     copies: dict[int, Tensor] = {}

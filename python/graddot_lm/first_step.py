@@ -10,11 +10,11 @@ from .averaging import Averaging
 from .backward_check import check_backward
 from .batches import has_causal_lm_loss
 from .checkpointing import ReentrantCheck, has_reentrant_checkpoint
-from .digests import held_values
+from .digests import held_values, kept_numbers
 from .errors import GraddotError
 from .layers import ScoredFunction
-from .outputs import check_loss, check_memory, check_padding, is_divided
-from .own_loss import check_samples_apart
+from .outputs import check_losses, check_memory, check_padding, is_divided
+from .own_loss import ForwardSpan, check_samples_apart
 from .parts import ModelInputs
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch
@@ -42,6 +42,11 @@ class FirstStep:
         self._whole: dict[str, nn.Parameter] = {}
         self._by_sample: list[bool] = []  # of each of the model's outputs whether it is
         self._returned: list[Tensor] = []  # those that are, of the step under way
+        # What is wrong with losses that the model returns, or keeps in its modules' attributes.
+        self._problems: dict[int | str, str] = {}
+        self._mixed: GraddotError | None = None  # what is wrong in the backward
+        self._used: list[str] = []  # of them those that the backward reached
+        self._span: ForwardSpan | None = None  # of the step's forward, if it is checked
         self._reentrant: ReentrantCheck | None = None
         self._check_reentrant = True
 
@@ -64,6 +69,14 @@ class FirstStep:
 
     # Around the model's forward
 
+    def begin(self) -> None:
+        """The model is about to be run on parts of the batch, or is not, and then in the step."""
+        self._span = ForwardSpan() if self.is_due else None
+
+    def forward_begins(self) -> None:
+        if self._span is not None:
+            self._span.begin()
+
     def see_whether_divided(self, args: Any, kwargs: Mapping[str, Any]) -> None:
         """Learn whether the model's loss is divided by num_items_in_batch. If no process can tell
         yet, the next step is checked again."""
@@ -81,7 +94,18 @@ class FirstStep:
                 check_padding(self._model, *inputs.both, inputs.rows, filled, inputs.entries)
             self._padding_checked = True
 
-    def before_forward(self, micro: MicroBatch) -> None:
+    def before_forward(self, micro: MicroBatch, inputs: ModelInputs) -> None:
+        """Run the model on parts of the batch. It is done before the forward, for a hook may keep what
+        it sees for the loss: the last to be seen is the step's."""
+        new_packing = self._has_new_packing(micro)
+        self._problems, self._mixed, self._used, self._by_sample = {}, None, [], []
+        if self.is_due and micro.step.first or new_packing:
+            self._run_losses(micro, inputs)
+        if (self.is_due or new_packing) and not micro.step.sharded:
+            try:
+                self._check_backward(micro, inputs)
+            except GraddotError as error:
+                self._mixed = error.with_traceback(None)
         self._buffers = None
         if micro.step.first and micro.step.val_rows:
             self._buffers = BufferCheck(self._model, held_values(self._model))
@@ -97,17 +121,14 @@ class FirstStep:
     def after_forward(
         self, micro: MicroBatch, inputs: ModelInputs, output: Any, directions_given: bool
     ) -> None:
-        if due := self.is_due:
+        if self._span is not None:
+            self._span.end([*tensors_in(output), *kept_numbers(self._model).values()])
+        if self.is_due:
             self._compare_buffers(inputs)
             self._whole = {n: self._whole.get(n, p) for n, p in self._layers.parameters.items()}
             check_parameter_uses(output, self._whole)
-        new_packing = self._has_new_packing(micro)
-        if due and micro.step.first or new_packing:
-            self._check_losses(micro, inputs, output)
-        self._by_sample = []
-        if (due or new_packing) and not micro.step.sharded:
-            self._check_backward(micro, inputs)
-        if due:
+        self._check_losses(output)
+        if self.is_due:
             first = self._finished == 0
             self._labels = LabelCheck(output, micro.labels, micro.counts, micro.summed, first)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
@@ -124,21 +145,33 @@ class FirstStep:
             check_memory(self._model, *inputs.both, held, agreed)
             self._buffers = None
 
-    def _check_losses(self, micro: MicroBatch, inputs: ModelInputs, output: Any) -> None:
-        """Losses that the model returns must be those of its rows."""
+    def _run_losses(self, micro: MicroBatch, inputs: ModelInputs) -> None:
         samples, take = _samples(micro, inputs)
         if micro.segments is not None:
             self.check_packed(*inputs.both, micro.segments)
         fused = hasattr(self._model.__dict__.get("forward"), "label_shift")  # checks itself
-        outputs = enumerate(tensors_in(output))
-        numbers = [k for k, x in outputs if x.dim() == 0 and x.requires_grad]
-        if numbers and (not fused or micro.segments is not None):
+        if not fused or micro.segments is not None:
             weights = micro.counts if micro.loss_reduction == "mean" else None
-            check_loss(
-                self._model, *inputs.both, samples, weights, numbers, take,
+            self._problems = check_losses(
+                self._model, *inputs.both, samples, weights, take,
                 thorough=inputs.thorough, runs=inputs.runs,
             )  # fmt: skip
-        self._apart_checked |= micro.segments is not None and samples > 1
+
+    def _check_losses(self, output: Any) -> None:
+        """Raise GraddotError if the model's loss is not that of its rows; see to it that other numbers
+        of which that is so are refused if the backward reaches them."""
+        numbers = kept_numbers(self._model)
+        numbers.update(enumerate(tensors_in(output)))
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        for key, problem in self._problems.items():
+            x = numbers.get(key)
+            if x is None or x.grad_fn is None:
+                continue
+            if x is loss:
+                raise GraddotError(problem)
+            x.register_hook(lambda grad, problem=problem: self._used.append(problem))
+        if self._mixed is not None and not self._problems:
+            raise self._mixed
 
     def _check_backward(self, micro: MicroBatch, inputs: ModelInputs) -> None:
         samples, take = _samples(micro, inputs)
@@ -170,11 +203,17 @@ class FirstStep:
     def check_own_loss(self, loss: Tensor) -> None:
         """Raise GraddotError if a parameter reaches the caller's loss behind its layer's back, or if
         it compares samples."""
+        if self._span is not None:
+            self._span.check(loss)
         check_parameter_uses(loss, self._whole)
         check_samples_apart(loss, self._returned, self.thorough)
 
     def finish(self, micro: MicroBatch) -> None:
         """After the backward. Raises GraddotError if a check of it failed."""
+        if self._used:
+            raise GraddotError(self._used[0])
+        if self._mixed is not None:
+            raise self._mixed
         if self._labels is not None:
             if self._labels.problem is not None:
                 raise GraddotError(self._labels.problem)
@@ -185,16 +224,18 @@ class FirstStep:
         if self._reentrant is not None:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
+        self._apart_checked |= micro.segments is not None and len(micro.segments) > 1
         self.thorough &= not micro.step.first or micro.step.rows == 1
         self._finished += 1
         if self._finished in CHECKED_AFTER or self._undecided:
             self._labels = None
-        self._whole, self._returned = {}, []
+        self._whole, self._returned, self._span = {}, [], None
 
     def give_up(self, micro: MicroBatch | None) -> None:
         if micro is not None and micro.step.first:
             self._labels = None  # what was not finished was not checked
-        self._returned = []
+        self._returned, self._span = [], None
+        self._mixed, self._used = None, []
         if self._reentrant is not None:
             self._reentrant.remove()
             self._reentrant = None

@@ -333,6 +333,7 @@ class ModelForward:
                 "the whole model runs inside a reentrant checkpoint, where its layers are not seen"
                 " in time; checkpoint parts of it, or pass use_reentrant=False"
             )
+        self._checks.begin()
         items, labelled = kwargs.get("num_items_in_batch"), kwargs.get("labels") is not None
         if micro.step.first and not micro.forwarded and items is not None and labelled:
             with self.set_aside():
@@ -343,7 +344,7 @@ class ModelForward:
         with self.set_aside():
             self._checks.before_layouts(micro, inputs)
             self._layouts.learn(micro, inputs)
-            self._checks.before_forward(micro)
+            self._checks.before_forward(micro, inputs)
         self._inputs = inputs
         if self._layers.include_model and not as_one_layer:
             # The forward that PyTorch is about to call is the one that was there before: it runs
@@ -353,6 +354,7 @@ class ModelForward:
             self._aside.enter_context(own_random())
             return
         micro.running = True
+        self._checks.forward_begins()
 
     def begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
         """The same from inside a compiled graph."""
@@ -403,6 +405,7 @@ class ModelForward:
         self._aside.close()
         (self.micro, args, kwargs), self._postponed = self._postponed, None
         self.micro.running = True
+        self._checks.forward_begins()
         with self._in_step(self.micro):
             return self.model(*args, **kwargs)
 

@@ -44,10 +44,13 @@ def rms_norm_form(module: nn.Module) -> RMSNormForm | None:
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     x, w = random(3, 2, weight.numel()), random(weight.numel())
     probe = copy.copy(module)
+    # What another kind of layer keeps there is not to have what it makes of this.
+    probe.__dict__.update({k: v.copy() for k, v in vars(module).items() if type(v) in (list, dict)})
     probe.__dict__["_parameters"] = {name: nn.Parameter(w)}
     attributes = [v for v in vars(module).values() if isinstance(v, float) and 0 <= v < 0.1]
     if isinstance(module, nn.RMSNorm) and module.eps is None:
         attributes = [None]  # type: ignore[list-item]
+    attributes = attributes or [1e-6, 1e-5, 1e-8]  # which stand in the forward, as in small models
     for form in (RMSNormForm(eps, offset) for eps in attributes for offset in (0.0, 1.0)):
         size = max(form.eps_for(torch.float64), 1e-12) ** 0.5
         if all(_computes(probe, form, w, x * scale) for scale in (1.0, size)):

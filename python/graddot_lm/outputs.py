@@ -17,6 +17,7 @@ from .digests import (
     digest,
     held_values,
     hold,
+    kept_numbers,
     must_run,
     own_buffers,
     own_inputs,
@@ -294,67 +295,95 @@ def _loss_tolerance(model: nn.Module) -> float:
     return 2e-2 if rounded else 1e-4
 
 
-def check_loss(
+def check_losses(
     model: nn.Module,
     args: Any,
     kwargs: Any,
     rows: int,
     weights: Tensor | None,
-    numbers: list[int],
     take: Callable[[Any, list[int]], Any],
     *,
     thorough: bool = True,
     runs: int = 0,
-) -> None:
-    """Raise GraddotError if a loss that the model returns is not that of its rows, weighted.
+) -> dict[int | str, str]:
+    """What is wrong with numbers that the model returns, by their place among its outputs, or keeps in
+    attributes, by name: those that are not the losses of its rows, weighted.
 
     take(inputs, index) gives a model's inputs for some of the rows, which may be samples that share
-    one. numbers says which of the model's outputs are losses. weights (rows,) are the rows' labelled
-    tokens for a loss that is their mean, None for a sum. An auxiliary loss of a mixture of experts,
-    class weights or a comparison of samples make a loss that is neither. thorough and runs as in
-    `find_layouts`.
+    one. weights (rows,) are the rows' labelled tokens for a loss that is their mean, None for a sum. An
+    auxiliary loss of a mixture of experts, class weights or a comparison of samples make a loss that is
+    neither. thorough and runs as in `find_layouts`.
     """
     splits = splits_of(rows, thorough)
     parts = filled_up([part for split in splits for part in split], runs)
-    losses = []
+    losses: list[dict[int | str, Tensor]] = []
     with torch.no_grad(), own_random(), NoDropout():
         for part in [list(range(rows)), *parts]:
             part_args, part_kwargs = take((args, kwargs), part)
             with own_buffers(model):
                 out = model(*part_args, **part_kwargs)
+                numbers = kept_numbers(model)
+            numbers.update({k: x for k, x in enumerate(tensors_in(out)) if x.dim() == 0})
+            if not numbers:
+                return {}
             if isinstance(out, Mapping) and out.get("aux_loss") is not None:
-                raise GraddotError(
+                problem = (
                     f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
                     " batch, as that which balances experts, in which no row has a part of its"
                     " own; pass output_router_logits=False"
                 )
-            found = list(tensors_in(out))
-            losses.append([found[k].double() for k in numbers])
-    for whole, *of_parts in zip(*losses, strict=True):
-        if all(bool(x == whole) for x in of_parts):  # no loss of rows, such as a temperature
+                return dict.fromkeys(numbers, problem)
+            losses.append({key: x.double() for key, x in numbers.items()})
+    found: dict[int | str, str] = {}
+    whole, *of_parts = losses
+    rough = _loss_tolerance(model)
+    # What balances experts is all but the same in every part.
+    tolerance = {int: rough, str: max(rough / 100, 1e-5)}
+    for key, value in whole.items():
+        values = [x.get(key, value) for x in of_parts]
+        if all(bool(x == value) for x in values):  # no loss of rows, such as a temperature
             continue
         for k, split in enumerate(splits):
-            losses_of_split = torch.stack([whole, *of_parts[2 * k : 2 * k + 2]])
-            _check_number(losses_of_split, split, weights, _loss_tolerance(model))
+            of_split = torch.stack([value, *values[2 * k : 2 * k + 2]])
+            wrong = _problem(key, of_split, split, weights, tolerance[type(key)])
+            if wrong is not None:
+                found.setdefault(key, wrong)
+    return found
 
 
-def _check_number(
-    losses: Tensor, split: tuple[list[int], list[int]], weights: Tensor | None, tolerance: float
-) -> None:
+def _problem(
+    key: int | str,
+    losses: Tensor,
+    split: tuple[list[int], list[int]],
+    weights: Tensor | None,
+    tolerance: float,
+) -> str | None:
     """Of a loss of all rows and of both parts of them, (3,)."""
     shares = losses[0].new_ones(2)
     if weights is not None:
         if not weights.any():  # the mean of nothing
-            return
+            return None
         shares = torch.stack([weights[part].sum() for part in split]).to(losses[0])
         shares = shares / shares.sum()
     # The mean of a part without labels is NaN.
     want = torch.where(shares == 0, 0, shares * losses[1:]).sum()
-    if not (losses[0] - want).abs() <= tolerance * want.abs():
-        how = "sum" if weights is None else f"mean, weighted {shares.tolist()} by labelled tokens,"
-        raise GraddotError(
-            f"the model's loss is {float(losses[0]):.6g}, but those of {len(split[1])} and the"
-            f" other {len(split[0])} rows have the {how} {float(want):.6g}. Expected the"
-            f" {'sum' if weights is None else 'mean'} over the labelled tokens of all rows: pass"
-            " loss_reduction or label_shift, or a loss of your own to track_loss"
+    if (losses[0] - want).abs() <= tolerance * want.abs():
+        return None
+    how = "sum" if weights is None else f"mean, weighted {shares.tolist()} by labelled tokens,"
+    what, advice = (
+        "the model's loss",
+        ("pass loss_reduction or label_shift, or a loss of your own to track_loss"),
+    )
+    if isinstance(key, str):
+        what, advice = (
+            f"{key}, of which the loss is made,",
+            (
+                "in one that balances experts over a batch, or compares samples, no row has a part of its"
+                " own; leave it out"
+            ),
         )
+    return (
+        f"{what} is {float(losses[0]):.6g}, but those of {len(split[1])} and the"
+        f" other {len(split[0])} rows have the {how} {float(want):.6g}. Expected the"
+        f" {'sum' if weights is None else 'mean'} over the labelled tokens of all rows: {advice}"
+    )

@@ -4,7 +4,7 @@ Scores take it for one: a sample's part of it is told from the numbers of labell
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,53 @@ from .errors import GraddotError
 from .parts import splits_of
 
 AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
+
+
+class ForwardSpan:
+    """Which nodes of the graph were made in a step's forward, and which in the checks before it."""
+
+    def __init__(self) -> None:
+        """The checks begin."""
+        self._checks, self._known = _now(), set[tuple[Any, int]]()
+        self._begin = self._end = 0
+
+    def begin(self) -> None:
+        self._begin = _now()
+
+    def end(self, judged: Iterable[Tensor]) -> None:
+        """judged is what the model returns, and the numbers that it keeps in attributes."""
+        self._end = _now()
+        self._known = {(x.grad_fn, x.output_nr) for x in judged if x.grad_fn is not None}
+
+    def check(self, loss: Tensor) -> None:
+        """Raise GraddotError if a loss is made of what the checks left somewhere, or of a number that
+        the forward made, of which is not known whether it is one of its rows."""
+        stack, seen = [(loss.grad_fn, loss.output_nr)], set()
+        while stack:
+            edge = node, k = stack.pop()
+            if node is None or edge in seen:
+                continue
+            seen.add(edge)
+            made = node._sequence_nr()
+            if self._checks <= made < self._begin:
+                raise GraddotError(
+                    "the loss passed to track_loss is made of what the model computed when the engine ran"
+                    " it on parts of the batch, as its first step does, which a list outside of the model"
+                    " keeps, too; return it from the model, or keep it in a module's attribute"
+                )
+            if not self._begin <= made < self._end:
+                stack += node.next_functions
+            elif edge not in self._known and not len(node._input_metadata[k].shape):
+                raise GraddotError(
+                    f"the loss passed to track_loss is made of a number ({node.name()}) that the model's"
+                    " forward computed, but neither returned nor kept in a module's attribute, so that it"
+                    " cannot be seen whether every row has a part of its own in it; return it"
+                )
+
+
+def _now() -> int:
+    """What nodes made later have a larger sequence number than, or the same."""
+    return torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[no-any-return,union-attr]
 
 
 def check_samples_apart(loss: Tensor, outputs: Sequence[Tensor], thorough: bool) -> None:
