@@ -138,12 +138,22 @@ def test_dots_by_token_of_the_way_back(kind):
 
 
 @KIND
-def test_bf16_and_a_compiled_model(kind, close):
+def test_bf16(kind):
     model = Model(kind, True)
     dots, scales = sample_dots(model, TRAIN, VAL)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        scores, _ = run_step(copy.deepcopy(model), TRAIN, VAL)
+        try:
+            model(TRAIN[0])
+        except RuntimeError as error:  # as on x86 without AVX-512
+            pytest.skip(f"PyTorch has no such layer in bf16 for this processor: {error}")
+        scores, _ = run_step(model, TRAIN, VAL)
     assert ((scores - total(dots)).abs() / total(scales)).max() <= 2e-2
+
+
+@KIND
+def test_compiled_model(kind, close):
+    model = Model(kind, True)
+    dots, scales = sample_dots(model, TRAIN, VAL)
     engine = GradDotProdEngine(model, VAL, label_shift=1)
     engine.attach()
     compiled = torch.compile(model, backend="aot_eager")
