@@ -722,6 +722,26 @@ def test_autocast():
     assert graphs() == 1
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_dots_are_not_rounded_where_autocast_is_left_open(dtype):
+    """Around backward and prepare_gradients too: the same activations and gradients give the same
+    scores, whether the dots are made in a graph, or after the backward for many vectors at once."""
+    scores, val = [], (points(2, 99)[0].float(), points(2, 99)[1])
+    for way in (lambda model: model, compiled):
+        model = Norms()
+        call = way(model)
+        engine = GradDotProdEngine(model, val)
+        engine.attach()
+        for i in range(2):
+            x, y = points(5, i)
+            with torch.autocast("cpu", dtype):
+                step(engine, call, (x.float(), y), i, classify)
+            scores.append(engine.aggregate_and_log())
+            model.zero_grad()
+    torch.testing.assert_close(scores[3], scores[1], rtol=1e-5, atol=0)
+    assert graphs() == 1
+
+
 @pytest.mark.parametrize("way", [compiled, in_a_function])
 def test_refusals(way):
     model = MLP().double()

@@ -126,7 +126,8 @@ class Step:
         self._rows, self._held = {}, 0
 
     def _dot_rows(self, leaf: str, row_grads: Tensor) -> None:
-        self.add(leaf, vector_form(row_grads, row_grads, self.val_rows, self.norms))
+        with no_autocast(row_grads.device.type):  # the caller may be in it, after the backward too
+            self.add(leaf, vector_form(row_grads, row_grads, self.val_rows, self.norms))
 
     def _note_backward(self) -> None:
         """One that raises leaves a part of the dots behind, and `in_backward`."""
