@@ -101,6 +101,7 @@ class FirstStep:
         self._problems, self._mixed, self._used, self._by_sample = {}, None, [], []
         if self.is_due and micro.step.first or new_packing:
             self._run_losses(micro, inputs)
+            distributed.unshard(self._model)
         if (self.is_due or new_packing) and not micro.step.sharded:
             try:
                 self._check_backward(micro, inputs)
