@@ -18,10 +18,8 @@ from transformers.pytorch_utils import Conv1D
 from graddot_kernels.sample_dots import bordered
 
 from .compiled import new_site, owner
-from .layers import accumulator
+from .layers import accumulator, rms_norm_backward, weight_grad_dot
 from .shared_uses import vector_form
-
-_ops = torch.ops.graddot
 
 
 class GraphInputs:
@@ -65,17 +63,12 @@ class _Uses:
     def linear(self, act: Tensor, grad: Tensor) -> Tensor:
         """The training gradient (Dout, Din) of a weight, as `layers.linear_grad`."""
         inputs = self.inputs
-        if inputs.val_rows:
-            weight_grad, dots = _ops.linear_joint_wgrad_dot(
-                act, grad, inputs.val_rows, self.scale, inputs.norms
-            )
-        else:
-            direction = inputs.directions[len(self._dots)].to(accumulator(act.dtype))
-            weight_grad, dots = _ops.linear_wgrad_dot(
-                direction, act, grad, self.scale, inputs.norms
-            )
+        direction = None if inputs.val_rows else inputs.directions[len(self._dots)]
+        weight_grad, dots = weight_grad_dot(
+            inputs.val_rows, direction, inputs.norms, act, grad, self.scale
+        )
         self._dots.append(dots)
-        return weight_grad  # type: ignore[no-any-return]
+        return weight_grad
 
     def vector(self, rows: Tensor) -> Tensor:
         """That of a bias or a norm's weight, (d,), from its row gradients, as `layers.vector_grad`."""
@@ -171,14 +164,9 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         with _no_autocast(grad_out):
             uses = _Uses(ctx.site, ctx.inputs, x.shape[0], grad_out)
-            wide = x.to(accumulator(x.dtype))
-            grad = grad_out.to(wide.dtype)
-            rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + ctx.eps)
-            normed = wide * rstd
-            scaled = grad * (ctx.offset + weight.to(wide.dtype))
-            x_grad = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+            x_grad, normed, grad = rms_norm_backward(x, weight, grad_out, ctx.eps, ctx.offset)
             weight_grad = uses.vector(_by_row(grad * normed).sum(1)).to(weight.dtype)
-            return x_grad.to(x.dtype), weight_grad, None, uses.sink_grad(), None, None, None, None
+            return x_grad, weight_grad, None, uses.sink_grad(), None, None, None, None
 
 
 def linear(scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:

@@ -300,20 +300,25 @@ def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> Tens
     if not step.val_rows:
         step.check_samples(uses.name, act.shape[0])
         direction = uses.direction().flatten(2)  # a convolution's has its kernel's dimensions
-    weight_grad, dots = weight_grad_dot(step, direction, uses.norms, act, grad)
+    weight_grad, dots = weight_grad_dot(step.val_rows, direction, uses.norms, act, grad, step.scale)
     step.collect(uses.leaf, dots)
     return weight_grad
 
 
 def weight_grad_dot(
-    step: Step, direction: Tensor | None, norms: bool, act: Tensor, grad: Tensor
+    val_rows: list[int],
+    direction: Tensor | None,
+    norms: bool,
+    act: Tensor,
+    grad: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The training gradient (Dout, Din) and the dots, with the direction (K, Dout, Din) or else with that
     of the val rows."""
     if direction is None:
-        return _ops.linear_joint_wgrad_dot(act, grad, step.val_rows, step.scale, norms)  # type: ignore[no-any-return]
+        return _ops.linear_joint_wgrad_dot(act, grad, val_rows, scale, norms)  # type: ignore[no-any-return]
     direction = direction.to(accumulator(act.dtype))  # weights may be cast, as a router's
-    return _ops.linear_wgrad_dot(direction, act, grad, step.scale, norms)  # type: ignore[no-any-return]
+    return _ops.linear_wgrad_dot(direction, act, grad, scale, norms)  # type: ignore[no-any-return]
 
 
 def _embedding_grad(step: Step, uses: SharedUses, ids: Tensor, grad: Tensor) -> Tensor:
@@ -506,6 +511,23 @@ class LayerNormDot(ScoredFunction):
                 grad = vector_grad(ctx.step, uses, rows)
                 result[at] = grad.view(parameter.shape).to(parameter.dtype)
         return tuple(result)
+
+
+def rms_norm_backward(
+    x: Tensor, weight: Tensor, grad_out: Tensor, eps: float, offset: float, x_needed: bool = True
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradient of an RMS norm's input, x · rsqrt(mean(x²) + eps) · (offset + weight), if it is
+    needed; and, in at least fp32, the normed input and grad_out, whose product summed over a row's
+    tokens is the weight's."""
+    wide = x.to(accumulator(x.dtype))
+    grad = grad_out.to(wide.dtype)
+    rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    normed = wide * rstd
+    if not x_needed:
+        return None, normed, grad
+    scaled = grad * (offset + weight.to(wide.dtype))
+    x_grad = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
+    return x_grad.to(x.dtype), normed, grad
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 
 from graddot_kernels import norm_sample_grads
 
-from .layers import ScoredFunction, vector_grad, without_autocast
+from .layers import (
+    ScoredFunction,
+    accumulator,
+    rms_norm_backward,
+    vector_grad,
+    without_autocast,
+)
 from .recompute import remember
 from .scored import Scored
 
@@ -86,15 +92,10 @@ class RMSNormDot(ScoredFunction):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
         step, form = ctx.step, ctx.form
-        high = torch.float64 if x.dtype == torch.float64 else torch.float32
-        wide, grad = x.to(high), grad_out.to(high)
-        rstd = torch.rsqrt(wide.square().mean(-1, keepdim=True) + form.eps_for(high))
-        normed = wide * rstd
-        x_grad = None
-        if ctx.needs_input_grad[0]:
-            scaled = grad * (form.offset + weight.to(high))
-            x_grad = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
-            x_grad = x_grad.to(x.dtype)
+        eps = form.eps_for(accumulator(x.dtype))
+        x_grad, normed, grad = rms_norm_backward(
+            x, weight, grad_out, eps, form.offset, ctx.needs_input_grad[0]
+        )
         rows, _ = norm_sample_grads(step.as_samples(normed), step.as_samples(grad))
         weight_grad = vector_grad(step, ctx.uses, rows)
         return x_grad, weight_grad.to(weight.dtype), None, None, None

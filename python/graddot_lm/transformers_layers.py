@@ -83,7 +83,9 @@ class ExpertLinearDot(ScoredFunction):
                 by_row = _laid_out(act, grad, rows, step.rows) if scored else None
                 if by_row is not None:
                     of_expert = None if given is None else given[:, e]
-                    weight_grad[e], own = weight_grad_dot(step, of_expert, uses.norms, *by_row)
+                    weight_grad[e], own = weight_grad_dot(
+                        step.val_rows, of_expert, uses.norms, *by_row, step.scale
+                    )
                     step.collect(uses.leaf, own)
                     continue
                 directions = _directions(step, act, grad, rows) if given is None else given[:, e]
