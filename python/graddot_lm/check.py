@@ -165,28 +165,45 @@ class _Proof:
         device = next(self._scored.parameters()).device
         scale = torch.ones((), dtype=torch.float64, device=device)
         names = {id(p): n for n, p in parameters.items()}
-        self._step = step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
-        self._tokens = step.row_tokens(name)
+        self._step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
+        self._tokens = self._step.row_tokens(name)
         # Layers that a model's engine follows beyond those that need it, are followed here, too.
         more = {
             key
             for key, part in module.named_modules()
             if isinstance(part.__dict__.get("forward"), ScoredForward)
         }
-        for key, part in self._scored.named_modules():
-            part_rule = rule if part is self._scored else rule_for(part)
-            if part_rule is None and key in more:
-                part_rule = caller_rule()
-            if part_rule is not None:
-                full = ".".join(filter(None, (name, key)))
-                part.forward = ScoredForward(part, full, part_rule, lambda *_: step)
-                part.forward.graddot_head = lambda *_: step  # of a fused head
+
+        def rule_of(key: str, part: nn.Module) -> Rule | None:
+            if part is self._scored:
+                return rule
+            return rule_for(part) or (caller_rule() if key in more else None)
+
+        self._rules = {key: rule_of(key, part) for key, part in self._scored.named_modules()}
+
+    @contextlib.contextmanager
+    def _scored_forwards(self) -> Iterator[None]:
+        """The copy's layers scored; not any longer, for a layer and its scored forward know of each
+        other, a cycle that would keep the copy and its graph until Python looks for such."""
+        step, parts = self._step, []
+        for key, rule in self._rules.items():
+            if rule is not None:
+                part = self._scored.get_submodule(key)
+                full = ".".join(filter(None, (self._name, key)))
+                part.forward = ScoredForward(part, full, rule, lambda *_: step)
+                part.forward.graddot_head = lambda *_: step  # type: ignore[attr-defined]
+                parts.append(part)
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.__dict__["forward"]
 
     def run(self, args: Any, kwargs: Any, *, numbers: bool = True) -> None:
         """numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
         exact = lambda part: copy.deepcopy(part).double()
         args, kwargs = tree_map_only(nn.Module, exact, (args, kwargs))
-        with _exactly(), self._in_double:
+        with _exactly(), self._in_double, self._scored_forwards():
             scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
             joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
             joint_out = [self._with_rows(x) for x in joint_out]
@@ -209,19 +226,24 @@ class _Proof:
                 if not x.dim():
                     self._close(f"output {k}", scored_out[k], x)
             self._backward(scored_out, weights)
-            samples = []
-            for i, (inputs, out) in enumerate(calls):
-                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
+            for i, (_, out) in enumerate(calls):
                 own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
                 for k, x in enumerate(out):
                     if x.dim():
                         self._close(f"output {k} of sample {i} alone and", x, own(joint_out[k]))
                         self._close(f"output {k} of sample {i}", own(scored_out[k]), x)
+            samples = _Samples()
+            for i in reversed(
+                range(self._rows)
+            ):  # the val row first, with which all others are dotted
+                inputs, out = calls.pop()
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
+                own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
                 self._plain.zero_grad(set_to_none=True)
                 self._backward(
                     out, [own(w) if w.dim() else w * p for w, p in zip(weights, parts, strict=True)]
                 )
-                samples.append(_gradients(self._plain))
+                samples.add(_gradients(self._plain))
                 for k, (x, whole) in enumerate(zip(inputs, scored_in, strict=True)):
                     if x.grad is not None and whole.shape != x.shape:
                         got = torch.zeros_like(x) if whole.grad is None else one(whole.grad)
@@ -309,24 +331,25 @@ class _Proof:
             if shape and shape[0] % self._rows:
                 raise GraddotError(f"{self._title()}: an output of shape {shape} has no rows")
 
-    def _compare_gradients(self, samples: list[dict[str, Tensor]]) -> None:
-        train, val = samples[:-1], samples[-1]
-        total = {n: torch.stack([s[n] for s in train]).sum(0) for n in val}
-        largest = lambda grads: max((g.norm().item() for g in grads.values()), default=0.0)
-        floor = 1e-2 * largest(total)  # some gradients are zero but for rounding
-        small = [1e-4 * largest(val) * largest(sample) for sample in train]
+    def _compare_gradients(self, samples: "_Samples") -> None:
+        val, largest = samples.val, lambda norms: max(norms, default=0.0)
+        # Some gradients are zero but for rounding.
+        floor = 1e-2 * largest(g.norm().item() for g in samples.total.values())
+        small = 1e-4 * largest(g.norm().item() for g in val.values())
         self._step.dot_held_rows()
         for n, p in self._scored.named_parameters():
             if n not in val:
                 continue
             got = torch.zeros_like(p) if p.grad is None else p.grad
-            self._close(f"training gradient of {n}", got, total[n], floor)
+            self._close(f"training gradient of {n}", got, samples.total[n], floor)
             dots = self._step.collected(n)
             if dots is None:
-                dots = val[n].new_zeros(1, len(train))
-            for i, sample in enumerate(train):
-                size = max((val[n].norm() * sample[n].norm()).item(), small[i])
-                want = (val[n] * sample[n]).sum()
+                dots = p.new_zeros(1, len(samples.train))
+            for i, sample in enumerate(samples.train):
+                want, norm = sample[n]
+                size = max(
+                    val[n].norm().item() * norm, small * largest(x for _, x in sample.values())
+                )
                 self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
 
     def _close(self, what: str, got: Tensor, want: Tensor, floor: float = 0.0) -> None:
@@ -345,6 +368,27 @@ class _Proof:
     def _title(self) -> str:
         kind = type(self._plain).__name__
         return f"layer {self._name} ({kind})" if self._name else kind
+
+
+class _Samples:
+    """Gradients of one sample after the other, the val row's first; of a training row only its dot with
+    that, and norm, by parameter, and the sum of all are kept."""
+
+    def __init__(self) -> None:
+        self.val: dict[str, Tensor] = {}
+        self.total: dict[str, Tensor] = {}
+        self.train: list[dict[str, tuple[Tensor, float]]] = []
+
+    def add(self, grads: dict[str, Tensor]) -> None:
+        """Take the next one's, in the order from the last training row to the first."""
+        if not self.val:
+            self.val, self.total = grads, {n: torch.zeros_like(g) for n, g in grads.items()}
+            return
+        self.train.insert(
+            0, {n: ((self.val[n] * g).sum(), g.norm().item()) for n, g in grads.items()}
+        )
+        for n, g in grads.items():
+            self.total[n] += g
 
 
 def _own(x: Any) -> Any:
