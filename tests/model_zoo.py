@@ -71,6 +71,19 @@ def bert():
     return shaken(transformers.BertForMaskedLM(config))
 
 
+def deberta(kind="DebertaV2", **settings):
+    """Positions that every layer's attention projects, without rows, by layers of its own or those
+    that its tokens go through."""
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2,
+        num_attention_heads=2, hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+        max_position_embeddings=32, type_vocab_size=0, relative_attention=True,
+        pos_att_type=["c2p", "p2c"], position_biased_input=False, num_labels=VOCAB, **settings,
+    )  # fmt: skip
+    return shaken(getattr(transformers, f"{kind}ForTokenClassification")(config))
+
+
 def t5(**settings):
     torch.manual_seed(0)
     config = transformers.T5Config(
@@ -85,7 +98,7 @@ def adapters(config="LoraConfig", model="Llama", **settings):
     peft = pytest.importorskip("peft")
     if "num_virtual_tokens" not in settings:
         settings.setdefault("target_modules", ["q_proj", "v_proj", "down_proj"])
-    config = getattr(peft, config)(task_type="CAUSAL_LM", **settings)
+    config = getattr(peft, config)(**{"task_type": "CAUSAL_LM", **settings})
     with mock.patch.dict(os.environ):  # where BOFT leaves another compiler behind
         model = causal(model) if isinstance(model, str) else model
         return shaken(peft.get_peft_model(model, config))
@@ -200,6 +213,21 @@ LANGUAGE_MODELS = {
     "hand-written": lambda: shaken(HandWritten()),
     "phi3": lambda: causal("Phi3"),
     "bert": lambda: WithMask(bert()),
+    "deberta": lambda: WithMask(deberta("Deberta")),
+    "deberta-v2": lambda: WithMask(
+        deberta(position_buckets=8, norm_rel_ebd="layer_norm", conv_kernel_size=3)
+    ),
+    "deberta-v3": lambda: WithMask(
+        deberta(position_buckets=8, norm_rel_ebd="layer_norm", share_att_key=True)
+    ),
+    "deberta-lora": lambda: WithMask(
+        adapters(
+            r=4,
+            model=deberta(share_att_key=True),
+            target_modules=["query_proj", "value_proj"],
+            task_type=None,
+        )
+    ),
     "t5": lambda: Shifted(t5()),
     "lora": lora,
     "dora": functools.partial(adapters, r=4, use_dora=True),

@@ -14,6 +14,7 @@ from loop_steps import (
     attached,
     run,
 )
+from model_zoo import VOCAB, deberta
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,6 +38,17 @@ def test_a_weight_used_behind_the_layers_back_in_a_checkpoint_is_refused():
     engine = attached(Borrowed(), (torch.randn(2, 4), y[:2]), label_shift=0)
     with pytest.raises(GraddotError, match="linear.weight, inside a reentrant checkpoint"):
         run(engine, (torch.randn(3, 4), y), loss=F.cross_entropy)
+
+
+def test_a_checkpoint_in_a_layer_that_is_followed_is_refused():
+    """Its forward runs again where nothing follows it."""
+    model = deberta(position_buckets=8).train()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    engine = attached(model, token_batch(2, 15, VOCAB, seed=2))
+    with pytest.raises(
+        GraddotError, match="attention runs again for an activation checkpoint, which"
+    ):
+        run(engine, token_batch(3, 15, VOCAB, seed=1))
 
 
 def test_the_whole_model_in_a_checkpoint(close):

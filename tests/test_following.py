@@ -1,6 +1,7 @@
 """Parameters that a layer uses in its own forward, around large layers inside of it."""
 
 import functools
+import gc
 import threading
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from graddot_lm.following import Following
 from loop_steps import same_gradients
 from test_engine import close, run_step
 from torch import nn
@@ -63,6 +65,12 @@ def _clamped(m, x):
     return m.inner(x) * scale
 
 
+def _written_by_a_view(m, x):
+    scale = (m.w * 2)[None].squeeze(0)
+    scale /= 3
+    return m.inner(x) * scale
+
+
 def _skew(m, x):
     t = torch.zeros(6, 6).to(x)
     t[[0, 1, 4], [1, 3, 5]] = m.w
@@ -115,6 +123,7 @@ CASES = {
     "written-to": (lambda m, x: m.inner(x).mul_(m.w).add_(m.b), {"w": N(6), "b": N(1, 5, 6)}),
     "written-buffer": (_written, {"w": N(6)}),
     "written-in-place": (_clamped, {"w": N(6)}),
+    "written-by-a-view": (_written_by_a_view, {"w": N(6)}),
     "written-into-constants": (_skew, {"w": N(3)}),
     "flattened": (lambda m, x: (m.inner(x.flatten(0, 1)) * m.w).view(x.shape), {"w": N(6)}),
     "as-the-input": (lambda m, x: m.inner(x) * m.w.to(x) + m.w.type_as(x), {"w": N(6)}),
@@ -129,6 +138,10 @@ CASES = {
     "table-through-a-layer": (
         lambda m, x: x + m.inner(m.p[:, : x.shape[1]]),
         {"p": N(1, 9, 6)},
+    ),
+    "table-through-two": (
+        lambda m, x: x + F.linear(m.inner(m.p[:, : x.shape[1]]).sin(), m.w, m.b),
+        {"p": N(1, 9, 6), "w": N(6, 6), "b": N(6)},
     ),
     "queries": (lambda m, x: m.inner(m.q.expand(len(x), -1, -1)) * x[:, :3], {"q": N(1, 3, 6)}),
     "queries-repeated": (
@@ -239,6 +252,47 @@ def test_batches_as_long_as_any_other_dimension(name):
         same_gradients(model, want, tolerance)
         close(engine.aggregate_and_log(), total(dots), tolerance, total(scales))
         model.zero_grad()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_a_mask_of_dropout_without_rows_is_one_for_all(inplace):
+    def forward(m, x):
+        return m.inner(x).detach() * 0 + F.dropout(m.p * 2, 0.5, m.training, inplace)
+
+    model = Block(forward, p=torch.ones(5, 6))
+    x, y = data(4)
+    engine = GradDotProdEngine(model, data(2, seed=1), label_shift=0)
+    engine.attach()
+    masks = []
+    for _ in range(4):
+        engine.attach_train_batch(x, y, 0, None)
+        joint, labels = engine.prepare_forward_input(x, y)
+        out = model(joint)
+        engine.track_loss(F.cross_entropy(out.mean(1), labels)).backward()
+        engine.aggregate_and_log()
+        assert set(out.flatten().tolist()) == {0.0, 4.0}
+        assert torch.equal(out, out[:1].expand_as(out))
+        masks.append(out[0].detach())
+    assert not torch.equal(masks[0], masks[1])
+
+
+def test_what_is_followed_is_let_go_with_the_step():
+    """By count of references: a cycle would keep a step's graph for as long as Python does not look."""
+    model = Pooled("table-through-a-layer")
+    x, y = data(4)
+    engine = GradDotProdEngine(model, data(2, seed=1), label_shift=0)
+    engine.attach()
+    gc.collect()
+    gc.disable()
+    try:
+        for step in range(2):
+            engine.attach_train_batch(x, y, step, None)
+            joint, labels = engine.prepare_forward_input(x, y)
+            engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
+            engine.aggregate_and_log()
+            assert not any(isinstance(one, Following) for one in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def _behind_tokens(m, x):

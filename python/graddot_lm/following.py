@@ -95,6 +95,12 @@ class Following(TorchFunctionMode):
         finally:
             thread.around = before
 
+    def close(self) -> None:
+        """Let go of what was followed, whose copies know of this object: a cycle that would keep them,
+        and their graph, until Python looks for such."""
+        for known in (self._followed, self._forms, self._made, self._constants, self._unsure):
+            known.clear()
+
     def as_rows(self, values: Any, *, one_for_all: bool = False) -> Any:
         """What is followed and was expanded to the rows, with entry i from copy i; with
         one_for_all also what may be, (1, ...)."""
@@ -107,11 +113,20 @@ class Following(TorchFunctionMode):
 
         return tree_map_only(Tensor, one, values)
 
-    def without_rows(self, values: Any) -> bool:
-        """Whether all tensors are followed, and not expanded to the rows, or constants."""
-        tensors = [x for x in tree_leaves(values) if _is_tensor(x)]
-        one = lambda x: id(x) in self._constants or id(x) in self._followed
-        return all(one(x) and id(x) not in self._expanded for x in tensors)
+    def goes_on_inside(self, rule: Any, args: Any, kwargs: Any) -> bool:
+        """Whether a layer inside that is called so runs as it is, its parameters followed, instead of by
+        its rule: nothing that it gets has rows; or something that is followed has none, which a rule
+        does not know, where the layer's own was to follow parameters."""
+        tensors = [x for x in tree_leaves((args, kwargs)) if _is_tensor(x)]
+        one_for_all = [self._is_one_for_all(x) for x in tensors]
+        followed = any(
+            id(x) in self._followed for x, one in zip(tensors, one_for_all, strict=True) if one
+        )
+        return all(one_for_all) or (followed and getattr(rule, "follows", False))
+
+    def _is_one_for_all(self, x: Tensor) -> bool:
+        """Whether it is a constant, or followed and not expanded to the rows."""
+        return id(x) in self._constants or (id(x) in self._followed and id(x) not in self._expanded)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
@@ -126,7 +141,7 @@ class Following(TorchFunctionMode):
         known = lambda x: id(x) in self._constants or isinstance(x, nn.Parameter)
         variable = [x for x in others if not known(x)]
         if len(others) < len(tensors):
-            if _is_in_place(name) and not variable and self._may_be_written(tensors, args):
+            if _is_in_place(name, kwargs) and not variable and self._may_be_written(tensors, args):
                 return self._write(func, args, kwargs)
             self._check_not_written(name, tensors, kwargs)
         without_gradient = self._with_graph and not torch.is_grad_enabled()
@@ -164,14 +179,16 @@ class Following(TorchFunctionMode):
         if variable:
             return self._mapped(func, args, kwargs, variable)
         out = func(*args, **kwargs)
-        self._follow_result(out, func, args, kwargs)
-        return out
+        return self._follow_result(out, func, args, kwargs)
 
     def _may_be_written(self, tensors: list[Tensor], args: Any) -> bool:
         """Whether what is written to, the first, was made here, and nothing has rows."""
         target = tensors[0]
-        own = isinstance(target, nn.Parameter) or target._base is not None or target is not args[0]
-        return not own and not any(id(x) in self._expanded or id(x) in self._made for x in tensors)
+        has_rows = any(id(x) in self._expanded or id(x) in self._made for x in tensors)
+        if target is not args[0] or isinstance(target, nn.Parameter) or has_rows:
+            return False
+        kept = [*self._own.values(), *self._constants.values()]
+        return not any(x is not target and _share_memory(x, target) for x in kept)
 
     def _write(self, func: Any, args: Any, kwargs: Any) -> Any:
         """A call that writes to its first argument, which is followed from then on."""
@@ -191,17 +208,28 @@ class Following(TorchFunctionMode):
 
         def copies() -> Tensor:
             same = before.expand(rows, *before.shape)  # of what was a constant
-            return over_rows(written, *(same if make is None else make() for make in made))
+            values = (same if make is None else make() for make in made)
+            return over_rows(written, *values, randomness="same")
 
         out = func(*args, **kwargs)
         for known in (self._constants, self._forms):
             known.pop(id(args[0]), None)
+
+        def overwritten() -> Tensor:
+            raise GraddotError(
+                f"{func.__name__} writes into a tensor that was computed from its parameters, which is used"
+                " by another name afterwards; write out of place"
+            )
+
+        for x, _ in list(self._followed.values()):
+            if x is not args[0] and _share_memory(x, args[0]):
+                self._follow(x, overwritten)
         self._follow(args[0], copies)
         return out
 
     def _check_not_written(self, name: str, tensors: list[Tensor], kwargs: Any) -> None:
         """Raise if a call with something followed writes where that, or a constant, is."""
-        target = kwargs.get("out", tensors[0] if _is_in_place(name) else None)
+        target = kwargs.get("out", tensors[0] if _is_in_place(name, kwargs) else None)
         if not isinstance(target, Tensor):
             return
         alone = (
@@ -242,13 +270,13 @@ class Following(TorchFunctionMode):
 
         self._followed[id(x)] = x, once
 
-    def _follow_result(self, out: Any, func: Any, args: Any, kwargs: Any) -> None:
+    def _follow_result(self, out: Any, func: Any, args: Any, kwargs: Any) -> Any:
         """Results of what is followed, as such."""
         leaves, spec = tree_flatten((args, kwargs))
         at = [i for i, x in enumerate(leaves) if id(x) in self._followed]
         sources = [leaves[i] for i in at]
         if any(out is x for x in sources):
-            return
+            return out
         made = [self._followed[id(x)][1] for x in sources]
         own, transposed = self._form(sources[0])
         if own is not None and own.dim() <= 2 and isinstance(out, Tensor):
@@ -268,7 +296,8 @@ class Following(TorchFunctionMode):
         def result(k: int, dtype: torch.dtype) -> Tensor:
             if not results:
                 copies = [make() for make in made]
-                results.extend(over_rows(copied, *copies, loop=_is_custom(func)))
+                # A dropout mask without rows is one for all.
+                results.extend(over_rows(copied, *copies, loop=_is_custom(func), randomness="same"))
             return results[k].to(dtype)  # autocast does not reach every operation under vmap
 
         outputs, name = list(_tensors((out,))), getattr(func, "__name__", "")
@@ -281,6 +310,19 @@ class Following(TorchFunctionMode):
                 self._expanded.add(id(x))
                 self.doubts += [name] * self._is_new()
             self._follow(x, lambda k=k, dtype=x.dtype: result(k, dtype))  # type: ignore[misc]
+        repeated = func is Tensor.repeat and any(expanded) and sources[0] is args[0]
+        return self._repeated(out, args) if repeated else out
+
+    def _repeated(self, out: Tensor, args: Any) -> Tensor:
+        """The result of x.repeat(sizes) over the rows, row i of copy i, where the sizes show which
+        part of it is which row's: what is followed would hold rows² times x."""
+        x, sizes = args[0], args[1:]
+        first, *others = sizes[0] if isinstance(sizes[0], (tuple, list)) else sizes
+        times, left = divmod(first, self._scored.rows)
+        if left or id(x) in self._expanded:
+            return out
+        values = over_rows(lambda x: x.repeat(times, *others), self._copies(x))
+        return values.flatten(0, 1).to(out.dtype)  # type: ignore[no-any-return]
 
     def _decided(self, name: str, outputs: list[Tensor]) -> tuple[bool, ...]:
         """Whether the first dimension of each result of a call without rows is that of the rows: as
@@ -305,7 +347,9 @@ class Following(TorchFunctionMode):
         return self._last
 
     def _copies(self, x: Tensor) -> Tensor:
-        """(rows, *x.shape) of what is followed."""
+        """(rows, *x.shape) of what is followed, or a constant."""
+        if id(x) not in self._followed:
+            return x.expand(self._scored.rows, *x.shape)
         return self._followed[id(x)][1]()
 
     def _by_row(self, x: Tensor) -> Tensor:
@@ -373,17 +417,26 @@ class Following(TorchFunctionMode):
     ) -> Tensor | None:
         own, transposed = self._form(weight)
         rows = self._scored.rows
-        known = id(input) in self._followed or id(input) in self._constants
-        if own is None or own.dim() != 2 or known or input.dim() < 2 or input.shape[0] % rows:
+        if own is None or own.dim() != 2:
             return None
         if bias is not None:
             form = self._form(bias)[0]
             bias = bias if form is None else form
             if self._is_computed(bias):
                 return None
-        act = input if input.shape[0] == rows else input.unflatten(0, (rows, -1))
-        out = self._scored.linear_of_rows(act, own, bias, transposed=transposed != matmul)
-        return out if input.shape[0] == rows else out.flatten(0, 1)
+        product = lambda x: self._scored.linear_of_rows(
+            x, own, bias, transposed=transposed != matmul
+        )
+        if self._is_one_for_all(input):
+            out = input @ weight if matmul else F.linear(input, weight, bias)
+            self._follow(out, lambda: product(self._copies(input)).to(out.dtype))
+            return out
+        input = self.as_rows(input)
+        if input.dim() < 2 or input.shape[0] % rows:
+            return None
+        if input.shape[0] == rows:
+            return product(input)
+        return product(input.unflatten(0, (rows, -1))).flatten(0, 1)
 
     def _form(self, x: Tensor) -> tuple[Tensor | None, bool]:
         """The layer's own parameter that x is, or is a cast of, and whether it is transposed."""
@@ -471,12 +524,14 @@ def _is_custom(func: Any) -> bool:
     return hasattr(func, "custom")
 
 
-def over_rows(one: Callable[..., Any], *arguments: Any, loop: bool = False) -> Any:
+def over_rows(
+    one: Callable[..., Any], *arguments: Any, loop: bool = False, randomness: str = "different"
+) -> Any:
     """`one` mapped over the rows of its arguments: by torch.vmap, or in a loop where that cannot, as
     an autograd function of one's own, or entries that a mask picks."""
     if not loop:
         try:
-            return torch.vmap(one, randomness="different")(*arguments)
+            return torch.vmap(one, randomness=randomness)(*arguments)
         except RuntimeError as error:
             if "vmap" not in str(error):
                 raise
@@ -497,9 +552,14 @@ def _is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
 
 
-def _is_in_place(name: str) -> bool:
+def _share_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage().data_ptr() == b.untyped_storage().data_ptr()
+
+
+def _is_in_place(name: str, kwargs: Any) -> bool:
     """Whether a call of a function of this name writes to its first argument."""
-    return (name[-1:] == "_" and name[-2:] != "__") or name in WRITES
+    by_name = (name[-1:] == "_" and name[-2:] != "__") or name in WRITES
+    return by_name or kwargs.get("inplace") is True
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -39,6 +39,7 @@ class ProvenRule:
 
     def __init__(self, ways: dict[str, Callable[[float], Rule]], largest: float = LARGEST) -> None:
         self._ways, self._largest = ways, largest
+        self.follows = "in place" in ways
         # By kind of call; with which of its arguments are the same for all rows.
         self._proven: dict[Any, tuple[Rule, list[int]]] = {}
         self._of_tokens: ProvenRule | None = None
@@ -179,6 +180,7 @@ class InPlace:
         if rows is not out and isinstance(out, Tensor) and out.shape[:1] == (1,):
             rows = scored.expanded(rows)
         self._last, self._doubts = following.calls, following.doubts
+        following.close()
         if not self._proven:
             self._known = dict(self._last)
             self._proven.append(self._last)

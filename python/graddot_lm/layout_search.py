@@ -137,7 +137,11 @@ class LayoutSearch:
                 problem, failed = problem or error, True
                 same = {name for name, layout in layouts.items() if layout == "same"}
                 if not self._layers.follow_callers(foreign or same | micro.step.expands):
-                    raise problem from error
+                    if error is problem:
+                        raise
+                    raise GraddotError(
+                        f"{problem}\nFollowed through the modules around: {error}"
+                    ) from error
             if not self._averaging.agreed(failed):
                 break
         self._known.learn(mode, shapes, layouts)
@@ -161,6 +165,8 @@ class LayoutSearch:
                 mixed = mixed or error
                 if micro.step.sharded:
                     raise
+                if error.beside and self._layers.follow_callers(error.layers):
+                    continue
                 if (reason := self._layers.take_for_experts(error)) is not None:
                     raise GraddotError(f"{mixed}{reason}") from error
         self._layers.attach_mixtures()

@@ -27,11 +27,12 @@ Layout = str | int
 
 
 class MixedSamples(GraddotError):
-    """Layers get inputs of which it is not known how they hold the samples, by `layers`, their names."""
+    """Layers get inputs of which it is not known how they hold the samples, by `layers`, their names.
+    beside: in some calls one that is the same for every row, and rows in all others."""
 
-    def __init__(self, message: str, layers: Sequence[str]) -> None:
+    def __init__(self, message: str, layers: Sequence[str], *, beside: bool = False) -> None:
         super().__init__(message)
-        self.layers = layers
+        self.layers, self.beside = layers, beside
 
 
 class KnownLayouts:
@@ -259,6 +260,7 @@ def _layout(
             f"layer {name} is called several times, and its inputs (of shapes {shapes}) hold the"
             f" {rows} rows of the batch in different ways; use one layer a way",
             [name],
+            beside="same" in layouts and len(layouts) == 2,
         )
     return None if None in layouts else layouts.pop() if layouts else "rows"
 

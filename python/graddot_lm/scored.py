@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .checkpointing import recomputing
 from .compiled import new_owner
 from .compiler import uncompiled
 from .errors import GraddotError
@@ -202,6 +203,7 @@ class ScoredForward:
         # whether the batch had one row; and whether a call left a tensor in an attribute.
         self.calls: dict[Any, Call] = {}
         self.keeps_tensors = False
+        self._inside = False  # whether the last call was in the forward of a layer that is followed
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -210,7 +212,15 @@ class ScoredForward:
         step = self.begin(self.module, self.name)
         if step is None:
             return self.own_forward(*args, **kwargs)
-        if thread.around is not None and thread.around.without_rows((args, kwargs)):
+        if not recomputing():
+            self._inside = thread.around is not None
+        elif self._inside and thread.around is None:
+            raise GraddotError(
+                f"layer {self.name} runs again for an activation checkpoint, which is inside of a layer"
+                " whose forward is followed, and that is not; train without activation checkpointing,"
+                " or checkpoint that layer as a whole"
+            )
+        if thread.around is not None and thread.around.goes_on_inside(self._rule, args, kwargs):
             return self.own_forward(*args, **kwargs)
         if self.model_forward is not None:
             self.model_forward.require_layout(step, self.name)
