@@ -295,6 +295,20 @@ def test_what_is_followed_is_let_go_with_the_step():
         gc.enable()
 
 
+def test_positions_are_not_taken_for_as_many_tokens():
+    """In scores by token."""
+    model = Block(lambda m, x: m.inner(x) + F.linear(torch.ones(x.shape[1:]).to(x), m.w), w=N(6, 6))
+    x, _ = data(4)
+    y = torch.arange(20).view(4, 5) % 6
+    loss = lambda batch: F.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+    engine = GradDotProdEngine(model, label_shift=0, per_token=True)
+    engine.attach()
+    engine.set_directions(engine.compute_directions([(x, y)], lambda _, x, y: loss((x, y))))
+    engine.attach_train_batch(x, y, 0, None)
+    with pytest.raises(GraddotError, match="w is used on 4 tokens of 4 rows; expected 5"):
+        engine.track_loss(loss((x, y))).backward()
+
+
 def _behind_tokens(m, x):
     """Positions behind virtual tokens: more of them than the layer gets tokens."""
     positions = [torch.arange(x.shape[1] + n)[n:, None].to(x) for n in (3, 8)]

@@ -202,7 +202,7 @@ def test_a_recurrence_of_its_own_is_refused():
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "qwen3", "mixtral", "gpt-oss", "t5", "opt", "bert"]
+    "name", ["llama", "gemma2", "qwen3", "mixtral", "gpt-oss", "t5", "opt", "bert", "deberta-v3"]
 )
 def test_bf16(name, record_property):
     """bf16 parameters: scores within 2e-2 of their Cauchy-Schwarz scale."""
@@ -220,7 +220,9 @@ def test_check_layer_proves_whole_models(name):
     check_layer(LANGUAGE_MODELS[name](), token_batch(3, 7, VOCAB, seed=1)[0])
 
 
-@pytest.mark.parametrize("name", ["opt", "mixtral", "gpt-oss", "mixtral-lora", "bare-parameters"])
+@pytest.mark.parametrize(
+    "name", ["opt", "mixtral", "gpt-oss", "mixtral-lora", "deberta-v3", "bare-parameters"]
+)
 def test_first_batch_of_one_row(name, record_property):
     """A given direction and one training row, in layers that see tokens without their rows; then
     more rows of the same length, about which the first batch says nothing."""

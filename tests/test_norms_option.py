@@ -143,7 +143,18 @@ def test_conv_net(close, dtype, few, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "llama-tied", "gemma", "mixtral", "t5", "mamba", "lora", "mixtral-lora"]
+    "name",
+    [
+        "llama",
+        "llama-tied",
+        "gemma",
+        "mixtral",
+        "t5",
+        "mamba",
+        "lora",
+        "mixtral-lora",
+        "deberta-v3",
+    ],
 )
 def test_language_model(close, name):
     """RMS norms, padding ids, experts, position biases, the general rule; in fp32."""

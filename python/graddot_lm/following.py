@@ -428,6 +428,8 @@ class Following(TorchFunctionMode):
             x, own, bias, transposed=transposed != matmul
         )
         if self._is_one_for_all(input):
+            if self._scored.step.tokens is not None:  # as many positions as tokens are no tokens
+                return None
             out = input @ weight if matmul else F.linear(input, weight, bias)
             self._follow(out, lambda: product(self._copies(input)).to(out.dtype))
             return out
