@@ -148,6 +148,10 @@ CASES = {
         lambda m, x: m.inner(m.q[None].repeat(len(x), 1, 1)) * x[:, :3],
         {"q": N(3, 6)},
     ),
+    "queries-repeated-by-name": (
+        lambda m, x: m.inner(m.q[None].repeat(repeats=(len(x), 1, 1))) * x[:, :3],
+        {"q": N(3, 6)},
+    ),
     "pooling": (
         lambda m, x: F.scaled_dot_product_attention(m.q.expand(len(x), -1, -1), m.inner(x), x),
         {"q": N(1, 3, 6)},

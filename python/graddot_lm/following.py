@@ -185,7 +185,7 @@ class Following(TorchFunctionMode):
         """Whether what is written to, the first, was made here, and nothing has rows."""
         target = tensors[0]
         has_rows = any(id(x) in self._expanded or id(x) in self._made for x in tensors)
-        if target is not args[0] or isinstance(target, nn.Parameter) or has_rows:
+        if not args or target is not args[0] or isinstance(target, nn.Parameter) or has_rows:
             return False
         kept = [*self._own.values(), *self._constants.values()]
         return not any(x is not target and _share_memory(x, target) for x in kept)
@@ -310,7 +310,7 @@ class Following(TorchFunctionMode):
                 self._expanded.add(id(x))
                 self.doubts += [name] * self._is_new()
             self._follow(x, lambda k=k, dtype=x.dtype: result(k, dtype))  # type: ignore[misc]
-        repeated = func is Tensor.repeat and any(expanded) and sources[0] is args[0]
+        repeated = func is Tensor.repeat and any(expanded) and len(args) > 1
         return self._repeated(out, args) if repeated else out
 
     def _repeated(self, out: Tensor, args: Any) -> Tensor:
