@@ -79,6 +79,15 @@ def bert() -> nn.Module:
     return hugging_face("Bert", "ForMaskedLM", **off)
 
 
+def deberta() -> nn.Module:
+    """As the third version: positions, without rows, go through layers that tokens go through."""
+    return hugging_face(
+        "DebertaV2", "ForMaskedLM", hidden_dropout_prob=0, attention_probs_dropout_prob=0,
+        relative_attention=True, pos_att_type=["c2p", "p2c"], position_buckets=64,
+        norm_rel_ebd="layer_norm", share_att_key=True, position_biased_input=False,
+    )  # fmt: skip
+
+
 def t5() -> nn.Module:
     sizes = {"d_model": WIDTH, "d_kv": WIDTH // HEADS, "d_ff": 4 * WIDTH, "num_heads": HEADS}
     config = transformers.T5Config(
@@ -194,6 +203,7 @@ KINDS = {
     "gpt-neox": causal("GPTNeoX"),
     "opt": causal("OPT", ffn_dim=4 * WIDTH, word_embed_proj_dim=WIDTH, dropout=0.0),
     "bert": Kind(bert),
+    "deberta": Kind(deberta),
     "t5": Kind(t5),
     "vit": Kind(vit, images=True),
     "resnet": Kind(ResNet, own_loss, images=True),
