@@ -108,6 +108,13 @@ def read_rows(inputs: Inputs, labels: Tensor | None, what: str) -> Rows:
     return Rows(by_key, labels, is_tensor, inside, lengths)
 
 
+def unlabelled(inputs: Inputs) -> Tensor:
+    """Labels for rows that need none, in the shape of the first of the inputs, of which nothing is read."""
+    tensors = [inputs] if isinstance(inputs, Tensor) else [*inputs.values()]
+    first = next((x for x in tensors if isinstance(x, Tensor)), torch.zeros(0))
+    return torch.zeros((), device=first.device).expand(first.shape)
+
+
 def join(parts: Sequence[Rows], padding: Mapping[str, float], ignore_index: int) -> Rows:
     """The rows of all parts, key by key, in the form of the first, on its device.
 

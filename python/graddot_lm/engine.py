@@ -39,6 +39,7 @@ from .batches import (
     join,
     read_batch,
     read_rows,
+    unlabelled,
 )
 from .compiler import prepare_compiler, run_compiled, uncompiled
 from .coverage import Coverage, cover
@@ -55,6 +56,7 @@ from .layers import Step
 from .loss_scale import LossScale
 from .model_forward import ModelForward
 from .optimizers import Optimizers
+from .sample_rows import SampleRows
 from .scores import MicroBatch, Norms, score_rows
 from .segments import Segments
 
@@ -282,6 +284,7 @@ class GradDotProdEngine:
         batch_idx: Any,
         *,
         segments: Sequence[int] | Tensor | None = None,
+        samples: Sequence[int] | Tensor | None = None,
     ) -> None:
         """Announce N training rows; batch_idx holds their sample ids, (N,), for the store.
 
@@ -296,10 +299,18 @@ class GradDotProdEngine:
         keeps the samples apart; and in any if the loss shifts a sample's first label, which has to
         be ignore_index then, to the sample before. Of labels that are shifted already, what stands
         at a sample's last token is taken for its own target.
+
+        samples, (rows,), are the numbers, 0 to N - 1, of the samples that the rows belong to, where one
+        has several, as the two texts of a preference pair. The loss, passed to `track_loss`, is then
+        the mean over the N samples (or their sum) of a loss of each one's own rows, which need no
+        labels; n_tokens of the store is 1. For given directions, without norms and per_token. A
+        checked step raises GraddotError if the loss compares other rows than those of one sample.
         """
         prepare_compiler()
         run_compiled()
         self._require_ready()
+        if samples is not None:
+            Y = unlabelled(X)
         train = read_rows(X, Y, "the training batch")
         self._val = [rows.beside(train) for rows in self._val]
         parts = [train, *self._val]
@@ -310,8 +321,10 @@ class GradDotProdEngine:
         targets = 1 if self._targets is None else len(self._targets)
         leaf_of = self._optimizers.leaf_names(self._per_parameter)
         first = next(iter(self._parameters.values()))
-        tokens, packed = None, None
-        if segments is not None:
+        tokens, packed, several = None, None, None
+        if samples is not None:
+            several = self._several(samples, segments, len(train))
+        elif segments is not None:
             packed = self._packed(segments, train.labels)
             tokens = packed.tokens
         elif self._per_token:
@@ -321,11 +334,11 @@ class GradDotProdEngine:
                 )
             tokens = labels.shape[1]
         n = len(train)
-        samples = n if packed is None else len(packed)
-        ids = (samples,) if batch_idx is None else tuple(torch.as_tensor(batch_idx).shape)
-        if ids != (samples,):
+        n_samples = len(packed or several or train)
+        ids = (n_samples,) if batch_idx is None else tuple(torch.as_tensor(batch_idx).shape)
+        if ids != (n_samples,):
             raise GraddotError(
-                f"batch_idx has shape {ids}; expected a sample id for each of the {samples} samples"
+                f"batch_idx has shape {ids}; expected a sample id for each of the {n_samples} samples"
             )
         shape = (targets + 1, n + bool(val_rows)) if self.norms else (targets, n * (tokens or 1))
         dtype = torch.promote_types(first.dtype, torch.float32)
@@ -353,6 +366,7 @@ class GradDotProdEngine:
             direction_norms=self._direction_norms,
             filled=filled_rows(parts),
             segments=packed,
+            several=several,
             applied=self._optimizers.none_took_it(),
         )
         micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
@@ -404,6 +418,24 @@ class GradDotProdEngine:
             )
         as_list = getattr(lengths, "tolist", lambda: list(lengths))  # of arrays and tensors
         return Segments(as_list(), labels.shape[1])
+
+    def _several(
+        self, samples: Sequence[int] | Tensor, segments: Sequence[int] | Tensor | None, rows: int
+    ) -> SampleRows:
+        reasons = {
+            "given directions in place of val_data": not self._val,
+            "norms=False, for those of its rows are not a sample's": not self.norms,
+            "per_token=False": not self._per_token,
+            "no segments": segments is None,
+        }
+        if missing := [need for need, is_so in reasons.items() if not is_so]:
+            raise GraddotError(f"samples of several rows need {'; '.join(missing)}")
+        several = SampleRows(samples)
+        if several.rows != rows:
+            raise GraddotError(
+                f"samples has {several.rows} entries; expected one for each of the batch's {rows} rows"
+            )
+        return several
 
     def prepare_forward_input(self, X: Inputs, Y: Tensor | None = None) -> tuple[Any, Tensor]:
         """The joint batch: training rows, then the validation rows of every target.

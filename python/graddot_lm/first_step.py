@@ -16,6 +16,7 @@ from .layers import ScoredFunction
 from .outputs import check_losses, check_memory, check_padding, is_divided
 from .own_loss import ForwardSpan, check_samples_apart
 from .parts import ModelInputs
+from .sample_rows import SampleRows
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch
 from .segments import Segments, check_apart
@@ -42,6 +43,7 @@ class FirstStep:
         self._whole: dict[str, nn.Parameter] = {}
         self._by_sample: list[bool] = []  # of each of the model's outputs whether it is
         self._returned: list[Tensor] = []  # those that are, of the step under way
+        self._several: SampleRows | None = None  # the samples of several rows of that step
         # What is wrong with losses that the model returns, or keeps in its modules' attributes.
         self._problems: dict[int | str, str] = {}
         self._mixed: GraddotError | None = None  # what is wrong in the backward
@@ -128,7 +130,7 @@ class FirstStep:
             self._compare_buffers(inputs)
             self._whole = {n: self._whole.get(n, p) for n, p in self._layers.parameters.items()}
             check_parameter_uses(output, self._whole)
-        self._check_losses(output)
+        self._check_losses(micro, output)
         if self.is_due:
             first = self._finished == 0
             self._labels = LabelCheck(output, micro.labels, micro.counts, micro.summed, first)
@@ -148,6 +150,10 @@ class FirstStep:
 
     def _run_losses(self, micro: MicroBatch, inputs: ModelInputs) -> None:
         samples, take = _samples(micro, inputs)
+        several = micro.several
+        if several is not None:
+            samples = len(several)
+            take = lambda arguments, which: inputs.take(arguments, several.rows_of(which))
         if micro.segments is not None:
             self.check_packed(*inputs.both, micro.segments)
         fused = hasattr(self._model.__dict__.get("forward"), "label_shift")  # checks itself
@@ -158,7 +164,7 @@ class FirstStep:
                 thorough=inputs.thorough, runs=inputs.runs,
             )  # fmt: skip
 
-    def _check_losses(self, output: Any) -> None:
+    def _check_losses(self, micro: MicroBatch, output: Any) -> None:
         """Raise GraddotError if the model's loss is not that of its rows; see to it that other numbers
         of which that is so are refused if the backward reaches them."""
         numbers = kept_numbers(self._model)
@@ -168,7 +174,7 @@ class FirstStep:
             x = numbers.get(key)
             if x is None or x.grad_fn is None:
                 continue
-            if x is loss:
+            if x is loss and micro.several is None:  # whose own loss is not that of the rows
                 raise GraddotError(problem)
             x.register_hook(lambda grad, problem=problem: self._used.append(problem))
         if self._mixed is not None and not self._problems:
@@ -196,9 +202,10 @@ class FirstStep:
 
     # What becomes of the step
 
-    def see_returned(self, output: Any, rows: int) -> None:
+    def see_returned(self, output: Any, micro: MicroBatch) -> None:
         """Note what a loss of the caller's own may be made of."""
         pairs = zip(tensors_in(output), self._by_sample, strict=False)
+        rows, self._several = micro.step.rows, micro.several
         self._returned = [x for x, by in pairs if by and x.requires_grad and len(x) == rows]
 
     def check_own_loss(self, loss: Tensor) -> None:
@@ -207,7 +214,7 @@ class FirstStep:
         if self._span is not None:
             self._span.check(loss)
         check_parameter_uses(loss, self._whole)
-        check_samples_apart(loss, self._returned, self.thorough)
+        check_samples_apart(loss, self._returned, self.thorough, self._several)
 
     def finish(self, micro: MicroBatch) -> None:
         """After the backward. Raises GraddotError if a check of it failed."""

@@ -8,8 +8,10 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
+import contextlib
+import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,14 @@ from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .indexed import INDEX, LENGTHS, IndexCollator, Indexed, with_own_generators
+from .item_loss import check_mean_of_items, items_in_rows
+from .sample_rows import SampleRows
 from .scores import Number, clip_factor
 from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema
 
+# What a trainer of TRL notes for its logs while it computes a loss.
+_LOGS = "_metrics", "_total_train_tokens"
 _SAVED_EVERY = 100  # steps between saves of the rows, beside those at checkpoints
 
 
@@ -84,6 +90,15 @@ class GradDotProdTrainer(Trainer):
             default eval_dataset, as the trainer has prepared it.
         val_interval: optimizer steps between two computations of the validation gradient; a run that
             resumes computes it at once.
+        mean_of_items: the loss that `compute_loss` returns, of whatever class, is the mean over the
+            batch's dataset items of a loss of each item's own, which may have several rows: a row of
+            every item, then another of every item. So are those of preference pairs:
+
+                class ScoredDPOTrainer(GradDotProdTrainer, DPOTrainer): pass
+                ScoredDPOTrainer(..., mean_of_items=True)
+
+            Each item is then one sample, with n_tokens 1; checked steps raise GraddotError if the
+            loss, or its gradient, of parts of the batch shows something else.
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
             rows.
@@ -102,6 +117,7 @@ class GradDotProdTrainer(Trainer):
         val_dataset: Any = None,
         val_interval: int = 1,
         adamw: bool = False,
+        mean_of_items: bool = False,
         engine_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
@@ -112,6 +128,7 @@ class GradDotProdTrainer(Trainer):
                 f"val_dataset is {val_dataset!r} and val_interval {val_interval}; expected a"
                 " dataset, or a dict of datasets, and at least 1"
             )
+        self._mean_of_items = mean_of_items
         self._refuse()
         named = isinstance(val_dataset, Mapping)
         self._val_sets = dict(val_dataset) if named else {"val": val_dataset}
@@ -124,6 +141,9 @@ class GradDotProdTrainer(Trainer):
         if smoother is not None:  # which gets the labels in the model's place
             self._set_label_shift()
         self.engine = GradDotProdEngine(self.model, **self._options)
+        if mean_of_items:
+            self._compute_loss_of_items = self.compute_loss
+            self.compute_loss = self._tracked_loss  # type: ignore[method-assign]
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
         whole_model: Any = self.model
@@ -150,6 +170,9 @@ class GradDotProdTrainer(Trainer):
             "label_smoothing_factor in this version of transformers": self._smooths_otherwise(),
             # Of TRL, which compute_loss = Trainer.compute_loss would pass over.
             'loss_type="dft"': getattr(args, "loss_type", None) == "dft",
+            "mean_of_items=True and label_smoothing_factor": self._mean_of_items
+            and self.label_smoother is not None,
+            "mean_of_items=True and FSDP": self._mean_of_items and fsdp,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
             "an iterable training set, whose samples have no index": isinstance(
@@ -160,11 +183,13 @@ class GradDotProdTrainer(Trainer):
         if found:
             raise GraddotError(f"GradDotProdTrainer cannot score with {', '.join(found)}")
         # Of a loss of the user's own nothing tells how it is made of the samples' losses.
-        if getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss:
+        own = getattr(self.compute_loss, "__func__", None) is not Trainer.compute_loss
+        if own and not self._mean_of_items:
             name = getattr(self.compute_loss, "__qualname__", type(self.compute_loss).__name__)
             raise GraddotError(
                 f"GradDotProdTrainer cannot score with a compute_loss of its own, {name}: it scores"
-                " the loss that the model returns. Compute the loss in the model's forward, write"
+                " the loss that the model returns. Pass mean_of_items=True if it is the mean over the"
+                " batch's items of a loss of each one's own, as of preference pairs. Else compute the loss in the model's forward, write"
                 " compute_loss = transformers.Trainer.compute_loss in the class if the model's own"
                 " loss is the same, or use GradDotProdEngine in a loop of your own"
             )
@@ -321,7 +346,11 @@ class GradDotProdTrainer(Trainer):
                 " self.train_dataset and self.data_collator; and a batch is for one training_step"
             )
         index, lengths = inputs.pop(INDEX), inputs.pop(LENGTHS, None)
-        self._check_rows(inputs, len(index) if lengths is None else 1)
+        several = None
+        if self._mean_of_items:
+            several = items_in_rows(len(self._main_input(inputs)), len(index))
+        else:
+            self._check_rows(inputs, len(index) if lengths is None else 1)
         if not self._training:
             self._begin()
         step = self.state.global_step
@@ -333,7 +362,13 @@ class GradDotProdTrainer(Trainer):
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        self.engine.attach_train_batch(inputs, None, step, index, segments=lengths)
+        if several is None:
+            self.engine.attach_train_batch(inputs, None, step, index, segments=lengths)
+        else:
+            if self.engine._forward.is_first:
+                self._check_items(inputs, several)
+            main = self._main_input(inputs)
+            self.engine.attach_train_batch(main, None, step, index, samples=several.sample_of)
         micro = self.engine._forward.micro
         if micro is not None:  # without waiting for a device, as get_scale() would
             one = torch.ones((), dtype=torch.float64, device=self.args.device)
@@ -402,14 +437,64 @@ class GradDotProdTrainer(Trainer):
         try:
             with own_random():
                 return {
-                    target: self.engine.compute_directions(
-                        map(self._prepare_inputs, self._validation_batches(target)),
-                        loss_scale=loss_scale,
+                    target: self._validation_gradient(
+                        map(self._prepare_inputs, self._validation_batches(target)), loss_scale
                     )
                     for target in self._val_sets
                 }
         finally:
             model.train(was_training)
+
+    def _validation_gradient(self, batches: Iterator[Any], loss_scale: float) -> dict[str, Tensor]:
+        if not self._mean_of_items:
+            return self.engine.compute_directions(batches, loss_scale=loss_scale)
+        under_way: list[Any] = []
+
+        def rows() -> Iterator[Any]:
+            for batch in batches:
+                under_way[:] = [batch]
+                main = self._main_input(batch)
+                yield main, torch.ones(len(main), device=main.device)  # each item has as many
+
+        with self._own_logs():
+            return self.engine.compute_directions(
+                rows(), lambda model, *_: self._loss_of_items(under_way[0]), loss_scale=loss_scale
+            )
+
+    # A loss that is the mean of its items'
+
+    def _main_input(self, inputs: Mapping[str, Any]) -> Tensor:
+        name = getattr(self.model, "main_input_name", "input_ids")
+        if not isinstance(inputs.get(name), Tensor):
+            raise GraddotError(f"the batch has no {name}, but {', '.join(inputs)}")
+        return inputs[name]  # type: ignore[no-any-return]
+
+    def _tracked_loss(self, *args: Any, **kwargs: Any) -> Any:
+        got = self._compute_loss_of_items(*args, **kwargs)
+        if isinstance(got, tuple):  # with outputs
+            return self.engine.track_loss(got[0]), *got[1:]
+        return self.engine.track_loss(got)
+
+    def _loss_of_items(self, inputs: Mapping[str, Any]) -> Tensor:
+        with self.compute_loss_context_manager():
+            loss: Any = self._compute_loss_of_items(self.engine.model, dict(inputs))
+        return loss  # type: ignore[no-any-return]
+
+    def _check_items(self, inputs: Mapping[str, Any], several: SampleRows) -> None:
+        forward = self.engine._forward
+        with forward.set_aside(), self._own_logs():
+            check_mean_of_items(
+                self.engine.model, self._loss_of_items, inputs, several, forward.thorough
+            )
+
+    @contextlib.contextmanager
+    def _own_logs(self) -> Iterator[None]:
+        """Inside of it what is noted for the logs is not of training."""
+        kept = {name: copy.deepcopy(vars(self)[name]) for name in _LOGS if name in vars(self)}
+        try:
+            yield
+        finally:
+            vars(self).update(kept)
 
     def check_step_is_new(self) -> None:
         """Raise GraddotError if gradients of a step that was not taken would be in this one's."""

@@ -151,6 +151,11 @@ class ModelForward:
         """Whether the next step is checked."""
         return self._checks.is_due
 
+    @property
+    def thorough(self) -> bool:
+        """Whether checks leave out rows in all ways, or by halves."""
+        return self._checks.thorough
+
     def finish(self) -> MicroBatch:
         """The micro-batch after its backward. Raises GraddotError if a check of it failed."""
         run_compiled()
@@ -269,6 +274,11 @@ class ModelForward:
         step = self._begin_layer(module, name)
         if step is not None:
             assert self.micro is not None
+            if self.micro.several is not None:
+                raise GraddotError(
+                    "the fused head's loss is a mean over tokens, and samples of several rows have a loss of"
+                    " their own; do not pass the model labels, so that it returns its logits"
+                )
             expected = self.micro.loss_reduction
             if mean != (expected == "mean"):
                 raise GraddotError(
@@ -380,7 +390,8 @@ class ModelForward:
         if micro.forwarded:
             raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
         # What a loss of the caller's own is made of; labels that the model gets are for its own.
-        if items is not None and (self._checks.divided or not labelled):
+        of_tokens = micro.several is None
+        if items is not None and of_tokens and (self._checks.divided or not labelled):
             micro.loss_reduction, micro.items = "sum", items
         counts = micro.counts
         if self.loss.label_shift == "auto" and labelled:
@@ -430,5 +441,5 @@ class ModelForward:
             self._checks.after_forward(micro, self._inputs, output, self.directions is not None)
         self._inputs = None
         output = micro.loss_scale.tracked_output(output, checked=micro.step.first)
-        self._checks.see_returned(output, micro.step.rows)
+        self._checks.see_returned(output, micro)
         return output

@@ -277,7 +277,7 @@ def is_divided(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool |
     once, twice = (float(loss) for loss in losses)
     if not math.isfinite(once) or once == 0:
         return None
-    tolerance = _loss_tolerance(model)
+    tolerance = loss_tolerance(model)
     if abs(twice / once - 1) <= tolerance:
         return False
     if abs(twice / once - 0.5) <= tolerance:
@@ -289,7 +289,8 @@ def is_divided(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> bool |
     )
 
 
-def _loss_tolerance(model: nn.Module) -> float:
+def loss_tolerance(model: nn.Module) -> float:
+    """Relative, of two runs of it."""
     p = next(model.parameters())
     rounded = p.element_size() < 4 or torch.is_autocast_enabled(p.device.type)
     return 2e-2 if rounded else 1e-4
@@ -336,7 +337,7 @@ def check_losses(
             losses.append({key: x.double() for key, x in numbers.items()})
     found: dict[int | str, str] = {}
     whole, *of_parts = losses
-    rough = _loss_tolerance(model)
+    rough = loss_tolerance(model)
     # What balances experts is all but the same in every part.
     tolerance = {int: rough, str: max(rough / 100, 1e-5)}
     for key, value in whole.items():

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import GraddotError
 from .parts import splits_of
+from .sample_rows import SampleRows
 
 AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
 
@@ -63,14 +64,16 @@ def _now() -> int:
     return torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[no-any-return,union-attr]
 
 
-def check_samples_apart(loss: Tensor, outputs: Sequence[Tensor], thorough: bool) -> None:
+def check_samples_apart(
+    loss: Tensor, outputs: Sequence[Tensor], thorough: bool, several: SampleRows | None = None
+) -> None:
     """Raise GraddotError if a loss compares samples, as one with the others of the batch as negatives,
     or with those of other processes.
 
     outputs, (rows, ...) each, are those of the model that it is made of. Where a loss is a sum over
     rows, its gradient of some rows' outputs does not change with others'. One that cannot be
     differentiated twice, or has a backward of its own, is not judged; nor is one of so many outputs
-    that this would cost memory. thorough as in `splits_of`.
+    that this would cost memory. thorough as in `splits_of`; several are the samples if they have more than a row each.
     """
     nodes = _between(loss, outputs)
     if any(map(_gathers, nodes)):
@@ -89,7 +92,8 @@ def check_samples_apart(loss: Tensor, outputs: Sequence[Tensor], thorough: bool)
     try:
         grads = torch.autograd.grad(loss, outputs, create_graph=True, allow_unused=True)
         used = [(x, g, r) for x, g, r in zip(outputs, grads, probes, strict=True) if g is not None]
-        for part, rest in splits_of(rows, thorough):
+        for split in splits_of(len(several or outputs[0]), thorough):
+            part, rest = split if several is None else map(several.rows_of, split)
             moved = sum((g[part] * r[part]).sum() for _, g, r in used)
             if not isinstance(moved, Tensor) or not moved.requires_grad:
                 return  # a loss that is linear in them

@@ -11,6 +11,7 @@ from .batches import LossForm
 from .errors import GraddotError
 from .layers import Step
 from .loss_scale import LossScale
+from .sample_rows import SampleRows
 from .segments import Segments
 
 # A number, or a 0-dim tensor, which may be on a device that is not to be waited for.
@@ -37,7 +38,8 @@ class MicroBatch:
     dots_shape: tuple[int, int]  # of the raw dots and squared norms that the step collects
     loss_scale: LossScale
     loss_reduction: str
-    counts: Tensor  # (rows,), or (N,) of a packed row's samples: labelled tokens
+    # Labelled tokens, (rows,), or (N,) of a packed row's samples; 1 for each sample of several rows.
+    counts: Tensor
     direction_norms: Tensor | None = None  # (K,) of given directions, for `norms`
     n_train: Tensor | None = None  # 0-dim: training tokens of all processes, as they are weighted
     items: Number | None = None  # what a summed loss was divided by: num_items_in_batch
@@ -47,6 +49,7 @@ class MicroBatch:
     # Rows that `padding` filled up: which, their own length and that of the joint batch.
     filled: list[tuple[list[int], int, int]] = field(default_factory=list)
     segments: Segments | None = None  # the samples of the batch's one row, if it is packed
+    several: SampleRows | None = None  # which rows are of which sample, if some have several
     running: bool = False  # inside the model's forward
     forwarded: bool = False
     # Whether each optimizer took the step; a 0-dim tensor where only the device knows.
@@ -58,7 +61,8 @@ class MicroBatch:
     @property
     def n(self) -> int:
         """Training samples."""
-        return self.step.train_rows if self.segments is None else len(self.segments)
+        parts = self.segments or self.several
+        return self.step.train_rows if parts is None else len(parts)
 
     @property
     def leaves(self) -> list[str]:
@@ -67,6 +71,8 @@ class MicroBatch:
 
     def labelled(self, loss: LossForm, shift: int) -> Tensor:
         """Labelled tokens of each sample, as `counts`, for a loss that shifts the labels so."""
+        if self.several is not None:
+            return torch.ones(len(self.several), dtype=torch.long, device=self.labels.device)
         if self.segments is None:
             return loss.count(self.labels, shift)
         return self.segments.count(self.labels, shift, loss.ignore_index)
@@ -81,7 +87,8 @@ class MicroBatch:
         The gradient is averaged over `world` processes. A training token's weight there is
         1 / n_train, by default that of a mean over processes of means.
         """
-        self.counts = self.step.counts = counts
+        self.counts = counts
+        self.step.counts = counts if self.several is None else counts.new_ones(self.step.rows)
         self.world = world
         n_train = counts[: self.n].sum() * world if n_train is None else n_train
         self.n_train = n_train.clamp(min=1).double()
@@ -115,7 +122,8 @@ class MicroBatch:
         dots, scale = self.step.collected(leaf), self.step.scale
         if dots is None:
             dots = scale.new_zeros(self.dots_shape, dtype=torch.float64)
-        return dots if self.segments is None else self.segments.sum(dots)
+        parts = self.segments or self.several
+        return dots if parts is None else parts.sum(dots)
 
     def _factors(self) -> tuple[Tensor, Tensor | None]:
         """What turns gradients of the joint loss into those of mean losses: for each training

@@ -1,0 +1,138 @@
+"""Whether a Trainer's own loss is the mean over a batch's items of a loss of each item's own.
+
+Scores of `GradDotProdTrainer(mean_of_items=True)` take it for one.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .digests import NoDropout, own_buffers, own_random
+from .errors import GraddotError
+from .outputs import loss_tolerance
+from .parts import splits_of
+from .sample_rows import SampleRows
+from .verify import map_tensors
+
+
+def items_in_rows(rows: int, items: int) -> SampleRows:
+    """The rows of a batch as collators of preferences lay them: a row of every item, such as the chosen
+    texts, then another of every item, and so on."""
+    if not items or rows % items:
+        raise GraddotError(
+            f"the collator made {rows} rows of {items} dataset items; expected a row of every item, then"
+            " another of every item, and so on, as TRL's collators of preferences lay them"
+        )
+    return SampleRows(torch.arange(rows) % items)
+
+
+def check_mean_of_items(
+    model: nn.Module,
+    compute: Callable[[dict[str, Any]], Tensor],
+    inputs: Mapping[str, Any],
+    several: SampleRows,
+    thorough: bool,
+) -> None:
+    """Raise GraddotError unless the loss of a batch is the mean of those of its items.
+
+    compute(inputs) runs the model and gives the loss of a batch. The loss, and its gradient at what the
+    model returns, are compared with those of parts of the items, run without the others; the gradient
+    shows weights where all items happen to have the same loss, as under DPO before the first step.
+    thorough as in `splits_of`.
+    """
+    items, tolerance = len(several), loss_tolerance(model)
+
+    def run(part: Sequence[int]) -> tuple[Tensor, Sequence[Tensor | None]]:
+        with own_buffers(model), _outputs_of(model) as outputs:
+            loss = compute(_take(inputs, part, several))
+        used = outputs if loss.requires_grad else []
+        grads = torch.autograd.grad(loss, used, allow_unused=True) if used else ()
+        return loss.detach().double(), grads
+
+    with own_random(), NoDropout(), torch.enable_grad():
+        whole, grads = run(range(items))
+        for split in splits_of(items, thorough):
+            mean, same = torch.zeros_like(whole), True
+            for part in split:
+                loss, own = run(part)
+                mean += loss * len(part) / items
+                same &= _same_gradient(grads, own, part, several, tolerance)
+            if same and (whole - mean).abs() <= tolerance * mean.abs():
+                continue
+            raise GraddotError(
+                f"the loss of {items} items is {float(whole):.6g}, and the mean of those of"
+                f" {len(split[1])} and the other {len(split[0])} {float(mean):.6g}"
+                + ("" if same else ", with other gradients at what the model returns")
+                + ". Expected with mean_of_items=True the mean over the batch's items of a loss of each"
+                " one's own: one that compares items, as with a mean or running mean over the batch, or"
+                " weights them by their tokens, gives no item a share of its own"
+            )
+
+
+def _same_gradient(
+    whole: Sequence[Tensor | None],
+    own: Sequence[Tensor | None],
+    part: Sequence[int],
+    several: SampleRows,
+    tolerance: float,
+) -> bool:
+    """Whether the outputs of a part's items have in the loss of all the gradient that they have in
+    their own, by their share."""
+    share, rows = len(part) / len(several), several.rows_of(part)
+    for x, y in zip(whole, own, strict=True):
+        if x is None or y is None or x.shape[:1] != (several.rows,) or len(y) != len(rows):
+            continue  # of a number, or of what has no rows
+        ours, theirs = x[rows].double(), y.double() * share
+        if ours.shape != theirs.shape:  # padded to another length
+            continue
+        if (ours - theirs).norm() > tolerance * (ours.norm() + theirs.norm()) + 1e-12:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Inside of it the model runs without a graph; the list has what it returned where one is made."""
+    outputs: list[Tensor] = []
+    enabled: list[bool] = []
+
+    def leaf(x: Tensor) -> Tensor:
+        if not x.is_floating_point():
+            return x
+        outputs.append(x.detach().requires_grad_())
+        return outputs[-1]
+
+    def before(module: nn.Module, args: Any) -> None:
+        enabled.append(torch.is_grad_enabled())
+        torch.set_grad_enabled(False)
+
+    def after(module: nn.Module, args: Any, output: Any) -> Any:
+        torch.set_grad_enabled(enabled.pop())
+        return map_tensors(output, leaf) if torch.is_grad_enabled() else output
+
+    hooks = [
+        model.register_forward_pre_hook(before),
+        model.register_forward_hook(after, always_call=True),
+    ]
+    try:
+        yield outputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _take(inputs: Mapping[str, Any], which: Sequence[int], several: SampleRows) -> dict[str, Any]:
+    """A batch of some of its items: of tensors with a row of every row, or one of every item."""
+    by_rows, by_items = several.rows_of(which), sorted(which)
+
+    def one(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.dim():
+            return x
+        if len(x) == several.rows:
+            return x[by_rows]
+        return x[by_items] if len(x) == len(several) else x
+
+    return {name: one(x) for name, x in inputs.items()}
