@@ -24,7 +24,7 @@ def shaken(model: nn.Module) -> nn.Module:
     return model
 
 
-def causal(kind: str, **settings) -> nn.Module:
+def causal(kind: str, head: str = "ForCausalLM", **settings) -> nn.Module:
     torch.manual_seed(0)
     names = {
         "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
@@ -32,7 +32,7 @@ def causal(kind: str, **settings) -> nn.Module:
         "bos_token_id": 1, "eos_token_id": 2, "max_position_embeddings": 32,
     }  # fmt: skip
     config = getattr(transformers, f"{kind}Config")(**{**names, **settings})
-    return shaken(getattr(transformers, f"{kind}ForCausalLM")(config))
+    return shaken(getattr(transformers, f"{kind}{head}")(config))
 
 
 class WithMask(nn.Module):

@@ -39,6 +39,7 @@ def check_backward(
     samples: int,
     take: Callable[[Any, list[int]], Any],
     lengths: Sequence[int] | None = None,
+    loss_is_of_rows: bool = True,
 ) -> list[bool]:
     """Raise GraddotError if gradients of the layers' outputs are not those of each sample alone.
 
@@ -47,7 +48,7 @@ def check_backward(
     first half. Where the model returns something by samples, the loss is of that, and the others'
     gradients must be zero then; else it is the model's own, and the half runs by itself. In both the
     half's gradients must be the same, but for the scale of a mean. A model that cannot be
-    differentiated so is not judged. Returns of each of the model's outputs whether it is by samples.
+    differentiated so is not judged, nor one that returns its loss alone, unless loss_is_of_rows. Returns of each of the model's outputs whether it is by samples.
     """
     packed, inputs = lengths is not None, (args, kwargs)
     index = _some_of(samples, [] if packed else tree_leaves(inputs))
@@ -83,6 +84,8 @@ def check_backward(
             both = [{size(half): size(index)}.get(n) for n in run(half, sizes)]
             with _frozen(model):
                 whole, by_sample = gradients(index, index, both)
+                if not (by_sample or loss_is_of_rows):
+                    return []
                 part, _ = gradients(*((index, half, both) if by_sample else (half, half, [])))
     except GraddotError:
         raise

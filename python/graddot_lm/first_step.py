@@ -186,8 +186,9 @@ class FirstStep:
         if samples > 1:
             layers, layouts = self._layers.judged(), micro.step.layouts
             by_sample = check_backward(
-                self._model, layers, layouts, *inputs.both, samples, take, lengths
-            )
+                self._model, layers, layouts, *inputs.both, samples, take, lengths,
+                loss_is_of_rows=micro.several is None,
+            )  # fmt: skip
             self._by_sample = by_sample if lengths is None else []
 
     def check_packed(self, args: Any, kwargs: Mapping[str, Any], segments: Segments) -> None:

@@ -31,7 +31,7 @@ from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .indexed import INDEX, LENGTHS, IndexCollator, Indexed, with_own_generators
-from .item_loss import check_mean_of_items, items_in_rows
+from .item_loss import check_mean_of_items, items_in_rows, ragged
 from .sample_rows import SampleRows
 from .scores import Number, clip_factor
 from .segments import Segments, flattened_lengths
@@ -97,8 +97,9 @@ class GradDotProdTrainer(Trainer):
                 class ScoredDPOTrainer(GradDotProdTrainer, DPOTrainer): pass
                 ScoredDPOTrainer(..., mean_of_items=True)
 
-            Each item is then one sample, with n_tokens 1; checked steps raise GraddotError if the
-            loss, or its gradient, of parts of the batch shows something else.
+            Each item is then one sample, with n_tokens 1. Checked steps, and the first of items of
+            several lengths, raise GraddotError if the loss, or its gradient, of parts of the batch
+            shows something else.
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
             rows.
@@ -143,6 +144,7 @@ class GradDotProdTrainer(Trainer):
         self.engine = GradDotProdEngine(self.model, **self._options)
         if mean_of_items:
             self._compute_loss_of_items = self.compute_loss
+            self._ragged: set[tuple[str, int]] = set()  # what the batches checked had
             self.compute_loss = self._tracked_loss  # type: ignore[method-assign]
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
@@ -365,8 +367,7 @@ class GradDotProdTrainer(Trainer):
         if several is None:
             self.engine.attach_train_batch(inputs, None, step, index, segments=lengths)
         else:
-            if self.engine._forward.is_first:
-                self._check_items(inputs, several)
+            self._check_items(inputs, several)
             main = self._main_input(inputs)
             self.engine.attach_train_batch(main, None, step, index, samples=several.sample_of)
         micro = self.engine._forward.micro
@@ -481,7 +482,13 @@ class GradDotProdTrainer(Trainer):
         return loss  # type: ignore[no-any-return]
 
     def _check_items(self, inputs: Mapping[str, Any], several: SampleRows) -> None:
-        forward = self.engine._forward
+        forward, new = self.engine._forward, ragged(inputs, several) - self._ragged
+        due = torch.tensor([forward.is_first or bool(new)], device=self.args.device)
+        if self.args.world_size > 1:  # for a loss may ask the other processes
+            due = self.accelerator.gather(due)
+        self._ragged |= new
+        if not due.any():
+            return
         with forward.set_aside(), self._own_logs():
             check_mean_of_items(
                 self.engine.model, self._loss_of_items, inputs, several, forward.thorough

@@ -4,6 +4,7 @@ Scores of `GradDotProdTrainer(mean_of_items=True)` take it for one.
 """
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,17 @@ def items_in_rows(rows: int, items: int) -> SampleRows:
     return SampleRows(torch.arange(rows) % items)
 
 
+def ragged(inputs: Mapping[str, Any], several: SampleRows) -> set[tuple[str, int]]:
+    """Which masks of a batch (rows, T) differ in their sums from item to item, and in which of its rows:
+    where none does, weights by token are not to be seen."""
+    found = set()
+    for name, x in inputs.items():
+        if "mask" in name and isinstance(x, Tensor) and x.dim() == 2 and len(x) == several.rows:
+            sums = x.sum(1).view(-1, len(several))
+            found |= {(name, k) for k in (sums != sums[:, :1]).any(1).nonzero().flatten().tolist()}
+    return found
+
+
 def check_mean_of_items(
     model: nn.Module,
     compute: Callable[[dict[str, Any]], Tensor],
@@ -39,20 +51,22 @@ def check_mean_of_items(
     """Raise GraddotError unless the loss of a batch is the mean of those of its items.
 
     compute(inputs) runs the model and gives the loss of a batch. The loss, and its gradient at what the
-    model returns, are compared with those of parts of the items, run without the others; the gradient
-    shows weights where all items happen to have the same loss, as under DPO before the first step.
-    thorough as in `splits_of`.
+    model returns, are compared with those of parts of the items, run without the others. What the model
+    returns is moved at random for that: where it is still its reference's, as under DPO before the first
+    step, all items have the same loss, and so has any mean of them. thorough as in `splits_of`.
     """
     items, tolerance = len(several), loss_tolerance(model)
 
     def run(part: Sequence[int]) -> tuple[Tensor, Sequence[Tensor | None]]:
-        with own_buffers(model), _outputs_of(model) as outputs:
+        with own_buffers(model), _outputs_of(model, several, part) as outputs:
             loss = compute(_take(inputs, part, several))
         used = outputs if loss.requires_grad else []
         grads = torch.autograd.grad(loss, used, allow_unused=True) if used else ()
         return loss.detach().double(), grads
 
-    with own_random(), NoDropout(), torch.enable_grad():
+    with own_random(), NoDropout(), torch.enable_grad(), warnings.catch_warnings():
+        # What the model returns without a gradient, too, as numbers for the logs, has one here.
+        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
         whole, grads = run(range(items))
         for split in splits_of(items, thorough):
             mean, same = torch.zeros_like(whole), True
@@ -83,7 +97,7 @@ def _same_gradient(
     their own, by their share."""
     share, rows = len(part) / len(several), several.rows_of(part)
     for x, y in zip(whole, own, strict=True):
-        if x is None or y is None or x.shape[:1] != (several.rows,) or len(y) != len(rows):
+        if x is None or y is None or x.shape[:1] != (several.rows,) or y.shape[:1] != (len(rows),):
             continue  # of a number, or of what has no rows
         ours, theirs = x[rows].double(), y.double() * share
         if ours.shape != theirs.shape:  # padded to another length
@@ -94,15 +108,26 @@ def _same_gradient(
 
 
 @contextlib.contextmanager
-def _outputs_of(model: nn.Module) -> Iterator[list[Tensor]]:
-    """Inside of it the model runs without a graph; the list has what it returned where one is made."""
+def _outputs_of(
+    model: nn.Module, several: SampleRows, part: Sequence[int]
+) -> Iterator[list[Tensor]]:
+    """Inside of it the model, on a part of the items, runs without a graph and returns, where one is
+    made, leaves, moved by the same for a row in every part; the list has them."""
+    rows = several.rows_of(part)
     outputs: list[Tensor] = []
     enabled: list[bool] = []
 
     def leaf(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
-        outputs.append(x.detach().requires_grad_())
+        moved = x.detach()
+        if x.shape[:1] == (len(rows),):
+            random = torch.Generator().manual_seed(len(outputs))
+            noise = torch.randn(several.rows, *x.shape[1:], generator=random)[rows].to(x)
+            sizes = moved.abs().where(moved.isfinite(), 0.0)
+            sizes = sizes.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else sizes
+            moved = moved + noise * (1 + sizes)
+        outputs.append(moved.requires_grad_())
         return outputs[-1]
 
     def before(module: nn.Module, args: Any) -> None:

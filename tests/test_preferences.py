@@ -1,0 +1,207 @@
+"""Scores for preference pairs: TRL's trainers of rewards and of DPO, each pair one sample."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from graddot_lm import GraddotError
+from graddot_lm.hf import GradDotProdTrainer
+from hf_runs import Snapshots, clipping, flat, rows_of
+from model_zoo import causal
+from test_trl import PROMPTS, tokenizer
+from torch.utils.data import SequentialSampler
+from transformers import Trainer
+
+trl = pytest.importorskip("trl", minversion="1.0")
+__all__ = ["tokenizer"]  # the fixture
+
+SETTINGS = {
+    "max_steps": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
+    "per_device_eval_batch_size": 4, "learning_rate": 0.05, "optim": "sgd", "max_grad_norm": 0.3,
+    "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "use_cpu": True, "bf16": False,
+    "logging_steps": 1, "gradient_checkpointing": False,
+}  # fmt: skip
+
+
+def pairs(margins):
+    rows = [
+        {
+            "prompt": prompt,
+            "chosen": right + " yes" * (k // 7 * k % 3),
+            "rejected": f" {7 * k % 11} is wrong"[: 3 + k % 9],
+        }
+        | ({"margin": 0.1 * k} if margins else {})
+        for k, (prompt, right) in enumerate(PROMPTS)
+    ]
+    return Dataset.from_list(rows[:18]), Dataset.from_list(rows[18:])
+
+
+def trainer(base, folder, tokenizer, kind, cls=None, **settings):
+    """One of TRL's, or cls made of it and ours."""
+    train, val = pairs("margin" in kind)
+    given = {"processing_class": tokenizer, "train_dataset": train, "eval_dataset": val}
+    config = trl.RewardConfig if base is trl.RewardTrainer else trl.DPOConfig
+    if base is trl.RewardTrainer:
+        model = causal("Llama", head="ForSequenceClassification", num_labels=1,
+                       vocab_size=len(tokenizer), pad_token_id=0)  # fmt: skip
+    else:
+        model = causal("Llama", vocab_size=len(tokenizer), pad_token_id=0)
+        given["ref_model"] = None if "lora" in kind else copy.deepcopy(model)
+    if "lora" in kind:
+        peft = pytest.importorskip("peft")
+        given["peft_config"] = peft.LoraConfig(r=4, target_modules=["q_proj", "down_proj"])
+    if cls is not None:
+        given["mean_of_items"] = True
+    args = config(output_dir=str(folder), **{**SETTINGS, **settings})
+    return (cls or base)(model=model, args=args, **given)
+
+
+def reward_loss(model, batch):
+    out = model(
+        input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+    )
+    chosen, rejected = out.logits.squeeze(-1).chunk(2)
+    return -F.logsigmoid(chosen - rejected - batch.get("margin", 0.0)).mean()
+
+
+def log_probs(model, batch):
+    """Of every row's completion, (rows,)."""
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    each = logits.log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+    return (each * batch["completion_mask"][:, 1:]).sum(1)
+
+
+def dpo_loss(model, reference, batch, kind):
+    with torch.no_grad():
+        known = log_probs(reference, batch)
+    chosen, rejected = (log_probs(model, batch) - known).chunk(2)
+    if "ipo" in kind:
+        lengths = batch["completion_mask"].sum(1).chunk(2)
+        return ((chosen / lengths[0] - rejected / lengths[1] - 5) ** 2).mean()
+    return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
+
+
+def without_own_forwards(model):
+    model = copy.deepcopy(model)
+    for part in model.modules():  # TRL's forward is that of the model it was put on
+        part.__dict__.pop("forward", None)
+    return model
+
+
+@pytest.mark.parametrize(
+    "kind, settings",
+    [
+        ("reward", {}), ("reward-margin-lora", {"gradient_checkpointing": True}),
+        ("dpo", {}), ("dpo-lora", {}), ("dpo-ipo-lora", {"loss_type": ["ipo"]}),
+        ("dpo-lora-known", {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
+    ],
+)  # fmt: skip
+def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
+    base = trl.RewardTrainer if "reward" in kind else trl.DPOTrainer
+    make = lambda name, cls=None: trainer(base, tmp_path / name, tokenizer, kind, cls, **settings)
+    regular = make("regular")
+    regular.train()
+    scored = make("scored", type("Scored", (GradDotProdTrainer, base), {}))
+    snapshots = Snapshots()
+    scored.add_callback(snapshots)
+    scored.train()
+    both = zip(scored.model.named_parameters(), regular.model.parameters(), strict=True)
+    for (name, p), q in both:
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    logs = [
+        {k: x for row in run.state.log_history for k, x in row.items() if "runtime" not in k}
+        for run in (scored, regular)
+    ]
+    for key in logs[1].keys() - {"train_samples_per_second", "train_steps_per_second"}:
+        assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-3, abs=1e-5), key
+
+    rows = rows_of(tmp_path / "scored" / "scores")
+    assert [row["step"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
+    assert sorted(row["sample_id"] for row in rows) == list(range(18))
+    reference = None
+    if "dpo" in kind:
+        reference = snapshots.models[0] if "lora" in kind else regular.ref_model
+        reference = without_own_forwards(reference).double()
+
+    def gradient(model, data, which):
+        model = without_own_forwards(model)
+        batch = scored.data_collator([data[i] for i in which])
+        batch = {k: x.double() if x.is_floating_point() else x for k, x in batch.items()}
+        if reference is None:
+            loss = reward_loss(model, batch)
+        else:
+            loss = dpo_loss(model, reference, batch, kind)
+        named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
+        return {
+            n: torch.zeros_like(p) if g is None else g
+            for (n, p), g in zip(named.items(), grads, strict=True)
+        }
+
+    for step, model in enumerate(snapshots.models):
+        at = [row for row in rows if row["step"] == step]
+        direction = flat(gradient(model, scored.eval_dataset, range(6)))
+        own = [flat(gradient(model, scored.train_dataset, [row["sample_id"]])) for row in at]
+        want = torch.stack([direction @ g for g in own])
+        scales = torch.stack([direction.norm() * g.norm() for g in own])
+        close(torch.tensor([row["dot"] for row in at], dtype=torch.float64), want, 1e-5, scales)
+        factor = at[0]["lr"] / 6 * clipping(own, [1 / 6] * 6)
+        values = torch.tensor([row["value"] for row in at], dtype=torch.float64)
+        close(values, factor * want, 1e-5, factor * scales)
+        assert {row["n_tokens"] for row in at} == {1}
+
+
+def test_losses_that_are_no_mean_of_items_are_refused(tmp_path, tokenizer):
+    class Scored(GradDotProdTrainer, trl.DPOTrainer):
+        pass
+
+    with pytest.raises(GraddotError, match="Pass mean_of_items=True if it is"):
+        train, val = pairs(False)
+        model = causal("Llama", vocab_size=len(tokenizer), pad_token_id=0)
+        Scored(
+            model=model, ref_model=copy.deepcopy(model), train_dataset=train, eval_dataset=val,
+            processing_class=tokenizer, args=trl.DPOConfig(output_dir=str(tmp_path), **SETTINGS),
+        )  # fmt: skip
+    for loss_type in (["aot"], ["sigmoid", "sft"]):
+        settings = {"loss_type": loss_type, "per_device_train_batch_size": 8}
+        run = trainer(trl.DPOTrainer, tmp_path, tokenizer, "dpo-lora", Scored, **settings)
+        with pytest.raises(GraddotError, match="Expected with mean_of_items=True the mean over"):
+            run.train()
+
+    class InOrder(Scored):
+        def _get_train_sampler(self, *args):
+            return SequentialSampler(self.train_dataset)
+
+    # The first six chosen texts have as many tokens each, of which a mean is that of items.
+    run = trainer(
+        trl.DPOTrainer,
+        tmp_path / "late",
+        tokenizer,
+        "dpo-lora",
+        InOrder,
+        loss_type=["sigmoid", "sft"],
+    )
+    with pytest.raises(GraddotError, match="Expected with mean_of_items=True the mean over"):
+        run.train()
+    assert run.state.global_step == 1
+
+    class InBatch(GradDotProdTrainer, trl.RewardTrainer):
+        """Every chosen text against every rejected one."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            chosen, rejected = model(**inputs).logits.squeeze(-1).chunk(2)
+            return -F.logsigmoid(chosen[:, None] - rejected).mean()
+
+    run = trainer(trl.RewardTrainer, tmp_path, tokenizer, "reward", InBatch)
+    with pytest.raises(GraddotError, match="Expected with mean_of_items=True the mean over"):
+        run.train()
+
+    class OfTokens(InBatch):
+        compute_loss = Trainer.compute_loss
+
+    smoothed = {"label_smoothing_factor": 0.1}
+    with pytest.raises(GraddotError, match="mean_of_items=True and label_smoothing_factor"):
+        trainer(trl.RewardTrainer, tmp_path, tokenizer, "reward", OfTokens, **smoothed)
