@@ -1,21 +1,29 @@
 """Scores for preference pairs: TRL's trainers of rewards and of DPO, each pair one sample."""
 
 import copy
+import os
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
 from hf_runs import Snapshots, clipping, flat, rows_of
 from model_zoo import causal
+from process_group import on_processes
 from test_trl import PROMPTS, tokenizer
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
 trl = pytest.importorskip("trl", minversion="1.0")
 __all__ = ["tokenizer"]  # the fixture
+
+
+class ScoredReward(GradDotProdTrainer, trl.RewardTrainer):
+    pass
+
 
 SETTINGS = {
     "max_steps": 3, "per_device_train_batch_size": 3, "gradient_accumulation_steps": 2,
@@ -152,6 +160,40 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
         values = torch.tensor([row["value"] for row in at], dtype=torch.float64)
         close(values, factor * want, 1e-5, factor * scales)
         assert {row["n_tokens"] for row in at} == {1}
+
+
+def on_two(rank, world, folder, tokenizer):
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost"
+    )
+    for state in (AcceleratorState, GradientState, PartialState):  # the parent's, after a fork
+        state._reset_state()
+    run = trainer(trl.RewardTrainer, folder, tokenizer, "reward", ScoredReward)
+    run.train()
+    return [p.detach() for p in run.model.parameters()]
+
+
+def test_two_processes(tmp_path, tokenizer, close):
+    weights = on_processes(2, tmp_path / "processes", on_two, tmp_path / "two", tokenizer)
+    settings = {"per_device_train_batch_size": 6}
+    one = trainer(
+        trl.RewardTrainer, tmp_path / "one", tokenizer, "reward", ScoredReward, **settings
+    )
+    one.train()
+    for mine, other, p in zip(*weights, one.model.parameters(), strict=True):
+        assert torch.equal(mine, other)
+        assert torch.allclose(mine, p, rtol=1e-4, atol=1e-6)
+    both = [
+        {(row["step"], row["sample_id"]): row for row in rows_of(tmp_path / name / "scores")}
+        for name in ("two", "one")
+    ]
+    assert both[0].keys() == both[1].keys()
+    for column in ("dot", "value"):
+        got, want = (
+            torch.tensor([rows[key][column] for key in sorted(rows)], dtype=torch.float64)
+            for rows in both
+        )
+        close(got, want, 1e-5, want.norm() / len(want) ** 0.5)
 
 
 def test_losses_that_are_no_mean_of_items_are_refused(tmp_path, tokenizer):
