@@ -117,6 +117,44 @@ def test_directions_leave_excluded_parameters_alone(close):
     same_gradients(model, gradient(model, *train), 1e-10)
 
 
+class OwnHead(nn.Module):
+    """Uses the head's weight without calling the head, in a function that no rule knows."""
+
+    class Times(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(x, weight)
+            return x @ weight.T
+
+        @staticmethod
+        def backward(ctx, grad):
+            x, weight = ctx.saved_tensors
+            return grad @ weight, grad.flatten(0, -2).T @ x.flatten(0, -2)
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_gpt2(tied=False)
+
+    def forward(self, ids):
+        hidden = self.model.transformer(ids).last_hidden_state
+        return self.Times.apply(hidden, self.model.lm_head.weight)
+
+
+def test_excluded_weights_may_be_used_anywhere(close):
+    """With given directions, for which their gradient is all that matters, and nothing is followed."""
+    model = OwnHead().double()
+    train, val = token_batch(3, 15, seed=1), token_batch(1, 15, seed=2)
+    name = "model.lm_head.weight"
+    dots, _ = sample_dots(model, train, val)
+    engine = attached(model, exclude=[name])
+    loss = lambda model, x, y: lm_loss(model(x), y)
+    engine.set_directions(engine.compute_directions([val], loss))
+    run(engine, train)
+    assert not engine._forward._layers.followed()
+    close(engine.aggregate_and_log(), total({n: d for n, d in dots.items() if n != name}), 1e-10)
+    same_gradients(model, gradient(model, *train), 1e-10)
+
+
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**13, 2.0**40], ids=["1", "2^13", "2^40"])
 def test_loss_scale_of_an_fp16_validation_gradient(record_property, loss_scale):
     """A loss so small that its fp16 gradients would be zero; a scale that overflows."""

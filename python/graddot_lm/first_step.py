@@ -128,7 +128,11 @@ class FirstStep:
             self._span.end([*tensors_in(output), *kept_numbers(self._model).values()])
         if self.is_due:
             self._compare_buffers(inputs)
-            self._whole = {n: self._whole.get(n, p) for n, p in self._layers.parameters.items()}
+            self._whole = {
+                name: self._whole.get(name, p)
+                for name, p in self._layers.parameters.items()
+                if micro.judged(name)
+            }
             check_parameter_uses(output, self._whole)
         self._check_losses(micro, output)
         if self.is_due:

@@ -211,9 +211,11 @@ class LayoutSearch:
             with self._in_step(trial), torch.enable_grad(), nothing:
                 out = plain()
             if moved is None and not step.sharded:
-                uses = foreign_uses(out, self._layers.parameters)
+                named = self._layers.parameters.items()
+                judged = {name: p for name, p in named if micro.judged(name)}
+                uses = foreign_uses(out, judged)
                 foreign.update(name.rpartition(".")[0] for name in uses)
-                check_parameter_uses(out, self._layers.parameters)
+                check_parameter_uses(out, judged)
             return out
 
         check_outputs(plain, scored, step, self._averaging.agreed)

@@ -64,6 +64,11 @@ class MicroBatch:
         parts = self.segments or self.several
         return self.step.train_rows if parts is None else len(parts)
 
+    def judged(self, name: str) -> bool:
+        """Whether it matters by what layer a parameter is used. Of one that is not scored the gradient is
+        right anyhow, unless there are validation rows, which are no part of it."""
+        return name in self.leaf_of or bool(self.step.val_rows)
+
     @property
     def leaves(self) -> list[str]:
         """All leaves, in an order that runs repeat."""
