@@ -197,6 +197,8 @@ def test_two_processes(tmp_path, tokenizer, close):
 
 
 def test_losses_that_are_no_mean_of_items_are_refused(tmp_path, tokenizer):
+    peft = pytest.importorskip("peft")
+
     class Scored(GradDotProdTrainer, trl.DPOTrainer):
         pass
 
@@ -229,6 +231,20 @@ def test_losses_that_are_no_mean_of_items_are_refused(tmp_path, tokenizer):
     with pytest.raises(GraddotError, match="Expected with mean_of_items=True the mean over"):
         run.train()
     assert run.state.global_step == 1
+
+    class OfOneBaseline(GradDotProdTrainer, trl.KTOTrainer):
+        """Each completion alone, but for a mean of the batch that is no part of the gradient."""
+
+    rows = [{"prompt": p, "completion": c, "label": k % 2 == 0} for k, (p, c) in enumerate(PROMPTS)]
+    run = OfOneBaseline(
+        model=causal("Llama", vocab_size=len(tokenizer), pad_token_id=0),
+        peft_config=peft.LoraConfig(r=4, target_modules=["q_proj"]), processing_class=tokenizer,
+        train_dataset=Dataset.from_list(rows[:18]), eval_dataset=Dataset.from_list(rows[18:]),
+        args=trl.KTOConfig(output_dir=str(tmp_path / "kto"), **SETTINGS), mean_of_items=True,
+    )  # fmt: skip
+    with pytest.raises(GraddotError, match="Expected with mean_of_items=True the mean over"):
+        run.train()
+    assert run.state.global_step == 0
 
     class InBatch(GradDotProdTrainer, trl.RewardTrainer):
         """Every chosen text against every rejected one."""

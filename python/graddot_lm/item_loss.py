@@ -4,6 +4,7 @@ Scores of `GradDotProdTrainer(mean_of_items=True)` take it for one.
 """
 
 import contextlib
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -111,24 +112,25 @@ def _same_gradient(
 def _outputs_of(
     model: nn.Module, several: SampleRows, part: Sequence[int]
 ) -> Iterator[list[Tensor]]:
-    """Inside of it the model, on a part of the items, runs without a graph and returns, where one is
-    made, leaves, moved by the same for a row in every part; the list has them."""
-    rows = several.rows_of(part)
+    """Inside of it the model, on a part of the items, runs without a graph, and what it returns is moved
+    by the same for a row in every part. The list has what it returned where a graph is made: leaves."""
+    rows, number = several.rows_of(part), itertools.count()
     outputs: list[Tensor] = []
     enabled: list[bool] = []
 
-    def leaf(x: Tensor) -> Tensor:
+    def moved_output(x: Tensor) -> Tensor:
         if not x.is_floating_point():
             return x
         moved = x.detach()
         if x.shape[:1] == (len(rows),):
-            random = torch.Generator().manual_seed(len(outputs))
+            random = torch.Generator().manual_seed(next(number))
             noise = torch.randn(several.rows, *x.shape[1:], generator=random)[rows].to(x)
             sizes = moved.abs().where(moved.isfinite(), 0.0)
             sizes = sizes.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else sizes
             moved = moved + noise * (1 + sizes)
-        outputs.append(moved.requires_grad_())
-        return outputs[-1]
+        if torch.is_grad_enabled():
+            outputs.append(moved.requires_grad_())
+        return moved
 
     def before(module: nn.Module, args: Any) -> None:
         enabled.append(torch.is_grad_enabled())
@@ -136,7 +138,7 @@ def _outputs_of(
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
         torch.set_grad_enabled(enabled.pop())
-        return map_tensors(output, leaf) if torch.is_grad_enabled() else output
+        return map_tensors(output, moved_output)
 
     hooks = [
         model.register_forward_pre_hook(before),
