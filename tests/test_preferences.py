@@ -13,7 +13,9 @@ from graddot_lm.hf import GradDotProdTrainer
 from hf_runs import Snapshots, clipping, flat, rows_of
 from model_zoo import causal
 from process_group import on_processes
+from test_hf_processes import shard_on_cpus, weights
 from test_trl import PROMPTS, tokenizer
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
 from transformers import Trainer
 
@@ -162,25 +164,34 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
         assert {row["n_tokens"] for row in at} == {1}
 
 
-def on_two(rank, world, folder, tokenizer):
+def on_two(rank, world, folder, tokenizer, settings):
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost"
     )
     for state in (AcceleratorState, GradientState, PartialState):  # the parent's, after a fork
         state._reset_state()
-    run = trainer(trl.RewardTrainer, folder, tokenizer, "reward", ScoredReward)
+    shard_on_cpus()
+    run = trainer(trl.RewardTrainer, folder, tokenizer, "reward", ScoredReward, **settings)
     run.train()
-    return [p.detach() for p in run.model.parameters()]
+    assert isinstance(run.model, FSDPModule) == ("fsdp" in settings)
+    return list(weights(run.model).values())
 
 
-def test_two_processes(tmp_path, tokenizer, close):
-    weights = on_processes(2, tmp_path / "processes", on_two, tmp_path / "two", tokenizer)
+SHARDED = {
+    "fsdp": True,
+    "fsdp_config": {"version": 2, "transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]},
+}
+
+
+@pytest.mark.parametrize("settings", [{}, SHARDED], ids=["ddp", "fsdp"])
+def test_two_processes(tmp_path, tokenizer, close, settings):
+    found = on_processes(2, tmp_path / "processes", on_two, tmp_path / "two", tokenizer, settings)
     settings = {"per_device_train_batch_size": 6}
     one = trainer(
         trl.RewardTrainer, tmp_path / "one", tokenizer, "reward", ScoredReward, **settings
     )
     one.train()
-    for mine, other, p in zip(*weights, one.model.parameters(), strict=True):
+    for mine, other, p in zip(*found, one.model.parameters(), strict=True):
         assert torch.equal(mine, other)
         assert torch.allclose(mine, p, rtol=1e-4, atol=1e-6)
     both = [

@@ -27,7 +27,7 @@ from .background import BackgroundWriter
 from .batches import label_shift_of
 from .digests import own_random
 from .directions import adamw_direction
-from .distributed import unwrapped, whole
+from .distributed import unshard, unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .indexed import INDEX, LENGTHS, IndexCollator, Indexed, with_own_generators
@@ -174,7 +174,6 @@ class GradDotProdTrainer(Trainer):
             'loss_type="dft"': getattr(args, "loss_type", None) == "dft",
             "mean_of_items=True and label_smoothing_factor": self._mean_of_items
             and self.label_smoother is not None,
-            "mean_of_items=True and FSDP": self._mean_of_items and fsdp,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
             "an iterable training set, whose samples have no index": isinstance(
@@ -493,6 +492,7 @@ class GradDotProdTrainer(Trainer):
             check_mean_of_items(
                 self.engine.model, self._loss_of_items, inputs, several, forward.thorough
             )
+            unshard(self.engine.model)
 
     @contextlib.contextmanager
     def _own_logs(self) -> Iterator[None]:

@@ -4,7 +4,6 @@ Every model family of transformers has its own class of this layer, so names say
 forward's values are the module's own, with whatever casts it makes; the backward is ours.
 """
 
-import copy
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +48,8 @@ def rms_norm_form(module: nn.Module) -> RMSNormForm | None:
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
     x, w = random(3, 2, weight.numel()), random(weight.numel())
-    probe = copy.copy(module)
+    probe = object.__new__(type(module))  # that of a module sharded by itself makes another class's
+    probe.__dict__.update(vars(module))
     # What another kind of layer keeps there is not to have what it makes of this.
     probe.__dict__.update({k: v.copy() for k, v in vars(module).items() if type(v) in (list, dict)})
     probe.__dict__["_parameters"] = {name: nn.Parameter(w)}
