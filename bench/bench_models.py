@@ -1,13 +1,13 @@
 """`make bench-models`: what scores add to a step, kind of model by kind of model.
 
-    python bench/bench_models.py [--repeats 7] [--models llama mamba]
+    python bench/bench_models.py [--repeats 7] [--models llama mamba] [--wide]
 
 Small models of 2 layers, 256 wide, fp32, N=8, V=1, T=128 tokens (Mamba: 32, for transformers' scan
 without a kernel takes T² time) or images of 64x64: the step with scores over the regular one on the
 same N+V rows, both with the fused head where the model can have it, interleaved in one run, medians,
 on a CPU of the time of one thread, which other work on the machine changes less than what a clock shows;
 and the peak memory of the first step, as in bench_step, with the checks that it runs. The scores are
-checked against one float64 backward a sample first.
+checked against one float64 backward a sample first. --wide: 4 layers, 1024 wide, 32000 tokens, T=512.
 
 Last line: the largest ratio of each kind, and whose it is.
 """
@@ -32,8 +32,9 @@ from bench_step import DEVICE, TOLERANCE, Case, high_water_mark
 from graddot_lm import fuse_head
 from torch import Tensor, nn
 
-N, V, T = 8, 1, 128
-LAYERS, WIDTH, HEADS, VOCABULARY, CLASSES = 2, 256, 4, 8192, 10
+N, V, CLASSES = 8, 1, 10
+WIDE = ["--wide"] if "--wide" in sys.argv else []
+LAYERS, WIDTH, HEADS, VOCABULARY, T = (4, 1024, 16, 32000, 512) if WIDE else (2, 256, 4, 8192, 128)
 METHODS = ("regular_nv", "graddot")
 
 
@@ -249,7 +250,7 @@ class ModelCase(Case):
 
 def peak_memory(name: str, method: str) -> float:
     """MiB above the model's own, in a fresh process."""
-    command = [sys.executable, __file__, "--memory_of", name, method]
+    command = [sys.executable, __file__, *WIDE, "--memory_of", name, method]
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -288,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--repeats", type=int, default=7, help="timed rounds of both steps")
     parser.add_argument("--models", nargs="+", choices=KINDS, default=list(KINDS), metavar="MODEL")
+    parser.add_argument("--wide", action="store_true", help="larger models, of many minutes each")
     parser.add_argument("--memory_of", nargs=2, metavar=("MODEL", "METHOD"), help="used by itself")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")  # transformers'
