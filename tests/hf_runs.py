@@ -1,6 +1,7 @@
 """Runs of GradDotProdTrainer on small data, and what their rows should say, in float64."""
 
 import copy
+import itertools
 
 import pyarrow.dataset
 import torch
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from graddot_lm.hf import GradDotProdTrainer
 from loop_steps import mapping_gradient
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 from transformers import (
     TrainerCallback,
     TrainingArguments,
@@ -137,6 +139,27 @@ def brute_force(model, data, val, ids, direction_model=None):
 def clipping(own, weights):
     norm = torch.stack([w * g for w, g in zip(weights, own, strict=True)]).sum(0).norm().item()
     return min(1.0, 0.3 / norm)
+
+
+def check_steps(models, rows, data, val, close):
+    """Of a run of SGD that had these weights as a step began, or went on, and at its end: the dots of its
+    rows, and that each step's samples, by their weights, are all that moved the model. A value is lr times
+    a weight times the dot. Returns the number of steps."""
+    weights = [parameters_to_vector(m.parameters()).detach() for m in models]
+    begun = [i for i, w in enumerate(weights[:-1]) if i == 0 or not torch.equal(w, weights[i - 1])]
+    for step, (i, j) in enumerate(itertools.pairwise([*begun, -1])):
+        at = [row for row in rows if row["step"] == step]
+        ids = [row["sample_id"] for row in at]
+        assert [row["n_tokens"] for row in at] == [tokens(data, i) for i in ids]
+        dots, scales, own = brute_force(models[i], data, val, ids)
+        column = lambda key, at=at: torch.tensor([row[key] for row in at], dtype=torch.float64)
+        close(column("dot"), dots, 1e-5, scales)
+        factors = column("value") / column("dot")
+        moved = sum(factor * gradient for factor, gradient in zip(factors, own, strict=True))
+        rounding = 2**-23 * weights[i].norm()  # of the weights, which are fp32
+        error = (weights[i] - weights[j] - moved).norm()
+        assert error <= 1e-4 * moved.norm() + rounding, step
+    return len(begun)
 
 
 def scored(folder, model, *, cls=GradDotProdTrainer, collator=collate, options=None, **kwargs):

@@ -43,9 +43,6 @@ class _ScoreCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_rows()
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_step_is_new()
-
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.write_scores()
 
@@ -410,15 +407,6 @@ class GradDotProdTrainer(Trainer):
                 }
         finally:
             model.train(was_training)
-
-    def check_step_is_new(self) -> None:
-        """Raise GraddotError if gradients of a step that was not taken would be in this one's."""
-        if self._training and (micros := self.engine._pending):
-            raise GraddotError(
-                f"an epoch was stopped after {len(micros)} of step {self._step}'s micro-batches, whose"
-                " gradients Trainer adds to those of the next epoch's first step; set"
-                " should_epoch_stop in on_step_end, not in on_substep_end"
-            )
 
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""
