@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import random
 
 import pyarrow.dataset
 import torch
@@ -10,6 +11,7 @@ from graddot_lm.hf import GradDotProdTrainer
 from loop_steps import mapping_gradient
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import (
     TrainerCallback,
     TrainingArguments,
@@ -35,6 +37,21 @@ def collate(rows):
     if "label" in rows[0]:
         labels = torch.tensor([row["label"] for row in rows])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Stream(IterableDataset):
+    """In another order in every epoch; every worker reads its own part."""
+
+    def __init__(self, items):
+        self.items, self.epoch = items, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        items = random.Random(self.epoch).sample(self.items, len(self.items))
+        worker = get_worker_info()
+        return iter(items if worker is None else items[worker.id :: worker.num_workers])
 
 
 class Snapshots(TrainerCallback):
@@ -91,6 +108,7 @@ def train(
     val_interval=1,
     adamw=False,
     collator=collate,
+    id_column=None,
     **kwargs,
 ):
     snapshots = Snapshots()
@@ -102,6 +120,7 @@ def train(
         val_dataset=val,
         val_interval=val_interval,
         adamw=adamw,
+        id_column=id_column,
         callbacks=[snapshots],
     )
     trainer.train(resume_from_checkpoint=resume)

@@ -28,7 +28,15 @@ from .directions import adamw_direction
 from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
-from .indexed import INDEX, LENGTHS, IndexCollator, Indexed, with_own_generators
+from .indexed import (
+    INDEX,
+    LENGTHS,
+    ColumnId,
+    IndexCollator,
+    Indexed,
+    content_id,
+    with_own_generators,
+)
 from .scores import Number, clip_factor
 from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema
@@ -57,11 +65,12 @@ class GradDotProdTrainer(Trainer):
         class ScoredSFTTrainer(GradDotProdTrainer, SFTTrainer):
             compute_loss = Trainer.compute_loss
 
-    One row a training sample a step: step (from 0), sample_id (its index in train_dataset; collators
-    have to keep the order of items), n_tokens, dot, lr, applied (not in a step that a GradScaler
-    skipped) and value, which takes account of gradient accumulation, clipping and each parameter
-    group's own learning rate, and is 0 in a step that was not taken. They are saved every 100 steps,
-    at checkpoints and at the end.
+    One row a training sample a step: step (from 0), sample_id (its index in train_dataset, or, where
+    that is iterable, the `content_id` of it or the number in its id_column; collators have to keep
+    the order of items), n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and
+    value, which takes account of gradient accumulation, clipping and each parameter group's own
+    learning rate, and is 0 in a step that was not taken. They are saved every 100 steps, at
+    checkpoints and at the end.
     Where the collator makes one row of all items (DataCollatorWithFlattening, TRL's padding_free),
     each is scored as if it had a row of its own, without norms; where several texts are one item
     (TRL's packing), they are one sample.
@@ -84,13 +93,14 @@ class GradDotProdTrainer(Trainer):
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
             rows.
+        id_column: of an iterable training set, the column whose integers are the sample_ids.
         engine_options: further arguments of `GradDotProdEngine`, such as exclude, or norms=True for
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
     several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
     parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`,
-    auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels" alone.
+    auto_find_batch_size, and batches whose targets are not in "labels" alone.
     """
 
     def __init__(
@@ -99,10 +109,12 @@ class GradDotProdTrainer(Trainer):
         val_dataset: Any = None,
         val_interval: int = 1,
         adamw: bool = False,
+        id_column: str | None = None,
         engine_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._id_column = id_column
         val_dataset = self.eval_dataset if val_dataset is None else val_dataset
         if val_dataset is None or val_interval < 1:
             raise GraddotError(
@@ -149,9 +161,8 @@ class GradDotProdTrainer(Trainer):
             'loss_type="dft"': getattr(args, "loss_type", None) == "dft",
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
-            "an iterable training set, whose samples have no index": isinstance(
-                self.train_dataset, IterableDataset
-            ),
+            "id_column and a training set whose samples have an index": self._id_column is not None
+            and not isinstance(self.train_dataset, IterableDataset),
         }
         found = [name for name, is_so in reasons.items() if is_so]
         if found:
@@ -202,11 +213,16 @@ class GradDotProdTrainer(Trainer):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's, with every sample's index in the batch."""
+        """Trainer's, with every sample's index in the batch, or what `id_column` and `content_id` give a
+        stream's: it is loaded as it is, for accelerate goes by its type."""
         dataset, collator = self.train_dataset, self.data_collator
-        self.train_dataset = Indexed(dataset)
         main = getattr(self.model, "main_input_name", "input_ids")
-        self.data_collator = IndexCollator(self._own_collator("training", collator), main)
+        id_of: Callable[[Any], int] | None = None
+        if isinstance(dataset, IterableDataset):
+            id_of = content_id if self._id_column is None else ColumnId(self._id_column)
+        else:
+            self.train_dataset = Indexed(dataset)
+        self.data_collator = IndexCollator(self._own_collator("training", collator), main, id_of)
         try:
             return super().get_train_dataloader()
         finally:
@@ -214,6 +230,14 @@ class GradDotProdTrainer(Trainer):
 
     def _own_collator(self, description: str, collator: Any) -> Callable[[list[Any]], Any]:
         return self._get_collator_with_removed_columns(collator, description=description)
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, description: Any = None
+    ) -> Any:
+        """Trainer's; that with the sample_ids removes columns itself, once they are read."""
+        if isinstance(data_collator, IndexCollator):
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         given = self.train_dataset if train_dataset is None else train_dataset
@@ -317,7 +341,9 @@ class GradDotProdTrainer(Trainer):
                 " be in a class that the trainer inherits after GradDotProdTrainer, and use"
                 " self.train_dataset and self.data_collator; and a batch is for one training_step"
             )
-        index, lengths = inputs.pop(INDEX), inputs.pop(LENGTHS, None)
+        index, lengths = inputs.pop(INDEX).flatten(), inputs.pop(LENGTHS, None)
+        if isinstance(lengths, Tensor):
+            lengths = lengths.flatten()
         self._check_rows(inputs, len(index) if lengths is None else 1)
         if not self._training:
             self._begin()
