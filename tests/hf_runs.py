@@ -1,6 +1,8 @@
 """Runs of GradDotProdTrainer on small data, and what their rows should say, in float64."""
 
 import copy
+import itertools
+import random
 
 import pyarrow.dataset
 import torch
@@ -8,6 +10,8 @@ import torch.nn.functional as F
 from graddot_lm.hf import GradDotProdTrainer
 from loop_steps import mapping_gradient
 from torch import nn
+from torch.nn.utils import parameters_to_vector
+from torch.utils.data import IterableDataset, get_worker_info
 from transformers import (
     TrainerCallback,
     TrainingArguments,
@@ -33,6 +37,21 @@ def collate(rows):
     if "label" in rows[0]:
         labels = torch.tensor([row["label"] for row in rows])
     return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+class Stream(IterableDataset):
+    """In another order in every epoch; every worker reads its own part."""
+
+    def __init__(self, items):
+        self.items, self.epoch = items, 0
+
+    def set_epoch(self, epoch):
+        self.epoch = epoch
+
+    def __iter__(self):
+        items = random.Random(self.epoch).sample(self.items, len(self.items))
+        worker = get_worker_info()
+        return iter(items if worker is None else items[worker.id :: worker.num_workers])
 
 
 class Snapshots(TrainerCallback):
@@ -89,6 +108,7 @@ def train(
     val_interval=1,
     adamw=False,
     collator=collate,
+    id_column=None,
     **kwargs,
 ):
     snapshots = Snapshots()
@@ -100,6 +120,7 @@ def train(
         val_dataset=val,
         val_interval=val_interval,
         adamw=adamw,
+        id_column=id_column,
         callbacks=[snapshots],
     )
     trainer.train(resume_from_checkpoint=resume)
@@ -137,6 +158,27 @@ def brute_force(model, data, val, ids, direction_model=None):
 def clipping(own, weights):
     norm = torch.stack([w * g for w, g in zip(weights, own, strict=True)]).sum(0).norm().item()
     return min(1.0, 0.3 / norm)
+
+
+def check_steps(models, rows, data, val, close):
+    """Of a run of SGD that had these weights as a step began, or went on, and at its end: the dots of its
+    rows, and that each step's samples, by their weights, are all that moved the model. A value is lr times
+    a weight times the dot. Returns the number of steps."""
+    weights = [parameters_to_vector(m.parameters()).detach() for m in models]
+    begun = [i for i, w in enumerate(weights[:-1]) if i == 0 or not torch.equal(w, weights[i - 1])]
+    for step, (i, j) in enumerate(itertools.pairwise([*begun, -1])):
+        at = [row for row in rows if row["step"] == step]
+        ids = [row["sample_id"] for row in at]
+        assert [row["n_tokens"] for row in at] == [tokens(data, i) for i in ids]
+        dots, scales, own = brute_force(models[i], data, val, ids)
+        column = lambda key, at=at: torch.tensor([row[key] for row in at], dtype=torch.float64)
+        close(column("dot"), dots, 1e-5, scales)
+        factors = column("value") / column("dot")
+        moved = sum(factor * gradient for factor, gradient in zip(factors, own, strict=True))
+        rounding = 2**-23 * weights[i].norm()  # of the weights, which are fp32
+        error = (weights[i] - weights[j] - moved).norm()
+        assert error <= 1e-4 * moved.norm() + rounding, step
+    return len(begun)
 
 
 def scored(folder, model, *, cls=GradDotProdTrainer, collator=collate, options=None, **kwargs):

@@ -6,16 +6,21 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from accelerate.utils import DistributedType
 from brute_force import tiny_gpt2
+from datasets import Dataset
 from graddot_lm.background import BackgroundWriter
+from graddot_lm.hf import content_id
 from graddot_lm.store import _parts
 from hf_runs import (
     VAL,
     Snapshots,
+    Stream,
     arguments,
     brute_force,
+    check_steps,
     clipping,
     collate,
     rows_of,
@@ -32,9 +37,13 @@ from transformers import DataCollatorWithFlattening, Trainer
 WORLD, STEPS = 2, 3
 BLOCKS = {"gpt2": "GPT2Block", "bert": "BertLayer"}
 MODELS = {"gpt2": tiny_gpt2, "bert": lambda: tiny_bert().float()}
+MODELS |= {"stream": tiny_gpt2, "hub-stream": tiny_gpt2}
+ODD, EVEN = samples(21, seed=1), samples(20, seed=1)
 DATA = {  # 24 rows: whole steps
     "gpt2": (samples(24, seed=1), VAL),
     "bert": (samples(24, seed=1, classes=3), samples(5, seed=2, classes=3)),
+    "stream": (Stream(ODD), VAL),
+    "hub-stream": (Dataset.from_list(EVEN).to_iterable_dataset(num_shards=2), VAL),
 }
 
 
@@ -164,6 +173,39 @@ def test_two_processes(tmp_path, close, kind, accumulation):
         lr = 0.02 * (1 - step / STEPS)
         factor = lr * clipping(own_grads, weights) * weights
         close(column("value"), factor * dots, 1e-4, factor * scales)
+
+
+def collate_alike(rows):
+    """To one length, as accelerate dispatches batches."""
+    return {
+        k: F.pad(x, (0, 12 - x.shape[1]), value=-100 * (k == "labels"))
+        for k, x in collate(rows).items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "items", "options"),
+    [
+        ("stream", ODD, {}),
+        ("hub-stream", EVEN, {"accelerator_config": {"dispatch_batches": False}}),
+    ],
+    ids=["dispatched", "sharded"],
+)
+def test_streams(tmp_path, close, name, items, options):
+    """Over more than an epoch. The dispatched one is filled up with its first samples; the other ends in
+    the midst of a step."""
+    options = {"max_steps": 4, "gradient_accumulation_steps": 2, **options}
+    run_with = tmp_path / "scored", name, options, collate_alike
+    results = on_processes(WORLD, tmp_path / "two", run, *run_with)
+    same_weights(results[0][1], results[0][2])
+    models = []
+    for state in [*results[0][0], results[0][1]]:
+        models.append(tiny_gpt2().double())
+        models[-1].load_state_dict(state, strict=False)  # the head is tied
+    rows = rows_of(tmp_path / "scored" / "scores")
+    by_id = {content_id(item): item for item in items}
+    assert check_steps(models, rows, by_id, VAL, close) == 4
+    assert {row["sample_id"] for row in rows} == by_id.keys()  # of the first epoch
 
 
 def saved_late(rank, world, folder):

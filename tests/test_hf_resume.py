@@ -12,6 +12,7 @@ from hf_runs import (
     Snapshots,
     arguments,
     brute_force,
+    check_steps,
     collate,
     rows_of,
     scored,
@@ -118,17 +119,26 @@ def test_an_interrupted_trainer_goes_on(tmp_path, monkeypatch, when):
         assert got["value"] == pytest.approx(want["value"], rel=1e-4, abs=1e-8)
 
 
-def test_an_epoch_that_ends_in_the_midst_of_a_step_is_refused(tmp_path):
-    class Ends(TrainerCallback):
-        def on_substep_end(self, args, state, control, **kwargs):
-            control.should_epoch_stop = state.global_step == 1
+def test_an_epoch_that_ends_in_the_midst_of_a_step(tmp_path, close):
+    """Trainer adds the gradients of what is left of it to the next epoch's first step, and so are the
+    rows."""
 
-    trainer = scored(tmp_path, tiny_gpt2(), max_steps=6)  # of two epochs
+    class Ends(TrainerCallback):
+        ended = False
+
+        def on_substep_end(self, args, state, control, **kwargs):
+            if state.global_step == 1 and not self.ended:
+                control.should_epoch_stop = self.ended = True
+
+    snapshots = Snapshots()
+    trainer = scored(tmp_path, tiny_gpt2(), max_steps=5)  # of two epochs
     trainer.add_callback(Ends())
-    with pytest.raises(
-        GraddotError, match="an epoch was stopped after 1 of step 1's micro-batches"
-    ):
-        trainer.train()
+    trainer.add_callback(snapshots)
+    trainer.train()
+    rows = rows_of(tmp_path / "scores")
+    assert [row["step"] for row in rows] == [0] * 6 + [1] * 9 + [2] * 6 + [3] * 6 + [4] * 2
+    models = [*snapshots.models, trainer.model.double()]
+    assert check_steps(models, rows, TRAIN, VAL, close) == 5
 
 
 def test_rows_are_saved_before_the_checkpoint_that_counts_on_them(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from graddot_lm import GraddotError
-from graddot_lm.hf import GradDotProdTrainer
+from graddot_lm.hf import GradDotProdTrainer, content_id
 from hf_runs import Snapshots, flat, rows_of
 from model_zoo import causal
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
@@ -45,12 +45,14 @@ def data(kind):
     turn = lambda role, text: [{"role": role, "content": text}]
     rows = {
         "text": [{"text": p + c} for p, c in PROMPTS],
+        "stream": [{"text": p + c} for p, c in PROMPTS],
         "prompts": [{"prompt": p, "completion": c} for p, c in PROMPTS],
         "chats": [
             {"prompt": turn("user", p), "completion": turn("assistant", c)} for p, c in PROMPTS
         ],
     }[kind]
-    return Dataset.from_list(rows[:18]), Dataset.from_list(rows[18:])
+    train, val = Dataset.from_list(rows[:18]), Dataset.from_list(rows[18:])
+    return train.to_iterable_dataset() if kind == "stream" else train, val
 
 
 def trainer(cls, folder, tokenizer, kind, *, lora=False, **kwargs):
@@ -104,8 +106,12 @@ PACKED = {"packing": True, "max_length": 30, "eval_packing": True}
         ("text", PLAIN), ("prompts", PLAIN), ("chats", PLAIN), ("text", FREE), ("prompts", FREE),
         ("chats", PACKED), ("text", {**PACKED, "per_device_train_batch_size": 1}),
         ("text", {**PACKED, "packing_strategy": "wrapped"}),
+        ("stream", FREE), ("stream", PACKED),
     ],
-    ids=["text", "prompts", "chats", "text-free", "prompts-free", "packed", "one-packed", "wrapped"],
+    ids=[
+        "text", "prompts", "chats", "text-free", "prompts-free", "packed", "one-packed", "wrapped",
+        "stream-free", "stream-packed",
+    ],
 )  # fmt: skip
 def test_every_row_and_the_weights(tmp_path, tokenizer, kind, options, lora, close):
     if options and int(trl.__version__.split(".")[0]) < 1:
@@ -125,12 +131,16 @@ def test_every_row_and_the_weights(tmp_path, tokenizer, kind, options, lora, clo
     if not options.get("packing"):  # which makes a few rows of all
         assert [row["step"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
     # Older TRL makes the labels as it collates.
-    train, val = (
-        [regular.data_collator([row]) for row in data]
-        for data in (scored.train_dataset, scored.eval_dataset)
-    )
+    collate = regular.data_collator
+    train = {
+        content_id(row) if kind == "stream" else i: collate([row])
+        for i, row in enumerate(scored.train_dataset)
+    }
+    val = [collate([row]) for row in scored.eval_dataset]
     if not options.get("packing"):
-        assert (labelled(train[0]) < train[0]["input_ids"].numel() - 1) == (kind != "text")
+        first = next(iter(train.values()))
+        prompted = labelled(first) < first["input_ids"].numel() - 1
+        assert prompted == (kind not in ("text", "stream"))
     weights = torch.tensor([labelled(row) for row in val], dtype=torch.float64)
     for step, model in enumerate(snapshots.models):
         at = [row for row in rows if row["step"] == step]

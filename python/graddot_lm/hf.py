@@ -8,10 +8,8 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
-import contextlib
-import copy
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +25,23 @@ from .background import BackgroundWriter
 from .batches import label_shift_of
 from .digests import own_random
 from .directions import adamw_direction
-from .distributed import unshard, unwrapped, whole
+from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
-from .indexed import INDEX, LENGTHS, IndexCollator, Indexed, with_own_generators
-from .item_loss import check_mean_of_items, items_in_rows, ragged
-from .sample_rows import SampleRows
+from .indexed import (
+    INDEX,
+    LENGTHS,
+    ColumnId,
+    IndexCollator,
+    Indexed,
+    content_id,
+    with_own_generators,
+)
+from .item_loss import ItemLoss
 from .scores import Number, clip_factor
 from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema
 
-# What a trainer of TRL notes for its logs while it computes a loss.
-_LOGS = "_metrics", "_total_train_tokens"
 _SAVED_EVERY = 100  # steps between saves of the rows, beside those at checkpoints
 
 
@@ -48,9 +51,6 @@ class _ScoreCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.begin_rows()
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.trainer.check_step_is_new()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.trainer.write_scores()
@@ -66,11 +66,12 @@ class GradDotProdTrainer(Trainer):
         class ScoredSFTTrainer(GradDotProdTrainer, SFTTrainer):
             compute_loss = Trainer.compute_loss
 
-    One row a training sample a step: step (from 0), sample_id (its index in train_dataset; collators
-    have to keep the order of items), n_tokens, dot, lr, applied (not in a step that a GradScaler
-    skipped) and value, which takes account of gradient accumulation, clipping and each parameter
-    group's own learning rate, and is 0 in a step that was not taken. They are saved every 100 steps,
-    at checkpoints and at the end.
+    One row a training sample a step: step (from 0), sample_id (its index in train_dataset, or, where
+    that is iterable, the `content_id` of it or the number in its id_column; collators have to keep
+    the order of items), n_tokens, dot, lr, applied (not in a step that a GradScaler skipped) and
+    value, which takes account of gradient accumulation, clipping and each parameter group's own
+    learning rate, and is 0 in a step that was not taken. They are saved every 100 steps, at
+    checkpoints and at the end.
     Where the collator makes one row of all items (DataCollatorWithFlattening, TRL's padding_free),
     each is scored as if it had a row of its own, without norms; where several texts are one item
     (TRL's packing), they are one sample.
@@ -103,13 +104,14 @@ class GradDotProdTrainer(Trainer):
         adamw: score for the step that AdamW will take rather than SGD's, by `adamw_direction`
             around a gradient of zero. The first step, before which there is no state, leaves no
             rows.
+        id_column: of an iterable training set, the column whose integers are the sample_ids.
         engine_options: further arguments of `GradDotProdEngine`, such as exclude, or norms=True for
             the columns norm and cosine.
 
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
     several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
-    parallelism_config, a `compute_loss` other than Trainer's, `compute_loss_func`,
-    auto_find_batch_size, iterable training sets, and batches whose targets are not in "labels" alone.
+    parallelism_config, a `compute_loss` other than Trainer's without mean_of_items, `compute_loss_func`,
+    auto_find_batch_size, and batches whose targets are not in "labels" alone.
     """
 
     def __init__(
@@ -119,10 +121,12 @@ class GradDotProdTrainer(Trainer):
         val_interval: int = 1,
         adamw: bool = False,
         mean_of_items: bool = False,
+        id_column: str | None = None,
         engine_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self._id_column = id_column
         val_dataset = self.eval_dataset if val_dataset is None else val_dataset
         if val_dataset is None or val_interval < 1:
             raise GraddotError(
@@ -142,10 +146,7 @@ class GradDotProdTrainer(Trainer):
         if smoother is not None:  # which gets the labels in the model's place
             self._set_label_shift()
         self.engine = GradDotProdEngine(self.model, **self._options)
-        if mean_of_items:
-            self._compute_loss_of_items = self.compute_loss
-            self._ragged: set[tuple[str, int]] = set()  # what the batches checked had
-            self.compute_loss = self._tracked_loss  # type: ignore[method-assign]
+        self._item_loss = ItemLoss(self) if mean_of_items else None
         if smoother is not None:
             self.label_smoother = lambda *a, **k: self.engine.track_loss(smoother(*a, **k))  # type: ignore[assignment]
         whole_model: Any = self.model
@@ -176,9 +177,8 @@ class GradDotProdTrainer(Trainer):
             and self.label_smoother is not None,
             "compute_loss_func": getattr(self, "compute_loss_func", None) is not None,
             "auto_find_batch_size": args.auto_find_batch_size,
-            "an iterable training set, whose samples have no index": isinstance(
-                self.train_dataset, IterableDataset
-            ),
+            "id_column and a training set whose samples have an index": self._id_column is not None
+            and not isinstance(self.train_dataset, IterableDataset),
         }
         found = [name for name, is_so in reasons.items() if is_so]
         if found:
@@ -231,11 +231,16 @@ class GradDotProdTrainer(Trainer):
     # Data
 
     def get_train_dataloader(self) -> DataLoader:
-        """Trainer's, with every sample's index in the batch."""
+        """Trainer's, with every sample's index in the batch, or what `id_column` and `content_id` give a
+        stream's: it is loaded as it is, for accelerate goes by its type."""
         dataset, collator = self.train_dataset, self.data_collator
-        self.train_dataset = Indexed(dataset)
         main = getattr(self.model, "main_input_name", "input_ids")
-        self.data_collator = IndexCollator(self._own_collator("training", collator), main)
+        id_of: Callable[[Any], int] | None = None
+        if isinstance(dataset, IterableDataset):
+            id_of = content_id if self._id_column is None else ColumnId(self._id_column)
+        else:
+            self.train_dataset = Indexed(dataset)
+        self.data_collator = IndexCollator(self._own_collator("training", collator), main, id_of)
         try:
             return super().get_train_dataloader()
         finally:
@@ -243,6 +248,14 @@ class GradDotProdTrainer(Trainer):
 
     def _own_collator(self, description: str, collator: Any) -> Callable[[list[Any]], Any]:
         return self._get_collator_with_removed_columns(collator, description=description)
+
+    def _get_collator_with_removed_columns(
+        self, data_collator: Any, description: Any = None
+    ) -> Any:
+        """Trainer's; that with the sample_ids removes columns itself, once they are read."""
+        if isinstance(data_collator, IndexCollator):
+            return data_collator
+        return super()._get_collator_with_removed_columns(data_collator, description)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         given = self.train_dataset if train_dataset is None else train_dataset
@@ -346,11 +359,10 @@ class GradDotProdTrainer(Trainer):
                 " be in a class that the trainer inherits after GradDotProdTrainer, and use"
                 " self.train_dataset and self.data_collator; and a batch is for one training_step"
             )
-        index, lengths = inputs.pop(INDEX), inputs.pop(LENGTHS, None)
-        several = None
-        if self._mean_of_items:
-            several = items_in_rows(len(self._main_input(inputs)), len(index))
-        else:
+        index, lengths = inputs.pop(INDEX).flatten(), inputs.pop(LENGTHS, None)
+        if isinstance(lengths, Tensor):
+            lengths = lengths.flatten()
+        if self._item_loss is None:
             self._check_rows(inputs, len(index) if lengths is None else 1)
         if not self._training:
             self._begin()
@@ -363,12 +375,10 @@ class GradDotProdTrainer(Trainer):
         if not self._scoring:
             return super().training_step(model, inputs, num_items_in_batch)
         inputs = self._prepare_inputs(inputs)
-        if several is None:
+        if self._item_loss is None:
             self.engine.attach_train_batch(inputs, None, step, index, segments=lengths)
         else:
-            self._check_items(inputs, several)
-            main = self._main_input(inputs)
-            self.engine.attach_train_batch(main, None, step, index, samples=several.sample_of)
+            self._item_loss.attach_train_batch(inputs, step, index)
         micro = self.engine._forward.micro
         if micro is not None:  # without waiting for a device, as get_scale() would
             one = torch.ones((), dtype=torch.float64, device=self.args.device)
@@ -430,6 +440,7 @@ class GradDotProdTrainer(Trainer):
     def _validation_gradients(self) -> dict[str, dict[str, Tensor]]:
         model, scaler = self.engine.model, getattr(self.accelerator, "scaler", None)
         loss_scale = 1.0 if scaler is None else scaler.get_scale()
+        compute = (self._item_loss or self.engine).compute_directions
         was_training = model.training
         if isinstance(model, FSDPModule):  # Trainer may have told it to reduce no gradients yet
             model.set_requires_gradient_sync(True)
@@ -437,80 +448,14 @@ class GradDotProdTrainer(Trainer):
         try:
             with own_random():
                 return {
-                    target: self._validation_gradient(
-                        map(self._prepare_inputs, self._validation_batches(target)), loss_scale
+                    target: compute(
+                        map(self._prepare_inputs, self._validation_batches(target)),
+                        loss_scale=loss_scale,
                     )
                     for target in self._val_sets
                 }
         finally:
             model.train(was_training)
-
-    def _validation_gradient(self, batches: Iterator[Any], loss_scale: float) -> dict[str, Tensor]:
-        if not self._mean_of_items:
-            return self.engine.compute_directions(batches, loss_scale=loss_scale)
-        under_way: list[Any] = []
-
-        def rows() -> Iterator[Any]:
-            for batch in batches:
-                under_way[:] = [batch]
-                main = self._main_input(batch)
-                yield main, torch.ones(len(main), device=main.device)  # each item has as many
-
-        with self._own_logs():
-            return self.engine.compute_directions(
-                rows(), lambda model, *_: self._loss_of_items(under_way[0]), loss_scale=loss_scale
-            )
-
-    # A loss that is the mean of its items'
-
-    def _main_input(self, inputs: Mapping[str, Any]) -> Tensor:
-        name = getattr(self.model, "main_input_name", "input_ids")
-        if not isinstance(inputs.get(name), Tensor):
-            raise GraddotError(f"the batch has no {name}, but {', '.join(inputs)}")
-        return inputs[name]  # type: ignore[no-any-return]
-
-    def _tracked_loss(self, *args: Any, **kwargs: Any) -> Any:
-        got = self._compute_loss_of_items(*args, **kwargs)
-        if isinstance(got, tuple):  # with outputs
-            return self.engine.track_loss(got[0]), *got[1:]
-        return self.engine.track_loss(got)
-
-    def _loss_of_items(self, inputs: Mapping[str, Any]) -> Tensor:
-        with self.compute_loss_context_manager():
-            loss: Any = self._compute_loss_of_items(self.engine.model, dict(inputs))
-        return loss  # type: ignore[no-any-return]
-
-    def _check_items(self, inputs: Mapping[str, Any], several: SampleRows) -> None:
-        forward, new = self.engine._forward, ragged(inputs, several) - self._ragged
-        due = torch.tensor([forward.is_first or bool(new)], device=self.args.device)
-        if self.args.world_size > 1:  # for a loss may ask the other processes
-            due = self.accelerator.gather(due)
-        self._ragged |= new
-        if not due.any():
-            return
-        with forward.set_aside(), self._own_logs():
-            check_mean_of_items(
-                self.engine.model, self._loss_of_items, inputs, several, forward.thorough
-            )
-            unshard(self.engine.model)
-
-    @contextlib.contextmanager
-    def _own_logs(self) -> Iterator[None]:
-        """Inside of it what is noted for the logs is not of training."""
-        kept = {name: copy.deepcopy(vars(self)[name]) for name in _LOGS if name in vars(self)}
-        try:
-            yield
-        finally:
-            vars(self).update(kept)
-
-    def check_step_is_new(self) -> None:
-        """Raise GraddotError if gradients of a step that was not taken would be in this one's."""
-        if self._training and (micros := self.engine._pending):
-            raise GraddotError(
-                f"an epoch was stopped after {len(micros)} of step {self._step}'s micro-batches, whose"
-                " gradients Trainer adds to those of the next epoch's first step; set"
-                " should_epoch_stop in on_step_end, not in on_substep_end"
-            )
 
     def write_scores(self) -> None:
         """Append the scores of the optimizer step that has just been taken."""

@@ -4,24 +4,102 @@ Scores of `GradDotProdTrainer(mean_of_items=True)` take it for one.
 """
 
 import contextlib
+import copy
 import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .digests import NoDropout, own_buffers, own_random
+from .distributed import unshard
 from .errors import GraddotError
 from .outputs import loss_tolerance
 from .parts import splits_of
 from .sample_rows import SampleRows
 from .verify import map_tensors
 
+# What a trainer of TRL notes for its logs while it computes a loss.
+_LOGS = "_metrics", "_total_train_tokens"
+
+
+class ItemLoss:
+    """The `compute_loss` of a `GradDotProdTrainer`, in whose place this puts itself: it is tracked."""
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer, self._compute = trainer, trainer.compute_loss
+        self._ragged: set[tuple[str, int]] = set()  # what the batches checked had
+        trainer.compute_loss = self
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        track, got = self._trainer.engine.track_loss, self._compute(*args, **kwargs)
+        return (track(got[0]), *got[1:]) if isinstance(got, tuple) else track(got)
+
+    def attach_train_batch(self, inputs: Mapping[str, Any], step: int, index: Tensor) -> None:
+        """Announce a batch, checked where that is due, to the trainer's engine; index (N,) has the
+        sample_id of each of its items."""
+        main = self._main_input(inputs)
+        several = items_in_rows(len(main), len(index))
+        self._check(inputs, several)
+        self._trainer.engine.attach_train_batch(main, None, step, index, samples=several.sample_of)
+
+    def compute_directions(
+        self, batches: Iterable[Any], *, loss_scale: float = 1.0
+    ) -> dict[str, Tensor]:
+        """The engine's, of batches as the trainer's collator makes them."""
+        under_way: list[Any] = []
+
+        def rows() -> Iterator[Any]:
+            for batch in batches:
+                under_way[:] = [batch]
+                main = self._main_input(batch)
+                yield main, torch.ones(len(main), device=main.device)  # each item has as many
+
+        loss = lambda model, *_: self._of(under_way[0])
+        with self._own_logs():
+            found: dict[str, Tensor] = self._trainer.engine.compute_directions(
+                rows(), loss, loss_scale=loss_scale
+            )
+        return found
+
+    def _main_input(self, inputs: Mapping[str, Any]) -> Tensor:
+        name = getattr(self._trainer.model, "main_input_name", "input_ids")
+        if not isinstance(inputs.get(name), Tensor):
+            raise GraddotError(f"the batch has no {name}, but {', '.join(inputs)}")
+        return inputs[name]  # type: ignore[no-any-return]
+
+    def _of(self, inputs: Mapping[str, Any]) -> Tensor:
+        with self._trainer.compute_loss_context_manager():
+            loss: Tensor = self._compute(self._trainer.engine.model, dict(inputs))
+        return loss
+
+    def _check(self, inputs: Mapping[str, Any], several: SampleRows) -> None:
+        trainer, model = self._trainer, self._trainer.engine.model
+        forward, new = trainer.engine._forward, ragged(inputs, several) - self._ragged
+        due = torch.tensor([forward.is_first or bool(new)], device=trainer.args.device)
+        if trainer.args.world_size > 1:  # for a loss may ask the other processes
+            due = trainer.accelerator.gather(due)
+        self._ragged |= new
+        if due.any():
+            with forward.set_aside(), self._own_logs():
+                check_mean_of_items(model, self._of, inputs, several, forward.thorough)
+                unshard(model)
+
+    @contextlib.contextmanager
+    def _own_logs(self) -> Iterator[None]:
+        """Inside of it what is noted for the logs is not of training."""
+        own = vars(self._trainer)
+        kept = {name: copy.deepcopy(own[name]) for name in _LOGS if name in own}
+        try:
+            yield
+        finally:
+            own.update(kept)
+
 
 def items_in_rows(rows: int, items: int) -> SampleRows:
-    """The rows of a batch as collators of preferences lay them: a row of every item, such as the chosen
+    """The rows of a batch as collators of preferences lay them: one of every item, such as the chosen
     texts, then another of every item, and so on."""
     if not items or rows % items:
         raise GraddotError(
