@@ -77,7 +77,7 @@ class ItemLoss:
 
     def _check(self, inputs: Mapping[str, Any], several: SampleRows) -> None:
         trainer, model = self._trainer, self._trainer.engine.model
-        forward, new = trainer.engine._forward, ragged(inputs, several) - self._ragged
+        forward, new = trainer.engine._forward, ragged(inputs, several, self._ragged)
         due = torch.tensor([forward.is_first or bool(new)], device=trainer.args.device)
         if trainer.args.world_size > 1:  # for a loss may ask the other processes
             due = trainer.accelerator.gather(due)
@@ -109,15 +109,20 @@ def items_in_rows(rows: int, items: int) -> SampleRows:
     return SampleRows(torch.arange(rows) % items)
 
 
-def ragged(inputs: Mapping[str, Any], several: SampleRows) -> set[tuple[str, int]]:
-    """Which masks of a batch (rows, T) differ in their sums from item to item, and in which of its rows:
-    where none does, weights by token are not to be seen."""
+def ragged(
+    inputs: Mapping[str, Any], several: SampleRows, known: set[tuple[str, int]]
+) -> set[tuple[str, int]]:
+    """Which masks of a batch (rows, T) differ in their sums from item to item, and in which of its rows,
+    beside those known: where none does, weights by token are not to be seen."""
+    kinds = range(several.rows // len(several))
     found = set()
     for name, x in inputs.items():
-        if "mask" in name and isinstance(x, Tensor) and x.dim() == 2 and len(x) == several.rows:
+        if "mask" not in name or not {(name, k) for k in kinds} - known:
+            continue
+        if isinstance(x, Tensor) and x.dim() == 2 and len(x) == several.rows:
             sums = x.sum(1).view(-1, len(several))
             found |= {(name, k) for k in (sums != sums[:, :1]).any(1).nonzero().flatten().tolist()}
-    return found
+    return found - known
 
 
 def check_mean_of_items(

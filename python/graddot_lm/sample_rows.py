@@ -31,6 +31,7 @@ class SampleRows:
                 " expected 0 to N - 1, in the order of batch_idx, each with at least one row"
             )
         self._number = len(found)
+        self._on: dict[torch.device, Tensor] = {}
 
     def __len__(self) -> int:
         return self._number
@@ -42,7 +43,11 @@ class SampleRows:
     def sum(self, by_row: Tensor) -> Tensor:
         """(..., rows) summed over the rows of each sample, (..., N)."""
         sums = by_row.new_zeros(*by_row.shape[:-1], len(self))
-        return sums.index_add(-1, self.sample_of.to(by_row.device), by_row)
+        if by_row.device not in self._on:
+            # A copy from memory that is not pinned would wait for what the GPU is doing.
+            own = self.sample_of.pin_memory() if by_row.is_cuda else self.sample_of
+            self._on[by_row.device] = own.to(by_row.device, non_blocking=True)
+        return sums.index_add(-1, self._on[by_row.device], by_row)
 
     def rows_of(self, which: Sequence[int]) -> list[int]:
         """The rows of some of the samples, in the batch's order."""
