@@ -22,7 +22,7 @@ demo: $(VENV)/installed ## train a small GPT-2 on text of this machine, show whi
 	PATH=$(abspath $(BIN)):$$PATH bash python/examples/demo.sh $(DEMO)
 
 test: $(VENV)/installed lint csrc-check aot ## everything that CI runs
-	$(BIN)/pytest -n 2 --dist loadfile
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -15,6 +15,11 @@ torch.set_num_threads(1)
 gc.set_threshold(50_000, 20, 50)
 
 
+def pytest_collection_modifyitems(items):
+    """The longest first, which one of several workers would otherwise begin as the others end."""
+    items.sort(key=lambda item: "kernels_in_the_interpreter" not in item.name)
+
+
 @pytest.fixture(autouse=True)
 def _compiled_again():
     """A step that a test gave up leaves torch.compile as it was, once its engine is gone."""
