@@ -21,7 +21,8 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp 
 demo: $(VENV)/installed ## train a small GPT-2 on text of this machine, show which data helped
 	PATH=$(abspath $(BIN)):$$PATH bash python/examples/demo.sh $(DEMO)
 
-test: $(VENV)/installed lint csrc-check aot ## everything that CI runs
+test: $(VENV)/installed ## everything that CI runs
+	$(MAKE) -j 2 --output-sync=target lint csrc-check aot
 	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
