@@ -4,6 +4,8 @@ SHELL := /bin/bash
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
+# Of thousands of files few are imported, and those are compiled then.
+INSTALL := $(BIN)/pip install -q --no-compile
 # The CPU build of torch unless told otherwise: `make TORCH=torch` takes the default build.
 TORCH ?= torch==2.13.0
 DEMO ?= demo
@@ -13,16 +15,17 @@ DEMO ?= demo
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install -q "$(TORCH)"
-	$(BIN)/pip install -q "setuptools>=64" wheel "cmake>=3.25" ninja
-	$(BIN)/pip install -q --no-build-isolation -e ".[dev]"
+	$(BIN)/python -c "import torch" 2>/dev/null || $(INSTALL) "$(TORCH)"
+	$(INSTALL) "setuptools>=64" wheel "cmake>=3.25" ninja
+	$(INSTALL) --no-build-isolation -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/installed ## train a small GPT-2 on text of this machine, show which data helped
 	PATH=$(abspath $(BIN)):$$PATH bash python/examples/demo.sh $(DEMO)
 
-test: $(VENV)/installed lint csrc-check aot ## everything that CI runs
-	$(BIN)/pytest -n 2 --dist loadfile
+test: $(VENV)/installed ## everything that CI runs
+	$(MAKE) -j 2 --output-sync=target lint csrc-check aot
+	$(BIN)/pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

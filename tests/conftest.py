@@ -11,6 +11,13 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# Tracing makes objects by the million and hardly a cycle: looking for those every 700 took a tenth of it.
+gc.set_threshold(50_000, 20, 50)
+
+
+def pytest_collection_modifyitems(items):
+    """The longest first, which one of several workers would otherwise begin as the others end."""
+    items.sort(key=lambda item: "kernels_in_the_interpreter" not in item.name)
 
 
 @pytest.fixture(autouse=True)

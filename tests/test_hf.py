@@ -77,9 +77,10 @@ def test_every_row_and_the_weights(tmp_path, close, options, sizes):
     """`sizes` are the samples of every step: an epoch may end in one micro-batch, of two of them."""
     model, regular = tiny_gpt2(), tiny_gpt2()
     models, rows = train(tmp_path / "scored", model, **options)
+    uncompiled = {k: v for k, v in options.items() if "compile" not in k}
     Trainer(
         model=regular,
-        args=arguments(tmp_path / "regular", **options),
+        args=arguments(tmp_path / "regular", **uncompiled),
         data_collator=collate,
         train_dataset=TRAIN,
     ).train()

@@ -95,7 +95,8 @@ def run(rank, world, folder, model, options, collator=collate):
 
 
 def train_plainly(folder, model, data, options, collator=collate):
-    args = arguments(folder, **options)
+    """Uncompiled, which needs no time for what is Trainer's own."""
+    args = arguments(folder, **{k: v for k, v in options.items() if "compile" not in k})
     Trainer(model=model, args=args, data_collator=collator, train_dataset=data).train()
 
 

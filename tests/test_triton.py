@@ -21,9 +21,13 @@ from graddot_kernels.triton_kernels.config import TABLES, cdiv, packed, tile_for
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_kernels_in_the_interpreter() -> None:
+IN_THE_INTERPRETER = sorted(path.name for path in (ROOT / "tests/interpreter").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", IN_THE_INTERPRETER)
+def test_kernels_in_the_interpreter(file: str) -> None:
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "tests/interpreter", "-x"]
+    command = [sys.executable, "-m", "pytest", f"tests/interpreter/{file}", "-x"]
     environment = os.environ | {"TRITON_INTERPRET": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
