@@ -37,12 +37,14 @@ class ItemLoss:
         track, got = self._trainer.engine.track_loss, self._compute(*args, **kwargs)
         return (track(got[0]), *got[1:]) if isinstance(got, tuple) else track(got)
 
-    def attach_train_batch(self, inputs: Mapping[str, Any], step: int, index: Tensor) -> None:
+    def attach_train_batch(
+        self, inputs: Mapping[str, Any], step: int, index: Tensor, num_items: Any
+    ) -> None:
         """Announce a batch, checked where that is due, to the trainer's engine; index (N,) has the
-        sample_id of each of its items."""
+        sample_id of each of its items, and num_items is the step's num_items_in_batch."""
         main = self._main_input(inputs)
         several = items_in_rows(len(main), len(index))
-        self._check(inputs, several)
+        self._check(inputs, several, num_items)
         self._trainer.engine.attach_train_batch(main, None, step, index, samples=several.sample_of)
 
     def compute_directions(
@@ -70,12 +72,13 @@ class ItemLoss:
             raise GraddotError(f"the batch has no {name}, but {', '.join(inputs)}")
         return inputs[name]  # type: ignore[no-any-return]
 
-    def _of(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _of(self, inputs: Mapping[str, Any], num_items: Any = None) -> Tensor:
+        given = {} if num_items is None else {"num_items_in_batch": num_items}
         with self._trainer.compute_loss_context_manager():
-            loss: Tensor = self._compute(self._trainer.engine.model, dict(inputs))
+            loss: Tensor = self._compute(self._trainer.engine.model, dict(inputs), **given)
         return loss
 
-    def _check(self, inputs: Mapping[str, Any], several: SampleRows) -> None:
+    def _check(self, inputs: Mapping[str, Any], several: SampleRows, num_items: Any) -> None:
         trainer, model = self._trainer, self._trainer.engine.model
         forward, new = trainer.engine._forward, ragged(inputs, several) - self._ragged
         due = torch.tensor([forward.is_first or bool(new)], device=trainer.args.device)
@@ -84,7 +87,7 @@ class ItemLoss:
         self._ragged |= new
         if due.any():
             with forward.set_aside(), self._own_logs():
-                check_mean_of_items(model, self._of, inputs, several, forward.thorough)
+                check_mean_of_items(model, self._of, inputs, several, forward.thorough, num_items)
                 unshard(model)
 
     @contextlib.contextmanager
@@ -110,35 +113,42 @@ def items_in_rows(rows: int, items: int) -> SampleRows:
 
 
 def ragged(inputs: Mapping[str, Any], several: SampleRows) -> set[tuple[str, int]]:
-    """Which masks of a batch (rows, T) differ in their sums from item to item, and in which of its rows:
-    where none does, weights by token are not to be seen."""
+    """Which masks and labels of a batch (rows, T) differ in their sums, or numbers, from item to item, and
+    in which of its rows: where none does, weights by token are not to be seen."""
     found = set()
     for name, x in inputs.items():
-        if "mask" in name and isinstance(x, Tensor) and x.dim() == 2 and len(x) == several.rows:
-            sums = x.sum(1).view(-1, len(several))
+        if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != several.rows:
+            continue
+        if "mask" in name or "label" in name:
+            marked = x if "mask" in name else x != -100
+            sums = marked.sum(1).view(-1, len(several))
             found |= {(name, k) for k in (sums != sums[:, :1]).any(1).nonzero().flatten().tolist()}
     return found
 
 
 def check_mean_of_items(
     model: nn.Module,
-    compute: Callable[[dict[str, Any]], Tensor],
+    compute: Callable[[dict[str, Any], Any], Tensor],
     inputs: Mapping[str, Any],
     several: SampleRows,
     thorough: bool,
+    num_items: Any = None,
 ) -> None:
     """Raise GraddotError unless the loss of a batch is the mean of those of its items.
 
-    compute(inputs) runs the model and gives the loss of a batch. The loss, and its gradient at what the
+    compute(inputs, num_items) runs the model and gives the loss of a batch, which is not to depend on
+    num_items, the labelled tokens of the whole step. The loss, and its gradient at what the
     model returns, are compared with those of parts of the items, run without the others. What the model
     returns is moved at random for that: where it is still its reference's, as under DPO before the first
     step, all items have the same loss, and so has any mean of them. thorough as in `splits_of`.
     """
     items, tolerance = len(several), loss_tolerance(model)
 
-    def run(part: Sequence[int]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def run(
+        part: Sequence[int], num_items: Any = num_items
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         with own_buffers(model), _outputs_of(model, several, part) as outputs:
-            loss = compute(_take(inputs, part, several))
+            loss = compute(_take(inputs, part, several), num_items)
         used = outputs if loss.requires_grad else []
         grads = torch.autograd.grad(loss, used, allow_unused=True) if used else ()
         return loss.detach().double(), grads
@@ -147,6 +157,14 @@ def check_mean_of_items(
         # What the model returns without a gradient, too, as numbers for the logs, has one here.
         warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
         whole, grads = run(range(items))
+        if num_items is not None:
+            other, _ = run(range(items), 2 * num_items)
+            if (whole - other).abs() > tolerance * whole.abs():
+                raise GraddotError(
+                    "the loss of the batch is divided by num_items_in_batch, the labelled tokens of the"
+                    " whole step. Expected with mean_of_items=True the mean over the batch's items of a loss"
+                    " of each one's own, whatever it is"
+                )
         for split in splits_of(items, thorough):
             mean, same = torch.zeros_like(whole), True
             for part in split:
