@@ -315,6 +315,38 @@ def test_a_division_by_num_items_in_batch_is_refused(tmp_path, rows):
         run.train()
 
 
+def test_a_forward_for_each_text_is_refused(tmp_path):
+    def loss(model, inputs, num_items):
+        n = len(inputs["input_ids"]) // 2
+        halves = [logits_of(model, inputs, rows) for rows in (slice(n), slice(n, None))]
+        return losses_of(torch.cat(halves)).mean()
+
+    with pytest.raises(GraddotError, match="compute_loss runs the model more than once with a"):
+        of_pairs(tmp_path, loss).train()
+
+    named = lambda items: {f"chosen_{k}": x for k, x in collate(items).items()}
+    with pytest.raises(
+        GraddotError, match="no input_ids, in which every item has its rows, but chosen_"
+    ):
+        of_pairs(tmp_path, loss, named).train()
+
+
+def test_a_loss_may_change_what_the_model_returns_in_place(tmp_path, close):
+    def in_place(model, inputs, num_items):
+        logits = logits_of(model, inputs)
+        logits /= 2.0
+        return losses_of(logits).mean()
+
+    of_pairs(tmp_path / "in", in_place).train()
+    copied = lambda model, inputs, num_items: losses_of(logits_of(model, inputs) / 2.0).mean()
+    of_pairs(tmp_path / "out", copied).train()
+    dots = [
+        torch.tensor([row["dot"] for row in rows_of(tmp_path / name / "scores")])
+        for name in ("in", "out")
+    ]
+    close(*dots, 1e-5, dots[1].norm() / len(dots[1]) ** 0.5)
+
+
 def test_weights_by_tokens_are_refused_once_their_labels_show_them(tmp_path):
     """Rows of one length, of which later items have fewer labels."""
     items = [{"input_ids": [*range(k + 1, k + 9)]} for k in range(18)]

@@ -69,7 +69,11 @@ class ItemLoss:
     def _main_input(self, inputs: Mapping[str, Any]) -> Tensor:
         name = getattr(self._trainer.model, "main_input_name", "input_ids")
         if not isinstance(inputs.get(name), Tensor):
-            raise GraddotError(f"the batch has no {name}, but {', '.join(inputs)}")
+            raise GraddotError(
+                f"the batch has no {name}, in which every item has its rows, but {', '.join(inputs)}; let the"
+                " collator put a row of every item there, then another of every item, and so on, and"
+                " compute_loss run the model once, of all rows"
+            )
         return inputs[name]  # type: ignore[no-any-return]
 
     def _of(self, inputs: Mapping[str, Any], num_items: Any = None) -> Tensor:
@@ -179,7 +183,8 @@ def check_mean_of_items(
                 + ("" if same else ", with other gradients at what the model returns")
                 + ". Expected with mean_of_items=True the mean over the batch's items of a loss of each"
                 " one's own: one that compares items, as with a mean or running mean over the batch, or"
-                " weights them by their tokens, gives no item a share of its own"
+                " weights them by their tokens, gives no item a share of its own; nor does a collator that"
+                " lays the rows in another order than a row of every item, then another of every item"
             )
 
 
@@ -213,6 +218,7 @@ def _outputs_of(
     rows, number = several.rows_of(part), itertools.count()
     outputs: list[Tensor] = []
     enabled: list[bool] = []
+    forwards = 0  # with a graph
 
     def moved_output(x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -224,12 +230,20 @@ def _outputs_of(
             sizes = moved.abs().where(moved.isfinite(), 0.0)
             sizes = sizes.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else sizes
             moved = moved + noise * (1 + sizes)
-        if torch.is_grad_enabled():
-            outputs.append(moved.requires_grad_())
-        return moved
+        if not torch.is_grad_enabled():
+            return moved
+        outputs.append(moved.requires_grad_())
+        return moved.clone()  # which a loss may change in place, as no leaf can be
 
     def before(module: nn.Module, args: Any) -> None:
+        nonlocal forwards
         enabled.append(torch.is_grad_enabled())
+        forwards += enabled[-1]
+        if forwards > 1:
+            raise GraddotError(
+                "compute_loss runs the model more than once with a gradient. A step has one forward: let the"
+                " collator put the rows of all items into one batch, and split what the model returns for it"
+            )
         torch.set_grad_enabled(False)
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:
