@@ -141,10 +141,10 @@ def check_mean_of_items(
     """Raise GraddotError unless the loss of a batch is the mean of those of its items.
 
     compute(inputs, num_items) runs the model and gives the loss of a batch, which is not to depend on
-    num_items, the labelled tokens of the whole step. The loss, and its gradient at what the
-    model returns, are compared with those of parts of the items, run without the others. What the model
-    returns is moved at random for that: where it is still its reference's, as under DPO before the first
-    step, all items have the same loss, and so has any mean of them. thorough as in `splits_of`.
+    num_items. The loss, and its gradient at what the model returns, are compared with those of parts of
+    the items, run without the others. What the model returns is moved at random for that: where it is
+    still its reference's, as under DPO before the first step, all items have the same loss, and so has
+    any mean of them. thorough as in `splits_of`.
     """
     items, tolerance = len(several), loss_tolerance(model)
 
@@ -162,12 +162,13 @@ def check_mean_of_items(
         warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
         whole, grads = run(range(items))
         if num_items is not None:
-            other, _ = run(range(items), 2 * num_items)
-            if (whole - other).abs() > tolerance * whole.abs():
+            without, _ = run(range(items), None)
+            if (whole - without).abs() > tolerance * without.abs():
                 raise GraddotError(
-                    "the loss of the batch is divided by num_items_in_batch, the labelled tokens of the"
-                    " whole step. Expected with mean_of_items=True the mean over the batch's items of a loss"
-                    " of each one's own, whatever it is"
+                    f"the loss of the batch is {float(whole):.6g} where compute_loss gets num_items_in_batch,"
+                    f" the labelled tokens of the whole step, and {float(without):.6g} without. Expected with"
+                    " mean_of_items=True the mean over the batch's items of a loss of each one's own,"
+                    " whatever that is"
                 )
         for split in splits_of(items, thorough):
             mean, same = torch.zeros_like(whole), True
