@@ -10,7 +10,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
-from hf_runs import Snapshots, clipping, flat, rows_of
+from graddot_lm.item_loss import items_in_rows, unseen
+from hf_runs import TRAIN, VAL, Snapshots, arguments, clipping, collate, flat, rows_of
 from model_zoo import causal
 from process_group import on_processes
 from test_hf_processes import shard_on_cpus, weights
@@ -274,3 +275,108 @@ def test_losses_that_are_no_mean_of_items_are_refused(tmp_path, tokenizer):
     smoothed = {"label_smoothing_factor": 0.1}
     with pytest.raises(GraddotError, match="mean_of_items=True and label_smoothing_factor"):
         trainer(trl.RewardTrainer, tmp_path, tokenizer, "reward", OfTokens, **smoothed)
+
+
+def of_pairs(folder, loss_of, collator=None, train=TRAIN, **settings):
+    """A trainer of each text and its beginning, as two rows; loss_of(model, inputs, num_items)."""
+
+    class OfPairs(GradDotProdTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return loss_of(model, inputs, num_items_in_batch)
+
+        def _get_train_sampler(self, *args):
+            return SequentialSampler(train)
+
+    def of_both(items):
+        return collate([*items, *({"input_ids": x["input_ids"][:-2]} for x in items)])
+
+    return OfPairs(
+        model=causal("Llama"), args=arguments(folder, remove_unused_columns=False, **settings),
+        data_collator=collator or of_both, train_dataset=train, val_dataset=VAL, mean_of_items=True,
+    )  # fmt: skip
+
+
+def logits_of(model, inputs, rows=slice(None)):
+    given = {k: inputs[k][rows] for k in ("input_ids", "attention_mask")}
+    return model(**given, use_cache=False).logits
+
+
+def losses_of(logits):
+    chosen, rejected = logits.log_softmax(-1)[:, :, 3].mean(1).chunk(2)
+    return F.softplus(rejected - chosen)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_division_by_num_items_in_batch_is_refused(tmp_path, rows):
+    loss = lambda model, inputs, num_items: (
+        losses_of(logits_of(model, inputs)).sum() / (2 * rows if num_items is None else num_items)
+    )
+    run = of_pairs(tmp_path, loss, per_device_train_batch_size=rows)
+    with pytest.raises(GraddotError, match="where compute_loss gets num_items_in_batch"):
+        run.train()
+
+
+def test_a_forward_for_each_text_is_refused(tmp_path):
+    def loss(model, inputs, num_items):
+        n = len(inputs["input_ids"]) // 2
+        halves = [logits_of(model, inputs, rows) for rows in (slice(n), slice(n, None))]
+        return losses_of(torch.cat(halves)).mean()
+
+    with pytest.raises(GraddotError, match="compute_loss runs the model more than once with a"):
+        of_pairs(tmp_path, loss).train()
+
+    named = lambda items: {f"chosen_{k}": x for k, x in collate(items).items()}
+    with pytest.raises(
+        GraddotError, match="no input_ids, in which every item has its rows, but chosen_"
+    ):
+        of_pairs(tmp_path, loss, named).train()
+
+
+def test_a_loss_may_change_what_the_model_returns_in_place(tmp_path, close):
+    def in_place(model, inputs, num_items):
+        logits = logits_of(model, inputs)
+        logits /= 2.0
+        return losses_of(logits).mean()
+
+    of_pairs(tmp_path / "in", in_place).train()
+    copied = lambda model, inputs, num_items: losses_of(logits_of(model, inputs) / 2.0).mean()
+    of_pairs(tmp_path / "out", copied).train()
+    dots = [
+        torch.tensor([row["dot"] for row in rows_of(tmp_path / name / "scores")])
+        for name in ("in", "out")
+    ]
+    close(*dots, 1e-5, dots[1].norm() / len(dots[1]) ** 0.5)
+
+
+def test_weights_by_tokens_are_refused_once_their_labels_show_them(tmp_path):
+    """Rows of one length, of which later items have fewer labels."""
+    items = [{"input_ids": [*range(k + 1, k + 9)]} for k in range(18)]
+
+    def collator(rows):
+        batch = collate([*rows, *rows])
+        batch["labels"][batch["input_ids"][:, :1].gt(8) & (batch["input_ids"] % 7 > 2)] = -100
+        return batch
+
+    def loss(model, inputs, num_items):
+        logits = logits_of(model, inputs)[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+    run = of_pairs(tmp_path, loss, collator, items)
+    with pytest.raises(GraddotError, match="Expected with mean_of_items=True the mean over"):
+        run.train()
+    assert run.state.global_step == 1
+
+
+def test_what_a_batch_has_that_none_had():
+    """Checked again: several items, and lengths that differ in one of their rows."""
+    one, two = items_in_rows(2, 1), items_in_rows(4, 2)
+    assert not unseen({"attention_mask": torch.ones(2, 3)}, one, set())
+    equal = {"attention_mask": torch.ones(4, 3), "input_ids": torch.arange(12).view(4, 3)}
+    assert unseen(equal, two, set()) == {("items", 0)}
+    mask = torch.tensor([[1, 1, 1], [1, 1, 1], [1, 1, 0], [1, 1, 1]])  # the second items' rows
+    labels = torch.tensor([[1, -100], [-100, -100], [1, 1], [2, 2]])
+    found = {("items", 0), ("attention_mask", 1), ("labels", 0)}
+    ragged = {"attention_mask": mask, "labels": labels}
+    assert unseen(ragged, two, set()) == found
+    assert unseen(ragged, two, {("labels", 0)}) == found - {("labels", 0)}
+    assert not unseen(ragged, two, found)

@@ -378,7 +378,7 @@ class GradDotProdTrainer(Trainer):
         if self._item_loss is None:
             self.engine.attach_train_batch(inputs, None, step, index, segments=lengths)
         else:
-            self._item_loss.attach_train_batch(inputs, step, index)
+            self._item_loss.attach_train_batch(inputs, step, index, num_items_in_batch)
         micro = self.engine._forward.micro
         if micro is not None:  # without waiting for a device, as get_scale() would
             one = torch.ones((), dtype=torch.float64, device=self.args.device)

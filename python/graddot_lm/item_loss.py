@@ -30,19 +30,21 @@ class ItemLoss:
 
     def __init__(self, trainer: Any) -> None:
         self._trainer, self._compute = trainer, trainer.compute_loss
-        self._ragged: set[tuple[str, int]] = set()  # what the batches checked had
+        self._seen: set[tuple[str, int]] = set()  # what the batches checked had
         trainer.compute_loss = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         track, got = self._trainer.engine.track_loss, self._compute(*args, **kwargs)
         return (track(got[0]), *got[1:]) if isinstance(got, tuple) else track(got)
 
-    def attach_train_batch(self, inputs: Mapping[str, Any], step: int, index: Tensor) -> None:
+    def attach_train_batch(
+        self, inputs: Mapping[str, Any], step: int, index: Tensor, num_items: Any
+    ) -> None:
         """Announce a batch, checked where that is due, to the trainer's engine; index (N,) has the
-        sample_id of each of its items."""
+        sample_id of each of its items, and num_items is the step's num_items_in_batch."""
         main = self._main_input(inputs)
         several = items_in_rows(len(main), len(index))
-        self._check(inputs, several)
+        self._check(inputs, several, num_items)
         self._trainer.engine.attach_train_batch(main, None, step, index, samples=several.sample_of)
 
     def compute_directions(
@@ -67,24 +69,29 @@ class ItemLoss:
     def _main_input(self, inputs: Mapping[str, Any]) -> Tensor:
         name = getattr(self._trainer.model, "main_input_name", "input_ids")
         if not isinstance(inputs.get(name), Tensor):
-            raise GraddotError(f"the batch has no {name}, but {', '.join(inputs)}")
+            raise GraddotError(
+                f"the batch has no {name}, in which every item has its rows, but {', '.join(inputs)}; let the"
+                " collator put a row of every item there, then another of every item, and so on, and"
+                " compute_loss run the model once, of all rows"
+            )
         return inputs[name]  # type: ignore[no-any-return]
 
-    def _of(self, inputs: Mapping[str, Any]) -> Tensor:
+    def _of(self, inputs: Mapping[str, Any], num_items: Any = None) -> Tensor:
+        given = {} if num_items is None else {"num_items_in_batch": num_items}
         with self._trainer.compute_loss_context_manager():
-            loss: Tensor = self._compute(self._trainer.engine.model, dict(inputs))
+            loss: Tensor = self._compute(self._trainer.engine.model, dict(inputs), **given)
         return loss
 
-    def _check(self, inputs: Mapping[str, Any], several: SampleRows) -> None:
+    def _check(self, inputs: Mapping[str, Any], several: SampleRows, num_items: Any) -> None:
         trainer, model = self._trainer, self._trainer.engine.model
-        forward, new = trainer.engine._forward, ragged(inputs, several, self._ragged)
+        forward, new = trainer.engine._forward, unseen(inputs, several, self._seen)
         due = torch.tensor([forward.is_first or bool(new)], device=trainer.args.device)
         if trainer.args.world_size > 1:  # for a loss may ask the other processes
             due = trainer.accelerator.gather(due)
-        self._ragged |= new
+        self._seen |= new
         if due.any():
             with forward.set_aside(), self._own_logs():
-                check_mean_of_items(model, self._of, inputs, several, forward.thorough)
+                check_mean_of_items(model, self._of, inputs, several, forward.thorough, num_items)
                 unshard(model)
 
     @contextlib.contextmanager
@@ -109,41 +116,47 @@ def items_in_rows(rows: int, items: int) -> SampleRows:
     return SampleRows(torch.arange(rows) % items)
 
 
-def ragged(
+def unseen(
     inputs: Mapping[str, Any], several: SampleRows, known: set[tuple[str, int]]
 ) -> set[tuple[str, int]]:
-    """Which masks of a batch (rows, T) differ in their sums from item to item, and in which of its rows,
-    beside those known: where none does, weights by token are not to be seen."""
+    """What a batch has, beside what is known, without which a loss may look like a mean of items': several
+    items at all, and masks and labels (rows, T) that differ in their sums, or numbers, from item to item
+    (where none does, weights by token are not to be seen), and in which of an item's rows."""
     kinds = range(several.rows // len(several))
-    found = set()
+    found = {("items", 0)} if len(several) > 1 else set()
     for name, x in inputs.items():
-        if "mask" not in name or not {(name, k) for k in kinds} - known:
+        if not isinstance(x, Tensor) or x.dim() != 2 or len(x) != several.rows:
             continue
-        if isinstance(x, Tensor) and x.dim() == 2 and len(x) == several.rows:
-            sums = x.sum(1).view(-1, len(several))
+        if ("mask" in name or "label" in name) and {(name, k) for k in kinds} - known:
+            marked = x if "mask" in name else x != -100
+            sums = marked.sum(1).view(-1, len(several))
             found |= {(name, k) for k in (sums != sums[:, :1]).any(1).nonzero().flatten().tolist()}
     return found - known
 
 
 def check_mean_of_items(
     model: nn.Module,
-    compute: Callable[[dict[str, Any]], Tensor],
+    compute: Callable[[dict[str, Any], Any], Tensor],
     inputs: Mapping[str, Any],
     several: SampleRows,
     thorough: bool,
+    num_items: Any = None,
 ) -> None:
     """Raise GraddotError unless the loss of a batch is the mean of those of its items.
 
-    compute(inputs) runs the model and gives the loss of a batch. The loss, and its gradient at what the
-    model returns, are compared with those of parts of the items, run without the others. What the model
-    returns is moved at random for that: where it is still its reference's, as under DPO before the first
-    step, all items have the same loss, and so has any mean of them. thorough as in `splits_of`.
+    compute(inputs, num_items) runs the model and gives the loss of a batch, which is not to depend on
+    num_items. The loss, and its gradient at what the model returns, are compared with those of parts of
+    the items, run without the others. What the model returns is moved at random for that: where it is
+    still its reference's, as under DPO before the first step, all items have the same loss, and so has
+    any mean of them. thorough as in `splits_of`.
     """
     items, tolerance = len(several), loss_tolerance(model)
 
-    def run(part: Sequence[int]) -> tuple[Tensor, Sequence[Tensor | None]]:
+    def run(
+        part: Sequence[int], num_items: Any = num_items
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         with own_buffers(model), _outputs_of(model, several, part) as outputs:
-            loss = compute(_take(inputs, part, several))
+            loss = compute(_take(inputs, part, several), num_items)
         used = outputs if loss.requires_grad else []
         grads = torch.autograd.grad(loss, used, allow_unused=True) if used else ()
         return loss.detach().double(), grads
@@ -152,6 +165,15 @@ def check_mean_of_items(
         # What the model returns without a gradient, too, as numbers for the logs, has one here.
         warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
         whole, grads = run(range(items))
+        if num_items is not None:
+            without, _ = run(range(items), None)
+            if (whole - without).abs() > tolerance * without.abs():
+                raise GraddotError(
+                    f"the loss of the batch is {float(whole):.6g} where compute_loss gets num_items_in_batch,"
+                    f" the labelled tokens of the whole step, and {float(without):.6g} without. Expected with"
+                    " mean_of_items=True the mean over the batch's items of a loss of each one's own,"
+                    " whatever that is"
+                )
         for split in splits_of(items, thorough):
             mean, same = torch.zeros_like(whole), True
             for part in split:
@@ -166,7 +188,8 @@ def check_mean_of_items(
                 + ("" if same else ", with other gradients at what the model returns")
                 + ". Expected with mean_of_items=True the mean over the batch's items of a loss of each"
                 " one's own: one that compares items, as with a mean or running mean over the batch, or"
-                " weights them by their tokens, gives no item a share of its own"
+                " weights them by their tokens, gives no item a share of its own; nor does a collator that"
+                " lays the rows in another order than a row of every item, then another of every item"
             )
 
 
@@ -200,6 +223,7 @@ def _outputs_of(
     rows, number = several.rows_of(part), itertools.count()
     outputs: list[Tensor] = []
     enabled: list[bool] = []
+    forwards = 0  # with a graph
 
     def moved_output(x: Tensor) -> Tensor:
         if not x.is_floating_point():
@@ -211,12 +235,20 @@ def _outputs_of(
             sizes = moved.abs().where(moved.isfinite(), 0.0)
             sizes = sizes.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else sizes
             moved = moved + noise * (1 + sizes)
-        if torch.is_grad_enabled():
-            outputs.append(moved.requires_grad_())
-        return moved
+        if not torch.is_grad_enabled():
+            return moved
+        outputs.append(moved.requires_grad_())
+        return moved.clone()  # which a loss may change in place, as no leaf can be
 
     def before(module: nn.Module, args: Any) -> None:
+        nonlocal forwards
         enabled.append(torch.is_grad_enabled())
+        forwards += enabled[-1]
+        if forwards > 1:
+            raise GraddotError(
+                "compute_loss runs the model more than once with a gradient. A step has one forward: let the"
+                " collator put the rows of all items into one batch, and split what the model returns for it"
+            )
         torch.set_grad_enabled(False)
 
     def after(module: nn.Module, args: Any, output: Any) -> Any:

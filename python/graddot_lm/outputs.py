@@ -331,7 +331,7 @@ def check_losses(
                 problem = (
                     f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
                     " batch, as that which balances experts, in which no row has a part of its"
-                    " own; pass output_router_logits=False"
+                    " own; pass output_router_logits=False, or TRL router_aux_loss_coef=0.0"
                 )
                 return dict.fromkeys(numbers, problem)
             losses.append({key: x.double() for key, x in numbers.items()})
