@@ -130,6 +130,26 @@ def train(
     return snapshots.models, rows_of(folder / "scores")
 
 
+def trained_alike(scored, regular):
+    """Train both, Trainer's own and ours; the weights are the same. Returns the snapshots of ours."""
+    regular.train()
+    snapshots = Snapshots()
+    scored.add_callback(snapshots)
+    scored.train()
+    both = zip(scored.model.named_parameters(), regular.model.parameters(), strict=True)
+    for (name, p), q in both:
+        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    return snapshots
+
+
+def without_own_forwards(model):
+    """A copy: TRL's forward is that of the model it was put on."""
+    model = copy.deepcopy(model)
+    for part in model.modules():
+        part.__dict__.pop("forward", None)
+    return model
+
+
 def rows_of(path):
     return pyarrow.dataset.dataset(path).to_table().to_pylist()
 

@@ -76,16 +76,21 @@ class WholeWeights(Snapshots):
         self.models.append({n: p.detach().clone() for n, p in weights(model).items()})
 
 
-def run(rank, world, folder, model, options, collator=collate):
-    """What torchrun sets for a process, and a run of the Trainer in it."""
+def as_by_torchrun(rank, world):
+    """What torchrun sets for a process."""
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost"
     )
     for state in (AcceleratorState, GradientState, PartialState):  # the parent's, after a fork
         state._reset_state()
+    shard_on_cpus()
+
+
+def run(rank, world, folder, model, options, collator=collate):
+    """A run of the Trainer in a process."""
+    as_by_torchrun(rank, world)
     trained, regular = MODELS[model](), MODELS[model]()
     options = {"per_device_train_batch_size": 2, **options}
-    shard_on_cpus()
     with mock.patch("hf_runs.Snapshots", WholeWeights):
         states = train(folder, trained, *DATA[model], **options, collator=collator)[0]
     assert isinstance(trained, FSDPModule) == ("fsdp" in options)

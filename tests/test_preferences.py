@@ -1,20 +1,28 @@
 """Scores for preference pairs: TRL's trainers of rewards and of DPO, each pair one sample."""
 
 import copy
-import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer
 from graddot_lm.item_loss import items_in_rows, unseen
-from hf_runs import TRAIN, VAL, Snapshots, arguments, clipping, collate, flat, rows_of
+from hf_runs import (
+    TRAIN,
+    VAL,
+    arguments,
+    clipping,
+    collate,
+    flat,
+    rows_of,
+    trained_alike,
+    without_own_forwards,
+)
 from model_zoo import causal
 from process_group import on_processes
-from test_hf_processes import shard_on_cpus, weights
+from test_hf_processes import as_by_torchrun, weights
 from test_trl import PROMPTS, tokenizer
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import SequentialSampler
@@ -95,13 +103,6 @@ def dpo_loss(model, reference, batch, kind):
     return -F.logsigmoid(0.1 * (chosen - rejected)).mean()
 
 
-def without_own_forwards(model):
-    model = copy.deepcopy(model)
-    for part in model.modules():  # TRL's forward is that of the model it was put on
-        part.__dict__.pop("forward", None)
-    return model
-
-
 @pytest.mark.parametrize(
     "kind, settings",
     [
@@ -114,14 +115,8 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
     base = trl.RewardTrainer if "reward" in kind else trl.DPOTrainer
     make = lambda name, cls=None: trainer(base, tmp_path / name, tokenizer, kind, cls, **settings)
     regular = make("regular")
-    regular.train()
     scored = make("scored", type("Scored", (GradDotProdTrainer, base), {}))
-    snapshots = Snapshots()
-    scored.add_callback(snapshots)
-    scored.train()
-    both = zip(scored.model.named_parameters(), regular.model.parameters(), strict=True)
-    for (name, p), q in both:
-        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    snapshots = trained_alike(scored, regular)
     logs = [
         {k: x for row in run.state.log_history for k, x in row.items() if "runtime" not in k}
         for run in (scored, regular)
@@ -166,12 +161,7 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
 
 
 def on_two(rank, world, folder, tokenizer, settings):
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="localhost"
-    )
-    for state in (AcceleratorState, GradientState, PartialState):  # the parent's, after a fork
-        state._reset_state()
-    shard_on_cpus()
+    as_by_torchrun(rank, world)
     run = trainer(trl.RewardTrainer, folder, tokenizer, "reward", ScoredReward, **settings)
     run.train()
     assert isinstance(run.model, FSDPModule) == ("fsdp" in settings)

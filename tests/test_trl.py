@@ -1,6 +1,5 @@
 """Scores for TRL's SFTTrainer: chats and prompts, tokenized by it, whole models and adapters."""
 
-import copy
 import itertools
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import GradDotProdTrainer, content_id
-from hf_runs import Snapshots, flat, rows_of
+from hf_runs import flat, rows_of, trained_alike, without_own_forwards
 from model_zoo import causal
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Trainer
@@ -74,9 +73,7 @@ def trainer(cls, folder, tokenizer, kind, *, lora=False, **kwargs):
 
 def gradient(model, row):
     """One collated row's, in float64; of texts packed into it, each in a row of its own."""
-    model = copy.deepcopy(model).double()
-    for part in model.modules():  # TRL's forward is that of the model it was put on
-        part.__dict__.pop("forward", None)
+    model = without_own_forwards(model).double()
     model.zero_grad()
     lengths = [row["input_ids"].shape[1]]
     if "position_ids" in row:
@@ -118,14 +115,8 @@ def test_every_row_and_the_weights(tmp_path, tokenizer, kind, options, lora, clo
         pytest.skip("tried with TRL 1.16")
     make = lambda cls, name: trainer(cls, tmp_path / name, tokenizer, kind, lora=lora, **options)
     regular = make(trl.SFTTrainer, "regular")
-    regular.train()
     scored = make(ScoredSFTTrainer, "scored")
-    snapshots = Snapshots()
-    scored.add_callback(snapshots)
-    scored.train()
-    pairs = zip(scored.model.named_parameters(), regular.model.parameters(), strict=True)
-    for (name, p), q in pairs:
-        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6), name
+    snapshots = trained_alike(scored, regular)
 
     rows = rows_of(tmp_path / "scored" / "scores")
     if not options.get("packing"):  # which makes a few rows of all

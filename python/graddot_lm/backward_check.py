@@ -48,7 +48,8 @@ def check_backward(
     first half. Where the model returns something by samples, the loss is of that, and the others'
     gradients must be zero then; else it is the model's own, and the half runs by itself. In both the
     half's gradients must be the same, but for the scale of a mean. A model that cannot be
-    differentiated so is not judged, nor one that returns its loss alone, unless loss_is_of_rows. Returns of each of the model's outputs whether it is by samples.
+    differentiated so is not judged, nor one that returns its loss alone, unless loss_is_of_rows. Returns
+    of each of the model's outputs whether it is by samples.
     """
     packed, inputs = lengths is not None, (args, kwargs)
     index = _some_of(samples, [] if packed else tree_leaves(inputs))

@@ -73,7 +73,8 @@ def check_samples_apart(
     outputs, (rows, ...) each, are those of the model that it is made of. Where a loss is a sum over
     rows, its gradient of some rows' outputs does not change with others'. One that cannot be
     differentiated twice, or has a backward of its own, is not judged; nor is one of so many outputs
-    that this would cost memory. thorough as in `splits_of`; several are the samples if they have more than a row each.
+    that this would cost memory. thorough as in `splits_of`; several are the samples if they have more than
+    a row each.
     """
     nodes = _between(loss, outputs)
     if any(map(_gathers, nodes)):
