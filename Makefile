@@ -9,6 +9,7 @@ INSTALL := $(BIN)/pip install -q --no-compile
 # The CPU build of torch unless told otherwise: `make TORCH=torch` takes the default build.
 TORCH ?= torch==2.13.0
 DEMO ?= demo
+REPORT := build/tests.xml
 
 .PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-models bench-options exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
 
@@ -25,7 +26,7 @@ demo: $(VENV)/installed ## train a small GPT-2 on text of this machine, show whi
 
 test: $(VENV)/installed ## everything that CI runs
 	$(MAKE) -j 2 --output-sync=target lint csrc-check aot
-	$(BIN)/pytest -n 2 --dist worksteal
+	$(BIN)/pytest -n 2 --dist worksteal --junitxml=$(REPORT)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -58,8 +59,8 @@ bench-models: $(VENV)/installed ## what scores add to a step, kind of model by k
 bench-options: $(VENV)/installed ## what each of the engine's options adds to a step
 	$(BIN)/python bench/bench_options.py
 
-exactness: $(VENV)/installed ## docs/exactness.md: the errors that the tests measured
-	$(BIN)/python bench/exactness.py
+exactness: $(VENV)/installed ## docs/exactness.md: the errors that the last `make test` measured
+	$(BIN)/python bench/exactness.py $(REPORT)
 
 # Parts of `gpu-check`, each for itself, so that a machine lent for minutes takes them one by one. Each
 # has a time, ten minutes in all, after which it is interrupted and says what it has seen; one that

@@ -1,33 +1,22 @@
-"""`make exactness`: the relative errors that the tests measured, as docs/exactness.md; those of models
-in loops also as README.md's table.
+"""`make exactness`: the relative errors that the last `make test` measured, as docs/exactness.md; those
+of models in loops also as README.md's table.
 
-Runs the tests that record one and fails if any test does.
+    python bench/exactness.py REPORT    # of pytest --junitxml
 """
 
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
 from _report import ROOT
 
+sys.path.insert(0, str(ROOT / "tests"))
+from grid_cells import SUBJECTS
+from test_grid import LOOPS
+
 GRID, MODELS = "test_grid", "test_models"
-FILES = (
-    GRID,
-    MODELS,
-    "test_loops",
-    "test_checkpointing",
-    "test_directions",
-    "test_norms_option",
-    "test_hf",
-    "test_hf_forms",
-    "test_hf_processes",
-    "test_distributed",
-    "test_train_processes",
-)
 HEAD = """# Measured errors
 
 The largest relative error of the scores in each test, against a float64 brute force with one
@@ -59,23 +48,21 @@ def recorded(report: Path) -> dict[tuple[str, str], float]:
 
 def grid_table(report: Path) -> list[str]:
     """Models by loops; a cell that is not possible has the number of its reason."""
-    rows: dict[str, dict[str, str]] = {}
-    reasons: list[str] = []
-    for _, found in properties(report):
-        if "cell" in found:
-            model, loop = found["cell"][0].split("/")
-            for coverage in found.get("coverage", []):
-                rows.setdefault(model, {})["scored"] = coverage
-            reason = found.get("not_possible", [""])[0]
-            if reason and reason not in reasons:
-                reasons.append(reason)
-            text = f"({reasons.index(reason) + 1})" if reason else ""
-            error = text or f"{max(map(float, found['relative_error'])):.0e}".replace("e-0", "e-")
-            rows.setdefault(model, {})[loop] = error
-    loops = list(next(iter(rows.values())))
-    lines = ["| | " + " | ".join(loops) + " |", "|---" * (len(loops) + 1) + "|"]
-    lines += [f"| {m} | " + " | ".join(cells[c] for c in loops) + " |" for m, cells in rows.items()]
-    notes = [f"({i + 1}) not possible: {text}" for i, text in enumerate(reasons)]
+    cells = {found["cell"][0]: found for _, found in properties(report) if "cell" in found}
+    columns, reasons = ["scored", *LOOPS], dict[str, int]()
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for model in SUBJECTS:
+        row = [model, *cells[f"{model}/step"]["coverage"]]
+        for loop in LOOPS:
+            found = cells[f"{model}/{loop}"]
+            if "not_possible" in found:
+                number = reasons.setdefault(found["not_possible"][0], len(reasons) + 1)
+                row.append(f"({number})")
+            else:
+                worst = max(map(float, found["relative_error"]))
+                row.append(f"{worst:.0e}".replace("e-0", "e-"))
+        lines.append("| " + " | ".join(row) + " |")
+    notes = [f"({number}) not possible: {text}" for text, number in reasons.items()]
     return [*lines, "", "; ".join(notes) + "."]
 
 
@@ -112,16 +99,17 @@ def loops_table(errors: dict[tuple[str, str], float]) -> list[str]:
     return lines + [f"| {name} | {len(e)} | {max(e):.1e} |" for name, e in sorted(tests.items())]
 
 
-def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        report = Path(folder) / "report.xml"
-        paths = [f"tests/{name}.py" for name in FILES]
-        command = [sys.executable, "-m", "pytest", "-n", "2", "--dist", "loadfile"]
-        done = subprocess.run([*command, f"--junitxml={report}", *paths], cwd=ROOT, check=False)
-        if done.returncode:
-            return done.returncode
-        errors, grid = recorded(report), grid_table(report)
-    write_grid(grid)
+def main(report: Path) -> int:
+    if not report.exists():
+        print(f"exactness: there is no {report}; run `make test`, which writes it", file=sys.stderr)
+        return 1
+    suites = list(ElementTree.parse(report).getroot().iter("testsuite"))
+    wrong = sum(int(suite.get(kind, "0")) for suite in suites for kind in ("failures", "errors"))
+    if wrong:
+        print(f"exactness: {wrong} tests of {report} failed; nothing is written", file=sys.stderr)
+        return 1
+    errors = recorded(report)
+    write_grid(grid_table(report))
     parts = [HEAD, "## Models by precision\n", *models_table(errors)]
     parts += ["\n## Other tests\n", *loops_table(errors)]
     (ROOT / "docs" / "exactness.md").write_text("\n".join(parts) + "\n")
@@ -130,4 +118,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(Path(sys.argv[1])))

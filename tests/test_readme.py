@@ -33,7 +33,7 @@ def test_snippets_run(capsys):
 
 
 def test_table_of_models_and_loops_is_whole():
-    """A model or loop that is new to the tests needs `make exactness` to be run again."""
+    """A model or loop that is new to the tests needs `make test exactness`."""
     table = README.read_text().split("<!-- written by `make exactness` -->\n")[1]
     lines = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
     assert lines[0] == ["scored", *LOOPS]
