@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
+from engine_steps import close, run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
 from graddot_lm.following import Following
 from loop_steps import same_gradients
-from test_engine import close, run_step
 from torch import nn
 
 

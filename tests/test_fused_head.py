@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
+from engine_steps import TOLERANCE, close
 from graddot_lm import (
     GraddotError,
     GradDotProdEngine,
@@ -14,7 +15,6 @@ from graddot_lm import (
     unfuse_head,
 )
 from model_zoo import adapters
-from test_engine import TOLERANCE, close
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
