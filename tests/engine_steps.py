@@ -5,7 +5,7 @@ import copy
 import torch
 from brute_force import gradient, lm_loss, sample_dots, total
 from graddot_lm import GradDotProdEngine
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 # Relative error of a dot; the denominator is at least a tenth of the Cauchy-Schwarz scale
@@ -35,6 +35,10 @@ def close(got, want, tolerance, scale=None):
     scale = want.abs() if scale is None else torch.maximum(want.abs(), 0.1 * scale)
     error = ((got.double() - want).abs() / scale.clamp(min=1e-30)).max().item()
     assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
+
+
+def relative(got: Tensor, want: Tensor) -> float:
+    return ((got.double() - want).norm() / want.norm()).item()
 
 
 def check_against_brute_force(model, train, val, dtype, *, loss=lm_loss, label_shift=1):
