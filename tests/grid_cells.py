@@ -26,7 +26,7 @@ from model_zoo import (
 )
 from torch import nn
 
-TOLERANCE = 1e-5  # as in test_engine.py, with the denominator explained there
+TOLERANCE = 1e-5  # as in engine_steps.py, with the denominator explained there
 TOLERANCE_16_BIT = 2e-2  # of the Cauchy-Schwarz scale
 GRADIENT_16_BIT = 3e-2  # of the norm; regular training of Mixtral in bf16 is 2.1e-2 off
 IGNORE = {"labels": -100}

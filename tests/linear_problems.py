@@ -1,10 +1,14 @@
-"""Random inputs of the linear and norm functions: shapes, dtypes and memory layouts."""
+"""Random inputs of the linear and norm functions: shapes, dtypes and memory layouts; and by
+what their routes are chosen."""
 
 from typing import NamedTuple
 
+import pytest
 import torch
 from kernel_checks import FP32_ERROR
 from torch import Tensor
+
+from graddot_kernels import torch_impl
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DTYPES["fp64"] = torch.float64
@@ -58,3 +62,9 @@ def rows(x: Tensor) -> Tensor:
 def joint(p: Problem) -> tuple[Tensor, Tensor]:
     with torch.autocast("cpu", enabled=False):  # its cat refuses fp16
         return torch.cat([p.act, p.val_act]), torch.cat([p.grad, p.val_grad])
+
+
+@pytest.fixture(params=[0, 10**6], ids=["by-products", "by-calls"])
+def each_count(request, monkeypatch) -> None:
+    """Routes chosen by multiply-adds alone, as of large layers, and by calls, as of small ones."""
+    monkeypatch.setattr(torch_impl, "_MACS_OF_CALLS", request.param)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from brute_force import tiny_gpt2
-from test_engine import SharedEverything
+from engine_steps import SharedEverything
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

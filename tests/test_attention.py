@@ -4,10 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import lm_loss, token_batch
+from engine_steps import run_step
 from graddot_lm import GraddotError, GradDotProdEngine, linear_cross_entropy, register_layer
 from graddot_lm.rules import _registered
 from model_zoo import TimeFirst, shaken
-from test_engine import run_step
 from test_models import check
 from torch import nn
 

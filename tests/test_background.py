@@ -17,8 +17,8 @@ from graddot_lm.background import BackgroundWriter, WriterThread
 from graddot_lm.batches import Rows, read_batch
 from graddot_lm.run_directory import RunDirectory
 from graddot_lm.store import SCORES, PartWriter, read_scores
-from test_store import CONFIG, check_after_kill, die_before_call, expect_steps, rows, start
-from test_store import state_at as state
+from stored_runs import CONFIG, check_after_kill, die_before_call, expect_steps, rows, start
+from stored_runs import state_at as state
 from waits import VALUES, Waits
 
 

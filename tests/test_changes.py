@@ -1,5 +1,5 @@
-"""What changes around an engine, or beside it: layers unfrozen or replaced, running means, optimizer
-steps in another order. Exact, or refused with the reason."""
+"""What changes around an engine, or beside it: layers unfrozen or replaced, optimizer steps in
+another order, arguments of another kind. Exact, or refused with the reason."""
 
 import pytest
 import torch
@@ -7,46 +7,8 @@ import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine
 from loop_steps import Store, run, same_gradients
+from net_steps import TRAIN, VAL, Net, X, Y, attached, plain_loss, step
 from torch import nn
-
-X, Y = (
-    torch.randn(6, 5, 8, generator=torch.Generator().manual_seed(0)).double(),
-    torch.arange(6) % 3,
-)
-TRAIN, VAL = (X[:4], Y[:4]), (X[4:], Y[4:])
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(1)
-        self.up, self.down = nn.Linear(8, 8), nn.Linear(8, 8)
-        self.head = nn.Linear(8, 3)
-        self.double()
-
-    def forward(self, x):
-        return self.head(self.down(self.up(x).tanh()).tanh().mean(1))
-
-
-def step(engine, loss_of, factor=1.0, number=0, track=True, train=TRAIN, model=None):
-    """One step with a loss made of the model's output; its scores."""
-    engine.attach_train_batch(*train, number, torch.arange(4))
-    x, y = engine.prepare_forward_input(*train)
-    loss = loss_of(engine.model if model is None else model, x, y)
-    ((engine.track_loss(loss) if track else loss) * factor).backward()
-    engine.prepare_gradients()
-    return engine.aggregate_and_log()
-
-
-def plain_loss(model, x, y):
-    return F.cross_entropy(model(x), y)
-
-
-def attached(model, optimizer=None, val=VAL, **options):
-    engine = GradDotProdEngine(model, val, **options)
-    engine.attach(optimizer)
-    return engine
-
 
 # Layers and parameters
 
@@ -177,189 +139,6 @@ def test_a_layer_that_runs_later_with_time_first(close):
     assert model.calls[0] == before + 1  # what was learnt late is known
 
 
-# Buffers and noise
-
-
-class Normaliser(nn.Module):
-    """Scales by a running mean, which it updates."""
-
-    def __init__(self, floating):
-        super().__init__()
-        self.linear = nn.Linear(8, 3).double()
-        self.register_buffer("mean", torch.ones(8).double())
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))
-        self.floating = floating
-
-    def forward(self, x):
-        out = self.linear(x.mean(1) / self.mean)
-        self.steps += 1
-        if self.floating:
-            self.mean = 0.9 * self.mean + 0.1 * x.detach().abs().mean((0, 1))
-        return out
-
-
-def test_a_running_mean_that_would_see_validation_rows_is_refused():
-    with pytest.raises(GraddotError, match="buffer mean was changed by the forward, in which"):
-        step(attached(Normaliser(True)), plain_loss)
-
-
-def test_the_checks_leave_no_trace_in_buffers():
-    model, alone = Normaliser(False), Normaliser(True)
-    step(attached(model), plain_loss)
-    assert model.steps == 1
-    engine = GradDotProdEngine(alone)
-    engine.attach()
-    engine.set_directions({n: torch.ones_like(p) for n, p in alone.named_parameters()})
-    step(engine, plain_loss)
-    assert alone.steps == 1
-    torch.testing.assert_close(alone.mean, 0.9 + 0.1 * TRAIN[0].abs().mean((0, 1)))
-
-
-class Remembering(nn.Module):
-    """Keeps tensors in attributes, and uses one of them in its next forward."""
-
-    def __init__(self, what, in_place=False):
-        super().__init__()
-        self.linear = nn.Linear(8, 3).double()
-        self.what, self.in_place, self.calls, self.map = what, in_place, 0, None
-        if what == "zeros":
-            self.mean = torch.zeros(8).double()
-
-    def forward(self, x):
-        self.calls += 1
-        mean = getattr(self, "mean", torch.zeros(())).clone() if self.what else 0
-        now = x.detach().mean((0, 1))
-        if self.in_place:
-            self.mean.copy_(now)
-        else:
-            self.mean = now
-        self.map = self.linear(x + mean)
-        return self.map.mean(1) * (1 + self.calls)
-
-
-@pytest.mark.parametrize(
-    "model", [Remembering("zeros"), Remembering("zeros", True), Remembering("new")]
-)
-def test_what_a_model_remembers_of_validation_rows_is_refused(model):
-    mean = getattr(model, "mean", None)
-    with pytest.raises(GraddotError, match="^map, mean: changed by the forward, in which valid"):
-        step(attached(model), plain_loss)
-    assert (
-        model.calls == 1 and (model.mean is mean) == model.in_place
-    )  # of the one forward of the step
-
-
-def test_what_is_kept_to_be_looked_at_and_counts_do_no_harm(close):
-    model = Remembering("")
-    engine = attached(model)
-    for number in (1, 2):
-        # The copy that runs alone counts one forward more, and scales by it.
-        loss = lambda out, y, k=number: F.cross_entropy(out / (2 + k) * (1 + k), y)
-        model.calls = number
-        model.map = None  # which has a graph, and so no copy
-        want = total(sample_dots(model, TRAIN, VAL, loss=loss)[0])
-        model.calls = number - 1
-        close(step(engine, plain_loss, number=number), want, 1e-10)
-        assert model.calls == number
-
-
-class Noisy(Net):
-    def __init__(self, mix):
-        super().__init__()
-        self.mix = mix
-
-    def forward(self, x):
-        return super().forward(self.mix(x))
-
-
-MIXES = {
-    "mixup": lambda x: 0.7 * x + 0.3 * x[torch.randperm(len(x))],
-    "centred": lambda x: x - x.mean(0) + 0.1 * torch.randn_like(x),
-    "drawn": lambda x: x + x[torch.randint(0, len(x), (len(x),))],
-    "normal": lambda x: x - x.mean(0) + torch.empty_like(x).normal_(),
-}
-
-
-@pytest.mark.parametrize("mix", MIXES)
-def test_mixed_samples_are_found_behind_noise(mix):
-    with pytest.raises(GraddotError, match="depends on other samples of the batch"):
-        step(attached(Noisy(MIXES[mix])), plain_loss)
-
-
-class Sampled(nn.Module):
-    """A latent vector (rows, d) with noise in it, as a variational encoder has."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.head = nn.Linear(8, 8).double(), nn.Linear(8, 3).double()
-
-    def forward(self, x):
-        h = self.up(x.mean(1))
-        return self.head(h + 0.1 * torch.randn_like(h))
-
-
-def test_noise_before_a_layer_of_two_dimensions():
-    assert step(attached(Sampled()), plain_loss).isfinite().all()
-
-
-class Mean(Net):
-    """Takes the mean over all tokens, padding too."""
-
-    def __init__(self, heeds):
-        super().__init__()
-        self.heeds = heeds
-
-    def forward(self, x):
-        used = (x != 0).any(-1, keepdim=True) if self.heeds else torch.ones_like(x[..., :1])
-        return self.head((self.up(x).tanh() * used).sum(1) / used.sum(1))
-
-
-@pytest.mark.parametrize("longer", ["train", "val"])
-def test_padding_that_the_model_looks_at_is_refused(longer, close):
-    short = X[:, :3]
-    x, x_val = (X[:4], short[4:]) if longer == "train" else (short[:4], X[4:])
-    for heeds in (True, False):
-        model = Mean(heeds)
-        train, val = (x, Y[:4]), (x_val, Y[4:])
-        engine = GradDotProdEngine(model, val, padding={"inputs": 0})
-        engine.attach()
-        engine.attach_train_batch(*train, 0, None)
-        joint, y = engine.prepare_forward_input(*train)
-        if heeds:
-            dots, scales = sample_dots(Mean(True), train, val, loss=F.cross_entropy)
-            engine.track_loss(F.cross_entropy(model(joint), y)).backward()
-            engine.prepare_gradients()
-            close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
-        else:
-            with pytest.raises(GraddotError, match="length 3 that were filled up to 5 change what"):
-                model(joint)
-
-
-# Labels
-
-
-class Pixels(nn.Module):
-    """Classes in the second dimension of what it returns, as segmentation has them."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv1d(8, 3, 1).double()
-
-    def forward(self, x):
-        return self.conv(x.transpose(1, 2))
-
-
-def test_an_ignored_label_is_noticed_where_classes_come_second():
-    labels = torch.arange(30).view(6, 5) % 3
-    labels[1, 2:] = 255
-    engine = GradDotProdEngine(Pixels(), (X[4:], labels[4:]))
-    engine.attach()
-    engine.attach_train_batch(X[:4], labels[:4], 0, None)
-    F.cross_entropy(engine.model(X), labels, ignore_index=255).backward()
-    with pytest.raises(GraddotError, match="row 1 of the batch has 5 labelled tokens.*used 2"):
-        engine.prepare_gradients()
-
-
 # The optimizer's step
 
 
@@ -377,10 +156,10 @@ def test_what_is_read_before_the_step_is_closed(option):
         engine = GradDotProdEngine(model, label_shift=1, **{option: True})
         engine.attach()
         engine.set_directions(directions)
-        for step in range(2):
+        for i in range(2):
             for number in (0, 1):
-                train = token_batch(2, 9, seed=2 * step + number)
-                engine.attach_train_batch(*train, step, None)
+                train = token_batch(2, 9, seed=2 * i + number)
+                engine.attach_train_batch(*train, i, None)
                 engine.track_loss(lm_loss(model(train[0]).logits, train[1])).backward()
                 if closed or number == 0:
                     engine.prepare_gradients()
@@ -464,7 +243,7 @@ def test_a_direction_that_is_not_finite_is_refused(bad):
         engine.set_directions(direction)
 
 
-# A backward that raises, tokens without a gradient, tokens picked by their values
+# A backward that raises
 
 
 def test_a_backward_that_raised_has_no_scores(close):
@@ -489,95 +268,6 @@ def test_a_backward_that_raised_has_no_scores(close):
     handle.remove()
     dots, scales = sample_dots(model, TRAIN, VAL, loss=F.cross_entropy)
     close(step(engine, plain_loss, number=1), total(dots), 1e-10, total(scales))
-
-
-def test_samples_beyond_the_margin_of_a_hinge_loss(close):
-    """They get a gradient of 0, which is no sign of labels that the loss ignores."""
-    model = Net()
-    engine = attached(model)
-    loss = lambda out, y: F.multi_margin_loss(out, y, margin=0.2)
-    loss_of = lambda model, x, y: loss(model(x), y)
-    with torch.no_grad():
-        model.head.weight.mul_(0.05)
-        model.head.bias.zero_()
-    for number in range(10):
-        step(engine, loss_of, number=number)
-    with torch.no_grad():
-        model.head.weight.mul_(200)
-    dots, scales = sample_dots(model, TRAIN, VAL, loss=loss)
-    scores = step(engine, loss_of, number=10)
-    assert 0 < (scores == 0).sum() < 4
-    close(scores, total(dots), 1e-10, total(scales))
-
-
-@pytest.mark.parametrize("ignored", [False, True])
-def test_tokens_whose_gradient_rounds_to_zero(close, ignored):
-    """They are predicted with certainty; what the loss ignores beside them is still found."""
-    model, val = tiny_gpt2().double(), token_batch(1, 9, seed=2)
-    x, y = token_batch(3, 9, seed=1)
-    engine = GradDotProdEngine(model, val, label_shift=1)
-    engine.attach()
-    with torch.no_grad():
-        model.transformer.ln_f.weight.mul_(1e4)
-        y[:, 1:4] = model(x).logits[:, :3].argmax(-1)
-
-    def loss(logits, y):
-        labels = y[:, 1:]
-        labels = torch.where(labels == y[0, -1], -100, labels) if ignored else labels
-        return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels.flatten())
-
-    def run_step():
-        engine.attach_train_batch(x, y, 0, None)
-        joint, labels = engine.prepare_forward_input(x, y)
-        logits = model(joint).logits
-        logits.retain_grad()
-        engine.track_loss(loss(logits, labels)).backward()
-        engine.prepare_gradients()
-        return engine.aggregate_and_log(), (logits.grad == 0).all(-1)
-
-    if ignored:
-        with pytest.raises(GraddotError, match="but the loss used"):
-            run_step()
-        return
-    dots, scales = sample_dots(model, (x, y), val, loss=loss)
-    scores, idle = run_step()
-    close(scores, total(dots), 1e-9, total(scales))
-    assert idle[:3, :3].any()
-
-
-class Picked(nn.Module):
-    """Predicts the tokens that are masked, 0, and looks at no other."""
-
-    def __init__(self):
-        super().__init__()
-        self.embed, self.head = nn.Embedding(9, 8), nn.Linear(8, 9)
-        self.double()
-
-    def forward(self, ids):
-        hidden = self.embed(ids).cumsum(1)
-        return self.head(hidden[ids == 0])
-
-
-@pytest.mark.parametrize(
-    ("masked", "reason"),
-    [
-        ((2, 2, 2, 2), "layer head gets tokens that are picked by their values"),
-        ((1, 1, 1, 1), "layer head gets tokens that are picked by their values"),
-        ((2, 0, 1, 1), "layer head gets an input .* does not hold them one after the other"),
-    ],
-    ids=str,
-)
-def test_tokens_picked_by_their_values_are_refused(masked, reason):
-    """Also where there is one a row, or as many as if there were."""
-    model = Picked()
-    ids = torch.randint(1, 9, (4, 6))
-    for row, number in zip(ids, masked, strict=True):
-        row[1 : 1 + number] = 0
-    engine = GradDotProdEngine(model, (ids[3:], ids[3:]))
-    engine.attach()
-    engine.attach_train_batch(ids[:3], ids[:3], 0, None)
-    with pytest.raises(GraddotError, match=reason):
-        model(ids)
 
 
 # Arguments of another kind

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
+from engine_steps import SharedEverything
 from graddot_lm import GraddotError, GradDotProdEngine, adamw_direction, fuse_head
 from loop_steps import (
     attached,
@@ -18,7 +19,6 @@ from loop_steps import (
     same_gradients,
     tiny_bert,
 )
-from test_engine import SharedEverything
 from torch import nn
 
 

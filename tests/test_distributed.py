@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 ROWS, STEPS, LR, MOMENTUM = 8, 10, 0.1, 0.9
-# fp32 against float64, over ten steps; the rule for dots is that of test_engine.py.
+# fp32 against float64, over ten steps; the rule for dots is that of engine_steps.py.
 TOLERANCE = 1e-5
 
 

@@ -1,4 +1,4 @@
-"""The engine against brute force: scores, gradients, what they may not depend on, refusals."""
+"""The engine against brute force: scores, gradients, and what they may not depend on."""
 
 import copy
 import functools
@@ -7,56 +7,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
-from graddot_lm import GraddotError, GradDotProdEngine
+from engine_steps import (
+    MLP,
+    SharedEverything,
+    check_against_brute_force,
+    close,
+    run_step,
+)
+from graddot_lm import GradDotProdEngine
 from torch import nn
-from torch.nn.utils import prune
-from transformers.pytorch_utils import Conv1D
-
-# Relative error of a dot; the denominator is at least a tenth of the Cauchy-Schwarz scale
-# ‖D‖·‖G_i‖, which is what rounding errors of activations and gradients are proportional to: a dot
-# of two nearly orthogonal gradients has no relative accuracy in any fp32 computation.
-TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
-
-
-def run_step(model, train, val, *, loss=lm_loss, factor=1.0, label_shift=1, **kwargs):
-    """Scores and dots by parameter of one step; .grad is left on the model."""
-    model.zero_grad(set_to_none=True)
-    engine = GradDotProdEngine(model, val, label_shift=label_shift, per_parameter=True, **kwargs)
-    engine.attach()
-    engine.attach_train_batch(*train, 0, torch.arange(len(train[0])))
-    x, y = engine.prepare_forward_input(*train)
-    out = model(x)
-    total = loss(getattr(out, "logits", out), y)
-    (engine.track_loss(total) * factor).backward()
-    engine.prepare_gradients()
-    dots = engine.parameter_dots()
-    scores = engine.aggregate_and_log()
-    engine.detach()
-    return scores, dots
-
-
-def close(got, want, tolerance, scale=None):
-    scale = want.abs() if scale is None else torch.maximum(want.abs(), 0.1 * scale)
-    error = ((got.double() - want).abs() / scale.clamp(min=1e-30)).max().item()
-    assert error <= tolerance, f"relative error {error:.1e} > {tolerance:.0e}"
-
-
-def check_against_brute_force(model, train, val, dtype, *, loss=lm_loss, label_shift=1):
-    want, scales = sample_dots(model, train, val, loss=loss)
-    want_grad = gradient(model, *train, loss=loss)
-    model = copy.deepcopy(model).to(dtype)
-    if train[0].is_floating_point():
-        train, val = (train[0].to(dtype), train[1]), (val[0].to(dtype), val[1])
-    scores, dots = run_step(model, train, val, loss=loss, label_shift=label_shift)
-    close(scores, total(want), TOLERANCE[dtype])
-    for name, dot in dots.items():
-        close(dot, want[name], TOLERANCE[dtype], scales[name])
-    # A sample's dots by parameter as one vector: relative error in norm, whatever the angles.
-    got, exact = torch.stack([*dots.values()]).double(), torch.stack([want[n] for n in dots])
-    assert ((got - exact).norm(dim=0) <= TOLERANCE[dtype] * exact.norm(dim=0)).all()
-    for name, p in model.named_parameters():
-        error = (p.grad.double() - want_grad[name]).norm() / want_grad[name].norm()
-        assert error <= TOLERANCE[dtype], name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -177,23 +136,6 @@ def test_huggingface_labels():
         engine.detach()
 
 
-class MLP(nn.Module):
-    def __init__(self, conv1d=False):
-        super().__init__()
-        torch.manual_seed(0)
-        self.net = nn.Sequential(
-            nn.Linear(12, 20),
-            nn.GELU(),
-            nn.LayerNorm(20),
-            Conv1D(20, 20) if conv1d else nn.Linear(20, 20, bias=False),
-            nn.Tanh(),
-            nn.Linear(20, 7),
-        )
-
-    def forward(self, x):
-        return self.net(x)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
 @pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
 def test_mlp_classification(conv1d, dtype):
@@ -210,24 +152,6 @@ def test_mlp_regression():
     check_against_brute_force(
         MLP(), (x[:6], y[:6]), (x[6:], y[6:]), torch.float64, loss=loss, label_shift=0
     )
-
-
-class SharedEverything(nn.Module):
-    """A weight used by two embeddings and a head, a linear layer and a norm called twice."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.source, self.target = nn.Embedding(30, 10, padding_idx=3), nn.Embedding(30, 10, 3)
-        self.mix, self.norm = nn.Linear(10, 10), nn.LayerNorm(10)
-        self.head = nn.Linear(10, 30, bias=False)
-        self.target.weight = self.source.weight
-        self.head.weight = self.source.weight
-
-    def forward(self, ids):
-        x = self.source(ids) + 0.5 * self.target((7 * ids + 1) % 30)
-        x = torch.tanh(self.mix(self.norm(x)))
-        return self.head(torch.tanh(self.mix(self.norm(x))))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["fp32", "fp64"])
@@ -373,49 +297,6 @@ def test_frozen_and_excluded_parameters():
             assert (p.grad - want_grad[name]).norm() <= 1e-5 * want_grad[name].norm()
 
 
-def test_detach_restores_the_model():
-    model = tiny_gpt2()
-    model.lm_head.requires_grad_(False)
-    own = model.transformer.ln_f.forward
-    model.transformer.ln_f.forward = own
-    before = {n: (p.clone(), p.requires_grad) for n, p in model.named_parameters()}
-    dicts = [dict(m.__dict__) for m in model.modules()]
-    run_step(model, token_batch(2, 9, seed=1), token_batch(1, 9, seed=2))
-    assert [dict(m.__dict__) for m in model.modules()] == dicts
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name][0]) and p.requires_grad == before[name][1]
-
-
-def test_a_copy_of_an_attached_model_is_a_plain_model():
-    model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
-    engine = GradDotProdEngine(model, val)
-    engine.attach()
-    copied = copy.deepcopy(model)
-    with torch.no_grad():
-        copied.lm_head.weight.zero_()
-    engine.attach_train_batch(*token_batch(2, 9, seed=1), 0, None)
-    assert not copied(val[0]).logits.any() and model.lm_head.weight.any()
-
-
-def test_evaluation_between_steps():
-    model, val = tiny_gpt2(), token_batch(2, 9, seed=2)
-    engine = GradDotProdEngine(model, val)
-    engine.attach()
-    x, _ = token_batch(3, 20, seed=5)
-    want = tiny_gpt2()(x).logits
-    assert torch.equal(model(x).logits, want)
-    engine.detach_for_evaluation()
-    assert "forward" not in model.lm_head.__dict__
-    engine.reattach_after_evaluation()
-    assert torch.equal(model(x).logits, want)
-
-
-class Uncovered(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear, self.memory = nn.Linear(4, 4), nn.LSTM(4, 4, proj_size=2)
-
-
 class Borrowed(nn.Module):
     """Reads a layer's weight behind its back."""
 
@@ -427,130 +308,10 @@ class Borrowed(nn.Module):
         return self.linear(x) @ self.linear.weight
 
 
-def _engine_error(*args, match, **kwargs):
-    with pytest.raises(GraddotError, match=match):
-        GradDotProdEngine(*args, **kwargs)
-
-
-def test_refusals_name_what_is_wrong():
-    val = torch.randn(2, 4), torch.zeros(2, dtype=torch.long)
-    _engine_error(
-        Uncovered(), val, match=r"5 trainable parameters \(87.2%.*\n  memory.weight_ih_l0: no rule"
-    )
-    _engine_error(MLP(), (val[0][:0], val[1][:0]), match="0 inputs")
-    _engine_error(MLP(), {}, match="no target")
-    _engine_error(MLP(), (val[0], torch.full((2,), -100)), match="no labelled token")
-    _engine_error(MLP(), val, exclude=["nothing"], match="nothing")
-    _engine_error(nn.Embedding(5, 3, max_norm=1.0), val, match="max_norm")
-    _engine_error(
-        nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), val, match="1.weight: BatchNorm"
-    )
-    pruned = prune.l1_unstructured(nn.Linear(4, 4), "weight", 3)
-    normed = nn.utils.weight_norm(nn.Linear(4, 4))
-    _engine_error(nn.Sequential(pruned), val, match="0.weight_orig: a hook computes weight before")
-    _engine_error(nn.Sequential(normed), val, match="0.weight_g: a hook computes weight before")
-
-
 def test_a_weight_used_behind_the_layers_back():
     train, val = ((torch.randn(n, 4), torch.randint(0, 4, (n,))) for n in (3, 2))
     model = Borrowed()
     check_against_brute_force(model, train, val, torch.float32, loss=F.cross_entropy, label_shift=0)
-
-
-class DetachedEmbedding(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.embedding, self.head = nn.Embedding(30, 10), nn.Linear(10, 30, bias=False)
-        self.head.weight = self.embedding.weight
-
-    def forward(self, ids):
-        return self.head(self.embedding(ids).detach())
-
-
-def test_a_shared_gradient_that_cannot_be_completed_is_refused():
-    train, val = token_batch(3, 9, 30, seed=1), token_batch(1, 9, 30, seed=2)
-    with pytest.raises(GraddotError, match=r"embedding.weight: the loss depends"):
-        run_step(DetachedEmbedding(), train, val)
-
-
-@pytest.mark.parametrize("change", ["unfrozen", "replaced"])
-def test_a_parameter_that_the_engine_does_not_know_is_refused(change):
-    model, train, val = tiny_gpt2(), token_batch(2, 9, seed=1), token_batch(1, 9, seed=2)
-    weight = model.transformer.h[0].mlp.c_fc.weight.requires_grad_(change == "replaced")
-    engine = GradDotProdEngine(model, val)
-    engine.attach()
-    if change == "unfrozen":
-        weight.requires_grad_()
-    else:
-        model.transformer.h[0].mlp.c_fc.weight = nn.Parameter(weight.detach().clone())
-    with pytest.raises(
-        GraddotError, match="mlp.c_fc.weight: not a trainable parameter of the model"
-    ):
-        engine.attach_train_batch(*train, 0, None)
-
-
-def test_a_parameter_that_was_frozen_is_refused():
-    """Not to be left out by some layers' rules, and scored as if it were trained by others'."""
-    model, train, val = tiny_gpt2(), token_batch(2, 9, seed=1), token_batch(1, 9, seed=2)
-    engine = GradDotProdEngine(model, val, exclude=["transformer.ln_f.bias"])
-    engine.attach()
-    model.transformer.ln_f.requires_grad_(False)
-    with pytest.raises(GraddotError, match=r"^transformer.ln_f.weight: trained when .* frozen now"):
-        engine.attach_train_batch(*train, 0, None)
-
-
-def test_wrong_label_shift_is_refused():
-    train, val = token_batch(3, 9, seed=1, ragged=True), token_batch(1, 9, seed=2)
-    with pytest.raises(GraddotError, match="label_shift=1"):
-        run_step(tiny_gpt2(), train, val, label_shift=0)
-
-
-class TokensFirst(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.linear(x.transpose(0, 1).flatten(0, 1)).view(5, -1, 4).transpose(0, 1)
-
-
-def test_mixed_samples_are_refused():
-    x, y = torch.randn(3, 5, 4), torch.zeros(3, 5, dtype=torch.long)
-    with pytest.raises(GraddotError, match=r"layer linear gets an input \(of shape \(20, 4\)\)"):
-        run_step(TokensFirst(), (x, y), (x[:1], y[:1]), loss=F.cross_entropy, label_shift=0)
-
-
-def test_order_of_calls_is_checked():
-    model, val = tiny_gpt2(), token_batch(1, 9, seed=2)
-    x, y = token_batch(2, 9, seed=1)
-    engine = GradDotProdEngine(model, val)
-    with pytest.raises(GraddotError, match="attach"):
-        engine.attach_train_batch(x, y, 0, None)
-    engine.attach()
-    with pytest.raises(GraddotError, match="attached already"):
-        engine.attach()
-    with pytest.raises(GraddotError, match="another engine"):
-        GradDotProdEngine(model, val).attach()
-    with pytest.raises(GraddotError, match="no scores"):
-        engine.aggregate_and_log()
-    with pytest.raises(GraddotError, match="2 inputs and 1 labels"):
-        engine.attach_train_batch(x, y[:1], 0, None)
-    engine.attach_train_batch(x, y, 0, None)
-    with pytest.raises(GraddotError, match=r"training rows have shape \(5,\)"):
-        engine.prepare_forward_input(x[:, :5], y[:, :5])
-    with pytest.raises(GraddotError, match="no forward"):
-        engine.prepare_gradients()
-    xx, yy = engine.prepare_forward_input(x, y)
-    loss = model(xx, labels=yy).loss
-    with pytest.raises(GraddotError, match="no backward"):
-        engine.prepare_gradients()
-    with pytest.raises(GraddotError, match="ran twice"):
-        model(xx)
-    loss.backward()
-    engine.prepare_gradients()
-    with pytest.raises(GraddotError, match="under way"):
-        engine.detach_for_evaluation()
-    assert engine.aggregate_and_log().shape == (2,)
 
 
 def test_a_loss_that_is_tracked_by_the_model_and_the_caller_counts_once():

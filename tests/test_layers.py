@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import sample_dots, total
+from engine_steps import close, run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer, register_layer
 from graddot_lm.norms import RMSNormForm, rms_norm_form
 from graddot_lm.rules import rule_for
-from test_engine import close, run_step
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm

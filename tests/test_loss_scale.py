@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import sample_dots, total
 from graddot_lm import GraddotError
-from test_changes import TRAIN, VAL, Net, attached, plain_loss, step
+from net_steps import TRAIN, VAL, Net, attached, plain_loss, step
 
 Out = namedtuple("Out", "logits loss")
 FORMS = {

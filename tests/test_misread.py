@@ -10,9 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
+from engine_steps import close
 from graddot_lm import GraddotError, GradDotProdEngine
 from loop_steps import same_gradients
-from test_engine import close
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.checkpoint import checkpoint

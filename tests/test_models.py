@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
+from engine_steps import run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
 from loop_steps import mapping_dots, mapping_gradient
 from model_zoo import (
@@ -29,10 +30,9 @@ from model_zoo import (
     shaken,
     t5,
 )
-from test_engine import run_step
 from torch import nn
 
-TOLERANCE = 1e-5  # as in test_engine.py, with the denominator explained there
+TOLERANCE = 1e-5  # as in engine_steps.py, with the denominator explained there
 
 
 def check(model, train, val, dtype, record, *, loss=lm_loss, label_shift=1):

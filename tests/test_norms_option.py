@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, norm, sample_dots, tiny_gpt2, token_batch, total
+from engine_steps import MLP, TOLERANCE, SharedEverything, run_step
 from graddot_lm import (
     GraddotError,
     GradDotProdEngine,
@@ -15,7 +16,6 @@ from graddot_lm import (
 )
 from loop_steps import Store, attached, run
 from process_group import on_processes
-from test_engine import MLP, TOLERANCE, SharedEverything, run_step
 from test_models import LANGUAGE_MODELS, VOCAB
 from torch import nn
 from torch.distributed.fsdp import fully_shard

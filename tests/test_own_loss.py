@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
+from engine_steps import close, run_step
 from graddot_lm import GraddotError, GradDotProdEngine
-from test_engine import close, run_step
 from torch import nn
 
 TEXT = token_batch(4, 9, seed=1, ragged=True), token_batch(2, 9, seed=2, ragged=True)

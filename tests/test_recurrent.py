@@ -5,9 +5,9 @@ import copy
 import pytest
 import torch
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
+from engine_steps import run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer, recurrent
 from loop_steps import same_gradients
-from test_engine import run_step
 from torch import nn
 
 KINDS = {

@@ -18,8 +18,10 @@ from graddot_lm.settings import read_config
 from graddot_lm.store import open_rows, read_scores
 from graddot_lm.train import Trainer
 from process_group import PROCESSES, on_processes
-from test_train import FP64, arguments, assert_same_run, tokens, train  # noqa: F401
 from torch.nn.parallel import DistributedDataParallel
+from train_runs import FP64, arguments, assert_same_run, tokens, train
+
+__all__ = ["tokens"]  # the fixture
 
 TIMEOUT = 150
 STEPS = 20
@@ -107,7 +109,7 @@ def relative_error(one, other):
     return max(float(abs(x - y).max() / abs(x).max()) for x, y in columns)
 
 
-def test_torchrun_needs_no_further_flags(tokens, tmp_path, record_property):  # noqa: F811
+def test_torchrun_needs_no_further_flags(tokens, tmp_path, record_property):
     """The real launcher, once; its run is that of one process, but for rounding."""
     assert train(tokens, tmp_path / "one") == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -162,7 +164,7 @@ cli.run_program()
     assert (done.returncode, done.stdout) == (status, "said\n"), done.stderr
 
 
-def test_killed_runs_resume_on_another_number_of_processes(tokens, tmp_path, record_property):  # noqa: F811
+def test_killed_runs_resume_on_another_number_of_processes(tokens, tmp_path, record_property):
     """2 → 1 → 2 → 4 → 2 processes, each but the last killed while something was being saved.
 
     The model is sharded in some of them and copied in the others.
@@ -196,7 +198,7 @@ def test_killed_runs_resume_on_another_number_of_processes(tokens, tmp_path, rec
             assert (tensor - state["model"][name]).norm() <= 1e-9 * tensor.norm(), name
 
 
-def test_dropout_resumes_bit_exactly_and_signals_stop_all(tokens, tmp_path):  # noqa: F811
+def test_dropout_resumes_bit_exactly_and_signals_stop_all(tokens, tmp_path):
     """A signal that one process gets stops both after the same step; then as if it had not."""
     extra = "--dropout 0.1 --resume"
     codes, outputs = launch(2, tmp_path / "a", arguments(tokens, tmp_path / "whole", extra))
@@ -222,7 +224,7 @@ def test_dropout_resumes_bit_exactly_and_signals_stop_all(tokens, tmp_path):  # 
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_three_processes_resume_bit_exactly(tokens, tmp_path, parallel):  # noqa: F811
+def test_three_processes_resume_bit_exactly(tokens, tmp_path, parallel):
     """Whose sums are rounded by the order in which they are added up."""
     extra = f"--batch_size 6 --parallel {parallel} --resume"
     codes, outputs = launch(3, tmp_path / "a", arguments(tokens, tmp_path / "whole", extra))
@@ -235,7 +237,7 @@ def test_three_processes_resume_bit_exactly(tokens, tmp_path, parallel):  # noqa
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
 
 
-def test_regular_moves_the_weights_alike(tokens, tmp_path, record_property):  # noqa: F811
+def test_regular_moves_the_weights_alike(tokens, tmp_path, record_property):
     assert train(tokens, tmp_path / "scored", f"{FP64} --max_steps 4") == 0
     command = arguments(
         tokens, tmp_path / "regular", f"{FP64} --max_steps 4 --method Regular --parallel fsdp"
@@ -252,7 +254,7 @@ def test_regular_moves_the_weights_alike(tokens, tmp_path, record_property):  # 
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_accumulation_is_that_of_one_batch(tokens, tmp_path, record_property, parallel):  # noqa: F811
+def test_accumulation_is_that_of_one_batch(tokens, tmp_path, record_property, parallel):
     """On two processes, beside one that runs the batch as a whole."""
     assert train(tokens, tmp_path / "whole", FP64) == 0
     extra = f"{FP64} --gradient_accumulation_steps 2 --parallel {parallel}"
@@ -273,14 +275,14 @@ def test_accumulation_is_that_of_one_batch(tokens, tmp_path, record_property, pa
         assert error <= 1e-9, name
 
 
-def test_overhead_is_recorded_once(tokens, tmp_path):  # noqa: F811
+def test_overhead_is_recorded_once(tokens, tmp_path):
     command = arguments(tokens, tmp_path, "--max_steps 2 --measure_overhead 1")
     codes, outputs = launch(2, tmp_path / "output", command)
     assert codes == [0, 0], outputs
     assert read_config(tmp_path / "run")["measured"]["overhead"] > -1
 
 
-def test_evaluation_is_that_of_one_process(tokens, tmp_path, capsys):  # noqa: F811
+def test_evaluation_is_that_of_one_process(tokens, tmp_path, capsys):
     extra = "--resume --eval_iter 3"  # which two processes cannot share evenly
     assert train(tokens, tmp_path) == 0
     capsys.readouterr()
@@ -345,7 +347,7 @@ FAILURES = [
     FAILURES,
     ids=["save", "flush", "data", "nan", "nan-direction", "batch", "option"],
 )
-def test_an_error_on_one_process_ends_all(tokens, tmp_path, extra, before, where, text, more):  # noqa: F811
+def test_an_error_on_one_process_ends_all(tokens, tmp_path, extra, before, where, text, more):
     command = arguments(tokens, tmp_path / "results", extra)
     codes, outputs = launch(2, tmp_path / "output", command, before)
     begins = before is not None
@@ -359,7 +361,7 @@ def test_an_error_on_one_process_ends_all(tokens, tmp_path, extra, before, where
         whole_steps(tmp_path / "results" / "run")
 
 
-def test_a_run_is_not_resumed_while_a_process_of_it_lives(tokens, tmp_path, capsys):  # noqa: F811
+def test_a_run_is_not_resumed_while_a_process_of_it_lives(tokens, tmp_path, capsys):
     """Process 1 of an earlier start, stalled, would write a part that is no longer due."""
     assert train(tokens, tmp_path) == 0
     held = PROCESSES.Event(), PROCESSES.Event()
