@@ -8,10 +8,11 @@ import os
 
 import numpy as np
 import pytest
-from graddot_lm import report
+from graddot_lm import report, score_figures, score_text
 from graddot_lm.background import BackgroundWriter
 from graddot_lm.data import TokenData
 from graddot_lm.errors import GraddotError
+from graddot_lm.excerpts import escape
 from graddot_lm.run_directory import RunDirectory
 from graddot_lm.store import PartWriter, scores_schema
 from graddot_lm.tokenization import FORMAT_VERSION
@@ -80,7 +81,7 @@ def close(found, wanted) -> bool:
 def test_figures_are_those_of_numpy(run_path, rows, by, first, last):
     chosen = (rows["step"] >= (first or 0)) & (rows["step"] <= (last or STEPS))
     data = {name: column[chosen] for name, column in rows.items()}
-    summary = report.summarize(run_path, top=4, by=by, steps=(first, last))
+    summary = score_figures.summarize(run_path, top=4, by=by, steps=(first, last))
     assert summary["rows"] == len(data["step"]) and summary["rows_left_out"] == 0
     assert summary["steps"] == [first or 1, last or STEPS]
     assert summary["samples"] == len(set(data["sample_id"]))
@@ -147,7 +148,7 @@ def test_json_and_csv(run_path, rows, tmp_path, capsys):
     path = tmp_path / "samples.csv"
     assert call(run_path, "--json", "--top", 3, "--steps", "2:", "--csv", path, "--by", "dot") == 0
     printed = json.loads(capsys.readouterr().out)
-    summary = report.summarize(run_path, top=3, by="dot", steps=(2, None))
+    summary = score_figures.summarize(run_path, top=3, by="dot", steps=(2, None))
     assert printed.keys() == summary.keys()
     for name in ("domains", "best", "worst"):
         for found, wanted in zip(printed[name], summary[name], strict=True):
@@ -178,10 +179,10 @@ def test_no_sequences_are_shown_if_none_are_wanted(run_path, capsys):
 @pytest.mark.parametrize("top, worst", [(2, [41]), (3, []), (1, [41])])
 def test_of_few_samples_none_is_both_best_and_worst(tmp_path, top, worst):
     run = write_run(tmp_path / "run", data_rows())
-    summary = report.summarize(run, top)
+    summary = score_figures.summarize(run, top)
     assert [row["sample_id"] for row in summary["best"]] == [0, 31, 41][:top]
     assert [row["sample_id"] for row in summary["worst"]] == worst
-    none = "worst sequences: there are no others" in report.format_summary(summary)
+    none = "worst sequences: there are no others" in score_text.format_summary(summary)
     assert none == (not worst)
 
 
@@ -192,7 +193,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsy
     broken["dot"][[9, 10]], broken["value"][[9, 10]] = np.nan, 0
     broken["applied"] = np.arange(len(broken["dot"])) != 20
     path = write_run(tmp_path / "run", broken)
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert (summary["rows"], summary["rows_left_out"]) == (474, 6)
     counted = np.isfinite(broken["value"]) & np.isfinite(broken["dot"]) & broken["applied"]
     for name in ("value", "dot"):
@@ -204,7 +205,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsy
         "left out: 6 scores that are not finite numbers or of steps not taken"
         in report.format_report(path)
     )
-    assert report.summarize(path, by="dot")["rows_left_out"] == 3
+    assert score_figures.summarize(path, by="dot")["rows_left_out"] == 3
 
 
 def test_a_number_that_is_missing_beside_equal_ones(tmp_path):
@@ -212,7 +213,7 @@ def test_a_number_that_is_missing_beside_equal_ones(tmp_path):
     with RunDirectory.create(tmp_path / "run", {}) as run:
         rows = {"sample_id": [3, 4, 5], "dot": [2.0, 2.0, np.nan], "value": [1.0, 1.0, 1.0]}
         run.scores.append(rows, 0)
-    summary = report.summarize(tmp_path / "run")
+    summary = score_figures.summarize(tmp_path / "run")
     assert (summary["rows"], summary["rows_left_out"]) == (2, 1)
 
 
@@ -221,7 +222,7 @@ def test_the_error_of_a_measure_that_not_all_rows_have(tmp_path):
     with RunDirectory.create(tmp_path / "run", {}) as run:
         rows = {"sample_id": [3, 4, 5], "dot": [2.0, 3.0, 4.0], "value": [1.0, 2.0, None]}
         run.scores.append(rows, 0)
-    (domain,) = report.summarize(tmp_path / "run", by="dot")["domains"]
+    (domain,) = score_figures.summarize(tmp_path / "run", by="dot")["domains"]
     assert close(domain["mean_value"], 1.5) and close(domain["error_value"], 0.5)
     assert close(domain["error_dot"], 1 / 3**0.5)
 
@@ -229,7 +230,7 @@ def test_the_error_of_a_measure_that_not_all_rows_have(tmp_path):
 def test_a_single_row_has_no_standard_error(tmp_path):
     with RunDirectory.create(tmp_path / "run", {}) as run:
         run.scores.append({"sample_id": [3], "dot": [2.0], "value": [1.0]}, 0)
-    (row,) = report.summarize(tmp_path / "run")["domains"]
+    (row,) = score_figures.summarize(tmp_path / "run")["domains"]
     assert row["domain"] == "(not recorded)" and row["error_dot"] is None
     text = report.format_report(tmp_path / "run")
     for words in ("overhead: not measured", "parameters: not recorded", "no tokens/s"):
@@ -241,10 +242,10 @@ def test_of_several_targets_one_is_shown(tmp_path):
         rows = {"sample_id": [3], "dot_law": [2.0], "value_law": [1.0]}
         run.scores.append({**rows, "dot_code": [4.0], "value_code": [3.0]}, 0)
     with pytest.raises(GraddotError, match="name one of law, code"):
-        report.summarize(tmp_path / "run")
+        score_figures.summarize(tmp_path / "run")
     with pytest.raises(GraddotError, match="--target art: unknown; known are law, code"):
-        report.summarize(tmp_path / "run", target="art")
-    (row,) = report.summarize(tmp_path / "run", target="code")["best"]
+        score_figures.summarize(tmp_path / "run", target="art")
+    (row,) = score_figures.summarize(tmp_path / "run", target="code")["best"]
     assert (row["value"], row["dot"]) == (3.0, 4.0)
 
 
@@ -255,7 +256,7 @@ def test_equal_ids_in_several_domains_are_several_samples(tmp_path, capsys):
         columns = {"sample_id": [0, 1, 0, 1], "domain": ["law", "law", "code", "code"]}
         writer.append({**columns, "dot": [1.0, 2, 3, 4], "value": [4.0, 3, 2, 1]}, step)
     writer.flush()
-    summary = report.summarize(tmp_path, top=2)
+    summary = score_figures.summarize(tmp_path, top=2)
     assert summary["samples"] == 4 and [row["samples"] for row in summary["domains"]] == [2, 2]
     place = lambda row: (row["domain"], row["sample_id"], row["value"], row["times"])
     assert [place(row) for row in summary["best"]] == [("law", 0, 12, 3), ("law", 1, 9, 3)]
@@ -273,7 +274,7 @@ def test_more_than_there_is_may_be_asked_for(run_path, capsys):
 @pytest.mark.parametrize("csv_too", [False, True])
 def test_a_run_that_is_still_written_is_read_at_one_instant(tmp_path, monkeypatch, capsys, csv_too):
     """A domain that comes up between two looks at the folder is in neither or both of the tables."""
-    writer, opened = PartWriter(tmp_path / "scores", scores_schema()), report.open_rows
+    writer, opened = PartWriter(tmp_path / "scores", scores_schema()), score_figures.open_rows
 
     def write(step, domain):
         scores = {"dot": [1.0], "value": [float(step)]}
@@ -287,7 +288,8 @@ def test_a_run_that_is_still_written_is_read_at_one_instant(tmp_path, monkeypatc
         return rows
 
     write(0, "domain 0")
-    monkeypatch.setattr(report, "open_rows", open_and_write_on)
+    for module in (report, score_figures):
+        monkeypatch.setattr(module, "open_rows", open_and_write_on)
     options = ["--csv", tmp_path / "all.csv"] if csv_too else []
     assert call(tmp_path, "--json", *options) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -297,7 +299,8 @@ def test_a_run_that_is_still_written_is_read_at_one_instant(tmp_path, monkeypatc
 
 
 def test_every_target_of_a_run_that_is_still_written_has_the_same_rows(tmp_path, monkeypatch):
-    writer, opened = PartWriter(tmp_path / "scores", scores_schema(["a", "b"])), report.open_rows
+    writer = PartWriter(tmp_path / "scores", scores_schema(["a", "b"]))
+    opened = score_figures.open_rows
 
     def write_on():
         scores = {f"{name}_{target}": [1.0] for name in ("dot", "value") for target in "ab"}
@@ -310,8 +313,8 @@ def test_every_target_of_a_run_that_is_still_written_has_the_same_rows(tmp_path,
         return rows
 
     write_on()
-    monkeypatch.setattr(report, "open_rows", open_and_write_on)
-    a, b = report.summarize_targets(tmp_path).values()
+    monkeypatch.setattr(score_figures, "open_rows", open_and_write_on)
+    a, b = score_figures.summarize_targets(tmp_path).values()
     assert a["rows"] == b["rows"]
 
 
@@ -440,7 +443,7 @@ def data_rows() -> dict[str, np.ndarray]:
 def test_excerpts_are_the_samples_text_on_one_line(tmp_path, data_dir):
     config = {"data_dir": str(data_dir), "tokenizer": "no/such.json", "block_size": 128}
     path = write_run(tmp_path / "run", data_rows(), config)
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert summary["no_excerpts"] is None
     code, math, web = (row["excerpt"] for row in summary["best"])
     assert code.startswith("x = 1\\n\\x1b[31mred\\\\\\nx = 1") and len(code) <= 80
@@ -455,9 +458,9 @@ def test_no_excerpts_of_text_that_was_tokenized_anew(tmp_path, data_dir):
     config = {"data_dir": str(data_dir), "block_size": 128}
     config["data_fingerprint"] = TokenData(data_dir).fingerprint
     path = write_run(tmp_path / "run", data_rows(), config)
-    assert report.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
+    assert score_figures.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
     (data_dir / "meta.json").write_text(json.dumps(meta | {"seed": 1}))
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert "excerpt" not in summary["best"][0]
     assert summary["no_excerpts"].endswith("not the data of this run")
 
@@ -468,10 +471,10 @@ def test_no_excerpts_of_other_text_of_as_many_tokens(tmp_path, data_dir):
     config = {"data_dir": str(data_dir), "block_size": 128, "data_fingerprint": data.fingerprint}
     config["data_content"] = [data.content, TokenData(data_dir, "val").content]
     path = write_run(tmp_path / "run", data_rows(), config)
-    assert report.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
+    assert score_figures.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
     file = data_dir / "code" / "train.bin"
     file.write_bytes(file.read_bytes()[::-1])
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert "excerpt" not in summary["best"][0]
     assert summary["no_excerpts"].endswith("not the data of this run")
 
@@ -479,7 +482,7 @@ def test_no_excerpts_of_other_text_of_as_many_tokens(tmp_path, data_dir):
 def test_the_named_tokenizer_serves_if_the_data_folder_has_none(tmp_path, data_dir):
     (data_dir / "tokenizer.json").rename(tmp_path / "t.json")
     config = {"data_dir": str(data_dir), "tokenizer": str(tmp_path / "t.json"), "block_size": 128}
-    summary = report.summarize(write_run(tmp_path / "run", data_rows(), config))
+    summary = score_figures.summarize(write_run(tmp_path / "run", data_rows(), config))
     assert summary["best"][1]["excerpt"].startswith("∑ ü 数")
 
 
@@ -519,4 +522,4 @@ def test_the_data_folder_of_these_tests_is_read_as_any_other(data_dir):
     ],
 )
 def test_escaping_never_cuts_an_escape_open(text, shown):
-    assert report.escape(text, 8) == shown
+    assert escape(text, 8) == shown

@@ -15,9 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, norm, sample_dots, total
-from graddot_lm import cli, report, train_options
+from graddot_lm import cli, train_options
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.data import TokenData, fixed_batch
+from graddot_lm.excerpts import escape
 from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
 from graddot_lm.models import build_gpt2
 from graddot_lm.settings import read_config, write_config
@@ -596,7 +597,7 @@ def test_the_report_shows_the_validation_sequences(tokens, tmp_path, capsys):
     assert cli.main(["scores", str(tmp_path / "run"), "--top", "1"]) == 0
     out = capsys.readouterr().out
     assert "validation sequences, which the scores are about (the first 1 of 2):" in out
-    assert place + report.escape(text) in out
+    assert place + escape(text) in out
     assert cli.main(["scores", str(tmp_path / "run")]) == 0
     assert "(all 2):" in capsys.readouterr().out
     meta = tokens / "meta.json"

@@ -12,8 +12,8 @@ import torch.distributed as dist
 from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.processes import Processes
-from graddot_lm.report import summarize
 from graddot_lm.run_directory import RunDirectory
+from graddot_lm.score_figures import summarize
 from graddot_lm.settings import read_config
 from graddot_lm.store import open_rows, read_scores
 from graddot_lm.train import Trainer
