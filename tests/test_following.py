@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from graddot_lm.followed import Followed
 from graddot_lm.following import Following
 from loop_steps import same_gradients
 from test_engine import close, run_step
@@ -294,7 +295,7 @@ def test_what_is_followed_is_let_go_with_the_step():
             joint, labels = engine.prepare_forward_input(x, y)
             engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
             engine.aggregate_and_log()
-            assert not any(isinstance(one, Following) for one in gc.get_objects())
+            assert not any(isinstance(one, (Followed, Following)) for one in gc.get_objects())
     finally:
         gc.enable()
 
