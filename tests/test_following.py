@@ -10,6 +10,7 @@ from brute_force import gradient, sample_dots, total
 from engine_steps import close, run_step
 from following_cases import CASES, FP32, Block, N, _Scaled, block, data
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from graddot_lm.followed import Followed
 from graddot_lm.following import Following
 from loop_steps import same_gradients
 from torch import nn
@@ -100,7 +101,7 @@ def test_what_is_followed_is_let_go_with_the_step():
             joint, labels = engine.prepare_forward_input(x, y)
             engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
             engine.aggregate_and_log()
-            assert not any(isinstance(one, Following) for one in gc.get_objects())
+            assert not any(isinstance(one, (Followed, Following)) for one in gc.get_objects())
     finally:
         gc.enable()
 

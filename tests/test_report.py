@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 import pytest
-from graddot_lm import report
+from graddot_lm import report, score_figures
 from graddot_lm.background import BackgroundWriter
 from graddot_lm.errors import GraddotError
 from graddot_lm.run_directory import RunDirectory
@@ -58,7 +58,7 @@ def close(found, wanted) -> bool:
 def test_figures_are_those_of_numpy(run_path, rows, by, first, last):
     chosen = (rows["step"] >= (first or 0)) & (rows["step"] <= (last or STEPS))
     data = {name: column[chosen] for name, column in rows.items()}
-    summary = report.summarize(run_path, top=4, by=by, steps=(first, last))
+    summary = score_figures.summarize(run_path, top=4, by=by, steps=(first, last))
     assert summary["rows"] == len(data["step"]) and summary["rows_left_out"] == 0
     assert summary["steps"] == [first or 1, last or STEPS]
     assert summary["samples"] == len(set(data["sample_id"]))
@@ -125,7 +125,7 @@ def test_json_and_csv(run_path, rows, tmp_path, capsys):
     path = tmp_path / "samples.csv"
     assert call(run_path, "--json", "--top", 3, "--steps", "2:", "--csv", path, "--by", "dot") == 0
     printed = json.loads(capsys.readouterr().out)
-    summary = report.summarize(run_path, top=3, by="dot", steps=(2, None))
+    summary = score_figures.summarize(run_path, top=3, by="dot", steps=(2, None))
     assert printed.keys() == summary.keys()
     for name in ("domains", "best", "worst"):
         for found, wanted in zip(printed[name], summary[name], strict=True):
@@ -160,7 +160,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsy
     broken["dot"][[9, 10]], broken["value"][[9, 10]] = np.nan, 0
     broken["applied"] = np.arange(len(broken["dot"])) != 20
     path = write_run(tmp_path / "run", broken)
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert (summary["rows"], summary["rows_left_out"]) == (474, 6)
     counted = np.isfinite(broken["value"]) & np.isfinite(broken["dot"]) & broken["applied"]
     for name in ("value", "dot"):
@@ -172,7 +172,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsy
         "left out: 6 scores that are not finite numbers or of steps not taken"
         in report.format_report(path)
     )
-    assert report.summarize(path, by="dot")["rows_left_out"] == 3
+    assert score_figures.summarize(path, by="dot")["rows_left_out"] == 3
 
 
 def test_a_number_that_is_missing_beside_equal_ones(tmp_path):
@@ -180,7 +180,7 @@ def test_a_number_that_is_missing_beside_equal_ones(tmp_path):
     with RunDirectory.create(tmp_path / "run", {}) as run:
         rows = {"sample_id": [3, 4, 5], "dot": [2.0, 2.0, np.nan], "value": [1.0, 1.0, 1.0]}
         run.scores.append(rows, 0)
-    summary = report.summarize(tmp_path / "run")
+    summary = score_figures.summarize(tmp_path / "run")
     assert (summary["rows"], summary["rows_left_out"]) == (2, 1)
 
 
@@ -189,7 +189,7 @@ def test_the_error_of_a_measure_that_not_all_rows_have(tmp_path):
     with RunDirectory.create(tmp_path / "run", {}) as run:
         rows = {"sample_id": [3, 4, 5], "dot": [2.0, 3.0, 4.0], "value": [1.0, 2.0, None]}
         run.scores.append(rows, 0)
-    (domain,) = report.summarize(tmp_path / "run", by="dot")["domains"]
+    (domain,) = score_figures.summarize(tmp_path / "run", by="dot")["domains"]
     assert close(domain["mean_value"], 1.5) and close(domain["error_value"], 0.5)
     assert close(domain["error_dot"], 1 / 3**0.5)
 
@@ -197,7 +197,7 @@ def test_the_error_of_a_measure_that_not_all_rows_have(tmp_path):
 def test_a_single_row_has_no_standard_error(tmp_path):
     with RunDirectory.create(tmp_path / "run", {}) as run:
         run.scores.append({"sample_id": [3], "dot": [2.0], "value": [1.0]}, 0)
-    (row,) = report.summarize(tmp_path / "run")["domains"]
+    (row,) = score_figures.summarize(tmp_path / "run")["domains"]
     assert row["domain"] == "(not recorded)" and row["error_dot"] is None
     text = report.format_report(tmp_path / "run")
     for words in ("overhead: not measured", "parameters: not recorded", "no tokens/s"):
@@ -209,10 +209,10 @@ def test_of_several_targets_one_is_shown(tmp_path):
         rows = {"sample_id": [3], "dot_law": [2.0], "value_law": [1.0]}
         run.scores.append({**rows, "dot_code": [4.0], "value_code": [3.0]}, 0)
     with pytest.raises(GraddotError, match="name one of law, code"):
-        report.summarize(tmp_path / "run")
+        score_figures.summarize(tmp_path / "run")
     with pytest.raises(GraddotError, match="--target art: unknown; known are law, code"):
-        report.summarize(tmp_path / "run", target="art")
-    (row,) = report.summarize(tmp_path / "run", target="code")["best"]
+        score_figures.summarize(tmp_path / "run", target="art")
+    (row,) = score_figures.summarize(tmp_path / "run", target="code")["best"]
     assert (row["value"], row["dot"]) == (3.0, 4.0)
 
 
@@ -223,7 +223,7 @@ def test_equal_ids_in_several_domains_are_several_samples(tmp_path, capsys):
         columns = {"sample_id": [0, 1, 0, 1], "domain": ["law", "law", "code", "code"]}
         writer.append({**columns, "dot": [1.0, 2, 3, 4], "value": [4.0, 3, 2, 1]}, step)
     writer.flush()
-    summary = report.summarize(tmp_path, top=2)
+    summary = score_figures.summarize(tmp_path, top=2)
     assert summary["samples"] == 4 and [row["samples"] for row in summary["domains"]] == [2, 2]
     place = lambda row: (row["domain"], row["sample_id"], row["value"], row["times"])
     assert [place(row) for row in summary["best"]] == [("law", 0, 12, 3), ("law", 1, 9, 3)]
@@ -241,7 +241,7 @@ def test_more_than_there_is_may_be_asked_for(run_path, capsys):
 @pytest.mark.parametrize("csv_too", [False, True])
 def test_a_run_that_is_still_written_is_read_at_one_instant(tmp_path, monkeypatch, capsys, csv_too):
     """A domain that comes up between two looks at the folder is in neither or both of the tables."""
-    writer, opened = PartWriter(tmp_path / "scores", scores_schema()), report.open_rows
+    writer, opened = PartWriter(tmp_path / "scores", scores_schema()), score_figures.open_rows
 
     def write(step, domain):
         scores = {"dot": [1.0], "value": [float(step)]}
@@ -255,7 +255,8 @@ def test_a_run_that_is_still_written_is_read_at_one_instant(tmp_path, monkeypatc
         return rows
 
     write(0, "domain 0")
-    monkeypatch.setattr(report, "open_rows", open_and_write_on)
+    for module in (report, score_figures):
+        monkeypatch.setattr(module, "open_rows", open_and_write_on)
     options = ["--csv", tmp_path / "all.csv"] if csv_too else []
     assert call(tmp_path, "--json", *options) == 0
     summary = json.loads(capsys.readouterr().out)
@@ -265,7 +266,10 @@ def test_a_run_that_is_still_written_is_read_at_one_instant(tmp_path, monkeypatc
 
 
 def test_every_target_of_a_run_that_is_still_written_has_the_same_rows(tmp_path, monkeypatch):
-    writer, opened = PartWriter(tmp_path / "scores", scores_schema(["a", "b"])), report.open_rows
+    writer, opened = (
+        PartWriter(tmp_path / "scores", scores_schema(["a", "b"])),
+        score_figures.open_rows,
+    )
 
     def write_on():
         scores = {f"{name}_{target}": [1.0] for name in ("dot", "value") for target in "ab"}
@@ -278,8 +282,8 @@ def test_every_target_of_a_run_that_is_still_written_has_the_same_rows(tmp_path,
         return rows
 
     write_on()
-    monkeypatch.setattr(report, "open_rows", open_and_write_on)
-    a, b = report.summarize_targets(tmp_path).values()
+    monkeypatch.setattr(score_figures, "open_rows", open_and_write_on)
+    a, b = score_figures.summarize_targets(tmp_path).values()
     assert a["rows"] == b["rows"]
 
 

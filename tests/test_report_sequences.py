@@ -5,8 +5,9 @@ import json
 
 import numpy as np
 import pytest
-from graddot_lm import report
+from graddot_lm import report, score_figures, score_text
 from graddot_lm.data import TokenData
+from graddot_lm.excerpts import escape
 from graddot_lm.tokenization import FORMAT_VERSION
 from reported_runs import DOMAINS, write_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -15,10 +16,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 @pytest.mark.parametrize("top, worst", [(2, [41]), (3, []), (1, [41])])
 def test_of_few_samples_none_is_both_best_and_worst(tmp_path, top, worst):
     run = write_run(tmp_path / "run", data_rows())
-    summary = report.summarize(run, top)
+    summary = score_figures.summarize(run, top)
     assert [row["sample_id"] for row in summary["best"]] == [0, 31, 41][:top]
     assert [row["sample_id"] for row in summary["worst"]] == worst
-    none = "worst sequences: there are no others" in report.format_summary(summary)
+    none = "worst sequences: there are no others" in score_text.format_summary(summary)
     assert none == (not worst)
 
 
@@ -61,7 +62,7 @@ def data_rows() -> dict[str, np.ndarray]:
 def test_excerpts_are_the_samples_text_on_one_line(tmp_path, data_dir):
     config = {"data_dir": str(data_dir), "tokenizer": "no/such.json", "block_size": 128}
     path = write_run(tmp_path / "run", data_rows(), config)
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert summary["no_excerpts"] is None
     code, math, web = (row["excerpt"] for row in summary["best"])
     assert code.startswith("x = 1\\n\\x1b[31mred\\\\\\nx = 1") and len(code) <= 80
@@ -76,9 +77,9 @@ def test_no_excerpts_of_text_that_was_tokenized_anew(tmp_path, data_dir):
     config = {"data_dir": str(data_dir), "block_size": 128}
     config["data_fingerprint"] = TokenData(data_dir).fingerprint
     path = write_run(tmp_path / "run", data_rows(), config)
-    assert report.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
+    assert score_figures.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
     (data_dir / "meta.json").write_text(json.dumps(meta | {"seed": 1}))
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert "excerpt" not in summary["best"][0]
     assert summary["no_excerpts"].endswith("not the data of this run")
 
@@ -89,10 +90,10 @@ def test_no_excerpts_of_other_text_of_as_many_tokens(tmp_path, data_dir):
     config = {"data_dir": str(data_dir), "block_size": 128, "data_fingerprint": data.fingerprint}
     config["data_content"] = [data.content, TokenData(data_dir, "val").content]
     path = write_run(tmp_path / "run", data_rows(), config)
-    assert report.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
+    assert score_figures.summarize(path)["best"][0]["excerpt"].startswith("x = 1")
     file = data_dir / "code" / "train.bin"
     file.write_bytes(file.read_bytes()[::-1])
-    summary = report.summarize(path)
+    summary = score_figures.summarize(path)
     assert "excerpt" not in summary["best"][0]
     assert summary["no_excerpts"].endswith("not the data of this run")
 
@@ -100,7 +101,7 @@ def test_no_excerpts_of_other_text_of_as_many_tokens(tmp_path, data_dir):
 def test_the_named_tokenizer_serves_if_the_data_folder_has_none(tmp_path, data_dir):
     (data_dir / "tokenizer.json").rename(tmp_path / "t.json")
     config = {"data_dir": str(data_dir), "tokenizer": str(tmp_path / "t.json"), "block_size": 128}
-    summary = report.summarize(write_run(tmp_path / "run", data_rows(), config))
+    summary = score_figures.summarize(write_run(tmp_path / "run", data_rows(), config))
     assert summary["best"][1]["excerpt"].startswith("∑ ü 数")
 
 
@@ -140,4 +141,4 @@ def test_the_data_folder_of_these_tests_is_read_as_any_other(data_dir):
     ],
 )
 def test_escaping_never_cuts_an_escape_open(text, shown):
-    assert report.escape(text, 8) == shown
+    assert escape(text, 8) == shown

@@ -7,13 +7,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, norm, sample_dots, total
-from graddot_lm import cli, report
+from graddot_lm import cli
 from graddot_lm.data import TokenData, fixed_batch
+from graddot_lm.excerpts import escape
 from graddot_lm.load_tokenizer import load_tokenizer
 from graddot_lm.models import build_gpt2
 from graddot_lm.settings import read_config
 from graddot_lm.store import read_scores
-from graddot_lm.train import Trainer
+from graddot_lm.train import TrainingRun
 from train_runs import FP64, assert_same_run, final_state, tokens, train
 
 __all__ = ["tokens"]  # the fixture
@@ -191,14 +192,13 @@ def test_a_report_is_awaited_on_its_own_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: device)
     monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda x: True))
     run = SimpleNamespace(
-        device=torch.device("cpu"),
-        processes=SimpleNamespace(rank=0, world=1, summed=lambda x: x),
+        processes=SimpleNamespace(rank=0, world=1, device=torch.device("cpu"), summed=lambda x: x),
         run_dir=SimpleNamespace(failed=False),
         _signals=[0],
     )
-    report, there = Trainer._report(run, torch.tensor([1.0, 3.0]))
+    report, there = TrainingRun._report(run, torch.tensor([1.0, 3.0]))
     assert report.tolist() == [2, 0, 0]
-    assert there is event and recorded == [run.device]
+    assert there is event and recorded == [run.processes.device]
 
 
 def test_the_smallest_block(tokens, tmp_path):
@@ -215,7 +215,7 @@ def test_the_report_shows_the_validation_sequences(tokens, tmp_path, capsys):
     assert cli.main(["scores", str(tmp_path / "run"), "--top", "1"]) == 0
     out = capsys.readouterr().out
     assert "validation sequences, which the scores are about (the first 1 of 2):" in out
-    assert place + report.escape(text) in out
+    assert place + escape(text) in out
     assert cli.main(["scores", str(tmp_path / "run")]) == 0
     assert "(all 2):" in capsys.readouterr().out
     meta = tokens / "meta.json"

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.processes import Processes
-from graddot_lm.report import summarize
 from graddot_lm.run_directory import RunDirectory
+from graddot_lm.score_figures import summarize
 from graddot_lm.settings import read_config
 from graddot_lm.store import open_rows, read_scores
-from graddot_lm.train import Trainer
+from graddot_lm.train import TrainingRun
 from process_group import PROCESSES, on_processes
 from torch.nn.parallel import DistributedDataParallel
 from train_runs import FP64, arguments, assert_same_run, tokens, train
@@ -205,14 +205,14 @@ def test_dropout_resumes_bit_exactly_and_signals_stop_all(tokens, tmp_path):
     assert codes == [0, 0], outputs
 
     def before(rank):
-        one_step = Trainer._one_step
+        one_step = TrainingRun._one_step
 
         def interrupted(self):
-            if rank == 1 and self.step == 4:
+            if rank == 1 and self.trainer.step == 4:
                 os.kill(os.getpid(), signal.SIGTERM)
             return one_step(self)
 
-        Trainer._one_step = interrupted
+        TrainingRun._one_step = interrupted
 
     command = arguments(tokens, tmp_path / "stopped", extra)
     codes, outputs = launch(2, tmp_path / "b", command, before)
@@ -308,27 +308,27 @@ def broken_flush(rank):
 
 def broken_step(rank):
     """Process 1 finds damaged data at step 2."""
-    one_step = Trainer._one_step
+    one_step = TrainingRun._one_step
 
     def damaged(self):
-        if rank == 1 and self.step == 2:
-            self.data.get([10**9])
+        if rank == 1 and self.trainer.step == 2:
+            self.trainer.data.get([10**9])
         return one_step(self)
 
-    Trainer._one_step = damaged
+    TrainingRun._one_step = damaged
 
 
 def nan_step(rank):
     """The weights of all processes become NaN before step 5."""
-    one_step = Trainer._one_step
+    one_step = TrainingRun._one_step
 
     def poisoned(self):
-        if self.step == 5:
+        if self.trainer.step == 5:
             with torch.no_grad():
-                next(self.model.parameters()).fill_(float("nan"))
+                next(self.trainer.model.parameters()).fill_(float("nan"))
         return one_step(self)
 
-    Trainer._one_step = poisoned
+    TrainingRun._one_step = poisoned
 
 
 FAILURES = [

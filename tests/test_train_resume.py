@@ -16,7 +16,8 @@ from graddot_lm import cli
 from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.settings import read_config, write_config
 from graddot_lm.store import read_scores
-from graddot_lm.train import Trainer
+from graddot_lm.train import TrainingRun
+from graddot_lm.trainer import Trainer
 from train_runs import arguments, assert_same_run, tokens, train
 
 __all__ = ["tokens"]  # the fixture
@@ -45,15 +46,15 @@ def test_killed_run_resumes_bit_exactly(tokens, tmp_path):
 
 
 def test_sigterm_saves_a_checkpoint_first(tokens, tmp_path, monkeypatch, capsys):
-    one_step = Trainer._one_step
+    one_step = TrainingRun._one_step
 
     def interrupted(self):
-        if self.step == 4:
+        if self.trainer.step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return one_step(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "_one_step", interrupted)
+        patch.setattr(TrainingRun, "_one_step", interrupted)
         assert train(tokens, tmp_path / "stopped") == 2
     assert "stopped by SIGTERM after step 4; go on with --resume" in capsys.readouterr().err
     assert train(tokens, tmp_path / "stopped", "--resume") == 0
@@ -141,15 +142,15 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
 
 
 def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkeypatch):
-    one_step = Trainer._one_step
+    one_step = TrainingRun._one_step
 
     def poisoned(self):
-        if self.step == 5:
+        if self.trainer.step == 5:
             with torch.no_grad():
-                next(self.model.parameters()).fill_(float("nan"))
+                next(self.trainer.model.parameters()).fill_(float("nan"))
         return one_step(self)
 
-    monkeypatch.setattr(Trainer, "_one_step", poisoned)
+    monkeypatch.setattr(TrainingRun, "_one_step", poisoned)
     assert train(tokens, tmp_path) == 2
     error = capsys.readouterr().err
     assert "training loss is nan at step 5" in error and "--on_nan continue" in error
@@ -212,7 +213,7 @@ def test_a_part_that_cannot_be_saved_stops_the_run_at_the_next_step(
     tokens, tmp_path, capsys, monkeypatch
 ):
     """The thread's error, with its own message; the rows stay until the run ends, if they can."""
-    replace, steps, one_step = os.replace, [], Trainer._one_step
+    replace, steps, one_step = os.replace, [], TrainingRun._one_step
 
     def full(source, target):
         if "00000006-00000006" in str(target):
@@ -222,13 +223,13 @@ def test_a_part_that_cannot_be_saved_stops_the_run_at_the_next_step(
     def noted(self):
         if steps[-1:] == [6]:
             self.run_dir._thread._executor.submit(lambda: None).result()
-        steps.append(self.step)
+        steps.append(self.trainer.step)
         return one_step(self)
 
     extra = "--dot_prod_save_interval 1 --checkpoint_interval 6"
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", full)
-        patch.setattr(Trainer, "_one_step", noted)
+        patch.setattr(TrainingRun, "_one_step", noted)
         assert train(tokens, tmp_path / "full", extra) == 2
     error = capsys.readouterr().err
     assert "part-00000006-00000006.parquet: cannot be written: No space left" in error

@@ -7,6 +7,7 @@ hook that normalises gradients over the batch, mixes samples there.
 import contextlib
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,71 +52,120 @@ def check_backward(
     differentiated so is not judged, nor one that returns its loss alone, unless loss_is_of_rows. Returns
     of each of the model's outputs whether it is by samples.
     """
-    packed, inputs = lengths is not None, (args, kwargs)
-    index = _some_of(samples, [] if packed else tree_leaves(inputs))
-    half = index[: len(index) // 2]
     judged = {name: x for name, x in layers.items() if _holds_samples(layouts.get(name))}
-    # How many rows they are, or tokens of the one row.
-    size = lambda which: len(which) if lengths is None else sum(lengths[i] for i in which)
-
-    def run(taken: list[int], use: Callable[[list[Tensor]], Any], seen: Any = None) -> Any:
-        few = take(inputs, taken)
-        few_args, few_kwargs = own_inputs(tree_map_only(Tensor, Tensor.detach, few))
-        torch.manual_seed(0)
-        with own_buffers(model), forwards_replaced(judged if seen else {}, seen):
-            return use(list(tensors_in(model(*few_args, **few_kwargs))))
-
-    def gradients(taken: list[int], kept: list[int], both: list[Any]) -> tuple[_Gradients, bool]:
-        found: dict[str, list[Tensor]] = {}
-
-        def backward(out: list[Tensor]) -> bool:
-            loss, by_sample = _loss(out, size(kept), both, packed)
-            if loss is not None and loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
-            return by_sample
-
-        by_sample = run(taken, backward, functools.partial(_seen, found))
-        return {name: [x.grad for x in calls] for name, calls in found.items()}, by_sample
-
+    batch = _Batch(model, judged, (args, kwargs), take, lengths)
+    index = _some_of(samples, [] if batch.packed else tree_leaves((args, kwargs)))
+    half = index[: len(index) // 2]
     try:
         # A checkpoint around the model, or what counts its memory, sees nothing of this.
         unseen = saved_tensors_hooks(Tensor.detach, lambda x: x)
         with torch.enable_grad(), own_random(), NoDropout(), unseen:
-            sizes = lambda out: [_size(x, packed) if x.requires_grad else None for x in out]
-            both = [{size(half): size(index)}.get(n) for n in run(half, sizes)]
+            sizes = lambda out: [_size(x, batch.packed) if x.requires_grad else None for x in out]
+            both = [{batch.size(half): batch.size(index)}.get(n) for n in batch.run(half, sizes)]
             with _frozen(model):
-                whole, by_sample = gradients(index, index, both)
+                whole, by_sample = batch.gradients(index, index, both)
                 if not (by_sample or loss_is_of_rows):
                     return []
-                part, _ = gradients(*((index, half, both) if by_sample else (half, half, [])))
+                of_half = (index, half, both) if by_sample else (half, half, [])
+                part, _ = batch.gradients(*of_half)
     except GraddotError:
         raise
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
         return []
-    own, few = size(half), size(index if by_sample else half)
+    few = batch.size(index if by_sample else half)
+    pairs = _pairs(whole, part, layouts, batch.size(index), few, batch.packed)
+    _check_pairs(pairs, batch.size(half), layouts, by_sample, batch.packed)
+    return [n is not None for n in both]
+
+
+@dataclass
+class _Batch:
+    """A model's inputs, to be run on some of their samples: which are rows, or share one and have
+    `lengths` tokens there. layers are those whose outputs' gradients are asked for."""
+
+    model: nn.Module
+    layers: Mapping[str, nn.Module]
+    inputs: tuple[Any, Mapping[str, Any]]
+    take: Callable[[Any, list[int]], Any]
+    lengths: Sequence[int] | None
+
+    @property
+    def packed(self) -> bool:
+        return self.lengths is not None
+
+    def size(self, which: list[int]) -> int:
+        """How many rows these samples are, or tokens of the one row."""
+        return len(which) if self.lengths is None else sum(self.lengths[i] for i in which)
+
+    def run(self, taken: list[int], use: Callable[[list[Tensor]], Any], seen: Any = None) -> Any:
+        """use(outputs) of the model on these samples; seen as in `forwards_replaced`."""
+        few = self.take(self.inputs, taken)
+        few_args, few_kwargs = own_inputs(tree_map_only(Tensor, Tensor.detach, few))
+        torch.manual_seed(0)
+        with own_buffers(self.model), forwards_replaced(self.layers if seen else {}, seen):
+            return use(list(tensors_in(self.model(*few_args, **few_kwargs))))
+
+    def gradients(
+        self, taken: list[int], kept: list[int], both: list[int | None]
+    ) -> tuple[_Gradients, bool]:
+        """Those of a run on some of the samples, with a loss of those kept; and whether the loss is of
+        outputs by samples. both as in `_loss`."""
+        found: dict[str, list[Tensor]] = {}
+
+        def backward(out: list[Tensor]) -> bool:
+            loss, by_sample = _loss(out, self.size(kept), both, self.packed)
+            if loss is not None and loss.requires_grad:
+                loss.backward()  # type: ignore[no-untyped-call]
+            return by_sample
+
+        by_sample = self.run(taken, backward, functools.partial(_seen, found))
+        return {name: [x.grad for x in calls] for name, calls in found.items()}, by_sample
+
+
+def _pairs(
+    whole: _Gradients,
+    part: _Gradients,
+    layouts: Mapping[str, Layout],
+    size: int,
+    few: int,
+    packed: bool,
+) -> list[tuple[str, Tensor, Tensor]]:
+    """Gradients of the same call in both runs, of `size` and `few` rows or tokens, by samples."""
     pairs = []
     for name, calls in whole.items():
         for one, other in zip(calls, part.get(name, []), strict=False):
             if one is not None and other is not None:
-                x = _by_sample(one, layouts[name], size(index), packed)
+                x = _by_sample(one, layouts[name], size, packed)
                 y = _by_sample(other, layouts[name], few, packed)
                 if x.numel() and x.shape[1:] == y.shape[1:]:
                     pairs.append((name, x, y))
-    scale = 1.0 if by_sample else _scale(pairs, own)
-    largest = max((x[:own].double().norm() for _, x, _ in pairs), default=torch.zeros(()))
+    return pairs
+
+
+def _check_pairs(
+    pairs: list[tuple[str, Tensor, Tensor]],
+    half: int,
+    layouts: Mapping[str, Layout],
+    by_sample: bool,
+    packed: bool,
+) -> None:
+    """Raise GraddotError if in one of the pairs the first `half` rows or tokens differ, or others of
+    the second have a gradient."""
+    scale = 1.0 if by_sample else _scale(pairs, half)
+    largest = max((x[:half].double().norm() for _, x, _ in pairs), default=torch.zeros(()))
     rounded = any(torch.is_autocast_enabled(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
     for name, x, y in pairs:
         tolerance = 0.1 if rounded else 1e-3 if x.dtype == torch.float32 else 1e-6
         if rounded and not by_sample and isinstance(layouts[name], int) and not packed:
             continue  # fewer rows are rounded otherwise, and tokens may go to other experts
         x, y = x.double(), y.double()
-        norm = y[:own].norm()
+        norm = y[:half].norm()
         if not bool(torch.isfinite(torch.stack([x.norm(), norm, y.norm()])).all()):
             continue
-        leaked = y[own:].norm() > 1e-6 * norm
+        leaked = y[half:].norm() > 1e-6 * norm
         # A gradient may be zero but for rounding: that of what moves all inputs of a softmax alike.
-        floor = torch.maximum(x[:own].norm(), 1e-3 * largest)
-        changed = (x[:own] - scale * y[:own]).norm() > tolerance * floor
+        floor = torch.maximum(x[:half].norm(), 1e-3 * largest)
+        changed = (x[:half] - scale * y[:half]).norm() > tolerance * floor
         if leaked or changed:
             raise GraddotError(
                 f"in the backward, the gradient of what layer {name} returns for a sample depends on"
@@ -123,7 +173,6 @@ def check_backward(
                 " mixes them, as one that adds the gradient of an auxiliary loss (turn that off) or"
                 " that normalises gradients over the batch"
             )
-    return [n is not None for n in both]
 
 
 def _some_of(samples: int, inputs: list[Any]) -> list[int]:

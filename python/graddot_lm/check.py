@@ -14,12 +14,12 @@ from . import distributed
 from .digests import NoDropout, own_buffers, own_random, uncached
 from .errors import GraddotError
 from .general import Rule, Tokens, caller_rule
-from .layers import Step
 from .mixtures import Mixture
 from .parts import take_rows
 from .rows import Layout, find_layouts
 from .rules import rule_for
 from .scored import Scored, ScoredForward, first_tensor
+from .step import Step
 from .verify import tensors_in
 
 WayType = TypeVar("WayType", bound=Rule)

@@ -29,7 +29,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_
 from .compiler import uncompiled
 from .distributed import own_part
 from .errors import GraddotError
-from .layers import Step
+from .step import Step
 
 # Numbers of engines and of calls in the graphs: never twice the same, so that a compiler does not
 # take two calls for one, or a graph in its cache on disk for that of another model.

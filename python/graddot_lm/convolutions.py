@@ -10,19 +10,12 @@ from torch import Tensor, nn
 
 from graddot_kernels.sample_dots import bordered
 
+from .autocast import no_autocast, without_autocast
 from .errors import GraddotError
-from .layers import (
-    ScoredFunction,
-    Step,
-    accumulator,
-    linear_grad,
-    no_autocast,
-    note_uses,
-    vector_grad,
-    without_autocast,
-)
+from .layers import ScoredFunction, accumulator, linear_grad, note_uses, vector_grad
 from .scored import Scored, autocast_input
 from .shared_uses import SharedUses
+from .step import Step
 
 # Output positions up to which a CPU makes the patches of all rows in less time than every row's gradient.
 _FEW_POSITIONS = 256

@@ -52,13 +52,13 @@ from .directions import (
     stack_directions,
 )
 from .errors import GraddotError
-from .layers import Step
 from .loss_scale import LossScale
 from .model_forward import ModelForward
 from .optimizers import Optimizers
 from .sample_rows import SampleRows
 from .scores import MicroBatch, Norms, score_rows
 from .segments import Segments
+from .step import Step
 
 
 class ScoreWriter(Protocol):

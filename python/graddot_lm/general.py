@@ -20,8 +20,10 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from .digests import uncached
 from .errors import GraddotError
-from .following import Calls, Decided, Following, Refused, over_rows, too_large
+from .following import Calls, Decided, Following
+from .row_calls import over_rows, too_large
 from .scored import Scored, ScoredForward, first_tensor
+from .scored_operations import Refused
 
 Rule = Callable[..., Any]
 LARGEST = 2**22  # elements whose gradient may be held for every sample of a layer

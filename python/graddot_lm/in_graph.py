@@ -26,7 +26,7 @@ class GraphInputs:
     """What a layer's operations in a graph take besides its input and parameters.
 
     sink is (P, K, N) of P parameters, with norms a row and perhaps a column more, as dots are in
-    `layers.Step`; directions are those given, (K, *shape) each, none where val rows ride along.
+    `step.Step`; directions are those given, (K, *shape) each, none where val rows ride along.
     """
 
     def __init__(

@@ -15,12 +15,12 @@ from . import distributed
 from .averaging import Averaging
 from .digests import own_buffers, own_inputs
 from .errors import GraddotError
-from .layers import Step
 from .outputs import check_outputs
 from .parts import ModelInputs, splits_of
 from .rows import KnownLayouts, Layout, MixedSamples, find_layouts
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch
+from .step import Step
 from .verify import check_parameter_uses, foreign_uses
 
 # Puts what goes by a layer's parameters into a step, or refuses the layer.

@@ -24,13 +24,13 @@ from .digests import own_buffers, own_inputs, own_random, uncached
 from .errors import GraddotError
 from .first_step import FirstStep
 from .graph_layers import InGraphLayers
-from .layers import Step
 from .layout_search import LayoutSearch
 from .parts import ModelInputs
 from .scored import ScoredForward
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch, Number
 from .segments import Segments
+from .step import Step
 from .tracing import rows_of, trace_after, trace_before
 
 

@@ -11,13 +11,8 @@ from torch import Tensor, nn
 
 from graddot_kernels import norm_sample_grads
 
-from .layers import (
-    ScoredFunction,
-    accumulator,
-    rms_norm_backward,
-    vector_grad,
-    without_autocast,
-)
+from .autocast import without_autocast
+from .layers import ScoredFunction, accumulator, rms_norm_backward, vector_grad
 from .recompute import remember
 from .scored import Scored
 

@@ -24,9 +24,9 @@ from .digests import (
     own_random,
 )
 from .errors import GraddotError
-from .layers import Step
 from .mixtures import ROUTED
 from .parts import Entries, filled_up, splits_of, take_inputs
+from .step import Step
 from .verify import tensors_in
 
 

@@ -16,16 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .autocast import no_autocast, without_autocast
 from .errors import GraddotError
-from .layers import (
-    ScoredFunction,
-    accumulator,
-    linear_grad,
-    no_autocast,
-    note_uses,
-    vector_grad,
-    without_autocast,
-)
+from .layers import ScoredFunction, accumulator, linear_grad, note_uses, vector_grad
 from .scored import Scored, any_layout
 
 KERNELS: dict[str, Any] = {

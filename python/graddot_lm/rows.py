@@ -108,14 +108,7 @@ def find_layouts(
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
     """
     if rows < 2:
-        with torch.no_grad(), own_random(), NoDropout():
-            alone = digests(model, layers, args, kwargs, on_layer)
-        of_one = {name: {_layout_of_one(digest) for digest in alone[name]} for name in alone}
-        return {
-            name: layouts.pop() if len(layouts) == 1 else "unseen"
-            for name, layouts in of_one.items()
-            if name != OUTPUTS
-        }
+        return _layouts_of_one(model, layers, args, kwargs, on_layer)
     entries = entries or {}
     kept = [part for split in splits_of(rows, thorough or bool(entries)) for part in split]
     if rows == 3:
@@ -142,22 +135,46 @@ def find_layouts(
                 torch.seed()
                 again = digests(model, layers, args, kwargs)
                 again[OUTPUTS] = [again[OUTPUTS][i] for i in with_rows]
+                _check_random(unclear, whole, again, rows, rows - len(index))
                 layouts |= dict.fromkeys(unclear)
-                same = lambda name, again=again: equal(whole[name], again.get(name, []))
-                if mixed := [name for name in whole if name in unclear and same(name)]:
-                    shape = whole[mixed[0]][0].shape
-                    raise MixedSamples(_mixed(mixed[0], shape, rows, rows - len(index)), mixed)
             found = {**layouts, **{name: None for name, x in found.items() if x is None}}
-        # Picked tokens have lost a dimension: (rows·T, D), or (rows, D) if there is one a row.
-        flat = {
-            name: whole[name]
-            for name, layout in found.items()
-            if name != OUTPUTS
-            and (isinstance(layout, int) or layout == "rows" and _is_flat(whole[name]))
-        }
+        flat = {name: whole[name] for name, x in found.items() if _may_be_picked(name, x, whole)}
         if agreed(bool(flat)):
             _check_not_picked(model, layers, args, kwargs, rows, flat, agreed)
     return {name: layout or "unseen" for name, layout in found.items() if name != OUTPUTS}
+
+
+def _layouts_of_one(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    args: Any,
+    kwargs: Any,
+    on_layer: Callable[[nn.Module, str], None],
+) -> dict[str, Layout]:
+    """`find_layouts` of a batch of one row."""
+    with torch.no_grad(), own_random(), NoDropout():
+        alone = digests(model, layers, args, kwargs, on_layer)
+    of_one = {name: {_layout_of_one(digest) for digest in alone[name]} for name in alone}
+    return {
+        name: layouts.pop() if len(layouts) == 1 else "unseen"
+        for name, layouts in of_one.items()
+        if name != OUTPUTS
+    }
+
+
+def _check_random(
+    unclear: Collection[str],
+    whole: Mapping[str, list[Digest]],
+    again: Mapping[str, list[Digest]],
+    rows: int,
+    without: int,
+) -> None:
+    """Raise MixedSamples for layers whose inputs are the same in a second run on all rows: what changed
+    without some of them was no noise of the model's own."""
+    same = lambda name: equal(whole[name], again.get(name, []))
+    if mixed := [name for name in whole if name in unclear and same(name)]:
+        shape = whole[mixed[0]][0].shape
+        raise MixedSamples(_mixed(mixed[0], shape, rows, without), mixed)
 
 
 def _check_not_picked(
@@ -205,6 +222,13 @@ def _check_not_picked(
                 " belongs to; run it on all tokens, and let the loss ignore the others",
                 [name],
             )
+
+
+def _may_be_picked(name: str, layout: Layout | None, whole: Mapping[str, list[Digest]]) -> bool:
+    """Whether a layer's input may be tokens picked out of the batch, which have lost a dimension:
+    (rows·T, D), or (rows, D) if there is one a row."""
+    flat = isinstance(layout, int) or (layout == "rows" and _is_flat(whole[name]))
+    return name != OUTPUTS and flat
 
 
 def _is_flat(calls: list[Digest]) -> bool:

@@ -10,12 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .autocast import no_autocast
 from .checkpointing import recomputing
 from .compiled import new_owner
 from .compiler import uncompiled
 from .errors import GraddotError
-from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot, Step, no_autocast
+from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot
 from .recompute import remember
+from .step import Step
 from .tracing import Call, form_of, trace_layer
 
 

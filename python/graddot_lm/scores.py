@@ -9,10 +9,10 @@ from torch import Tensor
 
 from .batches import LossForm
 from .errors import GraddotError
-from .layers import Step
 from .loss_scale import LossScale
 from .sample_rows import SampleRows
 from .segments import Segments
+from .step import Step
 
 # A number, or a 0-dim tensor, which may be on a device that is not to be waited for.
 Number = float | Tensor

@@ -26,13 +26,13 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from graddot_lm.errors import GraddotError
+from graddot_lm.excerpts import escape
 from graddot_lm.load_tokenizer import (
     END_OF_TEXT,
     end_of_text_id,
     load_tokenizer,
     tokenizer_sha256,
 )
-from graddot_lm.report import escape
 from graddot_lm.text_source import (
     INPUT_HELP,
     SKIP_HELP,

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from .compiled import new_site, owner
 from .errors import GraddotError
 from .in_graph import enter_graph, inputs_of
-from .layers import Step
+from .step import Step
 from .verify import map_tensors, tensors_in
 
 # One tensor of as many entries as the batch has rows, by engine. Not an attribute of the engine:

@@ -1,0 +1,25 @@
+"""Autocast off where its rounding is not wanted: in what makes gradients and dots."""
+
+import contextlib
+import functools
+from typing import Any
+
+import torch
+
+
+def no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
+    """Autocast off for a kind of device. Entering its context costs more than some layers."""
+    if torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
+
+
+def without_autocast(backward):  # type: ignore[no-untyped-def]
+    """Backward under an autocast region that the caller left open: dots must not be rounded."""
+
+    @functools.wraps(backward)
+    def wrapped(ctx, grad_out):  # type: ignore[no-untyped-def]
+        with no_autocast(grad_out.device.type):
+            return backward(ctx, grad_out)
+
+    return wrapped
