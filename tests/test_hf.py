@@ -432,6 +432,9 @@ def test_example(tmp_path):
     spec = importlib.util.spec_from_file_location("hf_trainer", path)
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
-    run = ["--output_dir", str(tmp_path), "--max_steps", "8", "--width", "16"]
-    means = example.main(run)
-    assert list(means) == list(example.KINDS) and len(rows_of(tmp_path / "scores")) == 8 * 32
+    run = ["--output_dir", str(tmp_path), "--max_steps", "24", "--width", "16"]
+    figures = example.main(run)
+    assert list(figures) == [*example.KINDS, "best", "random"]
+    assert len(rows_of(tmp_path / "scores")) == 24 * 32
+    assert figures["addition"] > max(figures["subtraction"], figures["noise"])
+    assert figures["best"] < figures["random"]
