@@ -1,6 +1,11 @@
 """Runs of three domains for tests of the report."""
 
+import argparse
+import contextlib
+import io
+
 import numpy as np
+from graddot_lm import report
 from graddot_lm.run_directory import RunDirectory
 
 DOMAINS = ["code", "math", "web\npage"]
@@ -22,3 +27,16 @@ def write_run(path, columns, config=CONFIG, **record):
                 run.flush()
         run.record(**record)
     return path
+
+
+def call(*arguments) -> int:
+    """The exit status of `graddot scores` with them."""
+    parser = argparse.ArgumentParser()
+    report.add_arguments(parser)
+    return report.run(parser.parse_args([str(a) for a in arguments]))
+
+
+def printed(*arguments) -> str:
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        assert call(*arguments) == 0
+    return out.getvalue()

@@ -1,6 +1,5 @@
 """The closing table against plain numpy, and which runs and folders it can be made of."""
 
-import argparse
 import csv
 import errno
 import json
@@ -13,7 +12,7 @@ from graddot_lm.background import BackgroundWriter
 from graddot_lm.errors import GraddotError
 from graddot_lm.run_directory import RunDirectory
 from graddot_lm.store import PartWriter, scores_schema
-from reported_runs import DOMAINS, SAMPLES, STEPS, N, write_run
+from reported_runs import DOMAINS, SAMPLES, STEPS, N, call, printed, write_run
 
 
 def made_rows() -> dict[str, np.ndarray]:
@@ -41,12 +40,6 @@ def rows():
 def run_path(tmp_path_factory, rows):
     path = tmp_path_factory.mktemp("report") / "run"
     return write_run(path, rows, overhead=0.125, overhead_over_regular_n=-0.0625)
-
-
-def call(*arguments) -> int:
-    parser = argparse.ArgumentParser()
-    report.add_arguments(parser)
-    return report.run(parser.parse_args([str(a) for a in arguments]))
 
 
 def close(found, wanted) -> bool:
@@ -91,7 +84,7 @@ def test_figures_are_those_of_numpy(run_path, rows, by, first, last):
 
 
 def test_text_shows_them_on_aligned_lines(run_path, rows):
-    text = report.format_report(run_path, top=2)
+    text = printed(run_path, "--top", 2)
     lines = text.splitlines()
     assert lines[0] == f"{run_path}: 480 scores of 60 samples, steps 1 to 30"
     assert lines[2].split()[:3] == ["domain", "samples", "rows"]
@@ -116,8 +109,8 @@ def test_columns_are_aligned_where_characters_are_wide(tmp_path):
         run.scores.append({"sample_id": [1, 2, 3], "domain": names, **columns}, 0)
     wide = {"数": 2, "学": 2, "\u0301": 0}
     taken = lambda line: sum(wide.get(char, 1) for char in line)
-    for target, first in ((None, 3), (names[1], 2)):
-        lines = report.format_report(tmp_path / "run", target=target).splitlines()
+    for options, first in (((), 3), (("--target", names[1]), 2)):
+        lines = printed(tmp_path / "run", *options).splitlines()
         assert len({taken(line) for line in lines[first : first + 4]}) == 1
 
 
@@ -168,10 +161,7 @@ def test_rows_that_are_not_finite_are_left_out_and_counted(tmp_path, rows, capsy
         assert close(found, broken[name][counted].sum())
     assert call(path, "--json") == 0
     assert "NaN" not in capsys.readouterr().out  # which is not JSON
-    assert (
-        "left out: 6 scores that are not finite numbers or of steps not taken"
-        in report.format_report(path)
-    )
+    assert "left out: 6 scores that are not finite numbers or of steps not taken" in printed(path)
     assert score_figures.summarize(path, by="dot")["rows_left_out"] == 3
 
 
@@ -199,7 +189,7 @@ def test_a_single_row_has_no_standard_error(tmp_path):
         run.scores.append({"sample_id": [3], "dot": [2.0], "value": [1.0]}, 0)
     (row,) = score_figures.summarize(tmp_path / "run")["domains"]
     assert row["domain"] == "(not recorded)" and row["error_dot"] is None
-    text = report.format_report(tmp_path / "run")
+    text = printed(tmp_path / "run")
     for words in ("overhead: not measured", "parameters: not recorded", "no tokens/s"):
         assert words in text
 

@@ -5,11 +5,11 @@ import json
 
 import numpy as np
 import pytest
-from graddot_lm import report, score_figures, score_text
+from graddot_lm import score_figures, score_text
 from graddot_lm.data import TokenData
 from graddot_lm.excerpts import escape
 from graddot_lm.tokenization import FORMAT_VERSION
-from reported_runs import DOMAINS, write_run
+from reported_runs import DOMAINS, printed, write_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 
@@ -68,7 +68,7 @@ def test_excerpts_are_the_samples_text_on_one_line(tmp_path, data_dir):
     assert code.startswith("x = 1\\n\\x1b[31mred\\\\\\nx = 1") and len(code) <= 80
     assert math.startswith("∑ ü 数 ∑ ü 数 ") and len(math) <= 80
     assert web == ("plain words " * 11)[128 % 12 :][:79] + "…"
-    assert web in report.format_report(path) and "\x1b" not in report.format_report(path)
+    assert web in printed(path) and "\x1b" not in printed(path)
 
 
 def test_no_excerpts_of_text_that_was_tokenized_anew(tmp_path, data_dir):
@@ -119,7 +119,7 @@ def test_without_excerpts_the_reason_is_shown(tmp_path, data_dir, change, words)
     (data_dir / "tokenizer.json").rename(tmp_path / "t.json")
     config = {"data_dir": str(data_dir), "tokenizer": str(tmp_path / "t.json"), "block_size": 128}
     config = {k: v for k, v in {**config, **change}.items() if v is not None}
-    text = report.format_report(write_run(tmp_path / "run", data_rows(), config))
+    text = printed(write_run(tmp_path / "run", data_rows(), config))
     assert f"no text shown: {words}" in text.replace(f"{data_dir}: ", "")
     assert "best sequences" in text
 

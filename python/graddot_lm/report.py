@@ -24,19 +24,6 @@ from .score_text import format_summary, format_targets
 from .store import open_rows
 
 
-def format_report(
-    run: str | Path,
-    top: int = 5,
-    by: str = "value",
-    steps: Steps = (None, None),
-    target: str | None = None,
-) -> str:
-    """The text that `graddot scores` prints. Raises GraddotError; see `summarize`."""
-    if target is None and target_names(open_rows(run)):
-        return format_targets(summarize_targets(run, by, steps))
-    return format_summary(summarize(run, top, by, steps, target))
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `graddot scores`."""
     add = parser.add_argument
