@@ -148,14 +148,6 @@ class TokenData:
         """Input tokens `(T,)` int64 of one sample, to be decoded for an excerpt."""
         return self.get([sample_id])[0][0].numpy()
 
-    def check_vocab(self, vocab_size: int) -> None:
-        """Raise GraddotError if a model of `vocab_size` cannot hold the data's token ids."""
-        if self.vocab_size > vocab_size:
-            raise GraddotError(
-                f"{self.root}: token ids up to {self.vocab_size - 1}, but the model's vocabulary "
-                f"has {vocab_size}; the model needs a vocab_size of at least {self.vocab_size}"
-            )
-
     def check_tokenizer(self, tokenizer_path: str) -> None:
         """Raise GraddotError if the data was written with another tokenizer."""
         found = tokenizer_sha256(load_tokenizer(tokenizer_path))
