@@ -11,7 +11,7 @@ TORCH ?= torch==2.13.0
 DEMO ?= demo
 REPORT := build/tests.xml
 
-.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-models bench-options exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-models bench-options bench-selection exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
@@ -39,7 +39,7 @@ csrc-check: $(VENV)/installed ## C++ unit test under sanitizers, .cu compile, sy
 aot: $(VENV)/installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942
 	$(BIN)/python bench/aot.py
 
-bench: bench-step bench-embedding bench-methods bench-micro bench-models bench-options
+bench: bench-step bench-embedding bench-methods bench-micro bench-models bench-options bench-selection
 
 bench-step: $(VENV)/installed
 	$(BIN)/python bench/bench_step.py
@@ -58,6 +58,9 @@ bench-models: $(VENV)/installed ## what scores add to a step, kind of model by k
 
 bench-options: $(VENV)/installed ## what each of the engine's options adds to a step
 	$(BIN)/python bench/bench_options.py
+
+bench-selection: $(VENV)/installed ## training on what scored best, and on a random choice
+	$(BIN)/python bench/bench_selection.py
 
 exactness: $(VENV)/installed ## docs/exactness.md: the errors that the last `make test` measured
 	$(BIN)/python bench/exactness.py $(REPORT)

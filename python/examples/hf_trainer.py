@@ -93,19 +93,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     rows = read_scores(args.output_dir).to_pandas()
     dots = rows["dot"].groupby(rows["sample_id"].map(kinds.__getitem__))
-    figures = {kind: dots.mean()[kind] for kind in KINDS}
-    for kind, mean in figures.items():
-        print(f"{kind:12} {dots.size()[kind]:6,} rows   mean dot {mean:+.4f}")
+    figures = {f"dot_{kind}": float(dots.mean()[kind]) for kind in KINDS}
+    for kind in KINDS:
+        print(f"{kind:12} {dots.size()[kind]:6,} rows   mean dot {dots.mean()[kind]:+.4f}")
 
     values = rows.groupby("sample_id")["value"].sum()
     best = values.nlargest(len(values) // 3).index
     of_best = sum(kinds[i] == "addition" for i in best)
+    figures["additions_chosen"] = of_best / len(best)
     print(f"additions among the best {len(best):,} of {len(values):,} lines: {of_best:,}")
     for name, which in (("best", best), ("random", rng.sample(list(values.index), len(best)))):
         plain = trainer(transformers.Trainer, args, [lines[i] for i in which], test)
         plain.train()
-        figures[name] = plain.evaluate()["eval_loss"]
-        print(f"loss on other additions after the {name} third: {figures[name]:.3f}")
+        loss = figures[f"loss_{name}"] = plain.evaluate()["eval_loss"]
+        print(f"loss on other additions after the {name} third: {loss:.3f}")
     return figures
 
 
