@@ -117,11 +117,11 @@ def test_columns_are_aligned_where_characters_are_wide(tmp_path):
 def test_json_and_csv(run_path, rows, tmp_path, capsys):
     path = tmp_path / "samples.csv"
     assert call(run_path, "--json", "--top", 3, "--steps", "2:", "--csv", path, "--by", "dot") == 0
-    printed = json.loads(capsys.readouterr().out)
+    shown = json.loads(capsys.readouterr().out)
     summary = score_figures.summarize(run_path, top=3, by="dot", steps=(2, None))
-    assert printed.keys() == summary.keys()
+    assert shown.keys() == summary.keys()
     for name in ("domains", "best", "worst"):
-        for found, wanted in zip(printed[name], summary[name], strict=True):
+        for found, wanted in zip(shown[name], summary[name], strict=True):
             assert found.keys() == wanted.keys() and found["domain"] == wanted["domain"]
             assert all(close(found[key], wanted[key]) for key in found if key != "domain")
     with open(path, newline="") as file:

@@ -19,7 +19,7 @@ from graddot_lm.store import open_rows, read_scores
 from graddot_lm.train import TrainingRun
 from process_group import PROCESSES, on_processes
 from torch.nn.parallel import DistributedDataParallel
-from train_runs import FP64, arguments, assert_same_run, tokens, train
+from train_runs import FP64, arguments, assert_same_run, poisoned, tokens, train
 
 __all__ = ["tokens"]  # the fixture
 
@@ -320,15 +320,7 @@ def broken_step(rank):
 
 def nan_step(rank):
     """The weights of all processes become NaN before step 5."""
-    one_step = TrainingRun._one_step
-
-    def poisoned(self):
-        if self.trainer.step == 5:
-            with torch.no_grad():
-                next(self.trainer.model.parameters()).fill_(float("nan"))
-        return one_step(self)
-
-    TrainingRun._one_step = poisoned
+    TrainingRun._one_step = poisoned(TrainingRun._one_step)
 
 
 FAILURES = [

@@ -18,7 +18,7 @@ from graddot_lm.settings import read_config, write_config
 from graddot_lm.store import read_scores
 from graddot_lm.train import TrainingRun
 from graddot_lm.trainer import Trainer
-from train_runs import arguments, assert_same_run, tokens, train
+from train_runs import arguments, assert_same_run, poisoned, tokens, train
 
 __all__ = ["tokens"]  # the fixture
 
@@ -142,15 +142,7 @@ def test_a_constant_run_is_extended_with_its_data_elsewhere(tokens, tmp_path, ca
 
 
 def test_nan_loss_stops_and_keeps_what_is_saved(tokens, tmp_path, capsys, monkeypatch):
-    one_step = TrainingRun._one_step
-
-    def poisoned(self):
-        if self.trainer.step == 5:
-            with torch.no_grad():
-                next(self.trainer.model.parameters()).fill_(float("nan"))
-        return one_step(self)
-
-    monkeypatch.setattr(TrainingRun, "_one_step", poisoned)
+    monkeypatch.setattr(TrainingRun, "_one_step", poisoned(TrainingRun._one_step))
     assert train(tokens, tmp_path) == 2
     error = capsys.readouterr().err
     assert "training loss is nan at step 5" in error and "--on_nan continue" in error
@@ -199,11 +191,11 @@ def test_a_nan_loss_is_not_said_to_keep_what_there_is_not(
 ):
     losses = Trainer._losses
 
-    def poisoned(self, x, y):
+    def with_nan(self, x, y):
         total, each = losses(self, x, y)
         return total, each * (float("nan") if self.step == step else 1)
 
-    monkeypatch.setattr(Trainer, "_losses", poisoned)
+    monkeypatch.setattr(Trainer, "_losses", with_nan)
     assert train(tokens, tmp_path, extra) == 2
     error = capsys.readouterr().err
     assert f"training loss is nan at step {step}. {words}" in error and "step -1" not in error

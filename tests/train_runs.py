@@ -59,6 +59,18 @@ def train(tokens, results, extra=""):
     return cli.main(arguments(tokens, results, extra))
 
 
+def poisoned(one_step):
+    """`TrainingRun._one_step` with weights that become NaN before step 5."""
+
+    def step(self):
+        if self.trainer.step == 5:
+            with torch.no_grad():
+                next(self.trainer.model.parameters()).fill_(float("nan"))
+        return one_step(self)
+
+    return step
+
+
 def final_state(results):
     return load_checkpoint(latest_checkpoint(results / "run")).state
 
