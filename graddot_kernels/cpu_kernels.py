@@ -79,15 +79,17 @@ def _check_linear(
 ) -> None:
     """The public functions have checked their arguments; this guards the memory against a direct
     call of an op."""
-    if direction is None and (min(val_rows, default=0) < 1 or sum(val_rows) > len(act)):
+    if direction is None and (min(val_rows, default=0) < 1 or sum(val_rows) > act.shape[0]):
         raise ValueError(
             f"val_rows has {val_rows}; expected positive row counts, at most {len(act)} in all"
         )
-    shape = grad.shape[2], act.shape[2]
-    directions = weight_grad[None] if direction is None else direction
-    tensors = weight_grad, directions, act, grad
-    fit = weight_grad.shape == directions.shape[1:] == shape and act.shape[:2] == grad.shape[:2]
-    if not fit or any(x.dtype != torch.float32 for x in tensors):
+    (n, t, d_in), (*same, d_out) = act.shape, grad.shape
+    fit = same == [n, t] and weight_grad.shape == (d_out, d_in)
+    fit &= act.dtype == grad.dtype == weight_grad.dtype == torch.float32
+    if direction is not None:
+        fit &= direction.shape[1:] == (d_out, d_in) and direction.dtype == torch.float32
+    if not fit:
+        tensors = [x for x in (weight_grad, direction, act, grad) if x is not None]
         got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
         raise ValueError(
             "expected a weight gradient (Dout, Din), directions (K, Dout, Din), act (N, T, Din) and"
@@ -110,7 +112,8 @@ def linear_wgrad_dot(
     contiguous, or is added to it. `norms` as in `functional`."""
     _check_linear(weight_grad, direction, val_rows, act, grad)
     act, grad = _unit_stride(act), _unit_stride(grad)
-    n, k = act.shape[0], len(val_rows)
+    (n, t, d_in), d_out = act.shape, grad.shape[2]
+    k = len(val_rows)
     if direction is None:
         n -= sum(val_rows)
     else:
@@ -121,9 +124,9 @@ def linear_wgrad_dot(
     counts = (ctypes.c_int64 * len(val_rows))(*val_rows)
     problem = _LinearProblem(
         n,
-        act.shape[1],
-        act.shape[2],
-        grad.shape[2],
+        t,
+        d_in,
+        d_out,
         _Activations.of(act),
         _Activations.of(grad),
         k,

@@ -38,7 +38,7 @@ def _fused_is_cheaper(x: Tensor, elements: int, macs: int) -> bool:
 
 def _accumulated(x: Tensor) -> Tensor:
     """x in the dtype that results are accumulated in: fp64 for fp64, else fp32."""
-    return x if x.dtype == torch.float64 else x.float()
+    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _tokens(x: Tensor) -> Tensor:

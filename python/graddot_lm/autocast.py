@@ -19,7 +19,10 @@ def without_autocast(backward):  # type: ignore[no-untyped-def]
 
     @functools.wraps(backward)
     def wrapped(ctx, grad_out):  # type: ignore[no-untyped-def]
-        with no_autocast(grad_out.device.type):
+        kind = grad_out.device.type
+        if not torch.is_autocast_enabled(kind):
+            return backward(ctx, grad_out)
+        with torch.autocast(kind, enabled=False):
             return backward(ctx, grad_out)
 
     return wrapped

@@ -37,7 +37,7 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
 
     Raises GraddotError naming the first thing that differs by more than 1e-5 of its norm.
     """
-    first = first_tensor((inputs, kwargs))
+    first = first_tensor(inputs, kwargs)
     if first is None or first.dim() == 0 or first.shape[0] < 2:
         raise GraddotError("check_layer needs an input tensor with at least two samples")
     plain = copy.deepcopy(module)

@@ -250,7 +250,7 @@ def digests(
         @functools.wraps(forward)
         def see(*args: Any, **kwargs: Any) -> Any:
             on_layer(layers[name], name)
-            x = first_tensor((args, kwargs))
+            x = first_tensor(args, kwargs)
             # A layer without an input gives the same for every row.
             seen_now = digest(torch.zeros(1) if x is None else x)
             seen_now.caller = within[-1] if within else None

@@ -171,6 +171,10 @@ class FirstStep:
     def _check_losses(self, micro: MicroBatch, output: Any) -> None:
         """Raise GraddotError if the model's loss is not that of its rows; see to it that other numbers
         of which that is so are refused if the backward reaches them."""
+        if not self._problems:
+            if self._mixed is not None:
+                raise self._mixed
+            return
         numbers = kept_numbers(self._model)
         numbers.update(enumerate(tensors_in(output)))
         loss = output.get("loss") if isinstance(output, Mapping) else output
@@ -181,8 +185,6 @@ class FirstStep:
             if x is loss and micro.several is None:  # whose own loss is not that of the rows
                 raise GraddotError(problem)
             x.register_hook(lambda grad, problem=problem: self._used.append(problem))
-        if self._mixed is not None and not self._problems:
-            raise self._mixed
 
     def _check_backward(self, micro: MicroBatch, inputs: ModelInputs) -> None:
         samples, take = _samples(micro, inputs)

@@ -68,7 +68,7 @@ class ProvenRule:
         from .check import prove  # check.py attaches rules, this one among them
 
         reasons = []
-        leaves, main = tree_leaves((args, kwargs)), first_tensor((args, kwargs))
+        leaves, main = tree_leaves((args, kwargs)), first_tensor(args, kwargs)
         others = [(i, x) for i, x in enumerate(leaves) if x is not main]
         positions = [i for i, x in others if _may_be_positions(scored, x)]
         given = scored.same

@@ -38,7 +38,7 @@ def vector_grad(
         direction = direction.reshape(len(direction), -1)  # of a scalar, too
         dots = direction.to(row_grads.dtype) @ row_grads.t()
         step.collect(uses.leaf, bordered(dots, row_grads.square().sum(1)) if uses.norms else dots)
-    return torch.mv(train.t(), step.scales(len(train), train.dtype))
+    return torch.matmul(step.scales(train.shape[0], train.dtype), train)
 
 
 def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> Tensor:
@@ -148,16 +148,15 @@ class LinearDot(ScoredFunction):
 
     @staticmethod
     def forward(ctx, x, weight, bias, step, transposed):  # type: ignore[no-untyped-def]
-        w = weight.to(x.dtype)
+        w = cast(weight, x.dtype)
         sources: tuple[Tensor | None, ...] = ()
         if ctx.needs_input_grad[1]:
             ctx.make_input, sources = made_of(x, weight.shape[1 if transposed else 0])
         ctx.save_for_backward(weight, *sources)
         ctx.transposed = transposed
         note_uses(ctx, step, weight, bias, vector=False)
-        b = None if bias is None else bias.to(x.dtype)
-        flat = x.flatten(0, -2)
-        out = F.linear(flat, w.t() if transposed else w, b)
+        b = None if bias is None else cast(bias, x.dtype)
+        out = F.linear(x.flatten(0, -2), w.t() if transposed else w, b)
         # No view, which a function's output that is modified in place (an activation) may not be.
         return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[1]])
 
@@ -169,7 +168,7 @@ class LinearDot(ScoredFunction):
         grad = step.as_samples(grad_out)
         if ctx.bias_uses is not None:
             row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
-            result[2] = vector_grad(step, ctx.bias_uses, row_grads).to(ctx.bias_dtype)
+            result[2] = cast(vector_grad(step, ctx.bias_uses, row_grads), ctx.bias_dtype)
         if ctx.uses is not None:
             act = step.as_samples(ctx.make_input(*sources))
             if ctx.transposed:  # G_i is (Din, Dout): the same product with the sides swapped
@@ -177,10 +176,10 @@ class LinearDot(ScoredFunction):
             weight_grad = linear_grad(step, ctx.uses, act, grad)
             del act, grad  # an input made again goes before the gradient of its size comes
             if not ctx.uses.hold(weight_grad):
-                result[1] = weight_grad.to(weight.dtype)
+                result[1] = cast(weight_grad, weight.dtype)
         if ctx.needs_input_grad[0]:
-            w = weight.to(grad_out.dtype)
-            result[0] = grad_out @ (w.t() if ctx.transposed else w)
+            w = cast(weight, grad_out.dtype)
+            result[0] = F.linear(grad_out, w if ctx.transposed else w.t())
         return tuple(result)
 
 
@@ -233,18 +232,19 @@ class LayerNormDot(ScoredFunction):
             result[0] = torch.ops.aten.native_layer_norm_backward(
                 grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
             )[0]
-        samples, grads = (ctx.step.as_samples(y.flatten(-len(ctx.shape))) for y in (x, grad_out))
-        statistics = (ctx.step.as_samples(y.flatten(-len(ctx.shape))) for y in (mean, rstd))
-        weight_rows, bias_rows = _ops.norm_sample_grads(
-            samples, grads, *(y.reshape(samples.shape[:2]) for y in statistics)
-        )
+        if len(ctx.shape) > 1:
+            x, grad_out, mean, rstd = (
+                y.flatten(-len(ctx.shape)) for y in (x, grad_out, mean, rstd)
+            )
+        x, grads, mean, rstd = map(ctx.step.as_samples, (x, grad_out, mean, rstd))
+        weight_rows, bias_rows = _ops.norm_sample_grads(x, grads, mean[..., 0], rstd[..., 0])
         for uses, rows, parameter, at in (
             (ctx.uses, weight_rows, weight, 1),
             (ctx.bias_uses, bias_rows, bias, 2),
         ):
             if uses is not None:
                 grad = vector_grad(ctx.step, uses, rows)
-                result[at] = grad.view(parameter.shape).to(parameter.dtype)
+                result[at] = cast(grad.view(parameter.shape), parameter.dtype)
         return tuple(result)
 
 
@@ -263,6 +263,11 @@ def rms_norm_backward(
     scaled = grad * (offset + weight.to(wide.dtype))
     x_grad = rstd * (scaled - normed * (scaled * normed).mean(-1, keepdim=True))
     return x_grad.to(x.dtype), normed, grad
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x.to(dtype), which takes its time also where there is nothing to do."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

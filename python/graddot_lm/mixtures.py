@@ -60,7 +60,7 @@ class Mixture:
                 inner = Scored(f"{scored.name}.{name}", scored.step, part.forward)
                 run = _run_expert if name in self._experts else self._run_layer
                 stack.enter_context(_in_place_of(part, functools.partial(run, part, inner)))
-            first = first_tensor((args, kwargs))  # whose layout was judged
+            first = first_tensor(args, kwargs)  # whose layout was judged
 
             def mark(x: Tensor) -> Tensor:
                 return _marked(scored, x) if x is first else x

@@ -2,7 +2,7 @@
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -234,7 +234,7 @@ class ScoredForward:
         try:
             if around is not None:
                 args, kwargs = around.as_rows((args, kwargs))
-            layout, first = step.layouts.get(self.name), first_tensor((args, kwargs))
+            layout, first = step.layouts.get(self.name), first_tensor(args, kwargs)
             if layout == "same" and first is not None:
                 scored.same = [first]
             if isinstance(layout, int) and first is not None and first.shape[:1] == (1,):
@@ -255,7 +255,7 @@ class ScoredForward:
         """A layer that works on each token alone, of (1, rows·T, ...), as of (rows·T, ...)."""
         by_token = getattr(getattr(self._rule, "func", self._rule), "by_token", False)
         if not by_token or len(args) != 1 or kwargs:
-            shape = tuple(first_tensor((args, kwargs)).shape)  # type: ignore[union-attr]
+            shape = tuple(first_tensor(args, kwargs).shape)  # type: ignore[union-attr]
             raise GraddotError(
                 f"layer {self.name} got an input of shape {shape}, all rows' tokens one after the"
                 " other; its rule needs the rows as the first dimension"
@@ -295,9 +295,11 @@ class ScoredForward:
 _ONE_TENSOR = form_of(((torch.empty(0),), ()), [], [])
 
 
-def first_tensor(arguments: Any) -> Tensor | None:
+def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
     """The tensor among a call's arguments by which a layer's layout is judged."""
-    return next((x for x in tree_leaves(arguments) if isinstance(x, Tensor)), None)
+    if args and type(args[0]) is Tensor:  # as most are; to search takes as long as a small layer
+        return args[0]
+    return next((x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)), None)
 
 
 def _moved(out: Any, step: Step, name: str) -> Any:
@@ -306,7 +308,7 @@ def _moved(out: Any, step: Step, name: str) -> Any:
     (here, names), layout = step.moved, step.layouts.get(name, "unseen")
     if name not in names or layout == "unseen":
         return out
-    first = first_tensor(out)
+    first = first_tensor((out,), {})
     in_one = isinstance(layout, int) and first is not None and first.shape[:1] == (1,)
     at = int(layout == "second" or in_one)
     chosen = torch.zeros(step.rows, dtype=torch.bool)

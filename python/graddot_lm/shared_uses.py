@@ -78,13 +78,15 @@ class _LinearPart:
     own_rows: Tensor | None = None
 
 
-@dataclass
+@dataclass(slots=True)
 class SharedUses:
     """The uses of one parameter in one step: counted in the forward, paired in the backward.
 
     A forward that activation checkpointing runs once more is not another use. With a `given`
     direction, (K, *shape), every use dots with the whole of it: cross terms are those of norms only.
     It is sharded where the parameter is.
+
+    There is one of a parameter and step, so that it is slotted and begins with few containers.
     """
 
     name: str
@@ -92,22 +94,22 @@ class SharedUses:
     given: Tensor | None = None
     norms: bool = False
     leaf: str | None = None  # of the step, which collects the dots for it; None: not scored
-    paddings: set[int | None] = field(default_factory=set)  # padding_idx of every embedding
+    paddings: frozenset[int | None] = frozenset()  # padding_idx of every embedding
     num_embeddings: int = 0
     linear_calls: int = 0
     held: Tensor | None = None
     head_tables: tuple[_Table, _Table] | None = None
     vector_calls: int = 0
     expert_calls: int = 0
-    embedding_ids: list[Tensor] = field(default_factory=list)
-    _linears: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    embedding_ids: tuple[Tensor, ...] = ()
+    _linears: tuple[tuple[Tensor, Tensor], ...] = ()
     _linears_done: int = 0
     _embeddings_done: int = 0
     _embeddings_before_head: int = 0
     _vectors_done: int = 0
     _embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
-    _vectors: list[Tensor] = field(default_factory=list)
+    _vectors: tuple[Tensor, ...] = ()
 
     @property
     def calls(self) -> int:
@@ -133,9 +135,9 @@ class SharedUses:
         self.vector_calls += not recomputing()
 
     def count_embedding(self, ids: Tensor, padding_idx: int | None) -> None:
-        self.paddings.add(padding_idx)
+        self.paddings |= {padding_idx}
         if not recomputing():
-            self.embedding_ids.append(ids)
+            self.embedding_ids += (ids,)
 
     @property
     def padding_idx(self) -> int | None:
@@ -153,13 +155,15 @@ class SharedUses:
     @property
     def paired(self) -> bool:
         """Whether there are cross terms between uses of the weight."""
+        if not self._has_pairs:
+            return False
         uses = self.linear_calls + len(self.embedding_ids)
-        if self._has_pairs and self.vector_calls and uses:
+        if self.vector_calls and uses:
             raise GraddotError(
                 f"{self.name} is shared by a linear layer or embedding and by a layer of another"
                 " kind; the cross terms of such uses are not known"
             )
-        return self._has_pairs and uses > 1
+        return uses > 1
 
     @property
     def _has_pairs(self) -> bool:
@@ -227,7 +231,7 @@ class SharedUses:
         for ids, emb_grad in self._embeddings.values():
             terms.append(self._mixed_pair(self._part(act, grad, ids), ids, emb_grad))
         if self.linear_calls > 1:
-            self._linears.append((act, grad))
+            self._linears += ((act, grad),)
         for i, ids in enumerate(self.embedding_ids):
             if i not in self._embeddings:
                 self._parts.setdefault(i, []).append(self._part(act, grad, ids))
@@ -309,7 +313,7 @@ class SharedUses:
         if self._vectors:
             other = torch.stack(self._vectors).sum(0)
             terms = self._vector_form(other, row_grads) + self._vector_form(row_grads, other)
-        self._vectors.append(row_grads)
+        self._vectors += (row_grads,)
         return terms
 
     def _vector_form(self, direction_rows: Tensor, sample_rows: Tensor) -> Tensor:

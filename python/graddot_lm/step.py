@@ -74,9 +74,10 @@ class Step:
 
     def scales(self, rows: int, dtype: torch.dtype) -> Tensor:
         """scale once a training row, (rows,): with it their scaled sum is one operation."""
-        if self._scales is None or len(self._scales) != rows or self._scales.dtype != dtype:
-            self._scales = self.scale.to(dtype).repeat(rows)
-        return self._scales
+        found = self._scales
+        if found is None or found.shape[0] != rows or found.dtype != dtype:
+            found = self._scales = self.scale.to(dtype).repeat(rows)
+        return found
 
     def collect(self, leaf: str | None, dots: Tensor) -> None:
         """Dots of one use of a parameter."""
@@ -145,9 +146,12 @@ class Step:
 
     def as_samples(self, x: Tensor) -> Tensor:
         """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
-        if self.tokens is not None:
-            if not self.packed:
-                return x.reshape(-1, 1, x.shape[-1])
+        if self.tokens is None:
+            if x.dim() == 3 and x.shape[0] == self.rows:
+                return x
+        elif not self.packed:
+            return x.reshape(-1, 1, x.shape[-1])
+        else:
             # Where heads are, they may be behind the tokens or before.
             at = [k for k in (1, 2) if k < x.dim() - 1 and x.shape[k] == self.tokens]
             if x.shape[0] == 1 and len(at) == 1:
