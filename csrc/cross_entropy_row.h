@@ -58,19 +58,6 @@ double sum_of(int64_t size, const Element& element) {
   return sum;
 }
 
-// `count` floats; 0 in the other lanes.
-inline Vector load_some(const float* from, int64_t count) {
-  if (count == kLanes) return load(from);
-  Vector x{};
-  for (int64_t lane = 0; lane < count; ++lane) x[lane] = from[lane];
-  return x;
-}
-
-inline void store_some(float* to, const Vector& x, int64_t count) {
-  if (count == kLanes) return store(to, x);
-  for (int64_t lane = 0; lane < count; ++lane) to[lane] = x[lane];
-}
-
 float cross_entropy_row(const graddot::CrossEntropy& form, int64_t label, float* logits) {
   const int64_t vocab = form.vocab;
   const float smoothing = form.label_smoothing;

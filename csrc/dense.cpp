@@ -33,6 +33,10 @@ GRADDOT_EXPORT void graddot_cross_entropy_grad(const graddot::CrossEntropy* form
                               ignore_index, logits, stride, losses);
 }
 
+GRADDOT_EXPORT void graddot_norm_backward(const graddot::NormProblem* problem) {
+  graddot::norm_backward(graddot::instruction_set()->norm_part, *problem);
+}
+
 GRADDOT_EXPORT void graddot_advise_huge_pages(void* data, int64_t size) {
   graddot::advise_huge_pages(data, size);
 }

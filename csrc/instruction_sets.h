@@ -3,6 +3,7 @@
 
 #include "cross_entropy.h"
 #include "linear_wgrad.h"
+#include "norm.h"
 
 namespace graddot {
 
@@ -10,6 +11,7 @@ struct InstructionSet {
   const char* name;
   LinearKernel linear;
   CrossEntropyRow cross_entropy_row;
+  NormPart norm_part;
 };
 
 extern const InstructionSet kAvx2, kAvx512;  // avx2.cpp, avx512.cpp; on x86-64 only

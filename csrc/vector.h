@@ -19,6 +19,19 @@ inline Vector load(const float* from) { return *reinterpret_cast<const VectorInM
 inline void store(float* to, const Vector& x) { *reinterpret_cast<VectorInMemory*>(to) = x; }
 inline Vector all(float x) { return x - Vector{}; }
 
+// `count` floats; 0 in the other lanes.
+inline Vector load_some(const float* from, int64_t count) {
+  if (count == kLanes) return load(from);
+  Vector x{};
+  for (int64_t lane = 0; lane < count; ++lane) x[lane] = from[lane];
+  return x;
+}
+
+inline void store_some(float* to, const Vector& x, int64_t count) {
+  if (count == kLanes) return store(to, x);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = x[lane];
+}
+
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 inline int64_t round_up(int64_t x, int64_t multiple) { return (x + multiple - 1) / multiple * multiple; }

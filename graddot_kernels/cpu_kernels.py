@@ -49,11 +49,24 @@ class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
     )
 
 
+class _NormProblem(ctypes.Structure):  # csrc/norm.h
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("rows", "tokens", "d")),
+        *((name, ctypes.c_void_p) for name in ("x", "grad", "weight")),
+        ("offset", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("mean", "rstd")),
+        ("eps", ctypes.c_float),
+        *((name, ctypes.c_void_p) for name in ("x_grad", "weight_rows", "bias_rows")),
+    )
+
+
+_NORM_TOKENS = 128  # csrc/norm.h
+
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024
 
 library.graddot_linear_wgrad_dot.restype = ctypes.c_bool
-for _function in ("cross_entropy_grad", "advise_huge_pages"):
+for _function in ("cross_entropy_grad", "norm_backward", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
 
@@ -163,3 +176,46 @@ def cross_entropy_grad(
         ctypes.c_void_p(losses.data_ptr()),
     )
     return losses
+
+
+def norm_backward(
+    x: Tensor,
+    grad: Tensor,
+    weight: Tensor | None,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+    *,
+    offset: float = 0.0,
+    eps: float = -1.0,
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Of y = x̂ · (offset + weight) + bias, x̂ = (x - mean) · rstd: the gradient of x, (rows, T, d), and
+    every row's Σ_t grad·x̂ and Σ_t grad, (rows, d) each, given x and grad, (rows, T, d), weight, (d,),
+    and mean and rstd, (rows, T).
+
+    A mean of None is 0 and not x's, as in an RMS norm; a rstd of None is (mean(x²) + eps)^-½, or 1 of a
+    negative eps. Without a weight there is no gradient of x.
+    """
+    n, t, d = x.shape
+    tensors = [x, grad] + [y for y in (weight, mean, rstd) if y is not None]
+    by_token = [y.shape == (n, t) for y in (mean, rstd) if y is not None]
+    fit = grad.shape == x.shape and all(by_token) and (weight is None or weight.shape == (d,))
+    if not fit or any(y.dtype != torch.float32 for y in tensors):
+        got = ", ".join(f"{y.dtype} {tuple(y.shape)}" for y in tensors)
+        raise ValueError(
+            "expected x and grad (N, T, D), a weight (D,), mean and rstd (N, T), all fp32; got "
+            + got
+        )
+    x, grad = x.contiguous(), grad.contiguous()
+    weight, mean, rstd = (None if y is None else y.contiguous() for y in (weight, mean, rstd))
+    x_grad = None if weight is None else torch.empty_like(x)
+    parts = max(1, -(-t // _NORM_TOKENS))
+    weight_rows, bias_rows = x.new_empty(n, parts, d), x.new_empty(n, parts, d)
+    address = lambda y: None if y is None else y.data_ptr()
+    problem = _NormProblem(
+        n, t, d, x.data_ptr(), grad.data_ptr(), address(weight), offset, address(mean),
+        address(rstd), eps, address(x_grad), weight_rows.data_ptr(), bias_rows.data_ptr(),
+    )  # fmt: skip
+    library.graddot_norm_backward(ctypes.byref(problem))
+    if parts == 1:
+        return x_grad, weight_rows.squeeze(1), bias_rows.squeeze(1)
+    return x_grad, weight_rows.sum(1), bias_rows.sum(1)

@@ -405,6 +405,8 @@ def norm_sample_grads(
     x: Tensor, grad: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Σ_t b⊙x̂ and Σ_t b, (N, d) each."""
+    if cpu_kernels.available(x) and grad.dtype == x.dtype:
+        return cpu_kernels.norm_backward(x, grad, None, mean, rstd)[1:]
     grad, normed = _accumulated(grad), _accumulated(x)
     if mean is not None:
         normed = normed - mean[..., None]

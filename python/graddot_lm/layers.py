@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from graddot_kernels import cpu_kernels
 from graddot_kernels.sample_dots import bordered
 
 from .autocast import without_autocast
@@ -212,6 +213,36 @@ class EmbeddingDot(ScoredFunction):
         return None, weight_grad.to(ctx.dtype), None, None, None
 
 
+def _layer_norm_backward(  # type: ignore[no-untyped-def]
+    step, shape, x_needed, grad, x, mean, rstd, weight, bias
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradient of x, if it is needed, and the weight's and the bias's row gradients, (rows, d)."""
+    like = x.shape
+    if len(shape) > 1:
+        grad, x, mean, rstd = (y.flatten(-len(shape)) for y in (grad, x, mean, rstd))
+    fused = has_norm_kernel(step, x, grad, weight)
+    x_grad = None
+    if x_needed and not fused:
+        x_grad = torch.ops.aten.native_layer_norm_backward(
+            grad.contiguous(), x, [x.shape[-1]], mean, rstd, weight.flatten(),
+            None if bias is None else bias.flatten(), [True, False, False],
+        )[0].view(like)  # fmt: skip
+    x, grad, mean, rstd = map(step.as_samples, (x, grad, mean, rstd))
+    mean, rstd = mean[..., 0], rstd[..., 0]
+    if not fused:
+        weight_rows, bias_rows = _ops.norm_sample_grads(x, grad, mean, rstd)
+        return x_grad, weight_rows, bias_rows
+    scale = weight.flatten() if x_needed else None
+    x_grad, weight_rows, bias_rows = cpu_kernels.norm_backward(x, grad, scale, mean, rstd)
+    return None if x_grad is None else x_grad.view(like), weight_rows, bias_rows
+
+
+def has_norm_kernel(step: Step, x: Tensor, grad: Tensor, weight: Tensor) -> bool:
+    """Whether one compiled kernel makes all gradients of a norm of these."""
+    plain = step.tokens is None and x.dtype == grad.dtype == weight.dtype
+    return plain and cpu_kernels.available(x)
+
+
 class LayerNormDot(ScoredFunction):
     """A layer norm with weight and optional bias."""
 
@@ -228,16 +259,9 @@ class LayerNormDot(ScoredFunction):
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, mean, rstd, weight, bias = ctx.saved_tensors
         result = [None] * 6
-        if ctx.needs_input_grad[0]:
-            result[0] = torch.ops.aten.native_layer_norm_backward(
-                grad_out.contiguous(), x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
-            )[0]
-        if len(ctx.shape) > 1:
-            x, grad_out, mean, rstd = (
-                y.flatten(-len(ctx.shape)) for y in (x, grad_out, mean, rstd)
-            )
-        x, grads, mean, rstd = map(ctx.step.as_samples, (x, grad_out, mean, rstd))
-        weight_rows, bias_rows = _ops.norm_sample_grads(x, grads, mean[..., 0], rstd[..., 0])
+        result[0], weight_rows, bias_rows = _layer_norm_backward(
+            ctx.step, ctx.shape, ctx.needs_input_grad[0], grad_out, x, mean, rstd, weight, bias
+        )
         for uses, rows, parameter, at in (
             (ctx.uses, weight_rows, weight, 1),
             (ctx.bias_uses, bias_rows, bias, 2),

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from graddot_kernels import norm_sample_grads
+from graddot_kernels import cpu_kernels, norm_sample_grads
 
 from .autocast import without_autocast
-from .layers import ScoredFunction, accumulator, rms_norm_backward, vector_grad
+from .layers import ScoredFunction, accumulator, has_norm_kernel, rms_norm_backward, vector_grad
 from .recompute import remember
 from .scored import Scored
 
@@ -88,10 +88,18 @@ class RMSNormDot(ScoredFunction):
         x, weight = ctx.saved_tensors
         step, form = ctx.step, ctx.form
         eps = form.eps_for(accumulator(x.dtype))
-        x_grad, normed, grad = rms_norm_backward(
-            x, weight, grad_out, eps, form.offset, ctx.needs_input_grad[0]
-        )
-        rows, _ = norm_sample_grads(step.as_samples(normed), step.as_samples(grad))
+        if has_norm_kernel(step, x, grad_out, weight):
+            samples, grads = step.as_samples(x), step.as_samples(grad_out)
+            scale = weight if ctx.needs_input_grad[0] else None
+            x_grad, rows, _ = cpu_kernels.norm_backward(
+                samples, grads, scale, None, None, offset=form.offset, eps=eps
+            )
+            x_grad = None if x_grad is None else x_grad.view(x.shape)
+        else:
+            x_grad, normed, grad = rms_norm_backward(
+                x, weight, grad_out, eps, form.offset, ctx.needs_input_grad[0]
+            )
+            rows, _ = norm_sample_grads(step.as_samples(normed), step.as_samples(grad))
         weight_grad = vector_grad(step, ctx.uses, rows)
         return x_grad, weight_grad.to(weight.dtype), None, None, None
 

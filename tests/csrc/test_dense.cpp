@@ -149,6 +149,53 @@ void test_cross_entropy(CrossEntropyRow row) {
   }
 }
 
+void test_norm(NormPart run) {
+  // Many tokens go by parts.
+  const int64_t n = random_int(4), t = random_int(3) ? random_int(9) : 100 + random_int(200);
+  const int64_t d = random_int(2) ? 1 + random_int(20) : 1 + random_int(150);
+  const bool centered = random_int(2) != 0, wanted = random_int(3) != 0;
+  const bool given = centered || random_int(2) != 0;  // rstd
+  const float offset = static_cast<float>(random_int(2)), eps = random_int(2) ? 0.01F : -1;
+  const std::vector<float> x = random_numbers(n * t * d), grad = random_numbers(n * t * d);
+  const std::vector<float> weight = random_numbers(d), mean = random_numbers(n * t);
+  const std::vector<float> rstd = random_numbers(n * t);
+  std::vector<float> x_grad(static_cast<size_t>(wanted ? n * t * d : 0), std::nanf(""));
+  NormProblem p{n, t, d, x.data(), grad.data(), wanted ? weight.data() : nullptr, offset,
+                centered ? mean.data() : nullptr, given ? rstd.data() : nullptr, eps,
+                wanted ? x_grad.data() : nullptr, nullptr, nullptr};
+  std::vector<float> weights(static_cast<size_t>(n * p.parts() * d), std::nanf("")), biases = weights;
+  p.weight_rows = weights.data();
+  p.bias_rows = biases.data();
+  num_threads = 1 + random_int(4);
+  norm_backward(run, p);
+  std::vector<double> weight_sums(weights.size()), bias_sums(weights.size());
+  for (int64_t token = 0; token < n * t; ++token) {
+    const auto at = [&](int64_t i) { return static_cast<size_t>(token * d + i); };
+    const int64_t part = token / t * p.parts() + token % t / kNormTokens;
+    const double m = centered ? mean[static_cast<size_t>(token)] : 0;
+    double squares = 0, sum = 0, product = 0;
+    for (int64_t i = 0; i < d; ++i) squares += double{x[at(i)]} * x[at(i)] / static_cast<double>(d);
+    const double r = given ? rstd[static_cast<size_t>(token)] : eps < 0 ? 1 : 1 / std::sqrt(squares + eps);
+    const auto normed = [&](int64_t i) { return (x[at(i)] - m) * r; };
+    const auto scaled = [&](int64_t i) { return grad[at(i)] * (double{offset} + weight[static_cast<size_t>(i)]); };
+    for (int64_t i = 0; i < d; ++i) {
+      weight_sums[static_cast<size_t>(part * d + i)] += grad[at(i)] * normed(i);
+      bias_sums[static_cast<size_t>(part * d + i)] += grad[at(i)];
+      sum += scaled(i) / static_cast<double>(d);
+      product += scaled(i) * normed(i) / static_cast<double>(d);
+    }
+    for (int64_t i = 0; wanted && i < d; ++i) {
+      const double want = r * (scaled(i) - normed(i) * product - (centered ? sum : 0));
+      const double size = std::abs(r) * (std::abs(scaled(i)) + std::abs(normed(i) * product));
+      expect_close(x_grad[at(i)], want, 5 * size, "norm's x_grad");
+    }
+  }
+  for (size_t i = 0; i < weights.size(); ++i) {
+    expect_close(weights[i], weight_sums[i], 1000, "norm's weight_rows");
+    expect_close(biases[i], bias_sums[i], 100, "norm's bias_rows");
+  }
+}
+
 }  // namespace
 }  // namespace graddot
 
@@ -163,6 +210,7 @@ int main() {
     for (int i = 0; i < 150; ++i) {
       graddot::test_linear(set->linear, graddot::random_case());
       graddot::test_cross_entropy(set->cross_entropy_row);
+      graddot::test_norm(set->norm_part);
     }
     std::printf("vector kernels, %s: 150 random problems: ok\n", set->name);
   }
