@@ -6,7 +6,7 @@
 One group a family and shape, fp32, GPT-2 Small's widths, N = 8, V = 1. Plain forms: for
 `linear_wgrad_dot` the weight gradient's product alone, without dots; for `linear_ghost_dot` all
 token-by-token products at once; for the cross-entropy PyTorch's own, forward and backward; for norms
-a row sum in PyTorch. "torch" is our form for processors that the compiled kernels do not serve.
+a row sum in PyTorch; for a norm's backward autograd's, without samples' own gradients. "torch" is our form for processors that the compiled kernels do not serve.
 Embeddings are in bench_embedding.py. pytest-benchmark times one form after another, not
 interleaved: on a machine whose speed varies, look at several rows.
 
@@ -29,6 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _report import append_row, interleave
+from graddot_lm.layers import rms_norm_backward
 from torch import Tensor
 
 import graddot_kernels as gk
@@ -36,8 +37,10 @@ from graddot_kernels import cpu_kernels
 
 N, V, VOCABULARY = 8, 1, 50257
 TOKENS = (16, 256, 1024)
+EPS = 1e-5
 WIDTHS = ((768, 768), (768, 3072))  # Din, Dout
-PLAIN = {"wgrad": "gemm", "ghost": "two_matmuls", "cross_entropy": "pytorch", "norm": "pytorch"}
+PLAIN = {"wgrad": "gemm", "ghost": "two_matmuls", "cross_entropy": "pytorch", "norm": "pytorch",
+         "layer_norm": "pytorch", "rms_norm": "pytorch"}  # fmt: skip
 # T and width, square: all but those of which one route takes over 80 GFLOP.
 GRID = tuple(
     (t, d)
@@ -185,6 +188,59 @@ def test_norm(benchmark, form, t):  # type: ignore[no-untyped-def]
     case("norm", f"t{t}", form, benchmark)
     right(forms[form](), dots)
     benchmark(forms[form])
+
+
+def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS) * weight
+
+
+def layer_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, torch.zeros_like(weight), EPS)
+
+
+@pytest.mark.parametrize("form", ["compiled", "torch", "pytorch"])
+@pytest.mark.parametrize("t", TOKENS, ids="t{}".format)
+@pytest.mark.parametrize("norm", [layer_norm, rms_norm])
+def test_norm_backward(benchmark, norm, form, t):  # type: ignore[no-untyped-def]
+    """The gradients of x and of every row's weight, beside autograd's of x and the weight."""
+    x, grad, weight = random(N + V, t, 768), random(N + V, t, 768).flip(2), random(768)
+    exact = [y.double().requires_grad_() for y in (x, weight.expand(N + V, 1, -1))]
+    want = torch.autograd.grad(norm_of_rows(norm, *exact), exact, grad.double())
+    leaves = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+    out = norm(*leaves)
+    mean, rstd = torch.native_layer_norm(x, [768], weight, None, EPS)[1:]
+
+    def torch_forms() -> tuple[Tensor, Tensor]:
+        if norm is rms_norm:
+            x_grad, *factors = rms_norm_backward(x, weight, grad, EPS, 0.0)
+            return x_grad, torch.ops.graddot.norm_sample_grads(*factors)[0]
+        x_grad = torch.ops.aten.native_layer_norm_backward(
+            grad, x, [768], mean, rstd, weight, None, [True, False, False]
+        )[0]
+        rows = torch.ops.graddot.norm_sample_grads(x, grad, mean[..., 0], rstd[..., 0])
+        return x_grad, rows[0]
+
+    def compiled() -> tuple[Tensor, Tensor]:
+        if norm is rms_norm:
+            return cpu_kernels.norm_backward(x, grad, weight, None, None, eps=EPS)[:2]
+        return cpu_kernels.norm_backward(x, grad, weight, mean[..., 0], rstd[..., 0])[:2]
+
+    forms = {
+        "compiled": compiled,
+        "torch": without_compiled_kernels(torch_forms),
+        "pytorch": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
+    }
+    case(norm.__name__, f"t{t}", form, benchmark)
+    x_grad, weight_grad = forms[form]()
+    right(x_grad, want[0])
+    rows = want[1][:, 0]
+    right(weight_grad, rows.sum(0) if form == "pytorch" else rows)
+    benchmark(forms[form])
+
+
+def norm_of_rows(norm: Callable[..., Tensor], x: Tensor, weights: Tensor) -> Tensor:
+    """With a weight for every row."""
+    return norm(x, torch.ones_like(weights[0, 0])) * weights
 
 
 # What to make of it
