@@ -3,14 +3,20 @@
 import gc
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
+# Tests fork, and a process forked while another thread holds a lock waits for it for ever: bars have no
+# thread that looks after them, and no lock that processes share, which one that is killed would keep.
+tqdm.monitor_interval = 0
+tqdm.set_lock(threading.RLock())
 # Tracing makes objects by the million and hardly a cycle: looking for those every 700 took a tenth of it.
 gc.set_threshold(50_000, 20, 50)
 

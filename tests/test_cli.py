@@ -28,6 +28,19 @@ def test_the_command_begins_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+@pytest.mark.parametrize("command", ["train-tokenizer", "tokenize", "scores"])
+def test_commands_that_compute_nothing_do_without_torch(command):
+    code = f"""
+import sys
+from graddot_lm import cli
+try:
+    cli.main([{command!r}, "--help"])
+except SystemExit:
+    sys.exit("torch" in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+
+
 @pytest.mark.parametrize("unbuffered", ["", "1"], ids=["buffered", "unbuffered"])
 def test_output_that_nobody_reads_to_the_end_is_no_error(unbuffered):
     command = f"{sys.executable} -m graddot_lm.cli doctor | head -c 0; exit ${{PIPESTATUS[0]}}"

@@ -9,6 +9,7 @@ import torch.distributed.nn.functional as collectives
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
+from graddot_lm.distributed import are_finite
 from loop_steps import Store, attached, run
 from model_zoo import causal
 from process_group import on_processes
@@ -113,6 +114,31 @@ def test_what_takes_other_runs_is_refused_by_all_where_it_comes_first(tmp_path):
     assert got[0] == got[1] and "1 of 2 processes have a batch of one row" in got[0], got
     got = on_processes(2, tmp_path / "square", uneven_steps, False, 4, None)
     assert got[0] == got[1] and " 1 one of as many tokens as rows" in got[0], got
+
+
+def finite_of_shards(rank, world):
+    """What all say of a sharded NaN, of a NaN that one process has alone, and of what has none; how
+    often each asked the others."""
+    model = Flat().double()
+    fully_shard(model.inner)
+    fully_shard(model)
+    sharded = [p.detach().clone() for p in model.parameters()]
+    sharded[1].to_local()[-1:] = float("nan") if rank == 1 else 0.0
+    own = torch.full((2,), float("inf") if rank == 0 else 1.0)
+    asked, all_reduce = [], dist.all_reduce
+
+    def counted(*args, **kwargs):
+        asked.append(args)
+        return all_reduce(*args, **kwargs)
+
+    dist.all_reduce = counted
+    return are_finite([*sharded, own, torch.ones(())]), len(asked)
+
+
+def test_processes_of_a_sharded_model_agree_on_what_is_finite(tmp_path):
+    """Or one would run the model once more, with a lower scale, and wait for the others' shards."""
+    finite = [True, False, True, True, True, False, True]
+    assert on_processes(2, tmp_path, finite_of_shards) == [(finite, 1)] * 2
 
 
 def static_steps(rank, world, reentrant):

@@ -5,13 +5,16 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import datasets
 import pytest
 import zstandard
+from graddot_lm import text_source
 from hub_server import hub
 from tokenize_checks import content, jsonl, small_bpe, tokenize
 
@@ -42,15 +45,15 @@ def start(files, tmp_path):
     with hub(files) as address:
         environment = {
             **os.environ,
-            "HF_ENDPOINT": address,
             "HF_HOME": str(tmp_path / "cache"),
             "HF_HUB_OFFLINE": "0",
         }
 
-        def start_process(source, bpe, out, *more) -> subprocess.Popen:
+        def start_process(source, bpe, out, *more, endpoint=address) -> subprocess.Popen:
             options = ["--input", source, "--tokenizer", str(bpe), "--output", str(out), *more]
             command = [sys.executable, "-c", SCRIPT, "tokenize", *options]
-            return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+            where = {**environment, "HF_ENDPOINT": endpoint}
+            return subprocess.Popen(command, env=where, stderr=subprocess.PIPE, text=True)
 
         yield start_process
 
@@ -104,3 +107,30 @@ def test_wrong_names_and_a_damaged_dataset(files, start, tmp_path):
         errors = process.communicate()[1]
         assert process.returncode == 2, errors
         assert re.search(message, errors), errors
+
+
+def test_a_hub_out_of_reach_is_asked_once(files, start, tmp_path):
+    """The name may be that of a file, mistyped: whoever waits for minutes learns nothing more."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # and does not listen
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        process = start("some/pile", files / "some/bpe", tmp_path / "out", endpoint=address)
+        errors = process.communicate()[1]
+    assert process.returncode == 2 and "Retrying" not in errors, errors
+    assert re.search("some/pile: no such file or folder here, and split 'train'.*refused", errors)
+
+
+def test_a_cached_dataset_is_read_while_the_hub_does_not_answer(monkeypatch):
+    def ask(url, timeout):
+        assert timeout <= 10
+        raise ConnectionError("no route to the hub")
+
+    def load(name, split, streaming):
+        assert datasets.config.HF_HUB_OFFLINE, "what is asked once more waits"
+        return datasets.Dataset.from_dict({"text": ["a", "b"]}).to_iterable_dataset()
+
+    monkeypatch.setattr("huggingface_hub.get_hf_file_metadata", ask)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", False)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    (chunk,) = text_source.read_chunks(text_source.find_sources(["some/pile"]), 0, 1)
+    assert chunk.records == [(2, {"text": "b"})] and not datasets.config.HF_HUB_OFFLINE

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -37,7 +38,7 @@ def _become(rank, world, port, output, command, before):
         RANK=str(rank),
         LOCAL_RANK=str(rank),
         WORLD_SIZE=str(world),
-        MASTER_ADDR="localhost",
+        MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
         GLOO_SOCKET_IFNAME="lo",
@@ -53,15 +54,22 @@ def _become(rank, world, port, output, command, before):
 def launch(world, output, command, before=None):
     """Exit codes and outputs of `graddot train` on `world` processes; `before(rank)` in each."""
     output.mkdir(exist_ok=True)
-    store = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    listener = socket.create_server(("127.0.0.1", 0))
+    port = listener.getsockname()[1]
     processes = [
-        PROCESSES.Process(target=_become, args=(r, world, store.port, output, command, before))
+        PROCESSES.Process(target=_become, args=(r, world, port, output, command, before))
         for r in range(world)
     ]
     for process in processes:
         process.start()
     deadline = time.monotonic() + TIMEOUT
     try:
+        # Only now: its thread looks up the name of whoever connects, and a process forked meanwhile may
+        # find a lock of the C library's taken, which nobody there gives back.
+        store = dist.TCPStore(
+            "127.0.0.1", port, is_master=True, wait_for_workers=False,
+            master_listen_fd=listener.detach(),
+        )  # fmt: skip
         for process in processes:
             process.join(max(0, deadline - time.monotonic()))
         codes = [process.exitcode for process in processes]
@@ -71,6 +79,7 @@ def launch(world, output, command, before=None):
             if process.is_alive():
                 process.kill()
             process.join()
+    del store
     return codes, [(output / f"{r}.txt").read_text() for r in range(world)]
 
 
@@ -371,6 +380,21 @@ def test_a_run_is_not_resumed_while_a_process_of_it_lives(tokens, tmp_path, caps
     held[1].set()
     process.join(TIMEOUT)
     assert train(tokens, tmp_path, "--resume") == 0
+
+
+def test_no_thread_begins_before_the_last_fork(tokens, tmp_path, monkeypatch):
+    """Of the tests' own way to start processes: see `launch`."""
+    fork, threads = os.fork, []
+
+    def counted():
+        threads.append(len(os.listdir("/proc/self/task")))
+        return fork()
+
+    monkeypatch.setattr(os, "fork", counted)
+    before = len(os.listdir("/proc/self/task"))
+    codes, outputs = launch(2, tmp_path / "output", arguments(tokens, tmp_path, "--val_set poems"))
+    assert codes == [2, 2], outputs
+    assert len(threads) == 2 and max(threads) <= before
 
 
 def _end_runs(rank, world, folder):

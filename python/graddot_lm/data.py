@@ -12,9 +12,9 @@ import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
@@ -28,7 +28,10 @@ MORE_BLOCKS = (
 
 PIECES, PIECE = 8, 1024  # of a domain's tokens, for `TokenData.content`
 
-SampleIds = np.ndarray | torch.Tensor | Sequence[int]
+if TYPE_CHECKING:  # `graddot tokenize` and `graddot scores` do not wait for torch
+    import torch
+
+SampleIds: TypeAlias = "np.ndarray | torch.Tensor | Sequence[int]"
 
 
 class TokenData:
@@ -125,11 +128,18 @@ class TokenData:
         """Offset `(N,)` int64 of each sample's first token in its domain's file, in tokens."""
         return self._locate(sample_ids)[1]
 
-    def get(self, sample_ids: SampleIds) -> tuple[torch.Tensor, torch.Tensor]:
+    def get(self, sample_ids: SampleIds) -> "tuple[torch.Tensor, torch.Tensor]":
         """Inputs and labels, each `(N, T)` int64: Y[:, t] is the token that follows X[:, t].
 
         Raises GraddotError for an id out of range and a token outside the vocabulary.
         """
+        import torch
+
+        tokens = torch.from_numpy(self._blocks(sample_ids))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+
+    def _blocks(self, sample_ids: SampleIds) -> np.ndarray:
+        """The tokens `(N, T + 1)` int64 of samples, each with the one that follows it."""
         T = self.block_size
         domains, offsets = self._locate(sample_ids)
         rows = np.empty((len(domains), T + 1), dtype=np.int64)
@@ -141,12 +151,11 @@ class TokenData:
                 f"domain {self._names[domains[n]]!r}, token offset {offsets[n] + t}: token id "
                 f"{rows[n, t]} is outside the vocabulary of {self.vocab_size}; the file is damaged"
             )
-        tokens = torch.from_numpy(rows)
-        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return rows
 
     def token_ids(self, sample_id: int) -> np.ndarray:
         """Input tokens `(T,)` int64 of one sample, to be decoded for an excerpt."""
-        return self.get([sample_id])[0][0].numpy()
+        return self._blocks([sample_id])[0, :-1]
 
     def check_tokenizer(self, tokenizer_path: str) -> None:
         """Raise GraddotError if the data was written with another tokenizer."""

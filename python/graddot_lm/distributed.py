@@ -219,9 +219,14 @@ def stacked(tensors: Sequence[Tensor], parameter: nn.Parameter, dtype: torch.dty
 
 
 def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
-    """Of each, whether all its elements are, on all processes. Waits for a device once."""
-    norms = [whole(torch.linalg.vector_norm(x, dtype=torch.float64)) for x in tensors]
-    return torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).tolist()
+    """Of each, whether all its elements are, on all processes. Asks them for all tensors at once, and
+    waits for a device once."""
+    norms = [torch.linalg.vector_norm(own_part(x), dtype=torch.float64) for x in tensors]
+    finite = torch.isfinite(torch.stack([norm.to(norms[0].device) for norm in norms])).int()
+    meshes = dict.fromkeys(x.device_mesh for x in tensors if isinstance(x, DTensor))
+    for group in (group for mesh in meshes for group in mesh.get_all_groups()):
+        dist.all_reduce(finite, dist.ReduceOp.MIN, group=group)
+    return finite.bool().tolist()
 
 
 # States of sharded models, as one process would have them

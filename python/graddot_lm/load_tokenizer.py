@@ -9,10 +9,9 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from graddot_lm.errors import GraddotError
-from graddot_lm.text_source import HUB_NAME
+from graddot_lm.text_source import HUB_NAME, HUB_SECONDS
 
 END_OF_TEXT = "<|endoftext|>"
-HUB_SECONDS = 5.0
 
 
 def load_tokenizer(name: str) -> Tokenizer:

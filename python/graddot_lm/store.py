@@ -16,7 +16,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-import torch
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import sync, write_atomic, writing
@@ -123,7 +122,7 @@ def _array(field: pa.Field, values: Any) -> pa.Array:
     """A copy of `values` in the field's type; TypeError if they are of another kind."""
     if isinstance(values, list | tuple):
         return pa.array(values, field.type)
-    if isinstance(values, torch.Tensor):
+    if hasattr(values, "detach"):  # a tensor, told without torch, for which readers need not wait
         values = values.detach().cpu()
     dtype = field.type.to_pandas_dtype()
     return pa.array(np.array(values).astype(dtype, casting="same_kind"), field.type)

@@ -6,6 +6,8 @@ which a later process reads on.
 """
 
 import codecs
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -25,6 +27,7 @@ READ_BYTES = 256 << 10
 FILE_NAME = re.compile(r"\.(jsonl|ndjson|json)(\.(gz|zst))?$")
 SURROGATE = re.compile("[\ud800-\udfff]")
 HUB_NAME = re.compile(r"^[\w-][\w.-]*(/[\w-][\w.-]*)?$")
+HUB_SECONDS = 5.0  # in which a hub that is there begins to answer
 INPUT_HELP = (
     "text as JSON lines, one object a document: .jsonl, .json or .ndjson files, plain, .gz or .zst;"
     " folders, of which every such file is read, in sorted order; or the name of a dataset on the"
@@ -212,15 +215,41 @@ def _file_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
                 yield damage, raw.tell()
 
 
-def _hub_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
-    import datasets
+def _hub_dataset(source: Source) -> Any:
+    """The stream of a hub dataset; from the cache, if it is there, where the hub does not answer.
 
+    `datasets` alone would ask an unreachable hub six times, over 24 s or, where no answer comes at all,
+    over five minutes; and the name may be that of a file, mistyped.
+    """
+    import datasets
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+
+    load = functools.partial(datasets.load_dataset, source.name, split=source.split, streaming=True)
     try:
-        stream = datasets.load_dataset(source.name, split=source.split, streaming=True)
+        card = hf_hub_url(source.name, "README.md", repo_type="dataset")
+        get_hf_file_metadata(card, timeout=HUB_SECONDS)
+    except HfHubHTTPError:  # the hub answered; `datasets` makes the best of it
+        pass
+    except Exception:  # of whichever HTTP library the hub's client is built on
+        offline = datasets.config.HF_HUB_OFFLINE
+        datasets.config.HF_HUB_OFFLINE = True
+        try:
+            with contextlib.suppress(Exception):
+                return load()
+        finally:
+            datasets.config.HF_HUB_OFFLINE = offline
+        raise
+    return load()
+
+
+def _hub_records(source: Source, skip: int) -> Iterator[tuple[Record, int]]:
+    try:
+        stream = _hub_dataset(source)
     except Exception as error:  # datasets raises the errors of every library below it
         raise GraddotError(
             f"{source.name}: no such file or folder here, and split {source.split!r} of a dataset "
-            f"of this name could not be had from the hub: {error}"
+            f"of this name could not be had from the hub: {str(error) or repr(error)}"
         ) from error
     number = skip
     try:
