@@ -57,6 +57,16 @@ def pairs(margins):
     return Dataset.from_list(rows[:18]), Dataset.from_list(rows[18:])
 
 
+# Of a head, GPT-2's tied, with more elements than may have a gradient of every row.
+WIDE = {"vocab_size": 33000, "pad_token_id": 0}
+LARGE = {
+    "dpo-large": lambda: causal("Llama", hidden_size=128, head_dim=64, num_hidden_layers=1, **WIDE),
+    "dpo-large-tied": lambda: causal(
+        "GPT2", "LMHeadModel", n_embd=128, n_layer=1, n_head=2, **WIDE
+    ),
+}
+
+
 def trainer(base, folder, tokenizer, kind, cls=None, **settings):
     """One of TRL's, or cls made of it and ours."""
     train, val = pairs("margin" in kind)
@@ -66,7 +76,11 @@ def trainer(base, folder, tokenizer, kind, cls=None, **settings):
         model = causal("Llama", head="ForSequenceClassification", num_labels=1,
                        vocab_size=len(tokenizer), pad_token_id=0)  # fmt: skip
     else:
-        model = causal("Llama", vocab_size=len(tokenizer), pad_token_id=0)
+        model = (
+            LARGE[kind]()
+            if kind in LARGE
+            else causal("Llama", vocab_size=len(tokenizer), pad_token_id=0)
+        )
         given["ref_model"] = None if "lora" in kind else copy.deepcopy(model)
     if "lora" in kind:
         peft = pytest.importorskip("peft")
@@ -109,6 +123,8 @@ def dpo_loss(model, reference, batch, kind):
         ("reward", {}), ("reward-margin-lora", {"gradient_checkpointing": True}),
         ("dpo", {}), ("dpo-lora", {}), ("dpo-ipo-lora", {"loss_type": ["ipo"]}),
         ("dpo-lora-known", {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
+        ("dpo-large", {"max_steps": 2}),
+        ("dpo-large-tied", {"max_steps": 2, "precompute_ref_log_probs": True}),
     ],
 )  # fmt: skip
 def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
@@ -125,8 +141,9 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-3, abs=1e-5), key
 
     rows = rows_of(tmp_path / "scored" / "scores")
-    assert [row["step"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
-    assert sorted(row["sample_id"] for row in rows) == list(range(18))
+    steps = scored.args.max_steps
+    assert [row["step"] for row in rows] == [step for step in range(steps) for _ in range(6)]
+    assert len({row["sample_id"] for row in rows}) == 6 * steps
     reference = None
     if "dpo" in kind:
         reference = snapshots.models[0] if "lora" in kind else regular.ref_model

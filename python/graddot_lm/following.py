@@ -124,6 +124,7 @@ class Following(TorchFunctionMode):
                     known.pop(id(tensors[0]), None)
             elif all(id(x) in self._unsure for x in variable):
                 self._unsure |= {id(x): x for x in tensors_among((out,))}
+            followed.note_picked(func, args, variable, out)
             return out
         if variable:
             self.doubts += [name for x in variable if id(x) in self._unsure]
