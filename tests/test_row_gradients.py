@@ -8,6 +8,7 @@ import torch
 from brute_force import gradient, sample_dots, total
 from engine_steps import TOLERANCE, close
 from graddot_lm import GraddotError, GradDotProdEngine
+from graddot_lm.shared_uses import products, vector_form
 from test_norms_option import sample_norms
 from torch import nn
 
@@ -241,3 +242,17 @@ def test_the_forward_that_stands_on_a_model_is_proven(ordered):
         step(engine, model)
         want, scales = sample_dots(CallsItsHead(), TRAIN, VALS["a"], loss_of)
         close(engine.aggregate_and_log()[0], total(want), 1e-10, total(scales))
+
+
+@pytest.mark.parametrize("given", [False, True])
+def test_long_row_gradients(given):
+    """All of one sign, as a head's for tokens that are no targets: added up one by one they lose digits."""
+    g = torch.Generator().manual_seed(0)
+    rows = 1 + torch.rand(3, 2**22, generator=g)
+    if given:
+        dots = products(rows[2:], rows[:2])
+    else:
+        dots = vector_form(rows, rows, [1], False)
+    assert torch.allclose(
+        dots.double(), rows[2:].double() @ rows[:2].double().t(), rtol=1e-6, atol=0
+    )

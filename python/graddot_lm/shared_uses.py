@@ -37,6 +37,8 @@ from .checkpointing import recomputing
 from .distributed import whole
 from .errors import GraddotError
 
+_TOGETHER = 2**16  # elements of row gradients that are multiplied and added up at once
+
 
 @dataclass
 class _Table:
@@ -514,12 +516,20 @@ def vector_form(
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     samples, direction = sample_rows[:n], summed(direction_rows)
-    dots = direction @ samples.t()
+    dots = products(direction, samples)
     if not norms:
         return dots
     row = (direction_rows[:n] * samples).sum(1)
     column = (direction * summed(sample_rows)).sum(1)
     return bordered(dots, row, column)
+
+
+def products(direction: Tensor, samples: Tensor) -> Tensor:
+    """direction @ samples.T of (K, d) and (N, d), in pieces of d: one long fp32 sum loses digits."""
+    if samples.shape[1] <= _TOGETHER:
+        return direction @ samples.t()
+    pieces = zip(direction.split(_TOGETHER, 1), samples.split(_TOGETHER, 1), strict=True)
+    return torch.stack([a @ b.t() for a, b in pieces]).sum(0)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
