@@ -183,9 +183,23 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close, 
         assert {row["n_tokens"] for row in at} == {1}
 
 
-def on_two(rank, world, folder, tokenizer, settings):
+class ScoredDPO(GradDotProdTrainer, trl.DPOTrainer):
+    pass
+
+
+ON_TWO = {
+    "reward": (trl.RewardTrainer, ScoredReward), "dpo": (trl.DPOTrainer, ScoredDPO),
+}  # fmt: skip
+
+
+def of_kind(kind, folder, tokenizer, **settings):
+    base, cls = ON_TWO[kind]
+    return trainer(base, folder, tokenizer, kind, cls, **settings)
+
+
+def on_two(rank, world, kind, folder, tokenizer, settings):
     as_by_torchrun(rank, world)
-    run = trainer(trl.RewardTrainer, folder, tokenizer, "reward", ScoredReward, **settings)
+    run = of_kind(kind, folder, tokenizer, **settings)
     run.train()
     assert isinstance(run.model, FSDPModule) == ("fsdp" in settings)
     return list(weights(run.model).values())
@@ -197,13 +211,15 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, SHARDED], ids=["ddp", "fsdp"])
-def test_two_processes(tmp_path, tokenizer, close, settings):
-    found = on_processes(2, tmp_path / "processes", on_two, tmp_path / "two", tokenizer, settings)
-    settings = {"per_device_train_batch_size": 6}
-    one = trainer(
-        trl.RewardTrainer, tmp_path / "one", tokenizer, "reward", ScoredReward, **settings
-    )
+@pytest.mark.parametrize(
+    "kind, settings",
+    [("reward", {}), ("reward", SHARDED), ("dpo", {})],
+    ids=["ddp", "fsdp", "dpo-ddp"],
+)
+def test_two_processes(tmp_path, tokenizer, close, kind, settings):
+    given = kind, tmp_path / "two", tokenizer, settings
+    found = on_processes(2, tmp_path / "processes", on_two, *given)
+    one = of_kind(kind, tmp_path / "one", tokenizer, per_device_train_batch_size=6)
     one.train()
     for mine, other, p in zip(*found, one.model.parameters(), strict=True):
         assert torch.equal(mine, other)
