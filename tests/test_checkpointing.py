@@ -46,9 +46,50 @@ def test_a_checkpoint_in_a_layer_that_is_followed_is_refused():
     model.gradient_checkpointing_enable({"use_reentrant": False})
     engine = attached(model, token_batch(2, 15, VOCAB, seed=2))
     with pytest.raises(
-        GraddotError, match="attention runs again for an activation checkpoint, which"
+        GraddotError, match="of its parameters runs again for an activation checkpoint, which"
     ):
         run(engine, token_batch(3, 15, VOCAB, seed=1))
+
+
+class Gained(nn.Module):
+    """A parameter of its own around, or inside of, a checkpoint with a layer."""
+
+    def __init__(self, inside, reentrant):
+        super().__init__()
+        self.first, self.layer, self.gain = (
+            nn.Linear(4, 4),
+            nn.Linear(4, 4),
+            nn.Parameter(torch.ones(4)),
+        )
+        self.inside, self.reentrant = inside, reentrant
+
+    def forward(self, x):
+        def region(x):
+            return torch.tanh(self.layer(x * self.gain if self.inside else x))
+
+        return checkpoint(region, self.first(x), use_reentrant=self.reentrant) * self.gain
+
+
+@KINDS
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_checkpoint_in_a_layer_whose_parameters_are_used_around_it(inside, reentrant, close):
+    torch.manual_seed(0)
+    model, x, y = (
+        Gained(inside, reentrant).double(),
+        torch.randn(5, 4).double(),
+        torch.arange(5) % 4,
+    )
+    train, val = (x[:3], y[:3]), (x[3:], y[3:])
+    engine = attached(model, val, label_shift=0)
+    if inside:
+        with pytest.raises(GraddotError, match="activation checkpoint, which is|has no rule that"):
+            run(engine, train, loss=F.cross_entropy)
+        return
+    for _ in range(2):
+        model.zero_grad()
+        run(engine, train, loss=F.cross_entropy)
+        dots, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
 
 
 def test_the_whole_model_in_a_checkpoint(close):

@@ -57,6 +57,16 @@ def pairs(margins):
     return Dataset.from_list(rows[:18]), Dataset.from_list(rows[18:])
 
 
+# Of a head, GPT-2's tied, with more elements than may have a gradient of every row.
+WIDE = {"vocab_size": 33000, "pad_token_id": 0}
+LARGE = {
+    "dpo-large": lambda: causal("Llama", hidden_size=128, head_dim=64, num_hidden_layers=1, **WIDE),
+    "dpo-large-tied": lambda: causal(
+        "GPT2", "LMHeadModel", n_embd=128, n_layer=1, n_head=2, **WIDE
+    ),
+}
+
+
 def trainer(base, folder, tokenizer, kind, cls=None, **settings):
     """One of TRL's, or cls made of it and ours."""
     train, val = pairs("margin" in kind)
@@ -66,7 +76,11 @@ def trainer(base, folder, tokenizer, kind, cls=None, **settings):
         model = causal("Llama", head="ForSequenceClassification", num_labels=1,
                        vocab_size=len(tokenizer), pad_token_id=0)  # fmt: skip
     else:
-        model = causal("Llama", vocab_size=len(tokenizer), pad_token_id=0)
+        model = (
+            LARGE[kind]()
+            if kind in LARGE
+            else causal("Llama", vocab_size=len(tokenizer), pad_token_id=0)
+        )
         given["ref_model"] = None if "lora" in kind else copy.deepcopy(model)
     if "lora" in kind:
         peft = pytest.importorskip("peft")
@@ -109,9 +123,17 @@ def dpo_loss(model, reference, batch, kind):
         ("reward", {}), ("reward-margin-lora", {"gradient_checkpointing": True}),
         ("dpo", {}), ("dpo-lora", {}), ("dpo-ipo-lora", {"loss_type": ["ipo"]}),
         ("dpo-lora-known", {"precompute_ref_log_probs": True, "gradient_checkpointing": True}),
+        ("dpo-picked", {"gradient_checkpointing": True}),
+        ("dpo-large", {"max_steps": 2}),
+        (
+            "dpo-large-tied",
+            {"max_steps": 2, "precompute_ref_log_probs": True, "gradient_checkpointing": True},
+        ),
     ],
 )  # fmt: skip
-def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
+def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close, monkeypatch):
+    if "picked" in kind:  # the tokens of the completions alone go into the head, as on a GPU
+        monkeypatch.setattr("trl.trainer.utils._use_triton", lambda device: True)
     base = trl.RewardTrainer if "reward" in kind else trl.DPOTrainer
     make = lambda name, cls=None: trainer(base, tmp_path / name, tokenizer, kind, cls, **settings)
     regular = make("regular")
@@ -125,8 +147,9 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
         assert logs[0][key] == pytest.approx(logs[1][key], rel=1e-3, abs=1e-5), key
 
     rows = rows_of(tmp_path / "scored" / "scores")
-    assert [row["step"] for row in rows] == [0] * 6 + [1] * 6 + [2] * 6
-    assert sorted(row["sample_id"] for row in rows) == list(range(18))
+    steps = scored.args.max_steps
+    assert [row["step"] for row in rows] == [step for step in range(steps) for _ in range(6)]
+    assert len({row["sample_id"] for row in rows}) == 6 * steps
     reference = None
     if "dpo" in kind:
         reference = snapshots.models[0] if "lora" in kind else regular.ref_model
@@ -160,9 +183,23 @@ def test_every_pair_and_the_weights(tmp_path, tokenizer, kind, settings, close):
         assert {row["n_tokens"] for row in at} == {1}
 
 
-def on_two(rank, world, folder, tokenizer, settings):
+class ScoredDPO(GradDotProdTrainer, trl.DPOTrainer):
+    pass
+
+
+ON_TWO = {
+    "reward": (trl.RewardTrainer, ScoredReward), "dpo": (trl.DPOTrainer, ScoredDPO),
+}  # fmt: skip
+
+
+def of_kind(kind, folder, tokenizer, **settings):
+    base, cls = ON_TWO[kind]
+    return trainer(base, folder, tokenizer, kind, cls, **settings)
+
+
+def on_two(rank, world, kind, folder, tokenizer, settings):
     as_by_torchrun(rank, world)
-    run = trainer(trl.RewardTrainer, folder, tokenizer, "reward", ScoredReward, **settings)
+    run = of_kind(kind, folder, tokenizer, **settings)
     run.train()
     assert isinstance(run.model, FSDPModule) == ("fsdp" in settings)
     return list(weights(run.model).values())
@@ -174,13 +211,15 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("settings", [{}, SHARDED], ids=["ddp", "fsdp"])
-def test_two_processes(tmp_path, tokenizer, close, settings):
-    found = on_processes(2, tmp_path / "processes", on_two, tmp_path / "two", tokenizer, settings)
-    settings = {"per_device_train_batch_size": 6}
-    one = trainer(
-        trl.RewardTrainer, tmp_path / "one", tokenizer, "reward", ScoredReward, **settings
-    )
+@pytest.mark.parametrize(
+    "kind, settings",
+    [("reward", {}), ("reward", SHARDED), ("dpo", {})],
+    ids=["ddp", "fsdp", "dpo-ddp"],
+)
+def test_two_processes(tmp_path, tokenizer, close, kind, settings):
+    given = kind, tmp_path / "two", tokenizer, settings
+    found = on_processes(2, tmp_path / "processes", on_two, *given)
+    one = of_kind(kind, tmp_path / "one", tokenizer, per_device_train_batch_size=6)
     one.train()
     for mine, other, p in zip(*found, one.model.parameters(), strict=True):
         assert torch.equal(mine, other)

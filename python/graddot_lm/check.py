@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -67,7 +68,7 @@ def prove(
         try:
             return _prove_on(module, scored, make, few, tokens, args, kwargs)
         except GraddotError as failed:
-            error = error or failed
+            error = error or failed.with_traceback(None)  # which would keep the copies
     assert error is not None
     raise error
 
@@ -116,14 +117,14 @@ def _prove_on(
         proof.run(*inputs, **options)
 
     rule = make()
-    try:
+    with contextlib.suppress(_UnevenNumber):
         proof(rule, index)
-    except _UnevenNumber:
-        # Rows that are all the same weigh the same, whatever a loss's labels: that is for the
-        # number, and the distinct rows are for what else is returned.
-        rule = make()
-        proof(rule, index, numbers=False)
-        proof(make(), index[-1:] * len(index))
+        return rule
+    # Rows that are all the same weigh the same, whatever a loss's labels: that is for the
+    # number, and the distinct rows are for what else is returned.
+    rule = make()
+    proof(rule, index, numbers=False)
+    proof(make(), index[-1:] * len(index))
     return rule
 
 
@@ -200,7 +201,15 @@ class _Proof:
                 del part.__dict__["forward"]
 
     def run(self, args: Any, kwargs: Any, *, numbers: bool = True) -> None:
-        """numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
+        """Once. numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
+        try:
+            self._run(args, kwargs, numbers)
+        finally:
+            for copied in (self._scored, self._plain):
+                for part in copied.modules():
+                    part.__dict__.pop("forward", None)  # a method of its own: a cycle
+
+    def _run(self, args: Any, kwargs: Any, numbers: bool) -> None:
         exact = lambda part: copy.deepcopy(part).double()
         args, kwargs = tree_map_only(nn.Module, exact, (args, kwargs))
         with _exactly(), self._in_double, self._scored_forwards():
@@ -403,6 +412,9 @@ def _exact_copy(module: nn.Module) -> nn.Module:
     moved a little: behind a gate that begins with zero no gradient would show what is wrong."""
     distributed.check_not_sharded_itself(module)
     copied = copy.deepcopy(module).double()
+    for part, own in zip(module.modules(), copied.modules(), strict=True):
+        if (function := _function_of_its_own(part)) is not None:
+            own.forward = types.MethodType(function, own)  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
     for p in copied.parameters():
         p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p.device)
@@ -410,6 +422,20 @@ def _exact_copy(module: nn.Module) -> nn.Module:
         if hasattr(getattr(part, "config", None), "_experts_implementation"):
             part.config._experts_implementation = "eager"  # type: ignore[union-attr]
     return copied
+
+
+def _function_of_its_own(module: nn.Module) -> Any:
+    """The function of a method that stands on a module as its forward, as TRL puts one there, where a
+    scored forward is around it, which a copy has not: without the autocast that accelerate puts around."""
+    scored = module.__dict__.get("forward")
+    if not isinstance(scored, ScoredForward):
+        return None
+    method = module.__dict__.get("_original_forward", scored.own_forward)
+    function = getattr(method, "__func__", None)
+    own = (
+        function is not None and method.__self__ is module and function is not type(module).forward
+    )
+    return function if own else None
 
 
 def _gradients(module: nn.Module) -> dict[str, Tensor]:
@@ -437,9 +463,10 @@ class _InDouble(TorchFunctionMode):
 def _exactly() -> Iterator[None]:
     """Gradients on, autocast and dropout off, and the random state left as it was.
 
-    Tensors are saved as they are: activation checkpointing around must neither see nor rerun this.
+    Tensors are saved as they are: activation checkpointing around must neither see nor rerun this. But
+    detached: an output that its own node saves would keep a graph of which no backward runs for good.
     """
-    as_it_is = torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x)
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x)
     with contextlib.ExitStack() as stack:
         stack.enter_context(as_it_is)
         stack.enter_context(own_random())

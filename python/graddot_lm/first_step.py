@@ -1,5 +1,6 @@
 """The checks of a first step, made again now and then: what they look at, and when they are due."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -184,7 +185,11 @@ class FirstStep:
                 continue
             if x is loss and micro.several is None:  # whose own loss is not that of the rows
                 raise GraddotError(problem)
-            x.register_hook(lambda grad, problem=problem: self._used.append(problem))
+            x.register_hook(functools.partial(self._note_used, problem))
+
+    def _note_used(self, problem: str, grad: Tensor | None) -> None:
+        if grad is not None and grad.any():  # DDP's backward reaches what no loss uses, too
+            self._used.append(problem)
 
     def _check_backward(self, micro: MicroBatch, inputs: ModelInputs) -> None:
         samples, take = _samples(micro, inputs)

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 from .errors import GraddotError
 from .row_calls import is_custom, over_rows, too_large
+from .row_gradients import one_at_a_time
 from .scored import Scored
 
 
@@ -27,6 +28,8 @@ class Followed:
         self._copies: dict[int, tuple[Tensor, Callable[[], Tensor]]] = {}
         self.expanded: set[int] = set()  # those with the rows in their first dimension
         self.made: dict[int, Tensor] = {}  # of constants alone, but with the rows there
+        # What a mask picked out of the rows, or was made of that, and the mask.
+        self._picked: dict[int, tuple[Tensor, Tensor]] = {}
         for p in self.own.values():
             self.follow(p, lambda p=p: scored.per_sample(p))  # type: ignore[misc]
         # Known ones, because a constant may happen to be as long as the batch.
@@ -55,7 +58,7 @@ class Followed:
     def clear(self) -> None:
         """Let go of all, whose copies know of this object: a cycle that would keep them, and their
         graph, until Python looks for such."""
-        for known in (self._copies, self.forms, self.made, self.constants):
+        for known in (self._copies, self.forms, self.made, self.constants, self._picked):
             known.clear()
 
     def as_rows(self, values: Any, *, one_for_all: bool = False) -> Any:
@@ -97,24 +100,48 @@ class Followed:
         entries = self.copies(x).unflatten(1, (rows, -1)).diagonal(dim1=0, dim2=1)
         return entries.movedim(-1, 0).flatten(0, 1)
 
-    def mapped(self, func: Any, args: Any, kwargs: Any, variable: list[Tensor]) -> Any:
-        """A call with tensors that have rows, row by row, with copy i of what is followed for row i."""
+    def note_picked(self, func: Any, args: Any, tensors: list[Tensor], out: Any) -> None:
+        """Remember what a call that may have picked entries of the rows by a mask returned."""
+        if func is Tensor.__getitem__ and is_mask(args[1]):
+            mask = args[1]
+        else:
+            masks = [(len(x), self._picked[id(x)][1]) for x in tensors if id(x) in self._picked]
+            if not masks:
+                return
+            entries, mask = masks[0]
+            if not all(x.shape[:1] == (entries,) for x in tensors_among((out,))):
+                return
+        if len(mask) % self.scored.rows == 0:
+            self._picked |= {id(x): (x, mask) for x in tensors_among((out,))}
+
+    def entries_of_rows(self, x: Tensor) -> list[int] | None:
+        """How many of the first dimension's entries each row has; None if it does not hold rows."""
         rows = self.scored.rows
-        for x in variable:
-            if x.dim() == 0 or x.shape[0] % rows:
-                raise GraddotError(
-                    f"{func.__name__} of its parameters and of a tensor of shape {tuple(x.shape)},"
-                    f" whose first dimension does not hold {rows} rows"
-                )
+        if id(x) in self._picked:
+            counts: list[int] = self._picked[id(x)][1].reshape(rows, -1).sum(1).tolist()
+            return counts
+        return None if x.dim() == 0 or x.shape[0] % rows else [x.shape[0] // rows] * rows
+
+    def mapped(self, func: Any, args: Any, kwargs: Any, variable: list[Tensor]) -> Any:
+        """A call with tensors that have rows, row by row, with copy i of what is followed for row i; or,
+        of a function of one's own, with a whole weight."""
+        rows = self.scored.rows
         largest = max(self._largest, max(x.numel() for x in variable) // rows)
-        by_id = {id(x): x.unflatten(0, (rows, -1)) for x in variable}
         leaves, spec = tree_flatten((args, kwargs))
+        parts = {id(x): self._parts(func, x) for x in variable}
+        uneven = any(isinstance(x, tuple) for x in parts.values())
+        whole = self._whole(func, leaves, 0 if uneven else largest)
+        if uneven and whole is None:
+            raise GraddotError(
+                f"{func.__name__} of its parameters and of what a mask picks out of the rows, which are"
+                " more entries in some than in others"
+            )
         at, mapped = [], []
         for i, x in enumerate(leaves):
-            if id(x) in by_id:
+            if id(x) in parts:
                 at.append(i)
-                mapped.append(by_id[id(x)])
-            elif x in self:
+                mapped.append(parts[id(x)])
+            elif x in self and x is not whole:
                 at.append(i)
                 expanded = id(x) in self.expanded
                 if x.numel() > largest and not expanded:
@@ -123,13 +150,17 @@ class Followed:
                     self.by_row(x).unflatten(0, (rows, -1)) if expanded else self.copies(x)
                 )
 
-        def one(*values: Tensor) -> Any:
-            filled = list(leaves)
+        def one(*values: Tensor, parameter: Tensor | None = whole) -> Any:
+            filled = [parameter if x is whole else x for x in leaves]
             for i, x in zip(at, values, strict=True):
                 filled[i] = x
             inner_args, inner_kwargs = tree_unflatten(filled, spec)
             return func(*inner_args, **inner_kwargs)
 
+        if whole is not None:
+            out = one_at_a_time(one, whole, self.scored.step, [*zip(*mapped, strict=True)])
+            self.note_picked(func, args, variable, out)
+            return out
         kind = variable[0].device.type
         in_place = getattr(func, "__name__", "").startswith("__i") or func.__name__[-1] == "_"
         if torch.is_autocast_enabled(kind) and not in_place:  # see row_by_row
@@ -138,6 +169,27 @@ class Followed:
         with torch.autocast(kind, enabled=False):
             out = over_rows(one, *mapped, loop=is_custom(func))
         return tree_map_only(Tensor, lambda x: x.flatten(0, 1), out)
+
+    def _whole(self, func: Any, leaves: list[Any], largest: float) -> Tensor | None:
+        """The layer's own weight that a function of one's own takes, and that has no copies: it is too
+        large for them, or an embedding's, too."""
+        for x in leaves if is_custom(func) else []:
+            if self.is_own(x) and x.dim() == 2:
+                tied = self.scored.step.uses(x).embedding_ids
+                if x.numel() > largest or tied:
+                    return x  # type: ignore[no-any-return]
+        return None
+
+    def _parts(self, func: Any, x: Tensor) -> Any:
+        """Every row's entries of a tensor that has rows, by themselves: one tensor, (rows, ...), or a tuple
+        where some rows have more entries than others."""
+        rows, entries = self.scored.rows, self.entries_of_rows(x)
+        if entries is None:
+            raise GraddotError(
+                f"{func.__name__} of its parameters and of a tensor of shape {tuple(x.shape)},"
+                f" whose first dimension does not hold {rows} rows"
+            )
+        return x.unflatten(0, (rows, entries[0])) if len({*entries}) == 1 else x.split(entries)
 
     def form(self, x: Tensor) -> tuple[Tensor | None, bool]:
         """The layer's own parameter that x is, or is a cast of, and whether it is transposed."""
@@ -149,6 +201,10 @@ class Followed:
 
 def is_tensor(x: Any) -> bool:
     return isinstance(x, Tensor)
+
+
+def is_mask(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.dtype == torch.bool and x.dim() > 0
 
 
 def tensors_among(values: Iterable[Any]) -> Iterator[Tensor]:

@@ -56,7 +56,7 @@ class Following(TorchFunctionMode):
         # which it matters whether it has rows.
         self._unsure: dict[int, Tensor] = {}
         self.doubts: list[str] = []
-        self._with_graph = torch.is_grad_enabled()
+        self._with_graph, self._hooks = torch.is_grad_enabled(), _hooks()
         self._followed = Followed(module, scored, arguments, largest)
 
     @contextlib.contextmanager
@@ -88,6 +88,10 @@ class Following(TorchFunctionMode):
         )
         return all(one_for_all) or (followed and getattr(rule, "follows", False))
 
+    def reaches(self, args: Any, kwargs: Any) -> bool:
+        """Whether a layer inside gets something that is followed."""
+        return any(x in self._followed for x in tree_leaves((args, kwargs)))
+
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs, followed = kwargs or {}, self._followed
         if thread.around is not self:  # inside of a layer that is scored by itself
@@ -101,6 +105,12 @@ class Following(TorchFunctionMode):
         known = lambda x: followed.is_constant(x) or isinstance(x, nn.Parameter)
         variable = [x for x in others if not known(x)]
         if len(others) < len(tensors):
+            if _hooks() != self._hooks:
+                raise GraddotError(
+                    f"{name} of its parameters runs again for an activation checkpoint, which is inside of a"
+                    " layer whose forward is followed, and that is not; train without activation"
+                    " checkpointing, or checkpoint that layer as a whole"
+                )
             if _is_in_place(name, kwargs) and not variable and self._may_be_written(tensors, args):
                 return self._write(func, args, kwargs)
             self._check_not_written(name, tensors, kwargs)
@@ -124,6 +134,7 @@ class Following(TorchFunctionMode):
                     known.pop(id(tensors[0]), None)
             elif all(id(x) in self._unsure for x in variable):
                 self._unsure |= {id(x): x for x in tensors_among((out,))}
+            followed.note_picked(func, args, variable, out)
             return out
         if variable:
             self.doubts += [name for x in variable if id(x) in self._unsure]
@@ -295,6 +306,11 @@ class Following(TorchFunctionMode):
         self._counts[name] += 1
         self._last = name, self._counts[name]
         return self._last
+
+
+def _hooks() -> Any:
+    """What saved tensors go through here."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
 def _share_memory(a: Tensor, b: Tensor) -> bool:

@@ -144,7 +144,7 @@ def general_rule(*, any_size: bool = False) -> ProvenRule:
 def caller_rule() -> ProvenRule:
     """For a module without parameters to score, around a layer whose input has no rows: what that
     returns is followed, as it is, to where it meets rows."""
-    return ProvenRule({"in place": InPlace})
+    return ProvenRule({"in place": InPlace}, LARGEST)
 
 
 def _kind(scored: Scored, x: Any) -> Any:

@@ -15,7 +15,7 @@ from graddot_kernels.sample_dots import bordered
 
 from .autocast import without_autocast
 from .recompute import made_of
-from .shared_uses import SharedUses
+from .shared_uses import SharedUses, products
 from .step import Step
 
 _ops = torch.ops.graddot
@@ -37,7 +37,7 @@ def vector_grad(
         step.check_samples(uses.name, row_grads.shape[0])
         direction = uses.direction()
         direction = direction.reshape(len(direction), -1)  # of a scalar, too
-        dots = direction.to(row_grads.dtype) @ row_grads.t()
+        dots = products(direction.to(row_grads.dtype), row_grads)
         step.collect(uses.leaf, bordered(dots, row_grads.square().sum(1)) if uses.norms else dots)
     return torch.matmul(step.scales(train.shape[0], train.dtype), train)
 

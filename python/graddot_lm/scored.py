@@ -205,7 +205,8 @@ class ScoredForward:
         # whether the batch had one row; and whether a call left a tensor in an attribute.
         self.calls: dict[Any, Call] = {}
         self.keeps_tensors = False
-        self._inside = False  # whether the last call was in the forward of a layer that is followed
+        # Whether the last call was in the forward of a layer that is followed, and got something of that.
+        self._reached = False
         functools.update_wrapper(self, module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -214,22 +215,24 @@ class ScoredForward:
         step = self.begin(self.module, self.name)
         if step is None:
             return self.own_forward(*args, **kwargs)
+        around = thread.around
+        goes_on = around is not None and around.goes_on_inside(self._rule, args, kwargs)
         if not recomputing():
-            self._inside = thread.around is not None
-        elif self._inside and thread.around is None:
+            self._reached = goes_on or (around is not None and around.reaches(args, kwargs))
+        elif self._reached and around is None:
             raise GraddotError(
                 f"layer {self.name} runs again for an activation checkpoint, which is inside of a layer"
                 " whose forward is followed, and that is not; train without activation checkpointing,"
                 " or checkpoint that layer as a whole"
             )
-        if thread.around is not None and thread.around.goes_on_inside(self._rule, args, kwargs):
+        if goes_on:
             return self.own_forward(*args, **kwargs)
         if self.model_forward is not None:
             self.model_forward.require_layout(step, self.name)
         scored = Scored(self.name, step, self.own_forward)
         if not self._any_layout:
             scored.require_rows_first()
-        around, thread.around = thread.around, None
+        thread.around = None
         before = _tensor_attributes(self.module) if step.first else None
         try:
             if around is not None:

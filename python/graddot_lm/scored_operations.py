@@ -58,7 +58,8 @@ def _linear(
         followed.follow(out, lambda: product(followed.copies(input)).to(out.dtype))
         return out
     input = followed.as_rows(input)
-    if input.dim() < 2 or input.shape[0] % rows:
+    entries = followed.entries_of_rows(input)
+    if input.dim() < 2 or entries is None or len({*entries}) > 1:
         return None
     if input.shape[0] == rows:
         return product(input)

@@ -37,6 +37,8 @@ from .checkpointing import recomputing
 from .distributed import whole
 from .errors import GraddotError
 
+_TOGETHER = 2**16  # elements of row gradients that are multiplied and added up at once
+
 
 @dataclass
 class _Table:
@@ -78,6 +80,41 @@ class _LinearPart:
     own_rows: Tensor | None = None
 
 
+@dataclass
+class RowParts:
+    """What is kept for one embedding use of the same weight, that with these ids, of a use whose row
+    gradients, (Dout, Din), are there one at a time: each training row's at the val rows' ids, and for
+    norms at its own."""
+
+    index: int
+    ids: Tensor
+    val: _Table
+    train: _Table
+    norms: bool
+    at_val: list[Tensor] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
+
+    def keep(self, i: int, gradient: Tensor) -> None:
+        """Of training row i."""
+        self.at_val.append(gradient[self.val.ids])
+        if self.norms:
+            self.own.append(gradient[self.ids[i]])
+
+    def for_embedding(self, direction: Tensor | None) -> _LinearPart:
+        """The same as of a linear use that has these gradients: with a token for each of the val rows' ids,
+        and a logit of each. direction is the val rows', (K, Dout, Din)."""
+        act = torch.stack(self.at_val)
+        logits = torch.eye(act.shape[1], dtype=act.dtype, device=act.device)
+        return _LinearPart(
+            act=act,
+            val=self.val,
+            train_grad=logits.expand(len(act), -1, -1),
+            train=self.train,
+            val_head_grad=act.new_empty(0) if direction is None else direction[:, self.train.ids],
+            own_rows=torch.stack(self.own) if self.norms else None,
+        )
+
+
 @dataclass(slots=True)
 class SharedUses:
     """The uses of one parameter in one step: counted in the forward, paired in the backward.
@@ -100,6 +137,7 @@ class SharedUses:
     held: Tensor | None = None
     head_tables: tuple[_Table, _Table] | None = None
     vector_calls: int = 0
+    row_calls: int = 0
     expert_calls: int = 0
     embedding_ids: tuple[Tensor, ...] = ()
     _linears: tuple[tuple[Tensor, Tensor], ...] = ()
@@ -107,6 +145,7 @@ class SharedUses:
     _embeddings_done: int = 0
     _embeddings_before_head: int = 0
     _vectors_done: int = 0
+    _rows_done: int = 0
     _embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
     _vectors: tuple[Tensor, ...] = ()
@@ -114,7 +153,7 @@ class SharedUses:
     @property
     def calls(self) -> int:
         """How often the forward used it."""
-        plain = self.linear_calls + self.vector_calls + self.expert_calls
+        plain = self.linear_calls + self.vector_calls + self.row_calls + self.expert_calls
         return plain + len(self.embedding_ids)
 
     @property
@@ -133,6 +172,9 @@ class SharedUses:
 
     def count_vector(self) -> None:
         self.vector_calls += not recomputing()
+
+    def count_rows(self) -> None:
+        self.row_calls += not recomputing()
 
     def count_embedding(self, ids: Tensor, padding_idx: int | None) -> None:
         self.paddings |= {padding_idx}
@@ -157,7 +199,12 @@ class SharedUses:
         """Whether there are cross terms between uses of the weight."""
         if not self._has_pairs:
             return False
-        uses = self.linear_calls + len(self.embedding_ids)
+        uses = self.linear_calls + len(self.embedding_ids) + self.row_calls
+        if self.row_calls and uses - len(self.embedding_ids) > 1:
+            raise GraddotError(
+                f"{self.name} is used several times, in a function that takes it whole among them; the"
+                " cross terms of such uses are not known"
+            )
         if self.vector_calls and uses:
             raise GraddotError(
                 f"{self.name} is shared by a linear layer or embedding and by a layer of another"
@@ -288,6 +335,26 @@ class SharedUses:
         terms = [self._mixed_pair(part, ids, grad) for part in parts]
         terms += [self._embedding_pair(ids, grad, *other) for other in self._embeddings.values()]
         self._embeddings[index] = (ids, grad)
+        return sum(terms[1:], terms[0]) if terms else None
+
+    def row_parts(self) -> list[RowParts]:
+        """Of a use whose row gradients are about to come, one at a time."""
+        self._rows_done += 1
+        self._check_count(self._rows_done, self.row_calls)
+        if not self.paired:
+            return []
+        tables = ((i, ids, *self._tables(ids)) for i, ids in enumerate(self.embedding_ids))
+        return [RowParts(*table, self.norms) for table in tables]
+
+    def row_terms(self, parts: list[RowParts], direction: Tensor) -> Tensor | None:
+        """Cross terms of such a use, (K, N); see `linear_terms`."""
+        terms = []
+        for part in parts:
+            linear = part.for_embedding(direction if self.val_rows else None)
+            if part.index in self._embeddings:
+                terms.append(self._mixed_pair(linear, *self._embeddings[part.index]))
+            else:
+                self._parts.setdefault(part.index, []).append(linear)
         return sum(terms[1:], terms[0]) if terms else None
 
     def _index(self, ids: Tensor) -> int:
@@ -453,12 +520,20 @@ def vector_form(
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     samples, direction = sample_rows[:n], summed(direction_rows)
-    dots = direction @ samples.t()
+    dots = products(direction, samples)
     if not norms:
         return dots
     row = (direction_rows[:n] * samples).sum(1)
     column = (direction * summed(sample_rows)).sum(1)
     return bordered(dots, row, column)
+
+
+def products(direction: Tensor, samples: Tensor) -> Tensor:
+    """direction @ samples.T of (K, d) and (N, d), in pieces of d: one long fp32 sum loses digits."""
+    if samples.shape[1] <= _TOGETHER:
+        return direction @ samples.t()
+    pieces = zip(direction.split(_TOGETHER, 1), samples.split(_TOGETHER, 1), strict=True)
+    return torch.stack([a @ b.t() for a, b in pieces]).sum(0)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
