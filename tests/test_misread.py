@@ -307,6 +307,18 @@ def _of_ones(m, x):
     return m.ones(torch.ones(8 * len(x), 8)).cos()
 
 
+def _only_in_fp32(x):
+    """Its backward fails in another dtype, as that of a proof is."""
+
+    def see(grad):
+        if grad.dtype != torch.float32:
+            raise TypeError("no gradient of float64")
+
+    if x.requires_grad:
+        x.register_hook(see)
+    return x
+
+
 def _sorted(m, x):
     order = x[:, 0, 0].round().argsort(stable=True)
     back = order.argsort(stable=True)
@@ -405,7 +417,7 @@ REFUSED = {
         lambda out, y: out,
         "neither the mean nor the sum",
     ),
-    "backward-that-fails": (
+    "checkpoint-of-what-is-followed": (
         lambda: Net(
             lambda m, x: pooled(
                 m, checkpoint(lambda h: h * m.w, m.up(x), use_reentrant=False)
@@ -413,7 +425,12 @@ REFUSED = {
             w=N(8),
         ),
         loss_of,
-        "its backward: CheckpointError",
+        "runs again for an activation checkpoint",
+    ),
+    "backward-that-fails": (
+        lambda: Net(lambda m, x: pooled(m, _only_in_fp32(m.up(x) * m.w)), w=N(8)),
+        loss_of,
+        "its backward: TypeError: no gradient of float64",
     ),
 }  # fmt: skip
 
@@ -457,3 +474,27 @@ def test_a_first_step_that_was_given_up_is_checked_again():
         with pytest.raises(GraddotError, match="used outside"):
             step(engine, model, *data(4), 0, wrong)
         engine.clear_gradients()
+
+
+def _slope(net, x, keep):
+    """The slope of `up` at the inputs, (rows, T, 8), by a backward inside of the forward."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        y = net.up(x)
+        return torch.autograd.grad(y.square().sum(), x, create_graph=keep, retain_graph=True)[0]
+
+
+@pytest.mark.parametrize("keep", [True, False], ids=["create_graph", "constant"])
+@pytest.mark.parametrize("first", [True, False], ids=["first", "later"])
+def test_a_backward_inside_of_the_forward_is_refused(keep, first):
+    """Whose gradients would be taken for the step's: in later steps as in the first."""
+    slopes = [first]
+    forward = lambda m, x: pooled(m, x + _slope(m, x, keep) if slopes[0] else m.up(x))
+    model = Net(forward)
+    engine = GradDotProdEngine(model, data(1, seed=1), label_shift=0)
+    engine.attach()
+    if not first:
+        step(engine, model, *data(4), 0)
+        slopes[0] = True
+    with pytest.raises(GraddotError, match="a backward ran inside of the model's forward"):
+        step(engine, model, *data(4), 1)

@@ -20,7 +20,7 @@ from .parts import ModelInputs, splits_of
 from .rows import KnownLayouts, Layout, MixedSamples, find_layouts
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch
-from .step import Step
+from .step import Step, refuse_backward
 from .verify import check_parameter_uses, foreign_uses
 
 # Puts what goes by a layer's parameters into a step, or refuses the layer.
@@ -195,8 +195,10 @@ class LayoutSearch:
     def _check_outputs(self, micro: MicroBatch, inputs: ModelInputs, foreign: set[str]) -> None:
         """Run the model once as it was and once with its layers scored. Into foreign come the layers
         whose parameters others use."""
-        step = dataclasses.replace(micro.step, trial=True, shared={}, _dots={}, _rows={}, _held=0)
-        trial = dataclasses.replace(micro, step=step, running=True)
+        step = dataclasses.replace(
+            micro.step, trial=True, running=True, shared={}, _dots={}, _rows={}, _held=0
+        )
+        trial = dataclasses.replace(micro, step=step)
 
         def plain() -> Any:
             own_args, own_kwargs = own_inputs(inputs.both)
@@ -207,7 +209,7 @@ class LayoutSearch:
             step.moved = moved
             # With gradients, which layers that are followed heed, and whose graph shows what is used
             # where; but nothing is kept for them, and activation checkpointing around does not see them.
-            nothing = saved_tensors_hooks(lambda x: None, lambda x: x)
+            nothing = saved_tensors_hooks(lambda x: None, refuse_backward)
             with self._in_step(trial), torch.enable_grad(), nothing:
                 out = plain()
             if moved is None and not step.sharded:

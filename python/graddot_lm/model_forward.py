@@ -239,7 +239,7 @@ class ModelForward:
         """The step that a layer's forward belongs to, with the layer's parameters in it."""
         micro = self.micro
         # Without a graph only the first run of a reentrant checkpoint belongs to the step.
-        if micro is None or not (micro.running or torch.is_grad_enabled()):
+        if micro is None or not (micro.step.running or torch.is_grad_enabled()):
             return None
         self._resolve(micro, module, name)
         return micro.step
@@ -363,7 +363,7 @@ class ModelForward:
             self._aside.enter_context(own_buffers(self.model))
             self._aside.enter_context(own_random())
             return
-        micro.running = True
+        micro.step.running = True
         self._checks.forward_begins()
 
     def begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
@@ -381,10 +381,10 @@ class ModelForward:
                 " model gets"
             )
         micro.step.layouts.update(layouts)
-        if micro.running:  # the forward raised, and is tried again
+        if micro.step.running:  # the forward raised, and is tried again
             micro.step.shared.clear()
         self._start(micro, items, labelled)
-        micro.running = True
+        micro.step.running = True
 
     def _start(self, micro: MicroBatch, items: Number | None, labelled: bool) -> None:
         if micro.forwarded:
@@ -401,7 +401,7 @@ class ModelForward:
     def end_compiled(self) -> None:
         """The end of a forward inside a compiled graph."""
         assert self.micro is not None
-        self.micro.running, self.micro.forwarded = False, True
+        self.micro.step.running, self.micro.forwarded = False, True
 
     @uncompiled("graddot: the end of a step's forward")
     def _after_running(self, output: Any) -> Any:
@@ -415,7 +415,7 @@ class ModelForward:
         assert self._postponed is not None
         self._aside.close()
         (self.micro, args, kwargs), self._postponed = self._postponed, None
-        self.micro.running = True
+        self.micro.step.running = True
         self._checks.forward_begins()
         with self._in_step(self.micro):
             return self.model(*args, **kwargs)
@@ -427,9 +427,9 @@ class ModelForward:
         if self._postponed is not None and not self._unhooked:
             output = self._run_postponed()
         micro = self.micro
-        if micro is None or not micro.running or self._unhooked:
+        if micro is None or not micro.step.running or self._unhooked:
             return output
-        micro.running = False
+        micro.step.running = False
         if output is None:  # the forward raised, and may be tried again
             run_compiled()
             micro.step.shared.clear()

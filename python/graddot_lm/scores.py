@@ -50,7 +50,6 @@ class MicroBatch:
     filled: list[tuple[list[int], int, int]] = field(default_factory=list)
     segments: Segments | None = None  # the samples of the batch's one row, if it is packed
     several: SampleRows | None = None  # which rows are of which sample, if some have several
-    running: bool = False  # inside the model's forward
     forwarded: bool = False
     # Whether each optimizer took the step; a 0-dim tensor where only the device knows.
     applied: list[bool | Tensor] = field(default_factory=list)

@@ -7,6 +7,7 @@ of biases and norms, which are small, are made for many parameters at once.
 
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field, replace
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -17,6 +18,15 @@ from .shared_uses import SharedUses, vector_form
 
 _DOTS_TOGETHER = 32  # dots of as many uses are added up at once
 _ROWS_TOGETHER = 2**20  # elements of row gradients that wait to be dotted together
+
+
+def refuse_backward(*_: object) -> NoReturn:
+    """What comes to scored layers inside of the model's forward is not the gradient of its loss."""
+    raise GraddotError(
+        "a backward ran inside of the model's forward, as by torch.autograd.grad, and reached layers that"
+        " are scored, which would take it for the step's; a model that differentiates its own layers"
+        " cannot be scored"
+    )
 
 
 @dataclass
@@ -54,6 +64,7 @@ class Step:
     moved: tuple[slice, Collection[str]] | None = None
     expands: set[str] = field(default_factory=set)
     counts: Tensor | None = None
+    running: bool = False  # inside the model's forward
     in_backward: bool = False  # of which there were dots, and which is not through
     shared: dict[int, SharedUses] = field(default_factory=dict)
     _dots: dict[str, list[Tensor]] = field(default_factory=dict)
@@ -120,6 +131,8 @@ class Step:
     def _note_backward(self) -> None:
         """One that raises leaves a part of the dots behind, and `in_backward`."""
         if not self.in_backward:
+            if self.running:
+                refuse_backward()
             self.in_backward = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -142,7 +155,7 @@ class Step:
     def of_tokens(self) -> "Step":
         """The same step to a layer that gets the tokens of the packed row as rows."""
         assert self.tokens is not None
-        return replace(self, rows=self.tokens, tokens=None, packed=False, layouts={})
+        return replace(self, rows=self.tokens, tokens=None, packed=False, layouts={}, running=False)
 
     def as_samples(self, x: Tensor) -> Tensor:
         """(rows, ..., D) as (samples, T, D): a sample is a row, or with `tokens` a token."""
