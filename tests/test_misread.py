@@ -319,6 +319,20 @@ def _only_in_fp32(x):
     return x
 
 
+class _ByTokens(torch.autograd.Function):
+    """x * weight, with the weight's gradient over the number of rows."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x * weight
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad * weight, (grad * x).sum((0, 1)) / len(x)
+
+
 def _sorted(m, x):
     order = x[:, 0, 0].round().argsort(stable=True)
     back = order.argsort(stable=True)
@@ -426,6 +440,11 @@ REFUSED = {
         ),
         loss_of,
         "runs again for an activation checkpoint",
+    ),
+    "gradient-over-the-rows": (
+        lambda: Net(lambda m, x: pooled(m, _ByTokens.apply(m.up(x), m.w)), w=N(8)),
+        loss_of,
+        "sum over samples of the gradient of w differs",
     ),
     "backward-that-fails": (
         lambda: Net(lambda m, x: pooled(m, _only_in_fp32(m.up(x) * m.w)), w=N(8)),

@@ -235,6 +235,8 @@ class _Proof:
                 if not x.dim():
                     self._close(f"output {k}", scored_out[k], x)
             self._backward(scored_out, weights)
+            self._backward(joint_out, weights)
+            joint = _gradients(self._plain)
             for i, (_, out) in enumerate(calls):
                 own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
                 for k, x in enumerate(out):
@@ -257,7 +259,7 @@ class _Proof:
                     if x.grad is not None and whole.shape != x.shape:
                         got = torch.zeros_like(x) if whole.grad is None else one(whole.grad)
                         self._close(f"gradient of input {k}, sample {i},", got, x.grad)
-            self._compare_gradients(samples)
+            self._compare_gradients(samples, joint)
 
     def _part(self, k: int, joint: Tensor, alone: list[Tensor]) -> float:
         """By what a sample's own output k enters the joint one: 1, or a mean's 1 / rows."""
@@ -340,7 +342,9 @@ class _Proof:
             if shape and shape[0] % self._rows:
                 raise GraddotError(f"{self._title()}: an output of shape {shape} has no rows")
 
-    def _compare_gradients(self, samples: "_Samples") -> None:
+    def _compare_gradients(self, samples: "_Samples", joint: dict[str, Tensor]) -> None:
+        """joint has those of all rows in one batch, which an autograd function may not make the sum of
+        each one's own, as one that divides a weight's by the number of tokens."""
         val, largest = samples.val, lambda norms: max(norms, default=0.0)
         # Some gradients are zero but for rounding.
         floor = 1e-2 * largest(g.norm().item() for g in samples.total.values())
@@ -349,6 +353,8 @@ class _Proof:
         for n, p in self._scored.named_parameters():
             if n not in val:
                 continue
+            both = samples.total[n] + val[n]
+            self._close(f"sum over samples of the gradient of {n}", both, joint[n], floor)
             got = torch.zeros_like(p) if p.grad is None else p.grad
             self._close(f"training gradient of {n}", got, samples.total[n], floor)
             dots = self._step.collected(n)
