@@ -56,11 +56,8 @@ class Gained(nn.Module):
 
     def __init__(self, inside, reentrant):
         super().__init__()
-        self.first, self.layer, self.gain = (
-            nn.Linear(4, 4),
-            nn.Linear(4, 4),
-            nn.Parameter(torch.ones(4)),
-        )
+        self.first, self.layer = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.gain = nn.Parameter(torch.ones(4))
         self.inside, self.reentrant = inside, reentrant
 
     def forward(self, x):
@@ -74,11 +71,8 @@ class Gained(nn.Module):
 @pytest.mark.parametrize("inside", [False, True])
 def test_a_checkpoint_in_a_layer_whose_parameters_are_used_around_it(inside, reentrant, close):
     torch.manual_seed(0)
-    model, x, y = (
-        Gained(inside, reentrant).double(),
-        torch.randn(5, 4).double(),
-        torch.arange(5) % 4,
-    )
+    model = Gained(inside, reentrant).double()
+    x, y = torch.randn(5, 4).double(), torch.arange(5) % 4
     train, val = (x[:3], y[:3]), (x[3:], y[3:])
     engine = attached(model, val, label_shift=0)
     if inside:
