@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
 from engine_steps import close
+from following_cases import Scaled
 from graddot_lm import GraddotError, GradDotProdEngine
 from loop_steps import same_gradients
 from torch import nn
@@ -319,18 +320,13 @@ def _only_in_fp32(x):
     return x
 
 
-class _ByTokens(torch.autograd.Function):
+class _ByTokens(Scaled):
     """x * weight, with the weight's gradient over the number of rows."""
 
     @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
     def backward(ctx, grad):
-        x, weight = ctx.saved_tensors
-        return grad * weight, (grad * x).sum((0, 1)) / len(x)
+        x_grad, weight_grad = Scaled.backward(ctx, grad)
+        return x_grad, weight_grad / len(grad)
 
 
 def _sorted(m, x):

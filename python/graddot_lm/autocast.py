@@ -19,10 +19,7 @@ def without_autocast(backward):  # type: ignore[no-untyped-def]
 
     @functools.wraps(backward)
     def wrapped(ctx, grad_out):  # type: ignore[no-untyped-def]
-        kind = grad_out.device.type
-        if not torch.is_autocast_enabled(kind):
-            return backward(ctx, grad_out)
-        with torch.autocast(kind, enabled=False):
+        with no_autocast(grad_out.device.type):
             return backward(ctx, grad_out)
 
     return wrapped
