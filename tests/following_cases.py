@@ -87,7 +87,7 @@ def _resampled(m, x):
 ZERO, N = torch.zeros, functools.partial(torch.randn, generator=torch.Generator().manual_seed(0))
 
 
-class Scaled(torch.autograd.Function):
+class ScaledBy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, scale):
         ctx.save_for_backward(x, scale)
@@ -175,8 +175,8 @@ CASES = {
     "layer-norm-computed": (lambda m, x: F.layer_norm(m.inner(x), (6,), m.w + 1), {"w": N(6)}),
     "rms-norm": (lambda m, x: F.rms_norm(m.inner(x), (6,), m.w), {"w": N(6)}),
     # Autograd functions of one's own, and entries that a mask picks, which vmap cannot map.
-    "function": (lambda m, x: Scaled.apply(m.inner(x), m.w), {"w": N(6)}),
-    "function-without-rows": (lambda m, x: m.inner(x) * Scaled.apply(m.w, m.v), {"w": N(6), "v": N(6)}),
+    "function": (lambda m, x: ScaledBy.apply(m.inner(x), m.w), {"w": N(6)}),
+    "function-without-rows": (lambda m, x: m.inner(x) * ScaledBy.apply(m.w, m.v), {"w": N(6), "v": N(6)}),
     "picked": (_picked, {"w": N(6)}),
     # Constants, which are as long as the batch in some step.
     "buffer": (lambda m, x: m.inner(x) + m.w * m.B[: x.shape[1]], {"w": N(6), "B": N(9, 6)}),

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
 from engine_steps import close, run_step
-from following_cases import CASES, FP32, Block, N, _Scaled, block, data
+from following_cases import CASES, FP32, Block, N, ScaledBy, block, data
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
 from graddot_lm.followed import Followed
 from graddot_lm.following import Following
@@ -299,7 +299,7 @@ def test_two_models_in_threads():
             elif begins:
                 inside.set()
                 assert ended.wait(60)
-            return _Scaled.apply(scaled, m.s) * m.t
+            return ScaledBy.apply(scaled, m.s) * m.t
 
         return run
 

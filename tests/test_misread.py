@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
 from engine_steps import close
-from following_cases import Scaled
+from following_cases import ScaledBy
 from graddot_lm import GraddotError, GradDotProdEngine
 from loop_steps import same_gradients
 from torch import nn
@@ -320,12 +320,12 @@ def _only_in_fp32(x):
     return x
 
 
-class _ByTokens(Scaled):
+class _ByTokens(ScaledBy):
     """x * weight, with the weight's gradient over the number of rows."""
 
     @staticmethod
     def backward(ctx, grad):
-        x_grad, weight_grad = Scaled.backward(ctx, grad)
+        x_grad, weight_grad = ScaledBy.backward(ctx, grad)
         return x_grad, weight_grad / len(grad)
 
 

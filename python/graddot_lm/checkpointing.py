@@ -21,6 +21,15 @@ def recomputing() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def runs_again_alone(what: str) -> GraddotError:
+    """Of what a checkpoint runs again, but not the followed layer around."""
+    return GraddotError(
+        f"{what} runs again for an activation checkpoint, which is inside of a layer whose forward is"
+        " followed, and that is not; train without activation checkpointing, or checkpoint that layer as a"
+        " whole"
+    )
+
+
 def has_reentrant_checkpoint(outputs: Iterable[Tensor]) -> bool:
     """Whether `checkpoint(..., use_reentrant=True)` is in the graph of these tensors."""
     return any("CheckpointFunction" in node.name() for node in _nodes(outputs, set()))

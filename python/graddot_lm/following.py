@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .checkpointing import runs_again_alone
 from .errors import GraddotError
 from .followed import Followed, is_tensor, tensors_among
 from .row_calls import functions_seen, is_custom, over_rows
@@ -106,11 +107,7 @@ class Following(TorchFunctionMode):
         variable = [x for x in others if not known(x)]
         if len(others) < len(tensors):
             if _hooks() != self._hooks:
-                raise GraddotError(
-                    f"{name} of its parameters runs again for an activation checkpoint, which is inside of a"
-                    " layer whose forward is followed, and that is not; train without activation"
-                    " checkpointing, or checkpoint that layer as a whole"
-                )
+                raise runs_again_alone(f"{name} of its parameters")
             if _is_in_place(name, kwargs) and not variable and self._may_be_written(tensors, args):
                 return self._write(func, args, kwargs)
             self._check_not_written(name, tensors, kwargs)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .autocast import no_autocast
-from .checkpointing import recomputing
+from .checkpointing import recomputing, runs_again_alone
 from .compiled import new_owner
 from .compiler import uncompiled
 from .errors import GraddotError
@@ -220,11 +220,7 @@ class ScoredForward:
         if not recomputing():
             self._reached = goes_on or (around is not None and around.reaches(args, kwargs))
         elif self._reached and around is None:
-            raise GraddotError(
-                f"layer {self.name} runs again for an activation checkpoint, which is inside of a layer"
-                " whose forward is followed, and that is not; train without activation checkpointing,"
-                " or checkpoint that layer as a whole"
-            )
+            raise runs_again_alone(f"layer {self.name}")
         if goes_on:
             return self.own_forward(*args, **kwargs)
         if self.model_forward is not None:
