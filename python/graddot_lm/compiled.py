@@ -295,7 +295,8 @@ def _begin(number, clock, inputs, items, labelled):  # type: ignore[no-untyped-d
 
 def _scale(number, grad):  # type: ignore[no-untyped-def]
     """The step's scale, as it is once there is such a gradient."""
-    return _site(number).scale().clone()  # which the next step writes to
+    # As its fake says, whatever the step holds; a copy, as the next step writes to that.
+    return _site(number).scale().to(torch.float64, copy=True)
 
 
 def _scale_fake(number, grad):  # type: ignore[no-untyped-def]
