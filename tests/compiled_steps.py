@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, total
+from checked_backend import checked
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
@@ -23,11 +24,11 @@ def graphs():
     return counters["stats"]["unique_graphs"]
 
 
-def compiled(model, backend="aot_eager"):
+def compiled(model, backend=checked):
     return torch.compile(model, backend=backend, fullgraph=True)
 
 
-def in_a_function(model, backend="aot_eager"):
+def in_a_function(model, backend=checked):
     """The model's hooks are then a part of the graph."""
     function = lambda *args, **kwargs: model(*args, **kwargs)
     return torch.compile(function, backend=backend, fullgraph=True)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from checked_backend import checked
 from torch import Tensor
 
 import graddot_kernels as gk
@@ -53,7 +54,7 @@ EMBEDDING: dict[str, Callable[..., object]] = {
 def _check(function: Callable[..., object], args: tuple[Tensor, ...]) -> None:
     # The graph alone is in question, not the code an inductor makes around the op.
     torch.compiler.reset()
-    compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(lambda *x: function(*x), fullgraph=True, backend=checked)
     torch.testing.assert_close(compiled(*args), function(*args))
 
 
@@ -77,7 +78,7 @@ CALLS |= {f"embedding {name}": (call, _embedding) for name, call in EMBEDDING.it
 def test_one_graph_for_all_numbers_of_rows_and_tokens(call, make) -> None:  # type: ignore[no-untyped-def]
     inputs = make("cpu")
     torch.compiler.reset()
-    compiled = torch.compile(lambda *x: call(*x), fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(lambda *x: call(*x), fullgraph=True, backend=checked, dynamic=True)
     compiled(*inputs)
     with torch.compiler.set_stance("fail_on_recompile"):
         for rows, tokens in ((6, 5), (9, 41)):

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, norm, sample_dots, token_batch, total
+from checked_backend import checked
 from compiled_steps import (
     MLP,
     Norms,
@@ -21,12 +22,16 @@ from compiled_steps import (
     unscored,
 )
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
-from model_zoo import lora_of_experts
+from model_zoo import causal, lora_of_experts
 from transformers import LlamaConfig, LlamaForCausalLM
 
 __all__ = ["fresh_compiler"]  # the fixture
 
 VAL = token_batch(2, 11, seed=99)
+
+
+def llama():
+    return causal("Llama", num_hidden_layers=1)
 
 
 @pytest.mark.parametrize("way", [compiled, in_a_function])
@@ -71,7 +76,24 @@ def test_fused_head_accumulation_and_targets(close):
     assert graphs() == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("make", "dtype"), [(gpt2, torch.float32), (llama, torch.bfloat16)], ids=["fp32", "bf16"]
+)
+def test_default_backend(make, dtype, close):
+    """Code that is made of the graph reads what an op of ours returns by the dtype that it was told."""
+    model = fuse_head(make())
+    call = compiled(model, "inductor")
+    engine = GradDotProdEngine(model, VAL)
+    engine.attach()
+    for i in range(3):
+        train = VAL[0].repeat(2, 1), VAL[1].repeat(2, 1)  # in bf16 only like samples' dots are exact
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            step(engine, call, train, i, its_loss)
+        check(engine, close, train, VAL, 1e-5 if dtype == torch.float32 else 2e-2)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("backend", [checked, "inductor"], ids=["checked", "inductor"])
 def test_fused_head_without_scores(backend, close):
     """Regular training, evaluation in the midst of a scored step, and a label that is no token."""
     model = fuse_head(gpt2().double())

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, norm, sample_dots, token_batch, total
+from checked_backend import checked
 from compiled_steps import (
     MLP,
     Norms,
@@ -34,7 +35,7 @@ def test_layers_that_the_graph_scores_itself(given, close):
 
     def backend(graph, inputs):
         seen.extend(str(node.target) for node in graph.graph.nodes)
-        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+        return checked(graph, inputs)
 
     call = compiled(model, backend)
     engine = GradDotProdEngine(model, None if given else targets, norms=True)
@@ -99,7 +100,7 @@ def test_layer_that_runs_more_often_than_when_it_was_judged(close):
     model, val = Repeating().double(), points(2, 99)
     engine = GradDotProdEngine(model, val)
     engine.attach()
-    model.block.compile(backend="aot_eager")
+    model.block.compile(backend=checked)
     for i, times in enumerate([1, 1, 2, 2, 1]):
         model.times, train = times, points(5, i)
         if i == 2:
@@ -147,7 +148,7 @@ class Reused(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "backend"), [(Shared, "aot_eager"), (Reused, "inductor")], ids=["shared", "reused"]
+    ("model", "backend"), [(Shared, checked), (Reused, "inductor")], ids=["shared", "reused"]
 )
 def test_parameters_with_several_uses(model, backend, close):
     """Calls that are the same to a compiler stay two; memory that it reuses is not ours."""

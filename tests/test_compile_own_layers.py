@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, token_batch
+from checked_backend import checked
 from compiled_steps import (
     WithSeveral,
     check,
@@ -121,7 +122,7 @@ def test_layer_that_looks_at_its_arguments(way, close):
 def test_layer_given_its_own_parameter(close):
     """It would be a tensor like others in a graph; the layer runs uncompiled."""
     model, val = Choosing(given=True).double(), token_batch(2, 11, 30, seed=99)
-    call = torch.compile(model, backend="aot_eager")
+    call = torch.compile(model, backend=checked)
     engine = GradDotProdEngine(model, val, label_shift=1)
     engine.attach()
     for i in range(3):
@@ -162,7 +163,7 @@ def test_layer_that_breaks_the_graph(model, close):
     model, val = model().double(), points(2, 99)
     engine = GradDotProdEngine(model, val)
     engine.attach()
-    call = torch.compile(model, backend="aot_eager")
+    call = torch.compile(model, backend=checked)
     for i in range(3):
         train = points(5, i)
         step(engine, call, train, i, classify)

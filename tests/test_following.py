@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import gradient, sample_dots, total
+from checked_backend import checked
 from engine_steps import close, run_step
 from following_cases import CASES, FP32, Block, N, ScaledBy, block, data
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
@@ -174,7 +175,7 @@ def test_compiled(name):
     dots, scales = sample_dots(model, train, val, loss=F.cross_entropy)
     engine = GradDotProdEngine(model, val, label_shift=0)
     engine.attach()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    compiled = torch.compile(model, backend=checked, fullgraph=True)
     for step in range(3):
         engine.attach_train_batch(*train, step, None)
         joint, labels = engine.prepare_forward_input(*train)

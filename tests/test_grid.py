@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from brute_force import total
+from checked_backend import checked
 from grid_cells import (
     LONG,
     MORE,
@@ -246,7 +247,7 @@ def compiled(cell):
     for given, batches in ((False, (TRAIN, MORE, TRAIN)), (True, (MORE, TRAIN))):
         torch.compiler.reset()
         counters.clear()
-        cell.called = torch.compile(cell.model, backend="aot_eager")
+        cell.called = torch.compile(cell.model, backend=checked)
         cell.attach(None if given else VAL)
         if given:
             cell.direct(VAL)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import sample_dots, total
+from checked_backend import checked
 from graddot_lm import GraddotError
 from net_steps import TRAIN, VAL, Net, attached, plain_loss, step
 
@@ -55,7 +56,7 @@ def test_the_scale_of_a_loss_that_a_compiled_model_returns(form, close):
     torch._dynamo.reset()
     model = WithLoss(FORMS[form])
     dots, scales = sample_dots(Net(), TRAIN, VAL, loss=F.cross_entropy)
-    engine, compiled = attached(model), torch.compile(model, backend="aot_eager")
+    engine, compiled = attached(model), torch.compile(model, backend=checked)
     loss = lambda model, x, y: returned(form, model(x, y))
     for number in range(3):
         scores = step(engine, loss, 0.25, number, False, model=compiled)

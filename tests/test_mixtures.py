@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import lm_loss, sample_dots, token_batch, total
+from checked_backend import checked
 from graddot_lm import GraddotError
 from grid_cells import TRAIN, VAL, Cell, Subject
 from loop_steps import attached, run
@@ -231,7 +232,7 @@ def test_compiled_around_the_mixtures(monkeypatch, record_property):
     torch.compiler.reset()
     counters.clear()
     cell = Cell("mixture-to-compile", record_property)
-    cell.called = torch.compile(cell.model, backend="aot_eager")
+    cell.called = torch.compile(cell.model, backend=checked)
     cell.attach(VAL)
     for rows in (TRAIN, TRAIN[::-1], TRAIN):
         cell.model.zero_grad()

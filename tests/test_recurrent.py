@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
+from checked_backend import checked
 from engine_steps import run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer, recurrent
 from loop_steps import same_gradients
@@ -156,7 +157,7 @@ def test_compiled_model(kind, close):
     dots, scales = sample_dots(model, TRAIN, VAL)
     engine = GradDotProdEngine(model, VAL, label_shift=1)
     engine.attach()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=checked)
     for step in range(3):
         engine.attach_train_batch(*TRAIN, step, None)
         x, y = engine.prepare_forward_input(*TRAIN)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import tiny_gpt2, token_batch
+from checked_backend import checked
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from loop_steps import Store, same_gradients
 from model_zoo import causal
@@ -154,7 +155,7 @@ def test_compiled(close):
     engine = GradDotProdEngine(model)
     engine.set_directions(direction)
     engine.attach()
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend=checked)
     for _ in range(3):
         model.zero_grad()
         step(engine, ids, samples, model=compiled)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import lm_loss, tiny_gpt2
+from checked_backend import checked
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from loop_steps import Store, attached, same_gradients
 from model_zoo import VOCAB, adapters, causal, deepseek_v3, gemma3, moe, shaken
@@ -211,7 +212,7 @@ def test_compiled(close):
     direction = direction_of(model)
     engine = attached(model, label_shift="auto")
     engine.set_directions(direction)
-    plain, engine.model = engine.model, torch.compile(model, backend="aot_eager", dynamic=True)
+    plain, engine.model = engine.model, torch.compile(model, backend=checked, dynamic=True)
     for step, lengths in enumerate([LENGTHS, [4, 5, 4], [6, 2, 4, 8]]):
         rows = samples(lengths, seed=step)
         own = gradients(plain, rows)

@@ -11,7 +11,7 @@ from graddot_lm import cli
 from graddot_lm.data import TokenData, fixed_batch
 from graddot_lm.excerpts import escape
 from graddot_lm.load_tokenizer import load_tokenizer
-from graddot_lm.models import build_gpt2
+from graddot_lm.models import ARCHITECTURES, build_gpt2
 from graddot_lm.settings import read_config
 from graddot_lm.store import read_scores
 from graddot_lm.train import TrainingRun
@@ -124,6 +124,24 @@ def test_accumulation_changes_neither_weights_nor_scores(tokens, tmp_path, extra
                 scale = abs(rows[name].to_numpy()).max()
                 error = abs(found[name].to_numpy() - rows[name].to_numpy()).max()
                 assert error <= (1e-6 if name == "loss" else 1e-9) * scale, name
+
+
+def test_compiled_run(tokens, tmp_path, monkeypatch):
+    """Weights and scores are those of an uncompiled one, but for rounding; it may go on as one."""
+    monkeypatch.setitem(ARCHITECTURES["GPT2-Tiny"], "n_layer", 1)
+    extra = "--lr_schedule constant"
+    assert train(tokens, tmp_path / "plain", extra) == 0
+    assert train(tokens, tmp_path, f"{extra} --compile --max_steps 5") == 0
+    assert train(tokens, tmp_path, f"{extra} --resume") == 0
+    got, want = read_scores(tmp_path / "run"), read_scores(tmp_path / "plain" / "run")
+    assert got["sample_id"].equals(want["sample_id"])
+    for name in ("dot", "value", "loss"):
+        error = abs(got[name].to_numpy() - want[name].to_numpy()).max()
+        assert error <= 1e-4 * abs(want[name].to_numpy()).max(), name
+    weights = final_state(tmp_path / "plain")["model"]
+    for name, tensor in final_state(tmp_path)["model"].items():
+        # A bias of keys has a gradient of rounding alone, of which AdamW makes steps.
+        assert (tensor - weights[name]).norm() <= 1e-2 * weights[name].norm(), name
 
 
 def test_accumulating_run_resumes_bit_exactly_with_its_overhead(tokens, tmp_path, capsys):

@@ -207,6 +207,11 @@ def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  
         with saved_tensors_hooks(kept.pack, kept.unpack):
             # A view: torch 2.11 cannot start a backward at the edge of an autograd.Function.
             outputs = [out.view_as(out) for out in site.run(leaves, numbers)]
+    if [out.dtype for out in outputs] != site.dtypes:
+        raise GraddotError(  # which compiled code would not notice, but read the memory otherwise
+            f"layer {site.scored.name} returned {[out.dtype for out in outputs]}, but when it was"
+            f" compiled {site.dtypes}; call torch.compiler.reset()"
+        )
     edges = [get_gradient_edge(out) if out.requires_grad else None for out in outputs]
     call = _Call(step, edges, [x for x in leaves if x.requires_grad], kept.inputs)
     _own_uses(step, own, kept.borrowed())
@@ -229,6 +234,7 @@ def _numbered(call: _Call) -> Tensor:
 def _layer_fake(number, clock, inputs, parameters, needs, numbers, rows, autocast):  # type: ignore[no-untyped-def]
     with torch.autocast(inputs[0].device.type, dtype=autocast, enabled=autocast is not None):
         outputs = _site(number).shapes(inputs, numbers, rows)
+    _site(number).dtypes = [x.dtype for x in outputs]
     own = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs]
     return [*own, torch.empty((), dtype=torch.int64)]
 

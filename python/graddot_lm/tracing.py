@@ -192,7 +192,12 @@ def trace_after(model_forward: Any, output: Any) -> Any:
 
 
 class LayerSite:
-    """One call of a scored layer in a compiled graph; arguments and call as in `call_of`."""
+    """One call of a scored layer in a compiled graph; arguments and call as in `call_of`.
+
+    dtypes are those that the compiler was told of what it returns.
+    """
+
+    dtypes: Sequence[torch.dtype] = ()
 
     def __init__(self, scored: Any, arguments: Any, call: Any) -> None:
         self.scored, self._arguments, self._call = scored, arguments, Call(*call)

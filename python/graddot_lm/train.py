@@ -176,7 +176,7 @@ class TrainingRun:
         # Where the data lies: what it is, the tokenizer with it, data_fingerprint says. The
         # validation samples follow from it and from settings, and older runs did not record them,
         # nor data_content.
-        names += " device pile_data_dir data_dir tokenizer tokenizer_sha256 val_sample_ids"
+        names += " device compile pile_data_dir data_dir tokenizer tokenizer_sha256 val_sample_ids"
         if "data_content" not in recorded_config(self._path()):
             names += " data_content"
         return names.split() + (["max_steps"] if self.args.lr_schedule == "constant" else [])

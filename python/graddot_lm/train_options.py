@@ -69,6 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="cuda" if torch.cuda.is_available() else "cpu",
         help="device to train on (default: cuda if there is one, else cpu)",
     )
+    method.add_argument(
+        "--compile",
+        action="store_true",
+        help="train with torch.compile: minutes of compiling at the start, then faster steps; the same"
+        " weights and scores, but for rounding",
+    )
     _add_data_arguments(parser.add_argument_group("data"))
     _add_step_arguments(parser.add_argument_group("steps"))
     several = parser.add_argument_group(
@@ -177,8 +183,8 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     run.add_argument(
         "--resume",
         action="store_true",
-        help="go on from the run's last checkpoint, bit for bit as if it had not stopped; a run that"
-        " does not exist yet is started",
+        help="go on from the run's last checkpoint, bit for bit as if it had not stopped (with --compile"
+        " but for rounding); a run that does not exist yet is started",
     )
     for name, default, text in (
         ("dot_prod_save_interval", 100, "steps between saves of the scores"),
@@ -268,7 +274,7 @@ def describe(
     about."""
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
     added = {"norms": False, "target_per_domain": False, "gradient_accumulation_steps": 1}
-    for name, default in added.items():
+    for name, default in {**added, "compile": False}.items():
         if settings[name] == default:  # as in runs from before there was the option: they resume
             del settings[name]
     record: dict[str, Any] = {

@@ -98,6 +98,8 @@ class Trainer:
         elif self.processes.world > 1:
             self.wrapped = DistributedDataParallel(self.model)
             self._settle_buckets()
+        if self.args.compile:
+            self.model.compile()
         self.optimizer = _optimizer(self.model, self.args)
         if self.val_batches:
             self.engine = GradDotProdEngine(
