@@ -7,7 +7,8 @@ causal attention a layer (forward and twice that backward, half of the square). 
 training and V validation rows does the step on N + V rows and, for every sample, one product of the
 weight gradient with the direction: 2 · N · weights operations, whose direction is read once a
 sample from memory (4 bytes a weight; the gradient itself is in registers). With given directions the
-V rows fall away and the direction, sharded like the weights, has to be gathered once a step.
+V rows fall away and the direction, sharded like the weights and in fp32, has to be gathered once a
+step, for which the backward waits.
 """
 
 import json
@@ -82,8 +83,8 @@ def fsdp_row(model: Model, gpus: int, n: int, v: int, t: int) -> list[str]:
     regular = max(step_seconds(model, H100, n, t), regular_net)
     dots = dots_seconds(model, H100, n)
     riding = max(step_seconds(model, H100, n + v, t) + dots, regular_net)
-    given_net = regular_net + gather_seconds(model, H100, gpus, 1, 2)
-    given = max(step_seconds(model, H100, n, t) + dots, given_net)
+    given = max(step_seconds(model, H100, n, t) + dots, regular_net)
+    given += gather_seconds(model, H100, gpus, 1, 4)
     values = [regular * 1e3, regular_net * 1e3, riding / regular, given / regular]
     cells = [model.name, str(gpus), str(n), f"{values[0]:.0f}", f"{values[1]:.0f}"]
     return [*cells, f"{values[2]:.3f}", f"{values[3]:.3f}", f"{dots / regular:.4f}"]

@@ -83,7 +83,7 @@ def _by_row(step: Step, uses: SharedUses, gradient: Callable[[int, int], Tensor]
         ends = itertools.accumulate([n, *step.val_rows])
         directions = [gradient(*rows) for rows in itertools.pairwise(ends)]
     elif uses.given is not None:
-        directions = list(uses.direction().unbind())
+        directions = list(step.direction(uses).unbind())
     else:
         return gradient(0, n).mul_(step.scale)
     dot = lambda a, b: torch.sum(a * b, dtype=torch.float64)

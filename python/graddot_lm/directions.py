@@ -79,10 +79,11 @@ def _share_memory(x: Tensor, y: Tensor) -> bool:
 
 def direction_norms(stacked: Mapping[int, Tensor]) -> Tensor:
     """Norms over all parameters of `stack_directions`, (K,), fp64."""
-    whole = [distributed.whole(d) for d in stacked.values()]
-    whole = [d if d.dim() > 1 else d[:, None] for d in whole]  # of a scalar (K,)
-    rows = [torch.linalg.vector_norm(d, dim=-1).double().reshape(len(d), -1) for d in whole]
+    parts = [distributed.own_part(d) for d in stacked.values()]
+    parts = [d if d.dim() > 1 else d[:, None] for d in parts]  # of a scalar (K,)
+    rows = [torch.linalg.vector_norm(d, dim=-1).double().reshape(len(d), -1) for d in parts]
     squares = [x.square().sum(1).to(rows[0].device) for x in rows]
+    squares = distributed.over_shards(squares, [*stacked.values()])
     return torch.stack(squares).sum(0).sqrt()
 
 

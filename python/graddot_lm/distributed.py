@@ -229,6 +229,24 @@ def are_finite(tensors: Sequence[Tensor]) -> list[bool]:
     return finite.bool().tolist()
 
 
+def over_shards(sums: Sequence[Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Sums over the whole of each tensor, given those over this process's parts. Asks the others for
+    all tensors at once."""
+    groups: dict[dist.ProcessGroup, list[int]] = {}
+    for i, x in enumerate(tensors):
+        if isinstance(x, DTensor):
+            for k, placement in enumerate(x.placements):
+                if not placement.is_replicate():
+                    groups.setdefault(x.device_mesh.get_group(k), []).append(i)
+    found = list(sums)
+    for group, numbers in groups.items():
+        together = torch.stack([found[i] for i in numbers])
+        dist.all_reduce(together, group=group)
+        for i, total in zip(numbers, together, strict=True):
+            found[i] = total
+    return found
+
+
 # States of sharded models, as one process would have them
 
 
@@ -237,27 +255,6 @@ def shard(model: nn.Module, blocks: Iterable[nn.Module]) -> None:
     for block in blocks:
         fully_shard(block)
     fully_shard(model)
-
-
-def gathered(state: Any, keep: bool) -> Any:
-    """A state dict with whole tensors on the CPU in the place of shards, or None unless `keep`.
-
-    To be called by all processes. What is one tensor under two names stays one.
-    """
-    whole: dict[int, Tensor | None] = {}
-
-    def gather(value: Any) -> Any:
-        if isinstance(value, DTensor):
-            if id(value) not in whole:
-                tensor: Any = value.detach()
-                tensor = tensor.full_tensor()
-                whole[id(value)] = tensor.cpu() if keep else None
-            return whole[id(value)]
-        if isinstance(value, Mapping):
-            return {key: gather(item) for key, item in value.items()}
-        return [gather(item) for item in value] if isinstance(value, list) else value
-
-    return gather(state)
 
 
 def _like(tensor: Any, parameter: Tensor) -> Any:

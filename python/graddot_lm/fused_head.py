@@ -48,7 +48,7 @@ class LinearCrossEntropyDot(ScoredFunction):
         if step is not None:
             note_uses(ctx, step, weight, bias, vector=False)
         if ctx.uses is not None:
-            direction = None if ctx.uses.given is None else ctx.uses.direction()
+            direction = None if ctx.uses.given is None else step.direction(ctx.uses)
             ids, train_ids = ctx.uses.head_ids(labels.device)
             own_ids, norms = ctx.uses.own_ids(), ctx.uses.norms
         scale = coefficient if step is None else coefficient * step.scale

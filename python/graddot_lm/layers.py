@@ -35,7 +35,7 @@ def vector_grad(
         train = row_grads[: step.train_rows]
     elif uses.given is not None:
         step.check_samples(uses.name, row_grads.shape[0])
-        direction = uses.direction()
+        direction = step.direction(uses)
         direction = direction.reshape(len(direction), -1)  # of a scalar, too
         dots = products(direction.to(row_grads.dtype), row_grads)
         step.collect(uses.leaf, bordered(dots, row_grads.square().sum(1)) if uses.norms else dots)
@@ -53,7 +53,7 @@ def linear_grad(step: Step, uses: SharedUses, act: Tensor, grad: Tensor) -> Tens
     direction = None
     if not step.val_rows:
         step.check_samples(uses.name, act.shape[0])
-        direction = uses.direction().flatten(2)  # a convolution's has its kernel's dimensions
+        direction = step.direction(uses).flatten(2)  # a convolution's has its kernel's dimensions
     weight_grad, dots = weight_grad_dot(step.val_rows, direction, uses.norms, act, grad, step.scale)
     step.collect(uses.leaf, dots)
     return weight_grad
@@ -84,7 +84,9 @@ def _embedding_grad(step: Step, uses: SharedUses, ids: Tensor, grad: Tensor) -> 
     dots: Tensor | None
     if uses.held is not None:
         step.check_samples(uses.name, ids.shape[0])
-        weight_grad, dots = uses.add_rows(ids, grad, step.scale), uses.embedding_dots(ids, grad)
+        weight_grad = uses.add_rows(ids, grad, step.scale)
+        given = None if uses.given is None else step.direction(uses)
+        dots = uses.embedding_dots(ids, grad, given)
     elif step.val_rows:
         weight_grad, dots = _ops.embedding_joint_wgrad_dot(
             ids, grad, step.val_rows, uses.num_embeddings, padding, step.scale
@@ -92,7 +94,7 @@ def _embedding_grad(step: Step, uses: SharedUses, ids: Tensor, grad: Tensor) -> 
         dots = uses.with_embedding_norms(dots, ids, grad)
     elif uses.given is not None:
         step.check_samples(uses.name, ids.shape[0])
-        direction = uses.direction()
+        direction = step.direction(uses)
         grad = grad.to(direction.dtype)
         weight_grad, dots = _ops.embedding_wgrad_dot(direction, ids, grad, padding, step.scale)
         dots = uses.with_embedding_norms(dots, ids, grad)

@@ -167,7 +167,7 @@ class ModelForward:
                 "the backward pass raised before it was through, so that scores and .grad are of a"
                 " part of the model; call clear_gradients()"
             )
-        micro.step.dot_held_rows()
+        micro.step.end()
         self.in_graph.collect(micro)
         if not micro.step.has_dots:
             raise GraddotError("no backward pass ran since the forward, or none reached the layers")

@@ -88,7 +88,7 @@ def _collect(
                 direction[k] += gradient(i)
     elif uses.given is not None:
         step.check_samples(uses.name, n)
-        direction = uses.direction().to(total.dtype)
+        direction = step.direction(uses).to(total.dtype)
     columns = []
     for i in range(n):
         own = gradient(i)

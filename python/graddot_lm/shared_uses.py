@@ -34,7 +34,6 @@ from graddot_kernels.sample_dots import (
 )
 
 from .checkpointing import recomputing
-from .distributed import whole
 from .errors import GraddotError
 
 _TOGETHER = 2**16  # elements of row gradients that are multiplied and added up at once
@@ -162,11 +161,6 @@ class SharedUses:
         kept = self.embedding_ids or self._linears or self._embeddings or self._parts
         return bool(kept or self._vectors) or self.held is not None or self.head_tables is not None
 
-    def direction(self) -> Tensor:
-        """The whole of what is given, for as long as one layer's backward needs it."""
-        assert self.given is not None
-        return whole(self.given)
-
     def count_linear(self) -> None:
         self.linear_calls += not recomputing()
 
@@ -253,15 +247,16 @@ class SharedUses:
         weight_grad.index_add_(0, train_ids.flatten(), rows)
         return weight_grad
 
-    def embedding_dots(self, ids: Tensor, grad: Tensor) -> Tensor | None:
-        """An embedding use's own dots, (K, N); None without a direction."""
+    def embedding_dots(self, ids: Tensor, grad: Tensor, given: Tensor | None) -> Tensor | None:
+        """An embedding use's own dots, (K, N), with the whole of what is given; None without a
+        direction."""
         if self.val_rows:
             return self._embedding_form(ids, grad, ids, grad)
-        if self.given is None:
+        if given is None:
             return None
         padding = self.padding_idx
         rows = _accumulated(grad)
-        dots = embedding_direction_dot(self.direction(), ids, rows, padding_idx=padding)
+        dots = embedding_direction_dot(given, ids, rows, padding_idx=padding)
         return self.with_embedding_norms(dots, ids, grad)
 
     def with_embedding_norms(self, dots: Tensor, ids: Tensor, grad: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .autocast import no_autocast
 from .errors import GraddotError
+from .gathering import Gathering
 from .shared_uses import SharedUses, vector_form
 
 _DOTS_TOGETHER = 32  # dots of as many uses are added up at once
@@ -72,6 +73,7 @@ class Step:
     _held: int = 0  # elements of _rows
     _scales: Tensor | None = None
     _buffers: dict[int, Tensor] | None = None  # which keeps them, so that no id is another's
+    _gathering: Gathering = field(default_factory=Gathering, init=False)
 
     def is_buffer(self, x: Tensor) -> bool:
         """Whether a tensor was one of the model's buffers when this step first asked."""
@@ -202,6 +204,23 @@ class Step:
                 self.leaf_of.get(key),
             )  # fmt: skip
         return found
+
+    def direction(self, uses: SharedUses) -> Tensor:
+        """The whole of what is given for a parameter, for as long as one layer's backward needs it."""
+        assert uses.given is not None
+        if not self.sharded:
+            return uses.given
+        return self._gathering.whole(uses.given, self._expected)
+
+    def _expected(self) -> Iterable[Tensor]:
+        """The directions that the backward will ask for."""
+        given = (uses.given for uses in reversed(self.shared.values()))
+        return (direction for direction in given if direction is not None)
+
+    def end(self) -> None:
+        """The backward is through: make what waits for it, and give up what it needed."""
+        self.dot_held_rows()
+        self._gathering.end()
 
     def row_tokens(self, name: str) -> int:
         """T of a layer whose input has the tokens of each row one after the other, else 0."""

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from .data import MixtureSampler, TokenData, fixed_batch, parse_weights
-from .distributed import gathered, load_model, load_optimizer, shard, whole
+from .distributed import load_model, load_optimizer, shard, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
+from .gathering import gathered
 from .models import DTYPES, build_gpt2
 from .processes import LESS_AN_EVALUATION, Processes, seed_step
 from .scores import clip_factor

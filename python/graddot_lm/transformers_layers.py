@@ -61,7 +61,7 @@ class ExpertLinearDot(ScoredFunction):
         step.check_samples(uses.name, step.rows)
         high = accumulator(x.dtype)
         n = step.train_rows
-        given = None if uses.given is None else ctx.view(uses.direction())
+        given = None if uses.given is None else ctx.view(step.direction(uses))
         targets = len(step.val_rows) if given is None else len(given)
         dots = torch.zeros(targets, step.rows, dtype=high, device=x.device)
         norms, val_norms = dots.new_zeros(step.rows), dots.new_zeros(targets)
