@@ -86,17 +86,22 @@ def as_by_torchrun(rank, world):
     shard_on_cpus()
 
 
-def run(rank, world, folder, model, options, collator=collate):
-    """A run of the Trainer in a process."""
+def run_scored(rank, world, folder, model, options, collator=collate):
+    """A run of GradDotProdTrainer in a process; options are those of both Trainers."""
     as_by_torchrun(rank, world)
-    trained, regular = MODELS[model](), MODELS[model]()
-    options = {"per_device_train_batch_size": 2, **options}
+    trained, options = MODELS[model](), {"per_device_train_batch_size": 2, **options}
     with mock.patch("hf_runs.Snapshots", WholeWeights):
         states = train(folder, trained, *DATA[model], **options, collator=collator)[0]
     assert isinstance(trained, FSDPModule) == ("fsdp" in options)
-    if "resume" not in options:
-        train_plainly(folder.with_name("plain"), regular, DATA[model][0], options, collator)
-    return states, weights(trained), weights(regular)
+    return states, weights(trained), options
+
+
+def run(rank, world, folder, model, options, collator=collate):
+    """And one of Trainer."""
+    states, trained, options = run_scored(rank, world, folder, model, options, collator)
+    regular = MODELS[model]()
+    train_plainly(folder.with_name("plain"), regular, DATA[model][0], options, collator)
+    return states, trained, weights(regular)
 
 
 def train_plainly(folder, model, data, options, collator=collate):
@@ -230,7 +235,7 @@ def saved_late(rank, world, folder):
         mock.patch.object(BackgroundWriter, "flush", slow),
         mock.patch.object(Trainer, "_save_checkpoint", save),
     ):
-        run(rank, world, folder, "gpt2", options)
+        run_scored(rank, world, folder, "gpt2", options)
     return counts[0]
 
 
@@ -243,15 +248,17 @@ def test_rows_of_all_are_saved_before_a_checkpoint(tmp_path):
 def test_resumed_run_has_every_row_once(tmp_path, further):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **further}
     options["optim"] = "adamw_torch"  # SGD has no state, which FSDP cannot load
-    for folder in ("whole", "cut"):
-        on_processes(WORLD, tmp_path / f"{folder}-1", run, tmp_path / folder, "gpt2", options)
-    again = {**options, "resume": str(tmp_path / "cut" / "checkpoint-2")}
-    on_processes(WORLD, tmp_path / "cut-2", run, tmp_path / "cut", "gpt2", again)
-    whole, resumed = (
-        sorted(rows_of(tmp_path / folder / "scores"), key=lambda r: (r["step"], r["sample_id"]))
-        for folder in ("whole", "cut")
-    )
+    folder = tmp_path / "run"
+
+    def in_order():
+        return sorted(rows_of(folder / "scores"), key=lambda r: (r["step"], r["sample_id"]))
+
+    on_processes(WORLD, tmp_path / "whole", run_scored, folder, "gpt2", options)
+    whole = in_order()
+    again = {**options, "resume": str(folder / "checkpoint-2")}
+    results = on_processes(WORLD, tmp_path / "again", run_scored, folder, "gpt2", again)
+    assert [len(states) for states, *_ in results] == [2] * WORLD, "steps that were taken again"
     assert len(whole) == 4 * 8
-    for got, want in zip(resumed, whole, strict=True):
+    for got, want in zip(in_order(), whole, strict=True):
         assert (got["step"], got["sample_id"]) == (want["step"], want["sample_id"])
         assert got["dot"] == pytest.approx(want["dot"], rel=1e-4, abs=1e-6)

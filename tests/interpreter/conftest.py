@@ -3,7 +3,7 @@ is imported: `TRITON_INTERPRET=1 pytest tests/interpreter`. tests/test_triton.py
 process of its own."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 if os.environ.get("TRITON_INTERPRET") != "1":
     collect_ignore_glob = ["test_*.py"]
 else:
+    import triton.language as tl
     from triton.runtime import interpreter
 
     patch_tensor = interpreter._patch_lang_tensor
@@ -35,6 +36,39 @@ else:
         return scope
 
     interpreter._patch_lang = once_in_a_launch
+
+    # Triton makes and checks the shape and the type of every result anew, and for its NumPy type a table of
+    # all of them: a quarter of what was left.
+
+    def made_once(kind: type, key: Callable[..., tuple[Any, ...]], own: str | None = None) -> None:
+        """One of a kind that is made of the same is the first one's copy, but for its own attribute."""
+        make, made = kind.__init__, {}
+
+        def copied(self: Any, *args: Any) -> None:
+            first = made.get(name := key(*args))
+            if first is None:
+                make(self, *args)
+                made[name] = dict(self.__dict__)
+            else:
+                self.__dict__.update(first)
+                if own:
+                    self.__dict__[own] = args[0]
+
+        kind.__init__ = copied  # type: ignore[misc]
+
+    def shape_of(element: Any, shape: Any) -> tuple[Any, ...]:
+        return element.name, *(x.value if isinstance(x, tl.constexpr) else x for x in shape)
+
+    made_once(tl.block_type, shape_of)
+    made_once(tl.tensor, lambda handle, kind: (kind.name,), own="handle")
+    get_np_dtype, dtypes = interpreter._get_np_dtype, {}
+
+    def np_dtype(kind: Any) -> Any:
+        if kind.name not in dtypes:
+            dtypes[kind.name] = get_np_dtype(kind)
+        return dtypes[kind.name]
+
+    interpreter._get_np_dtype = np_dtype
 
 
 @pytest.fixture(autouse=True)
