@@ -67,7 +67,7 @@ exactness: $(VENV)/installed ## docs/exactness.md: the errors that the last `mak
 
 # Parts of `gpu-check`, each for itself, so that a machine lent for minutes takes them one by one. Each
 # has a time, ten minutes in all, after which it is interrupted and says what it has seen; one that
-# fails stops no other. -P: what was installed, not the source tree, which has no compiled library.
+# fails stops no other.
 gpu-check: ## on a machine with a GPU, its own torch and nvcc
 	$(MAKE) -k gpu-test gpu-kernels gpu-sanitize gpu-bench
 
@@ -75,7 +75,9 @@ gpu-build:
 	$(PYTHON) -m pip install --no-build-isolation --no-deps .
 
 SECONDS_AT_MOST = timeout -s INT -k 15
-GPU_TESTS = $(PYTHON) -P -m pytest -vv --tb=short --maxfail=40
+# What was installed, not the source tree, which has no compiled library. Python 3.10 has no -P for it.
+GPU_TESTS = $(PYTHON) -c "import sys; sys.path = [x for x in sys.path if x]; import pytest; \
+    sys.exit(pytest.main())" -vv --tb=short --maxfail=40
 SANITIZER = $(or $(shell command -v compute-sanitizer),$(wildcard \
     $(dir $(realpath $(shell command -v nvcc)))compute-sanitizer /usr/local/cuda/bin/compute-sanitizer))
 

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -165,3 +166,25 @@ def test_a_torch_too_old_to_build_with_is_named(tmp_path: Path) -> None:
     assert done.returncode != 0
     assert "torch 2.11 or newer, and here is 2.10.1+cpu" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="reads the Makefile with make")
+def test_gpu_tests_are_of_what_is_installed(tmp_path: Path) -> None:
+    """Not of the source tree that they are started in, by any Python from 3.10 on."""
+    done = subprocess.run(
+        ["make", "-n", "gpu-test", f"PYTHON={sys.executable}"],
+        check=True, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    line = next(x for x in done.stdout.splitlines() if x.startswith("timeout"))
+    words = shlex.split(line.rstrip("\\"))
+    command = words[words.index(sys.executable) : words.index("-n")]
+    assert not {"-P", "-I"} & set(command), "Python 3.10 has no -P, and -I leaves out PYTHONPATH"
+    (tmp_path / "in_the_source_tree.py").touch()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_path.py").write_text(
+        "from importlib.util import find_spec\n\n\n"
+        "def test_path():\n    assert find_spec('in_the_source_tree') is None\n"
+    )
+    command += ["-p", "no:cacheprovider", "tests/test_path.py"]
+    for workers in ([], ["-n", "1"]):
+        subprocess.run([*command, *workers], check=True, cwd=tmp_path, stdout=subprocess.DEVNULL)
