@@ -299,6 +299,22 @@ def test_a_gradient_that_is_rounding_only(close):
     close(engine.aggregate_and_log(), total(dots), 1e-5, total(scales))
 
 
+def test_a_model_that_asks_for_gradients_in_every_forward():
+    """Also in the runs of a check, which have none."""
+    seen = []
+
+    def watched(x):
+        x.retain_grad()
+        x.register_hook(lambda grad: seen.append(grad.shape)).remove()
+        x.register_hook(lambda grad: seen.append(grad.shape))
+        return x
+
+    got, (x, val) = step(model_with(watched), with_labels)
+    want = total(sample_dots(model_with(torch.clone), (x, x), (val, val))[0])
+    assert torch.allclose(got, want, rtol=1e-5, atol=0)
+    assert len(seen) > 0
+
+
 @pytest.mark.parametrize("kind", APART)
 def test_what_is_by_row_is_scored(kind):
     model = model_with(APART[kind])
