@@ -44,10 +44,25 @@ def normalised_over_batch(x):
     return x
 
 
-def normalised_by_row(x):
+def hooked(x, hook):
     if x.requires_grad:
-        x.register_hook(lambda grad: grad / (1e-3 + grad.flatten(1).norm(dim=1)[:, None, None]))
+        x.register_hook(hook)
     return x
+
+
+def normalised_by_row(x):
+    size = lambda grad: 1e-3 + grad.flatten(1).norm(dim=1)[:, None, None]
+    return hooked(x, lambda grad: grad / size(grad))
+
+
+class ClippedGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.clamp(-1e-5, 1e-5)
 
 
 def stopped_mean(x):
@@ -67,10 +82,17 @@ MIXING = {
     "stopped-mean": stopped_mean,
 }
 APART = {
-    "norm-of-the-row": normalised_by_row,
+    "reversed": lambda x: hooked(x, lambda grad: -0.5 * grad),
+    "no-nan": lambda x: hooked(x, torch.nan_to_num),
     "detached-mean": lambda x: x + x.detach().mean(1, keepdim=True),
     "checkpoint": lambda x: checkpoint(torch.tanh, x, use_reentrant=False),
     "reentrant": lambda x: checkpoint(torch.tanh, x, use_reentrant=True),
+}
+
+BY_SIZE = {
+    "norm-of-the-row": normalised_by_row,
+    "clipped": ClippedGradient.apply,
+    "clipped-by-a-hook": lambda x: hooked(x, lambda grad: grad.clamp(-1e-5, 1e-5)),
 }
 
 
@@ -124,6 +146,20 @@ def test_mixing_in_the_backward_is_refused(kind, dtype):
 def test_mixing_in_the_backward_of_a_number_is_refused(kind):
     with refused():
         step(graddot_lm.fuse_head(model_with(MIXING[kind])), with_labels)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("returns", ["logits", "number"])
+@pytest.mark.parametrize("kind", BY_SIZE)
+def test_what_depends_on_the_size_of_gradients_is_refused(kind, returns, dtype):
+    """A sample's is 1 / rows of what it is alone, and in the joint batch another than in training."""
+    model = model_with(BY_SIZE[kind], dtype)
+    model = graddot_lm.fuse_head(model) if returns == "number" else model
+    text = "what layer transformer.* returns is not in proportion to the loss, .* clips gradients"
+    if returns == "number":  # whose gradients are larger of fewer rows, and clipped by more
+        text += "|normalises gradients over the batch"
+    with pytest.raises(GraddotError, match=text):
+        step(model, with_labels)
 
 
 @pytest.mark.parametrize("reentrant", [False, True], ids=["", "reentrant"])
@@ -263,10 +299,25 @@ def test_a_gradient_that_is_rounding_only(close):
     close(engine.aggregate_and_log(), total(dots), 1e-5, total(scales))
 
 
+def test_a_model_that_asks_for_gradients_in_every_forward():
+    """Also in the runs of a check, which have none."""
+    seen = []
+
+    def watched(x):
+        x.retain_grad()
+        x.register_hook(lambda grad: seen.append(grad.shape)).remove()
+        x.register_hook(lambda grad: seen.append(grad.shape))
+        return x
+
+    got, (x, val) = step(model_with(watched), with_labels)
+    want = total(sample_dots(model_with(torch.clone), (x, x), (val, val))[0])
+    assert torch.allclose(got, want, rtol=1e-5, atol=0)
+    assert len(seen) > 0
+
+
 @pytest.mark.parametrize("kind", APART)
 def test_what_is_by_row_is_scored(kind):
     model = model_with(APART[kind])
     got, (x, val) = step(model, with_labels)
-    if kind != "norm-of-the-row":  # whose gradient is that of no loss
-        want = total(sample_dots(model, (x, x), (val, val))[0])
-        assert torch.allclose(got, want, rtol=1e-5, atol=0)
+    want = total(sample_dots(model, (x, x), (val, val))[0])
+    assert torch.allclose(got, want, rtol=1e-5, atol=0)

@@ -87,6 +87,87 @@ def test_weights_that_depend_on_the_batch_are_refused(name, factor, dtype):
         run_step(model, train, val, loss=loss, factor=factor, label_shift=shift)
 
 
+def a_sum(logits, labels):
+    return token_losses(logits, labels)[0].sum()
+
+
+def over_rows(logits, labels):
+    return a_sum(logits, labels) / len(labels)
+
+
+def over_all_tokens(logits, labels):
+    return token_losses(logits, labels)[0].mean()
+
+
+def smoothed_over_all_tokens(logits, labels):
+    return token_losses(logits, labels, label_smoothing=0.1)[0].mean()
+
+
+OTHERWISE_DIVIDED = {
+    "sum": (a_sum, "weighs 1 in .* as in a sum. .* loss_reduction='sum'"),
+    "rows": (over_rows, "weighs 0.1667 in .* divided by the number of rows or of all tokens"),
+    "tokens": (over_all_tokens, "weighs 0.02083 in .* divided by the number of rows or of all"),
+    "smoothed": (smoothed_over_all_tokens, "weighs 0.02083 in .* divided by the number of rows"),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+@pytest.mark.parametrize("name", OTHERWISE_DIVIDED)
+def test_a_sum_that_is_divided_by_another_number_is_refused(name, factor, dtype):
+    """Training gradients would be off by a factor, and each score by another."""
+    loss, text = OTHERWISE_DIVIDED[name]
+    with pytest.raises(GraddotError, match=text):
+        run_step(tiny_gpt2().to(dtype), *TEXT, loss=loss, factor=factor)
+
+
+def test_a_factor_of_the_whole_loss_belongs_to_it():
+    (x, y), (xv, yv) = TEXT
+    half = lambda *args: lm_loss(*args) / 2
+    scores, _ = run_step(tiny_gpt2().double(), (x, y), (xv, yv), loss=half)
+    close(scores, total(sample_dots(tiny_gpt2().double(), (x, y), (xv, yv), half)[0]), 1e-10)
+
+
+class Losses(nn.Module):
+    """Returns the losses of tokens, or the means of rows."""
+
+    def __init__(self, of_rows):
+        super().__init__()
+        self.model, self.of_rows = tiny_gpt2(), of_rows
+
+    def forward(self, ids, labels):
+        losses, used = token_losses(self.model(ids).logits, labels)
+        return losses.sum(1) / used.sum(1) if self.of_rows else losses
+
+
+def step_of_losses(of_rows, reduce, ragged=True):
+    (x, y), val = (token_batch(n, 9, seed=n, ragged=ragged) for n in (4, 2))
+    model = Losses(of_rows)
+    engine = GradDotProdEngine(model, val, label_shift=1)
+    engine.attach()
+    engine.attach_train_batch(x, y, 0, None)
+    x, y = engine.prepare_forward_input(x, y)
+    engine.track_loss(reduce(model(x, y), (y[:, 1:] != -100).sum(1))).backward()
+    engine.prepare_gradients()
+    return engine.aggregate_and_log()
+
+
+@pytest.mark.parametrize("of_rows", [False, True], ids=["tokens", "rows"])
+def test_losses_of_tokens_or_rows_are_added_up_as_expected(of_rows):
+    for reduce, text in [
+        (lambda losses, counts: losses.mean(), "divided by the number of rows or of all tokens"),
+        (lambda losses, counts: losses.sum(), "as in a sum"),
+    ]:
+        with pytest.raises(GraddotError, match=text):
+            step_of_losses(of_rows, reduce)
+    by_token = lambda x, n: (x * n if of_rows else x).sum() / n.sum()
+    got = step_of_losses(of_rows, by_token)
+    batches = (token_batch(n, 9, seed=n, ragged=True) for n in (4, 2))
+    want, scales = (total(x) for x in sample_dots(tiny_gpt2(), *batches))
+    assert ((got - want).abs() <= 1e-5 * scales).all()
+    step_of_losses(of_rows, lambda losses, counts: losses.mean(), ragged=False)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("rows", [2, 4])
 def test_label_smoothing_is_no_weight_of_tokens(rows, dtype):
@@ -159,9 +240,25 @@ def root(out, labels):
     return F.mse_loss(out, torch.zeros_like(out)).sqrt()
 
 
+def hardest(out, labels):
+    far = torch.cdist(out, out) + 1e9 * torch.eye(len(out)).to(out)
+    return F.relu(1 + out.square().sum(1) - far.amin(1)).mean()
+
+
+def hardest_of_halves(out, labels):
+    a, b = out[: len(out) // 2 * 2].chunk(2)
+    return F.relu(9 - torch.cdist(a, b).amin(1)).sum() / len(out)
+
+
+def spread(out, labels):
+    return F.relu(1 - F.pdist(out)).mean()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("given", [False, True], ids=["riding", "given"])
-@pytest.mark.parametrize("loss", [contrastive, ranked, standardised, root])
+@pytest.mark.parametrize(
+    "loss", [contrastive, ranked, standardised, root, hardest, hardest_of_halves, spread]
+)
 def test_a_loss_that_compares_samples_is_refused(loss, given, dtype):
     model, ((x, y), (xv, yv)) = net(width=4).to(dtype), POINTS
     engine = GradDotProdEngine(model, None if given else (xv.to(dtype), yv), label_shift=0)

@@ -53,6 +53,39 @@ def test_values_of_accumulated_clipped_steps(close, weighting):
     close(store.column("value"), torch.tensor(changes, dtype=torch.float64), 2e-3)
 
 
+RISING = {
+    "maximize": ((1.0, 1.0), True, (-0.5, -0.5)),
+    "negated": ((-1.0, -1.0), False, (-0.5, -0.5)),
+    "negated-maximize": ((-1.0, -1.0), True, (0.5, 0.5)),
+    "forgets-and-retains": ((-0.25, 0.75), False, (-0.25, 0.75)),
+}
+
+
+@pytest.mark.parametrize("name", RISING)
+def test_values_of_a_step_in_which_a_loss_rises(close, name):
+    """As in unlearning: what the step takes from the val loss has the other sign."""
+    factors, maximize, weights = RISING[name]
+    model = tiny_gpt2().double()
+    micros = [token_batch(n, 15, seed=n) for n in (3, 2)]
+    val, store = token_batch(2, 15, seed=9), Store()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6, maximize=maximize)
+    want = [
+        1e-6 * weight / len(batch[0]) * total(sample_dots(model, batch, val)[0])
+        for batch, weight in zip(micros, weights, strict=True)
+    ]
+    before = lm_loss(model(val[0]).logits, val[1]).item()
+    engine = attached(model, val, optimizer, store=store)
+    for micro, factor in zip(micros, factors, strict=True):
+        run(engine, micro, factor=factor)
+    optimizer.step()
+    engine.aggregate_and_log()
+    got = store.column("value")
+    close(got, torch.cat(want), 1e-9)
+    assert set(store.column("lr").tolist()) == {1e-6}
+    fell = before - lm_loss(model(val[0]).logits, val[1]).item()
+    close(got.sum() * sum(map(abs, factors)), torch.tensor(fell).double(), 1e-2)
+
+
 def test_value_with_num_items_in_batch(close):
     """transformers' sum over the tokens of all micro-batches: gradient, scores and weights."""
     model, store = tiny_gpt2(), Store()

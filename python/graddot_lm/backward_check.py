@@ -1,7 +1,9 @@
 """Whether samples are kept apart in the backward as well: what only it does, no forward shows.
 
 An auxiliary loss whose gradient an autograd function adds, as in DeepSeek's own mixtures of experts, or a
-hook that normalises gradients over the batch, mixes samples there.
+hook that normalises gradients over the batch, mixes samples there. One that clips gradients, each number by
+itself or each row's, makes them another sample's by their size: which is 1 / rows of what it is alone, and in
+the joint batch another than in regular training.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from .rows import Layout
 from .verify import map_tensors, tensors_in
 
 _Gradients = dict[str, list[Tensor | None]]  # by layer, of each call
+_SMALLER = 2.0**-6  # a power of two: nothing is rounded otherwise
 
 
 def check_backward(
@@ -48,9 +51,9 @@ def check_backward(
     have `lengths` tokens there. A few of them are run with a loss of all, and again with one of the
     first half. Where the model returns something by samples, the loss is of that, and the others'
     gradients must be zero then; else it is the model's own, and the half runs by itself. In both the
-    half's gradients must be the same, but for the scale of a mean. A model that cannot be
-    differentiated so is not judged, nor one that returns its loss alone, unless loss_is_of_rows. Returns
-    of each of the model's outputs whether it is by samples.
+    half's gradients must be the same, but for the scale of a mean. Of a smaller loss of all, gradients must be
+    as much smaller. A model that cannot be differentiated so is not judged, nor one that returns its loss
+    alone, unless loss_is_of_rows. Returns of each of the model's outputs whether it is by samples.
     """
     judged = {name: x for name, x in layers.items() if _holds_samples(layouts.get(name))}
     batch = _Batch(model, judged, (args, kwargs), take, lengths)
@@ -68,13 +71,16 @@ def check_backward(
                     return []
                 of_half = (index, half, both) if by_sample else (half, half, [])
                 part, _ = batch.gradients(*of_half)
+                small, _ = batch.gradients(index, index, both, _SMALLER)
     except GraddotError:
         raise
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
         return []
+    every = _pairs(whole, small, layouts, batch.size(index), batch.size(index), batch.packed)
     few = batch.size(index if by_sample else half)
     pairs = _pairs(whole, part, layouts, batch.size(index), few, batch.packed)
     _check_pairs(pairs, batch.size(half), layouts, by_sample, batch.packed)
+    _check_proportional(every)
     return [n is not None for n in both]
 
 
@@ -106,16 +112,16 @@ class _Batch:
             return use(list(tensors_in(self.model(*few_args, **few_kwargs))))
 
     def gradients(
-        self, taken: list[int], kept: list[int], both: list[int | None]
+        self, taken: list[int], kept: list[int], both: list[int | None], factor: float = 1.0
     ) -> tuple[_Gradients, bool]:
-        """Those of a run on some of the samples, with a loss of those kept; and whether the loss is of
-        outputs by samples. both as in `_loss`."""
+        """Those of a run on some of the samples, with a loss of those kept, times factor; and whether the
+        loss is of outputs by samples. both as in `_loss`."""
         found: dict[str, list[Tensor]] = {}
 
         def backward(out: list[Tensor]) -> bool:
             loss, by_sample = _loss(out, self.size(kept), both, self.packed)
             if loss is not None and loss.requires_grad:
-                loss.backward()  # type: ignore[no-untyped-call]
+                (factor * loss).backward()
             return by_sample
 
         by_sample = self.run(taken, backward, functools.partial(_seen, found))
@@ -172,6 +178,24 @@ def _check_pairs(
                 " other samples, though its value does not: a hook or an autograd function behind it"
                 " mixes them, as one that adds the gradient of an auxiliary loss (turn that off) or"
                 " that normalises gradients over the batch"
+            )
+
+
+def _check_proportional(pairs: list[tuple[str, Tensor, Tensor]]) -> None:
+    """Raise GraddotError if in one of the pairs the second, of a smaller loss, is not as much smaller."""
+    largest = max((x.double().norm() for _, x, _ in pairs), default=torch.zeros(()))
+    rounded = any(torch.is_autocast_enabled(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
+    for name, x, y in pairs:
+        tolerance = 0.1 if rounded else 1e-3 if x.dtype == torch.float32 else 1e-6
+        x, y = x.double(), y.double() / _SMALLER
+        if not bool(torch.isfinite(torch.stack([x.norm(), y.norm()])).all()):
+            continue
+        if (x - y).norm() > tolerance * torch.maximum(x.norm(), 1e-3 * largest):
+            raise GraddotError(
+                f"the gradient of what layer {name} returns is not in proportion to the loss, as where a hook"
+                " or an autograd function behind it clips gradients, normalises them or adds to them. A"
+                " sample's gradient in a batch is then another than alone, and that of training rows another"
+                " with validation rows beside them; clip the parameters' gradients instead, after the backward"
             )
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import random
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
+from torch.utils.hooks import RemovableHandle
 
 from .errors import GraddotError
 from .recurrent import KERNELS
@@ -36,6 +38,8 @@ _DRAWN = {
     torch.randn: 0.5, torch.randn_like: 0.5, torch.normal: 0.5, Tensor.normal_: 0.5,
     torch.bernoulli: 1, Tensor.bernoulli_: 1, Tensor.exponential_: 1,
 }  # fmt: skip
+
+_NEEDS_GRADIENT = {Tensor.register_hook, Tensor.retain_grad}
 
 
 def _draws(function: Any) -> bool:
@@ -69,6 +73,8 @@ class NoDropout(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.randn and kwargs.get("generator") is not None:  # our own numbers
             return func(*args, **kwargs)
+        if func in _NEEDS_GRADIENT and not args[0].requires_grad:
+            return RemovableHandle(OrderedDict())  # a model may ask for it in every forward
         if func in _DRAWN:
             return func(*args, **kwargs).fill_(_DRAWN[func])
         if func is torch.randperm:  # every row gets another

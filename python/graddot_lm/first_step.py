@@ -238,9 +238,13 @@ class FirstStep:
             if self._labels.problem is not None:
                 raise GraddotError(self._labels.problem)
             weights, self._labels.weights = self._labels.weights, None
+            of_losses, self._labels.of_losses = self._labels.of_losses, []
             scale, is_mean = micro.loss_scale, micro.loss_reduction == "mean"
-            if weights is not None and scale.is_own and is_mean and micro.segments is None:
-                weights.check(micro.counts, micro.n, scale.factor())
+            if scale.is_own and is_mean and micro.segments is None and micro.several is None:
+                if weights is not None:
+                    weights.check(micro.counts, micro.n, scale.factor())
+                for equal in of_losses:
+                    equal.check(micro.counts, scale.factor())
         if self._reentrant is not None:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()

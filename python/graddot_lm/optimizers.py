@@ -126,15 +126,16 @@ class Optimizers:
 
     def note_rates(self, micro: MicroBatch, took_step: int | None = None) -> None:
         """The learning rates: those of one that took the step, for a loop may set them right before it,
-        and what was not noted yet of the others."""
+        and what was not noted yet of the others. Of parameters that go up the gradient (`maximize`)
+        they are negative."""
         if not self.given or (took_step is None and micro.leaf_lrs):
             return
         groups = [
-            (k, group["params"], _rate(group["lr"]))
+            (k, group["params"], _rate(group["lr"]), -1 if group.get("maximize") else 1)
             for k, one in enumerate(self.given)
             for group in one.param_groups
         ]
-        by_id = {id(p): (k, rate) for k, parameters, rate in groups for p in parameters}
+        by_id = {id(p): (k, sign * rate) for k, owned, rate, sign in groups for p in owned}
         by_leaf = {
             leaf: by_id.get(id(self._scored[name]), (0, 0.0))
             for name, leaf in micro.leaf_of.items()

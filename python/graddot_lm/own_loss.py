@@ -14,6 +14,7 @@ from .errors import GraddotError
 from .parts import splits_of
 from .sample_rows import SampleRows
 
+_SURELY_A_SUM = 4  # tokens of weight 1: of fewer it may be a factor that the loss has
 AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
 
 
@@ -110,7 +111,13 @@ def check_samples_apart(
         else:
             return
     except RuntimeError:  # not twice
-        return
+        if not any(_compares_pairs(node, {x.grad_fn for x in outputs}, rows) for node in nodes):
+            return
+        raise GraddotError(
+            f"the loss passed to track_loss compares samples: it is made of distances between the {rows} rows"
+            " of the batch (torch.cdist, F.pdist), as with negatives from the batch. No sample has a loss of its own then,"
+            " and validation rows that ride along would be compared with training rows"
+        ) from None
     raise GraddotError(
         "the loss passed to track_loss compares samples: its gradient at what the model returns for some"
         f" of the {rows} rows of the batch changes with what it returns for others, as with negatives"
@@ -135,6 +142,32 @@ def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[Any]:
     return found
 
 
+def _compares_pairs(node: Any, ends: set[Any], rows: int) -> bool:
+    """Whether it is a distance, which cannot be differentiated twice, of all of these rows, or all of one
+    half and of the other: each side made of what the ends are."""
+    shape = tuple(node._input_metadata[0].shape)
+    if node.name().startswith("PdistBackward"):
+        return shape in {(n * (n - 1) // 2,) for n in (rows, rows // 2)}
+    if not node.name().startswith("CdistBackward"):
+        return False
+    sides = [side for side, _ in node.next_functions[:2]]
+    of_rows = math.prod(shape[:-2]) == 1 and shape[-2:] in {(n, n) for n in (rows, rows // 2)}
+    return of_rows and all(_reaches(side, ends) for side in sides)
+
+
+def _reaches(node: Any, ends: set[Any]) -> bool:
+    stack, seen = [node], {node, None}
+    while stack:
+        if (one := stack.pop()) in ends:
+            return True
+        new = (
+            {following for following, _ in one.next_functions} - seen if one is not None else set()
+        )
+        seen |= new
+        stack += new
+    return False
+
+
 def _gathers(node: Any) -> bool:
     """Whether it is of PyTorch's communication with a gradient, of more than a number: losses of
     processes may be averaged."""
@@ -156,13 +189,14 @@ class TokenWeights:
         """logits and grad (rows, T, C); used (rows, T), where grad is not 0. Where there are many
         classes, a few of a row's tokens are looked at."""
         rows, _, classes = grad.shape
+        self._shape = grad.shape[:2]
         each = max(1, AT_MOST // (rows * classes))
         number = used.sum(1, keepdim=True)
         every = ((number + each - 1) // each).clamp(min=1)
         row, at = (used & (used.cumsum(1) % every == 0)).nonzero().unbind(1)
         z, g = (x[row, at].double() for x in (logits, grad))
         p, label = z.softmax(-1), g.argmin(-1, keepdim=True)
-        self.tolerance = 0.1 if torch.finfo(grad.dtype).bits == 16 else 1e-3
+        self.tolerance = _tolerance(grad.dtype)
         fits = []
         for smoothing in (g.new_zeros(()), _smoothing(p, g, label)):
             d = p - smoothing / classes
@@ -183,11 +217,12 @@ class TokenWeights:
 
     def check(self, counts: Tensor, n: int, factor: Tensor) -> None:
         """Raise GraddotError if they differ, and add up to 1 over all rows or over training rows, the
-        first n, and validation rows each; counts (rows,) are labelled tokens."""
+        first n, and validation rows each; or as `EqualWeights`. counts (rows,) are labelled tokens."""
         if not self.known:
             return
         low, high = (x / factor.to(self._weight.device) for x in self._weight.aminmax())
         if not high - low > self.tolerance * high.abs():
+            EqualWeights(self._weight.mean(), self._shape, self.tolerance).check(counts, factor)
             return
         weights = self._by_row / factor.to(self._by_row.device)
         sums = torch.where(counts > 0, counts * weights, 0.0).to(weights)
@@ -204,6 +239,62 @@ class TokenWeights:
             " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
             " rows' own means give the engine labels of one number a row, so that each counts once"
         )
+
+
+class EqualWeights:
+    """What all labelled tokens, or rows, weigh in a loss: refused if as in a sum, or in one divided by another
+    number than that of the labelled tokens, of which rows have different ones."""
+
+    def __init__(self, weight: Tensor, shape: Sequence[int], tolerance: float) -> None:
+        """shape (rows, ...) of what has these weights."""
+        rows, numbers = shape[0], math.prod(shape)
+        self._weight, self._tolerance = weight.double(), tolerance
+        # Shifted labels have a token less.
+        divisors = [rows, numbers, numbers - rows] if len(shape) > 1 else [rows]
+        self._divisors = [n for n in divisors if n]
+
+    @classmethod
+    def of(cls, grad: Tensor) -> "EqualWeights | None":
+        """By the gradient at losses of rows or tokens, which are what it is not 0 at; None if it differs."""
+        tolerance = _tolerance(grad.dtype)
+        found = grad[grad != 0].double()
+        if not found.numel():
+            return None
+        low, high = found.aminmax()
+        alike = bool(high - low <= tolerance * torch.maximum(low.abs(), high.abs()))
+        return cls(found.mean().abs(), grad.shape, tolerance) if alike else None
+
+    def check(self, counts: Tensor, factor: Tensor) -> None:
+        """Raise GraddotError; counts (rows,) are labelled tokens."""
+        weight, labelled = (
+            float(self._weight / factor.abs().to(self._weight.device)),
+            int(counts.sum()),
+        )
+        is_one = lambda x: abs(x - 1) < self._tolerance / 20
+        if is_one(weight * labelled):
+            return
+        if labelled >= _SURELY_A_SUM and is_one(weight):
+            problem = (
+                "as in a sum. Divide it by their number, or pass the engine loss_reduction='sum'; where it is a"
+                " sum of rows' own means, with labels of one number a row"
+            )
+        elif any(is_one(weight * n) for n in self._divisors) and counts.min() != counts.max():
+            problem = (
+                "as in a sum, or of rows' own means, divided by the number of rows or of all tokens, labelled"
+                " or not. Expected the mean over the labelled tokens of all rows: divide a sum over them by"
+                " their number; or give the engine labels of one number a row (label_shift=0), so that each"
+                " row counts once"
+            )
+        else:  # a factor that the loss has
+            return
+        raise GraddotError(
+            f"of {labelled} labelled tokens in {len(counts)} rows, each token or row weighs {weight:.4g} in the"
+            f" loss passed to track_loss, {problem}"
+        )
+
+
+def _tolerance(dtype: torch.dtype) -> float:
+    return 0.1 if torch.finfo(dtype).bits == 16 else 1e-3
 
 
 def _smoothing(p: Tensor, g: Tensor, label: Tensor) -> Tensor:

@@ -201,11 +201,13 @@ def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
     """The weight of each sample's mean loss in the loss of the whole optimizer step, (N,) each.
 
     That loss is taken to be the mean over the micro-batches, weighted as the caller scaled them
-    (a factor common to all, as a GradScaler's, does not matter). With `num_items_in_batch` it is
+    (a factor common to all, as a GradScaler's, does not matter, but for its sign: a loss that is to rise,
+    as in unlearning, has a negative weight). With `num_items_in_batch` it is
     the sum over all labelled tokens divided by that number. Where its `unit` is known, it is what was
     trained on: the sum of the micro-batches' losses as they were scaled, averaged over processes.
     """
     factors = [micro.loss_scale.factor() for micro in micros]
+    sizes = [factor.abs() for factor in factors]
     units = [micro.unit for micro in micros if micro.unit is not None]
     if len(units) == len(micros):
         known = zip(micros, factors, units, strict=True)
@@ -219,11 +221,11 @@ def sample_weights(micros: Sequence[MicroBatch]) -> list[Tensor]:
     totals = [micro.n_train for micro in micros if micro.n_train is not None]
     if micros[0].loss_reduction == "mean":
         tokens = [own / total.to(own.device) for own, total in zip(tokens, totals, strict=True)]
-        whole = torch.stack(factors).sum()
+        whole = torch.stack(sizes).sum()
     elif micros[0].items is not None:
-        whole = torch.stack(factors).mean() * micros[0].items
+        whole = torch.stack(sizes).mean() * micros[0].items
     else:
-        parts = zip(factors, totals, strict=True)
+        parts = zip(sizes, totals, strict=True)
         whole = torch.stack([f * total.to(f.device) for f, total in parts]).sum()
     return [own * (f / whole) for own, f in zip(tokens, factors, strict=True)]
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .distributed import is_sharded
 from .errors import GraddotError
 from .layers import ScoredFunction
-from .own_loss import TokenWeights
+from .own_loss import EqualWeights, TokenWeights
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -185,8 +185,12 @@ class LabelCheck:
         """summed adds up what each token has, (rows, T), as counts are."""
         self.problem: str | None = None
         self.weights: TokenWeights | None = None  # what the backward under way has shown
+        self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
         self._counts, self._strict = counts, first or labels.dim() > 1
         self._summed, self._most = summed, math.inf
+        for x in tensors_in(output):
+            if x.requires_grad and x.dim() in (1, 2) and len(x) == len(labels):
+                x.register_hook(self._note_losses)
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
         for x in tensors_in(output):
             if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
@@ -201,6 +205,10 @@ class LabelCheck:
         for logits, classes in [(x, -1) for x in behind[-1:]] or [(x, 1) for x in before[-1:]]:
             compare = functools.partial(self._compare, logits.detach(), classes)
             logits.register_hook(compare)
+
+    def _note_losses(self, grad: Tensor | None) -> None:  # None where DDP has none
+        if grad is not None and (found := EqualWeights.of(grad)) is not None:
+            self.of_losses.append(found)
 
     def _longer(self, output: Any, labels: Tensor) -> list[Tensor]:
         """The logits of a model that puts tokens of its own before those that labels have."""
