@@ -86,7 +86,10 @@ def test_default_backend(make, dtype, close):
     engine = GradDotProdEngine(model, VAL)
     engine.attach()
     for i in range(3):
-        train = VAL[0].repeat(2, 1), VAL[1].repeat(2, 1)  # in bf16 only like samples' dots are exact
+        train = (
+            VAL[0].repeat(2, 1),
+            VAL[1].repeat(2, 1),
+        )  # in bf16 only like samples' dots are exact
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             step(engine, call, train, i, its_loss)
         check(engine, close, train, VAL, 1e-5 if dtype == torch.float32 else 2e-2)
