@@ -207,7 +207,7 @@ def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  
         with saved_tensors_hooks(kept.pack, kept.unpack):
             # A view: torch 2.11 cannot start a backward at the edge of an autograd.Function.
             outputs = [out.view_as(out) for out in site.run(leaves, numbers)]
-    if [out.dtype for out in outputs] != site.dtypes:
+    if site.dtypes is not None and [out.dtype for out in outputs] != site.dtypes:
         raise GraddotError(  # which compiled code would not notice, but read the memory otherwise
             f"layer {site.scored.name} returned {[out.dtype for out in outputs]}, but when it was"
             f" compiled {site.dtypes}; call torch.compiler.reset()"

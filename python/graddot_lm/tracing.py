@@ -194,10 +194,11 @@ def trace_after(model_forward: Any, output: Any) -> Any:
 class LayerSite:
     """One call of a scored layer in a compiled graph; arguments and call as in `call_of`.
 
-    dtypes are those that the compiler was told of what it returns.
+    dtypes are those that the compiler was told of what it returns, if it was: code around a layer that
+    is not traced calls the op itself.
     """
 
-    dtypes: Sequence[torch.dtype] = ()
+    dtypes: Sequence[torch.dtype] | None = None
 
     def __init__(self, scored: Any, arguments: Any, call: Any) -> None:
         self.scored, self._arguments, self._call = scored, arguments, Call(*call)
