@@ -17,7 +17,8 @@ from compiled_steps import (
     points,
     step,
 )
-from graddot_lm import GradDotProdEngine
+from graddot_lm import GraddotError, GradDotProdEngine
+from graddot_lm.tracing import LayerSite
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -37,6 +38,21 @@ def test_layer_of_several_inputs_and_outputs(way, close):
         step(engine, call, train, i)
         check(engine, close, train, val, 1e-10)
     assert graphs() <= 4  # fixed, any number of tokens, any number of rows, one row
+
+
+def test_a_layer_that_returns_another_dtype_than_when_it_was_compiled_is_refused(monkeypatch):
+    """Code that is made of the graph would read its memory by the other one."""
+    shapes = LayerSite.shapes
+    monkeypatch.setattr(LayerSite, "shapes", lambda *args: [x.float() for x in shapes(*args)])
+    model, val = WithSeveral().double(), token_batch(2, 11, 30, seed=99)
+    call = torch.compile(model, backend="aot_eager")
+    engine = GradDotProdEngine(model, val, label_shift=1)
+    engine.attach()
+    train = token_batch(5, 11, 30, seed=0)
+    step(engine, call, train)
+    engine.aggregate_and_log()
+    with pytest.raises(GraddotError, match=r"returned .*float64.*compiled .*float32"):
+        step(engine, call, train, 1)
 
 
 class Packed(nn.Module):
