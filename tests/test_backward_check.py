@@ -38,16 +38,14 @@ class OtherTokensGradient(OtherRowsGradient):
         return grad + 1e-2 * grad.roll(5, 1)
 
 
-def normalised_over_batch(x):
-    if x.requires_grad:
-        x.register_hook(lambda grad: grad / grad.norm())
-    return x
-
-
 def hooked(x, hook):
     if x.requires_grad:
         x.register_hook(hook)
     return x
+
+
+def normalised_over_batch(x):
+    return hooked(x, lambda grad: grad / grad.norm())
 
 
 def normalised_by_row(x):
@@ -55,11 +53,7 @@ def normalised_by_row(x):
     return hooked(x, lambda grad: grad / size(grad))
 
 
-class ClippedGradient(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
+class ClippedGradient(OtherRowsGradient):
     @staticmethod
     def backward(ctx, grad):
         return grad.clamp(-1e-5, 1e-5)

@@ -14,6 +14,11 @@ def no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
     return contextlib.nullcontext()
 
 
+def autocast_dtype(kind: str) -> torch.dtype | None:
+    """What autocast computes in on a kind of device; None where it is off."""
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
 def without_autocast(backward):  # type: ignore[no-untyped-def]
     """Backward under an autocast region that the caller left open: dots must not be rounded."""
 

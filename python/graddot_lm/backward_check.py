@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .autocast import autocast_dtype
 from .digests import (
     NoDropout,
     digest,
@@ -159,7 +160,7 @@ def _check_pairs(
     the second have a gradient."""
     scale = 1.0 if by_sample else _scale(pairs, half)
     largest = max((x[:half].double().norm() for _, x, _ in pairs), default=torch.zeros(()))
-    rounded = any(_autocast_dtype(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
+    rounded = any(autocast_dtype(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
     for name, x, y in pairs:
         tolerance = 0.1 if rounded else 1e-3 if x.dtype == torch.float32 else 1e-6
         if rounded and not by_sample and isinstance(layouts[name], int) and not packed:
@@ -181,17 +182,13 @@ def _check_pairs(
             )
 
 
-def _autocast_dtype(kind: str) -> torch.dtype | None:
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-
 def _check_proportional(pairs: list[tuple[str, Tensor, Tensor]]) -> None:
     """Raise GraddotError if in one of the pairs the second, of a smaller loss, is not as much smaller. Not
     in fp16, where it may be too small."""
-    if any(torch.float16 in (x.dtype, _autocast_dtype(x.device.type)) for _, x, _ in pairs):
+    if any(torch.float16 in (x.dtype, autocast_dtype(x.device.type)) for _, x, _ in pairs):
         return
     largest = max((x.double().norm() for _, x, _ in pairs), default=torch.zeros(()))
-    rounded = any(_autocast_dtype(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
+    rounded = any(autocast_dtype(x.device.type) or x.itemsize < 4 for _, x, _ in pairs)
     for name, x, y in pairs:
         tolerance = 0.1 if rounded else 1e-3 if x.dtype == torch.float32 else 1e-6
         x, y = x.double(), y.double() / _SMALLER

@@ -77,7 +77,8 @@ def check_samples_apart(
     that this would cost memory. thorough as in `splits_of`; several are the samples if they have more than
     a row each.
     """
-    nodes = _between(loss, outputs)
+    ends = {x.grad_fn for x in outputs} - {None}
+    nodes = _between(loss.grad_fn, ends)
     if any(map(_gathers, nodes)):
         raise GraddotError(
             "the loss passed to track_loss is made of what the model returned in other processes, too,"
@@ -111,12 +112,13 @@ def check_samples_apart(
         else:
             return
     except RuntimeError:  # not twice
-        if not any(_compares_pairs(node, {x.grad_fn for x in outputs}, rows) for node in nodes):
+        if not any(_compares_pairs(node, ends, rows) for node in nodes):
             return
         raise GraddotError(
-            f"the loss passed to track_loss compares samples: it is made of distances between the {rows} rows"
-            " of the batch (torch.cdist, F.pdist), as with negatives from the batch. No sample has a loss of its own then,"
-            " and validation rows that ride along would be compared with training rows"
+            "the loss passed to track_loss compares samples: it is made of distances between the"
+            f" {rows} rows of the batch (torch.cdist, F.pdist), as with negatives from the batch. No"
+            " sample has a loss of its own then, and validation rows that ride along would be compared"
+            " with training rows"
         ) from None
     raise GraddotError(
         "the loss passed to track_loss compares samples: its gradient at what the model returns for some"
@@ -126,10 +128,9 @@ def check_samples_apart(
     )
 
 
-def _between(loss: Tensor, outputs: Sequence[Tensor]) -> list[Any]:
-    """The nodes of the graph from the loss to the outputs, or to the leaves where there are none."""
-    ends = {x.grad_fn for x in outputs}
-    found, stack = [], [loss.grad_fn]
+def _between(start: Any, ends: set[Any]) -> list[Any]:
+    """The nodes of the graph from one of them to the ends, or to the leaves where there are none."""
+    found, stack = [], [start]
     seen = {*ends, *stack}
     while stack:
         if (node := stack.pop()) is None:
@@ -156,16 +157,8 @@ def _compares_pairs(node: Any, ends: set[Any], rows: int) -> bool:
 
 
 def _reaches(node: Any, ends: set[Any]) -> bool:
-    stack, seen = [node], {node, None}
-    while stack:
-        if (one := stack.pop()) in ends:
-            return True
-        new = (
-            {following for following, _ in one.next_functions} - seen if one is not None else set()
-        )
-        seen |= new
-        stack += new
-    return False
+    before = (following for one in _between(node, ends) for following, _ in one.next_functions)
+    return node in ends or any(following in ends for following in before)
 
 
 def _gathers(node: Any) -> bool:
@@ -266,10 +259,8 @@ class EqualWeights:
 
     def check(self, counts: Tensor, factor: Tensor) -> None:
         """Raise GraddotError; counts (rows,) are labelled tokens."""
-        weight, labelled = (
-            float(self._weight / factor.abs().to(self._weight.device)),
-            int(counts.sum()),
-        )
+        weight = float(self._weight / factor.abs().to(self._weight.device))
+        labelled = int(counts.sum())
         is_one = lambda x: abs(x - 1) < self._tolerance / 20
         if is_one(weight * labelled):
             return

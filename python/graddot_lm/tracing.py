@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .autocast import autocast_dtype
 from .compiled import new_site, owner
 from .errors import GraddotError
 from .in_graph import enter_graph, inputs_of
@@ -142,8 +143,7 @@ def _trace_call(
 ) -> list[Tensor]:
     parameters = [p for p in scored.module.parameters() if p.requires_grad]
     needs = [x.requires_grad for x in tensors]
-    kind = tensors[0].device.type
-    autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    autocast = autocast_dtype(tensors[0].device.type)
     return torch.ops.graddot_lm.layer(
         site, scored.model_forward.clock, tensors, parameters, needs, numbers, rows, autocast
     )

@@ -72,8 +72,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument(
         "--compile",
         action="store_true",
-        help="train with torch.compile: minutes of compiling at the start, then faster steps; the same"
-        " weights and scores, but for rounding",
+        help="train with torch.compile, which takes minutes at the start: the same weights and scores,"
+        " but for rounding",
     )
     _add_data_arguments(parser.add_argument_group("data"))
     _add_step_arguments(parser.add_argument_group("steps"))
@@ -273,8 +273,8 @@ def describe(
     """What config.json records: every setting, versions, commit, and what the scores cover and are
     about."""
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
-    added = {"norms": False, "target_per_domain": False, "gradient_accumulation_steps": 1}
-    for name, default in {**added, "compile": False}.items():
+    off = dict.fromkeys(("norms", "target_per_domain", "compile"), False)
+    for name, default in {**off, "gradient_accumulation_steps": 1}.items():
         if settings[name] == default:  # as in runs from before there was the option: they resume
             del settings[name]
     record: dict[str, Any] = {
