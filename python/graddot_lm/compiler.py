@@ -5,7 +5,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-_skipped: list[Any] = []  # functions whose own frames the compiler is to leave alone
+# Functions of which the compiler is yet to be told: whose own frames it is to leave alone, and those that are
+# one call in its graphs.
+_skipped: list[Any] = []
+_whole: list[Any] = []
 
 
 def skipped(function: Any) -> Any:
@@ -14,11 +17,23 @@ def skipped(function: Any) -> Any:
     return function
 
 
+def left_to_autograd(function: Any) -> Any:
+    """A function, of tensors and constants, that a graph holds as one call, which autograd traces.
+
+    For calls of an autograd.Function: by its bytecode, forward and backward each for itself, the compiler's
+    front takes three times as long about a layer as for one that is not scored.
+    """
+    _whole.append(function)
+    return function
+
+
 def prepare_compiler() -> None:
-    """Tell the compiler about `skipped` functions, if there is one; it is slow to import."""
+    """Tell the compiler, if there is one, for it is slow to import, of the functions above."""
     dynamo = sys.modules.get("torch._dynamo")
     while dynamo is not None and _skipped:
         dynamo.eval_frame.skip_code(_skipped.pop().__code__)
+    while dynamo is not None and _whole:
+        dynamo.allow_in_graph(_whole.pop())
 
 
 def uncompiled(reason: str) -> Callable[[Any], Any]:

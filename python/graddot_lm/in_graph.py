@@ -8,7 +8,7 @@ which the forward takes and does not look at. The one op that they call asks for
 engine counts by it which layers' backwards ran how often.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,21 +18,22 @@ from transformers.pytorch_utils import Conv1D
 from graddot_kernels.sample_dots import bordered
 
 from .compiled import new_site, owner
+from .compiler import left_to_autograd
 from .layers import accumulator, rms_norm_backward, weight_grad_dot
 from .shared_uses import vector_form
 
 
-class GraphInputs:
+class GraphInputs(NamedTuple):
     """What a layer's operations in a graph take besides its input and parameters.
 
     sink is (P, K, N) of P parameters, with norms a row and perhaps a column more, as dots are in
     `step.Step`; directions are those given, (K, *shape) each, none where val rows ride along.
     """
 
-    def __init__(
-        self, sink: Tensor, val_rows: list[int], norms: bool, directions: list[Tensor]
-    ) -> None:
-        self.sink, self.val_rows, self.norms, self.directions = sink, val_rows, norms, directions
+    sink: Tensor
+    val_rows: list[int]
+    norms: bool
+    directions: list[Tensor]
 
 
 # By the key of a layer's scored forward; no attribute of it for the reason that `tracing.rows_of` is none.
@@ -169,11 +170,9 @@ class _RMSNorm(torch.autograd.Function):
             return x_grad, weight_grad, None, uses.sink_grad(), None, None, None, None
 
 
-def linear(scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
-    """The output of a scored linear layer, in a graph."""
-    module, kind = scored.module, x.device.type
-    site = new_site(_LayerBackward, scored.key)
-    arguments = module.weight, module.bias, inputs.sink, inputs, site, isinstance(module, Conv1D)
+@left_to_autograd
+def _linear(x: Tensor, *arguments: Any) -> Tensor:
+    kind = x.device.type
     if not torch.is_autocast_enabled(kind):
         return _Linear.apply(x, *arguments)  # type: ignore[no-any-return]
     x = x.to(torch.get_autocast_dtype(kind))
@@ -181,16 +180,30 @@ def linear(scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
         return _Linear.apply(x, *arguments)  # type: ignore[no-any-return]
 
 
+@left_to_autograd
+def _layer_norm(x: Tensor, weight: Tensor, *arguments: Any) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
+        x = x.to(weight.dtype)
+    return _LayerNorm.apply(x, weight, *arguments)  # type: ignore[no-any-return]
+
+
+@left_to_autograd
+def _rms_norm(*arguments: Any) -> Tensor:
+    return _RMSNorm.apply(*arguments)  # type: ignore[no-any-return]
+
+
+def linear(scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
+    """The output of a scored linear layer, in a graph."""
+    module, site = scored.module, new_site(_LayerBackward, scored.key)
+    transposed = isinstance(module, Conv1D)
+    return _linear(x, module.weight, module.bias, inputs.sink, inputs, site, transposed)
+
+
 def layer_norm(scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
     """That of a layer norm."""
-    module = scored.module
-    if torch.is_autocast_enabled(x.device.type):  # native autocast normalises in fp32
-        x = x.to(module.weight.dtype)
-    site = new_site(_LayerBackward, scored.key)
-    shape = list(module.normalized_shape)
-    return _LayerNorm.apply(  # type: ignore[no-any-return]
-        x, module.weight, module.bias, inputs.sink, inputs, site, shape, module.eps
-    )
+    module, site = scored.module, new_site(_LayerBackward, scored.key)
+    form = list(module.normalized_shape), module.eps
+    return _layer_norm(x, module.weight, module.bias, inputs.sink, inputs, site, *form)
 
 
 def rms_norm(form: Any, scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
@@ -198,9 +211,8 @@ def rms_norm(form: Any, scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
     with torch.no_grad():
         value = scored.own_forward(x.detach())
     (weight,) = scored.module.parameters()
-    site = new_site(_LayerBackward, scored.key)
-    eps = form.eps_for(accumulator(x.dtype))
-    return _RMSNorm.apply(x, weight, value, inputs.sink, inputs, site, eps, form.offset)  # type: ignore[no-any-return]
+    site, eps = new_site(_LayerBackward, scored.key), form.eps_for(accumulator(x.dtype))
+    return _rms_norm(x, weight, value, inputs.sink, inputs, site, eps, form.offset)
 
 
 class _LayerBackward:
