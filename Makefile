@@ -10,6 +10,8 @@ INSTALL := $(BIN)/pip install -q --no-compile
 TORCH ?= torch==2.13.0
 DEMO ?= demo
 REPORT := build/tests.xml
+# Tests that run beside one another: `make test WORKERS=8` where there are eight cores.
+WORKERS ?= 2
 
 .PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-models bench-options bench-selection exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
 
@@ -26,7 +28,7 @@ demo: $(VENV)/installed ## train a small GPT-2 on text of this machine, show whi
 
 test: $(VENV)/installed ## everything that CI runs
 	$(MAKE) -j 2 --output-sync=target lint csrc-check aot
-	$(BIN)/pytest -n 2 --dist worksteal --junitxml=$(REPORT)
+	$(BIN)/pytest -n $(WORKERS) --dist worksteal --junitxml=$(REPORT)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
