@@ -4,6 +4,7 @@ or refused with the reason. Tokens, features and table entries are eight, as the
 
 import copy
 import dataclasses
+import functools
 from types import SimpleNamespace
 
 import pytest
@@ -61,6 +62,13 @@ class Around(Layer):
 
 def pooled(m, h):
     return m.head(h.tanh().mean(1))
+
+
+def _with_masked_class(m, x, mixed=False):
+    """Logits, of which those of a class that no label has are -inf; mixed: scaled by all rows' mean."""
+    z = pooled(m, m.up(x))
+    z = z / z.detach().abs().mean() if mixed else z
+    return F.pad(z, (0, 1), value=-torch.inf)
 
 
 def _slopes(m, x):
@@ -126,6 +134,7 @@ class ListOfTwo(nn.ParameterList):
 
 
 EXACT = {
+    "masked-class": lambda: Net(_with_masked_class),
     "table-of-two": lambda: Net(
         lambda m, x: pooled(m, m.up(x) * torch.cat([m.a, m.b])), a=N(3, 8), b=N(5, 8)
     ),
@@ -346,6 +355,11 @@ def _similar(m, x):
 
 
 REFUSED = {
+    "masked-class": (
+        lambda: Net(functools.partial(_with_masked_class, mixed=True)),
+        loss_of,
+        "the model has an output .* that depends on other samples",
+    ),
     "written-in-place": (
         lambda: Net(lambda m, x: pooled(m, _clamped(m, m.up(x))), w=N(8)),
         loss_of,
@@ -489,6 +503,44 @@ def test_a_first_step_that_was_given_up_is_checked_again():
         with pytest.raises(GraddotError, match="used outside"):
             step(engine, model, *data(4), 0, wrong)
         engine.clear_gradients()
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own-loss", "model's"])
+def test_nothing_is_told_by_a_loss_that_is_no_number(own):
+    """Such a first step is refused, and the next is checked in its place. A later one, where checks are due
+    again, goes on as it would without scores."""
+    forward = lambda m, x: m.head(m.up(x + x.roll(1, 0) if m.MIXED else x).mean(1))
+    model = nn.ModuleDict({"net": Net(forward, MIXED=torch.zeros(()))})
+    model.forward = lambda x, y: F.cross_entropy(model["net"](x), y)
+    net = model if not own else model["net"]
+    engine = GradDotProdEngine(net, data(1, seed=1), label_shift=0)
+    engine.attach()
+
+    def scores(x, number):
+        y = data(len(x))[1]
+        engine.clear_gradients()
+        engine.attach_train_batch(x, y, number, torch.arange(len(x)))
+        inputs, labels = engine.prepare_forward_input(x, y)
+        if own:
+            loss = engine.track_loss(F.cross_entropy(net(inputs), labels))
+        else:
+            loss = net(inputs, labels)
+        loss.backward()
+        engine.prepare_gradients()
+        return engine.aggregate_and_log()
+
+    broken = data(4)[0]
+    broken[1, 2] = torch.nan
+    with pytest.raises(GraddotError, match="loss of the first step is nan"):
+        scores(broken, 0)
+    model["net"].MIXED.fill_(1)
+    for x in (broken, data(4)[0]):
+        with pytest.raises(GraddotError, match="depends on other samples"):
+            scores(x, 0)
+    model["net"].MIXED.zero_()
+    for number in range(10):
+        assert scores(data(4)[0], number).isfinite().all()
+    assert scores(broken, 10).isnan().any()
 
 
 def _slope(net, x, keep):

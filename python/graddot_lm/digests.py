@@ -292,7 +292,9 @@ def digest(x: Tensor) -> Digest:
     generator = torch.Generator().manual_seed(x.shape[-1])
     direction = torch.randn(x.shape[-1], generator=generator).to(x.device)
     wide = x if x.dtype == torch.float64 else x.float()
-    values = (wide * direction).sum(-1) if x.dim() > 1 else wide.clone()
+    # As logits of classes that are masked, or tokens that attend to nothing: one would hide all beside it.
+    wide = wide.nan_to_num(nan=0.5, posinf=1.0, neginf=-1.0)
+    values = (wide * direction).sum(-1) if x.dim() > 1 else wide
     return Digest(x.shape, values, tolerance)
 
 

@@ -128,6 +128,10 @@ class FirstStep:
         if self._span is not None:
             self._span.end([*tensors_in(output), *kept_numbers(self._model).values()])
         if self.is_due:
+            loss = output.get("loss") if isinstance(output, Mapping) else None
+            numbers = [x for x in tensors_in(output) if x.dim() == 0 and x.requires_grad]
+            for x in numbers if loss is None else [loss]:
+                self._check_finite(x, micro.counts)
             self._compare_buffers(inputs)
             self._whole = {
                 name: self._whole.get(name, p)
@@ -145,6 +149,17 @@ class FirstStep:
             self._reentrant = ReentrantCheck(self._layers.parameters, ScoredFunction)
             self._reentrant.watch(tensors_in(output))
         self._check_reentrant = self._reentrant is not None
+
+    def _check_finite(self, loss: Tensor, counts: Tensor) -> None:
+        """Raise GraddotError if nothing can be told from the first step, by its loss. A run that diverges
+        later goes on as without scores."""
+        loss = loss.detach()
+        if self._finished == 0 and counts.any() and not loss.isfinite().all():
+            raise GraddotError(
+                f"the loss of the first step is {float(loss.flatten()[0]):.6g}, and what the model does with"
+                " samples cannot be checked by that. Look for NaN or infinity among the weights and the"
+                " inputs, or leave this batch out (engine.clear_gradients()): then the next is checked"
+            )
 
     def _compare_buffers(self, inputs: ModelInputs) -> None:
         if self._buffers is not None:
@@ -220,9 +235,10 @@ class FirstStep:
         rows, self._several = micro.step.rows, micro.several
         self._returned = [x for x, by in pairs if by and x.requires_grad and len(x) == rows]
 
-    def check_own_loss(self, loss: Tensor) -> None:
-        """Raise GraddotError if a parameter reaches the caller's loss behind its layer's back, or if
-        it compares samples."""
+    def check_own_loss(self, loss: Tensor, counts: Tensor) -> None:
+        """Raise GraddotError if a parameter reaches the caller's loss behind its layer's back, if it
+        compares samples, or if it is no number. counts (rows,) are labelled tokens."""
+        self._check_finite(loss, counts)
         if self._span is not None:
             self._span.check(loss)
         check_parameter_uses(loss, self._whole)

@@ -221,7 +221,7 @@ class ModelForward:
                 " it to one number first"
             )
         if self.micro.step.first:
-            self._checks.check_own_loss(loss)
+            self._checks.check_own_loss(loss, self.micro.counts)
         return self.micro.loss_scale.tracked(loss)
 
     def check_packed(self, args: Any, kwargs: Any, segments: Segments) -> None:

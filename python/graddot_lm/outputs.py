@@ -360,6 +360,8 @@ def _problem(
     tolerance: float,
 ) -> str | None:
     """Of a loss of all rows and of both parts of them, (3,)."""
+    if not losses[0].isfinite():  # which says nothing, and in the first step is refused
+        return None
     shares = losses[0].new_ones(2)
     if weights is not None:
         if not weights.any():  # the mean of nothing

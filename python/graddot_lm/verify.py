@@ -225,6 +225,8 @@ class LabelCheck:
     def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
+        if grad.isnan().any():  # it may be of 0 times NaN
+            return
         idle = (grad == 0).all(-1)
         used = self._summed(~idle)
         if (used > self._most).any():  # frames of speech, of which labels are no tokens
