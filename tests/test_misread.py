@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 ROWS = (5, 8, 4, 2, 8)
 N = torch.randn
+FUTURE = torch.full((1, 8, 8), -torch.inf, dtype=torch.float64).triu(1)
 
 
 class Net(nn.Module):
@@ -135,6 +136,14 @@ class ListOfTwo(nn.ParameterList):
 
 EXACT = {
     "masked-class": lambda: Net(_with_masked_class),
+    "masked-class-of-a-followed-layer": lambda: Net(
+        lambda m, x: m.last(pooled(m, m.up(x))),
+        last=Layer(lambda m, z: F.pad(z * m.w, (0, 1), value=-torch.inf), w=N(3)),
+    ),
+    "masked-scores-of-a-followed-layer": lambda: Net(
+        lambda m, x: pooled(m, m.scores(m.up(x), FUTURE).softmax(-1) @ x),
+        scores=Layer(lambda m, h, mask: (h * m.w) @ h.mT + mask, w=N(8)),
+    ),
     "table-of-two": lambda: Net(
         lambda m, x: pooled(m, m.up(x) * torch.cat([m.a, m.b])), a=N(3, 8), b=N(5, 8)
     ),

@@ -209,7 +209,7 @@ def _same_gradient(
         ours, theirs = x[rows].double(), y.double() * share
         if ours.shape != theirs.shape:  # padded to another length
             continue
-        if (ours - theirs).norm() > tolerance * (ours.norm() + theirs.norm()) + 1e-12:
+        if not (ours - theirs).norm() <= tolerance * (ours.norm() + theirs.norm()) + 1e-12:
             return False
     return True
 
