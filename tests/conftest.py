@@ -26,6 +26,16 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: "kernels_in_the_interpreter" not in item.name)
 
 
+def pytest_collection_finish():
+    """What was imported is garbage never: Trainer collects several times a run, which looks through all of
+    it, and in a process that was forked copies the memory that it is in."""
+    gc.freeze()
+
+
+def pytest_unconfigure():
+    gc.unfreeze()  # or nanobind, as the process ends, lists it as leaked
+
+
 @pytest.fixture(autouse=True)
 def _compiled_again():
     """A step that a test gave up leaves torch.compile as it was, once its engine is gone."""

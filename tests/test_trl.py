@@ -72,8 +72,7 @@ def trainer(cls, folder, tokenizer, kind, *, lora=False, **kwargs):
 
 
 def gradient(model, row):
-    """One collated row's, in float64; of texts packed into it, each in a row of its own."""
-    model = without_own_forwards(model).double()
+    """One collated row's; of texts packed into it, each in a row of its own."""
     model.zero_grad()
     lengths = [row["input_ids"].shape[1]]
     if "position_ids" in row:
@@ -135,6 +134,7 @@ def test_every_row_and_the_weights(tmp_path, tokenizer, kind, options, lora, clo
     weights = torch.tensor([labelled(row) for row in val], dtype=torch.float64)
     for step, model in enumerate(snapshots.models):
         at = [row for row in rows if row["step"] == step]
+        model = without_own_forwards(model).double()
         own = torch.stack([flat(gradient(model, row)) for row in val])
         direction = (weights / weights.sum()) @ own
         samples = [flat(gradient(model, train[row["sample_id"]])) for row in at]

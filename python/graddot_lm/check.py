@@ -462,9 +462,16 @@ class _InDouble(TorchFunctionMode):
     what experts return, would not run in float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        double = lambda dtype: torch.float64 if dtype == torch.float32 else dtype
-        args, kwargs = tree_map_only(torch.dtype, double, (args, kwargs or {}))
+        args, kwargs = self._double(args), self._double(kwargs or {})
         return (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
+
+    def _double(self, x: Any) -> Any:
+        """tree_map_only in a quarter of its time, which was a third of a mixture's proof."""
+        if x is torch.float32:
+            return torch.float64
+        if type(x) in (list, tuple):
+            return type(x)(map(self._double, x))
+        return {k: self._double(v) for k, v in x.items()} if type(x) is dict else x
 
 
 @contextlib.contextmanager
