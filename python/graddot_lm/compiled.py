@@ -314,6 +314,7 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
 
 
 def _begin(number, clock, inputs, items, labelled):  # type: ignore[no-untyped-def]
+    items = None if items is None else items.clone()  # kept until the step's scores are made
     _site(number).model_forward.begin_compiled(inputs, items, labelled)
     clock.add_(1)
 
