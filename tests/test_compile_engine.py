@@ -133,6 +133,26 @@ def test_fused_head_without_scores(backend, close):
         call(batches[0][0], labels=wrong)
 
 
+def test_number_of_items(close):
+    """Which a graph around the model makes a tensor of its own of."""
+    model = llama()
+    call = in_a_function(model)
+    batch = lambda rows, seed: dict.fromkeys(
+        ("input_ids", "labels"), token_batch(rows, 11, seed=seed)[0]
+    )
+    engine = GradDotProdEngine(model, batch(2, 99))
+    engine.attach()
+    for i, items in enumerate((40, 23, 31)):
+        train = batch(3, i)
+        engine.attach_train_batch(train, None, i, torch.arange(3))
+        inputs, _ = engine.prepare_forward_input(train, None)
+        call(**inputs, num_items_in_batch=items).loss.backward()
+        engine.prepare_gradients()
+        want, scales = sample_dots(unscored(model), tuple(train.values()), VAL)
+        close(engine.aggregate_and_log(), total(want), 1e-5, total(scales))
+        model.zero_grad(set_to_none=True)
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["own-head", "fused-head"])
 def test_norms(fused, close):
     """Norms and cosines, cross terms of the tied weight among them."""

@@ -23,6 +23,7 @@ from compiled_steps import (
 )
 from graddot_lm import GraddotError, GradDotProdEngine
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 __all__ = ["fresh_compiler"]  # the fixture
 
@@ -242,3 +243,50 @@ def test_attention_in_evaluation_and_of_as_many_tokens_as_rows(batch_first, clos
         train = token_batch(rows, 5, 30, seed=i)
         step(engine, call, train, i)
         check(engine, close, train, val, 1e-10)
+
+
+class Dropping(nn.Module):
+    """Attention with dropout, which is drawn inside of a scored layer, in a checkpoint."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.tokens, self.head = nn.Embedding(30, 12), nn.Linear(12, 30)
+        self.attention = nn.MultiheadAttention(12, 2, dropout=0.5, batch_first=True)
+
+    def forward(self, ids):
+        attend = lambda x: x + self.attention(x, x, x, need_weights=False)[0]
+        return self.head(torch.tanh(checkpoint(attend, self.tokens(ids), use_reentrant=False)))
+
+
+def test_dropout_in_a_checkpoint(close):
+    """The forward that runs again drops what it dropped at first, and draws nothing of what comes next."""
+    model, val = Dropping().double(), token_batch(2, 11, 30, seed=7)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, val, label_shift=1)
+    engine.attach()
+    for i in range(2):
+        ids, labels = token_batch(3, 11, 30, seed=i)
+        engine.attach_train_batch(ids, labels, i, torch.arange(3))
+        x, y = engine.prepare_forward_input(ids, labels)
+        torch.manual_seed(i)
+        loss = own_loss(engine, call, x, y)
+        torch.manual_seed(9)
+        loss.backward()
+        drawn = torch.rand(1)
+        engine.prepare_gradients()
+        plain = unscored(model)
+        torch.manual_seed(i)
+        rows = plain(x).split([1, 1, 1, 2])
+        *samples, of_val = (
+            torch.autograd.grad(lm_loss(*row), list(plain.parameters()), retain_graph=True)
+            for row in zip(rows, y.split([1, 1, 1, 2]), strict=True)
+        )
+        dots = [sum((a * b).sum() for a, b in zip(s, of_val, strict=True)) for s in samples]
+        close(engine.aggregate_and_log(), torch.stack(dots), 1e-10)
+        for k, p in enumerate(model.parameters()):
+            torch.testing.assert_close(p.grad, sum(s[k] for s in samples) / 3)
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(9)
+        assert drawn == torch.rand(1)
+    assert graphs() == 1

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 
+from .checkpointing import recomputing
 from .compiler import uncompiled
 from .distributed import own_part
 from .errors import GraddotError
@@ -161,6 +162,24 @@ def _with_autograd(device: torch.device, autocast: torch.dtype | None) -> Iterat
         yield
 
 
+@contextlib.contextmanager
+def _drawing(site: Any, device: torch.device) -> Iterator[None]:
+    """Inside of it a forward that an activation checkpoint runs again draws the numbers that it drew at
+    first, which a compiler sees to for PyTorch's own random operations alone."""
+    kind, gpus = device.type, [] if device.type == "cpu" else [device]
+    if not recomputing():
+        states = [torch.get_device_module(kind).get_rng_state(gpu) for gpu in gpus]
+        site.random = torch.get_rng_state(), *states
+        yield
+        return
+    with torch.random.fork_rng(gpus, device_type="cuda" if kind == "cpu" else kind):
+        first, *states = site.random
+        torch.set_rng_state(first)
+        for state, gpu in zip(states, gpus, strict=True):
+            torch.get_device_module(kind).set_rng_state(state, gpu)
+        yield
+
+
 # The ops
 
 _library = torch.library.Library("graddot_lm", "DEF")  # noqa: TOR901
@@ -200,8 +219,8 @@ def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  
             f"layer {site.scored.name} has a parameter with a gradient hook (register_hook), which"
             " would run twice in a compiled model; use register_post_accumulate_grad_hook"
         )
-    kept = _Kept(inputs)
-    with _with_autograd(inputs[0].device, autocast):
+    kept, device = _Kept(inputs), inputs[0].device
+    with _with_autograd(device, autocast), _drawing(site, device):
         step = site.step()
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         with saved_tensors_hooks(kept.pack, kept.unpack):
@@ -295,6 +314,7 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
 
 
 def _begin(number, clock, inputs, items, labelled):  # type: ignore[no-untyped-def]
+    items = None if items is None else items.clone()  # kept until the step's scores are made
     _site(number).model_forward.begin_compiled(inputs, items, labelled)
     clock.add_(1)
 
