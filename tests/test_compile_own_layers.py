@@ -78,7 +78,8 @@ class WithPacked(nn.Module):
 
 class Choosing(nn.Module):
     """Layers without a rule whose forwards look at what they are given: whether two arguments are
-    one tensor, whether one is their own parameter, a flag, a number's size."""
+    one tensor, whether one is their own parameter, a flag, a number's size; or at whether they are compiled,
+    as Mamba's, which are not where their op runs."""
 
     class Same(nn.Module):
         def __init__(self):
@@ -102,6 +103,7 @@ class Choosing(nn.Module):
             self.weight = nn.Parameter(torch.rand(12) + 0.5)
 
         def forward(self, x, both, long):
+            assert not torch.compiler.is_compiling()
             x = x * self.weight if long else x + self.weight
             return (x, 2 * x) if both else x
 

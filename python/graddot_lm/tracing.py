@@ -254,7 +254,7 @@ class LayerSite:
 def _fake_state(module: nn.Module) -> Iterator[None]:
     """Parameters, which some adapters ask to be such, and buffers without values in the place of a
     module's, its layers unscored, and attention by the way of training, for its fast path returns
-    another form."""
+    another form. Nor is it told that this is compiled, which what it does when the graph runs is not."""
     parts = list(module.modules())
     before = [(part, part._parameters.copy(), part._buffers.copy()) for part in parts]
     forwards: list[tuple[nn.Module, Any]] = [(p, p.__dict__.get("forward")) for p in parts]
@@ -264,8 +264,9 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
         kinds = {n: (x.shape, x.dtype, x.device) for n, x in tensors.items() if x is not None}
         return {n: torch.empty(shape, dtype=t, device=d) for n, (shape, t, d) in kinds.items()}
 
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, compiling = torch.backends.mha.get_fastpath_enabled(), torch.compiler._is_compiling_flag
     try:
+        torch.compiler._is_compiling_flag = False
         torch.backends.mha.set_fastpath_enabled(False)
         for part, parameters, buffers in before:
             own = lambda x: nn.Parameter(x, requires_grad=x.is_floating_point())
@@ -275,6 +276,7 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
             part.__dict__["forward"] = forward.own_forward
         yield
     finally:
+        torch.compiler._is_compiling_flag = compiling
         torch.backends.mha.set_fastpath_enabled(fast)
         for part, parameters, buffers in before:
             part._parameters.update(parameters)
