@@ -13,7 +13,7 @@ REPORT := build/tests.xml
 # Tests that run beside one another: `make test WORKERS=8` where there are eight cores.
 WORKERS ?= 2
 
-.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-models bench-options bench-selection exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
+.PHONY: demo test lint aot csrc-check bench bench-step bench-embedding bench-methods bench-micro bench-models bench-options bench-compile bench-selection exactness gpu-check gpu-build gpu-test gpu-kernels gpu-bench gpu-sanitize clean
 
 $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*)
 	@echo "Setting up $(VENV): a few minutes the first time"
@@ -41,7 +41,7 @@ csrc-check: $(VENV)/installed ## C++ unit test under sanitizers, .cu compile, sy
 aot: $(VENV)/installed ## compile every Triton kernel for sm_80, sm_90, sm_100 and gfx942
 	$(BIN)/python bench/aot.py
 
-bench: bench-step bench-embedding bench-methods bench-micro bench-models bench-options bench-selection
+bench: bench-step bench-embedding bench-methods bench-micro bench-models bench-options bench-compile bench-selection
 
 bench-step: $(VENV)/installed
 	$(BIN)/python bench/bench_step.py
@@ -60,6 +60,9 @@ bench-models: $(VENV)/installed ## what scores add to a step, kind of model by k
 
 bench-options: $(VENV)/installed ## what each of the engine's options adds to a step
 	$(BIN)/python bench/bench_options.py
+
+bench-compile: $(VENV)/installed ## what torch.compile gains and takes, with scores and without
+	$(BIN)/python bench/bench_compile.py
 
 bench-selection: $(VENV)/installed ## training on what scored best, and on a random choice
 	$(BIN)/python bench/bench_selection.py

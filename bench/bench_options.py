@@ -66,6 +66,17 @@ CASES = {
 }
 
 
+def small_gpt2() -> GPT2LMHeadModel:
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=8192, n_positions=T, n_embd=256, n_layer=4, n_head=4, use_cache=False,
+        resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPT2LMHeadModel(config).train()
+    model.loss_type = "ForCausalLM"  # what it gets anyway, but with a warning
+    return model
+
+
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return model(x, labels=y).loss
 
@@ -74,14 +85,8 @@ class Bench:
     """The model, the batch, and one engine a case; `step` runs one step of a case."""
 
     def __init__(self, folder: Path) -> None:
-        torch.manual_seed(0)
-        config = GPT2Config(
-            vocab_size=8192, n_positions=T, n_embd=256, n_layer=4, n_head=4, use_cache=False,
-            resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, bos_token_id=0, eos_token_id=0,
-        )  # fmt: skip
-        self.model = GPT2LMHeadModel(config).train()
-        self.model.loss_type = "ForCausalLM"  # what it gets anyway, but with a warning
-        self.ids = torch.randint(0, config.vocab_size, (N + 4, T))
+        self.model = small_gpt2()
+        self.ids = torch.randint(0, self.model.config.vocab_size, (N + 4, T))
         fuse_head(self.model)
         self.fused_forward = self.model.forward
         unfuse_head(self.model)
