@@ -1,6 +1,7 @@
 """A step as torch.compile traces it: calls of the ops of compiled.py, and what these then run."""
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -195,10 +196,12 @@ class LayerSite:
     """One call of a scored layer in a compiled graph; arguments and call as in `call_of`.
 
     dtypes are those that the compiler was told of what it returns, if it was: code around a layer that
-    is not traced calls the op itself.
+    is not traced calls the op itself. random are the states of random numbers at its last forward that was
+    no checkpoint's second.
     """
 
     dtypes: Sequence[torch.dtype] | None = None
+    random: Sequence[Tensor] = ()
 
     def __init__(self, scored: Any, arguments: Any, call: Any) -> None:
         self.scored, self._arguments, self._call = scored, arguments, Call(*call)
@@ -232,8 +235,13 @@ class LayerSite:
         return results
 
     def shapes(self, tensors: list[Tensor], numbers: Sequence[int], rows: int) -> list[Tensor]:
+        forward = functools.partial(self._called, self.scored.own_forward, tensors, numbers)
         with _fake_state(self.scored.module):
-            out = self._called(self.scored.own_forward, tensors, numbers)
+            try:  # as where the graph runs: Mamba's takes a scan elsewhere, which this cannot trace
+                with _told_it_is_compiled(False):
+                    out = forward()
+            except Exception:  # noqa: BLE001 - the layer's own code may raise anything, as grouped_mm's
+                out = forward()
         results: list[Tensor] = []
         if form_of(out, results, []) != self._call.returns:
             raise GraddotError(
@@ -254,7 +262,7 @@ class LayerSite:
 def _fake_state(module: nn.Module) -> Iterator[None]:
     """Parameters, which some adapters ask to be such, and buffers without values in the place of a
     module's, its layers unscored, and attention by the way of training, for its fast path returns
-    another form. Nor is it told that this is compiled, which what it does when the graph runs is not."""
+    another form."""
     parts = list(module.modules())
     before = [(part, part._parameters.copy(), part._buffers.copy()) for part in parts]
     forwards: list[tuple[nn.Module, Any]] = [(p, p.__dict__.get("forward")) for p in parts]
@@ -264,9 +272,8 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
         kinds = {n: (x.shape, x.dtype, x.device) for n, x in tensors.items() if x is not None}
         return {n: torch.empty(shape, dtype=t, device=d) for n, (shape, t, d) in kinds.items()}
 
-    fast, compiling = torch.backends.mha.get_fastpath_enabled(), torch.compiler._is_compiling_flag
+    fast = torch.backends.mha.get_fastpath_enabled()
     try:
-        torch.compiler._is_compiling_flag = False
         torch.backends.mha.set_fastpath_enabled(False)
         for part, parameters, buffers in before:
             own = lambda x: nn.Parameter(x, requires_grad=x.is_floating_point())
@@ -276,13 +283,21 @@ def _fake_state(module: nn.Module) -> Iterator[None]:
             part.__dict__["forward"] = forward.own_forward
         yield
     finally:
-        torch.compiler._is_compiling_flag = compiling
         torch.backends.mha.set_fastpath_enabled(fast)
         for part, parameters, buffers in before:
             part._parameters.update(parameters)
             part._buffers.update(buffers)
         for part, forward in scored:
             part.__dict__["forward"] = forward
+
+
+@contextlib.contextmanager
+def _told_it_is_compiled(told: bool) -> Iterator[None]:
+    before, torch.compiler._is_compiling_flag = torch.compiler._is_compiling_flag, told
+    try:
+        yield
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 class HeadSite(LayerSite):
