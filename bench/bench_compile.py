@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 from _report import append_row, interleave
-from bench_options import N, T, loss_of, small_gpt2
+from bench_options import SHAPE, N, T, loss_of, small_gpt2
 from graddot_lm import GradDotProdEngine, fuse_head
 from rivals import naive
 from torch import Tensor, nn
@@ -103,10 +103,9 @@ def main() -> int:
         ("regular_compiled", "regular"), ("scored_compiled", "scored"), ("scored_first", "regular_first"),
     ]  # fmt: skip
     ratios = {f"{a}_over_{b}": float(f"{seconds[a] / seconds[b]:.4g}") for a, b in pairs}
-    shape = {"layers": 4, "width": 256, "vocabulary": 8192, "N": N, "V": 1, "T": T}
     rounded = {name: float(f"{s:.4g}") for name, s in seconds.items()}
     counts = {"repeats": args.repeats, "compilations": args.compilations}
-    append_row("compile", {"shape": shape, **counts, **ratios, "seconds": rounded})
+    append_row("compile", {"shape": SHAPE, **counts, **ratios, "seconds": rounded})
     for name, s in seconds.items():
         print(f"{name:17} {s * 1e3:9.1f} ms")
     print(" ".join(f"{key}={value:.3f}" for key, value in ratios.items()))

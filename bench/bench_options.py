@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 N, T = 8, 256
+SHAPE = {"layers": 4, "width": 256, "vocabulary": 8192, "N": N, "V": 1, "T": T}
 
 
 @dataclass
@@ -183,9 +184,8 @@ def main() -> int:
         for name, case in bench.cases.items()
         if name != "plain"
     }
-    shape = {"layers": 4, "width": 256, "vocabulary": 8192, "N": N, "V": 1, "T": T}
     rounded = {name: float(f"{s:.4g}") for name, s in seconds.items()}
-    append_row("options", {"shape": shape, "repeats": args.repeats, **ratios, "seconds": rounded})
+    append_row("options", {"shape": SHAPE, "repeats": args.repeats, **ratios, "seconds": rounded})
     print(f"{'step':23} {'ms':>8}  over")
     for name, case in bench.cases.items():
         ratio = "" if name == "plain" else f"{seconds[name] / seconds[case.over]:.3f} {case.over}"

@@ -27,7 +27,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_collection_finish():
-    """What was imported is garbage never: Trainer collects several times a run, which looks through all of
+    """What was imported is never garbage: Trainer collects several times a run, which looks through all of
     it, and in a process that was forked copies the memory that it is in."""
     gc.freeze()
 

@@ -521,7 +521,7 @@ def test_nothing_is_told_by_a_loss_that_is_no_number(own):
     forward = lambda m, x: m.head(m.up(x + x.roll(1, 0) if m.MIXED else x).mean(1))
     model = nn.ModuleDict({"net": Net(forward, MIXED=torch.zeros(()))})
     model.forward = lambda x, y: F.cross_entropy(model["net"](x), y)
-    net = model if not own else model["net"]
+    net = model["net"] if own else model
     engine = GradDotProdEngine(net, data(1, seed=1), label_shift=0)
     engine.attach()
 

@@ -5,6 +5,7 @@ import functools
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
@@ -17,6 +18,12 @@ def no_autocast(kind: str) -> contextlib.AbstractContextManager[Any]:
 def autocast_dtype(kind: str) -> torch.dtype | None:
     """What autocast computes in on a kind of device; None where it is off."""
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+
+def autocast_input(x: Tensor) -> Tensor:
+    """x in autocast's dtype, as the native linear layer would see it."""
+    dtype = autocast_dtype(x.device.type) if x.is_floating_point() else None
+    return x if dtype is None else x.to(dtype)
 
 
 def without_autocast(backward):  # type: ignore[no-untyped-def]

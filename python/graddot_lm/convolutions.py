@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from graddot_kernels.sample_dots import bordered
 
-from .autocast import no_autocast, without_autocast
+from .autocast import autocast_input, no_autocast, without_autocast
 from .errors import GraddotError
 from .layers import ScoredFunction, accumulator, linear_grad, note_uses, vector_grad
-from .scored import Scored, autocast_input
+from .scored import Scored
 from .shared_uses import SharedUses
 from .step import Step
 

@@ -128,10 +128,10 @@ class FirstStep:
         if self._span is not None:
             self._span.end([*tensors_in(output), *kept_numbers(self._model).values()])
         if self.is_due:
-            loss = output.get("loss") if isinstance(output, Mapping) else None
-            numbers = [x for x in tensors_in(output) if x.dim() == 0 and x.requires_grad]
-            for x in numbers if loss is None else [loss]:
-                self._check_finite(x, micro.counts)
+            losses = output.get("loss") if isinstance(output, Mapping) else output
+            for x in tensors_in(losses):
+                if x.dim() == 0 and x.requires_grad:
+                    self._check_finite(x, micro.counts)
             self._compare_buffers(inputs)
             self._whole = {
                 name: self._whole.get(name, p)
@@ -154,9 +154,9 @@ class FirstStep:
         """Raise GraddotError if nothing can be told from the first step, by its loss. A run that diverges
         later goes on as without scores."""
         loss = loss.detach()
-        if self._finished == 0 and counts.any() and not loss.isfinite().all():
+        if self._finished == 0 and counts.any() and not loss.isfinite():
             raise GraddotError(
-                f"the loss of the first step is {float(loss.flatten()[0]):.6g}, and what the model does with"
+                f"the loss of the first step is {float(loss):.6g}, and what the model does with"
                 " samples cannot be checked by that. Look for NaN or infinity among the weights and the"
                 " inputs, or leave this batch out (engine.clear_gradients()): then the next is checked"
             )

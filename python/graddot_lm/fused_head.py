@@ -17,9 +17,10 @@ from transformers.utils import ModelOutput
 from graddot_kernels.fused_head import tokens_at_a_time
 
 from . import distributed
+from .autocast import autocast_input
 from .errors import GraddotError
 from .layers import ScoredFunction, note_uses, vector_grad
-from .scored import ScoredForward, autocast_input
+from .scored import ScoredForward
 from .tracing import trace_head
 
 

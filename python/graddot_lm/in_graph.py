@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from graddot_kernels.sample_dots import bordered
 
+from .autocast import autocast_input, no_autocast
 from .compiled import new_site, owner
 from .compiler import left_to_autograd
 from .layers import accumulator, rms_norm_backward, weight_grad_dot
@@ -87,10 +88,6 @@ class _Uses:
         return torch.stack([x.to(self.inputs.sink.dtype) for x in self._dots])
 
 
-def _no_autocast(x: Tensor) -> torch.autocast:
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def _by_row(x: Tensor) -> Tensor:
     """(rows, ..., D) as (rows, T, D)."""
     return x.reshape(x.shape[0], -1, x.shape[-1])
@@ -110,7 +107,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        with _no_autocast(grad_out):
+        with no_autocast(grad_out.device.type):
             uses = _Uses(ctx.site, ctx.inputs, x.shape[0], grad_out)
             act, grad = _by_row(x), _by_row(grad_out)
             swapped = (grad, act) if ctx.transposed else (act, grad)
@@ -136,7 +133,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, mean, rstd, weight, bias = ctx.saved_tensors
-        with _no_autocast(grad_out):
+        with no_autocast(grad_out.device.type):
             uses = _Uses(ctx.site, ctx.inputs, x.shape[0], grad_out)
             x_grad = torch.ops.aten.native_layer_norm_backward(
                 grad_out, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
@@ -163,7 +160,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_out):  # type: ignore[no-untyped-def]
         x, weight = ctx.saved_tensors
-        with _no_autocast(grad_out):
+        with no_autocast(grad_out.device.type):
             uses = _Uses(ctx.site, ctx.inputs, x.shape[0], grad_out)
             x_grad, normed, grad = rms_norm_backward(x, weight, grad_out, ctx.eps, ctx.offset)
             weight_grad = uses.vector(_by_row(grad * normed).sum(1)).to(weight.dtype)
@@ -172,11 +169,8 @@ class _RMSNorm(torch.autograd.Function):
 
 @left_to_autograd
 def _linear(x: Tensor, *arguments: Any) -> Tensor:
-    kind = x.device.type
-    if not torch.is_autocast_enabled(kind):
-        return _Linear.apply(x, *arguments)  # type: ignore[no-any-return]
-    x = x.to(torch.get_autocast_dtype(kind))
-    with torch.autocast(kind, enabled=False):
+    x = autocast_input(x)
+    with no_autocast(x.device.type):
         return _Linear.apply(x, *arguments)  # type: ignore[no-any-return]
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from .autocast import no_autocast
+from .autocast import autocast_input, no_autocast
 from .checkpointing import recomputing, runs_again_alone
 from .compiled import new_owner
 from .compiler import uncompiled
@@ -344,14 +344,6 @@ def has_own_forward(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
     own = forward is None or isinstance(forward, ScoredForward)
     return own or getattr(forward, "__func__", None) is type(module).forward
-
-
-def autocast_input(x: Tensor) -> Tensor:
-    """x in autocast's dtype, as the native linear layer would see it."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind) and x.is_floating_point():
-        return x.to(torch.get_autocast_dtype(kind))
-    return x
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from graddot_kernels.sample_dots import bordered
 
-from .autocast import no_autocast, without_autocast
+from .autocast import autocast_input, no_autocast, without_autocast
 from .errors import GraddotError
 from .layers import ScoredFunction, accumulator, weight_grad_dot
-from .scored import Scored, autocast_input, own_parameters
+from .scored import Scored, own_parameters
 from .step import Step
 
 # How many times an expert's tokens rows of one length may be, before a product with the direction for

@@ -186,7 +186,7 @@ class LabelCheck:
         self.problem: str | None = None
         self.weights: TokenWeights | None = None  # what the backward under way has shown
         self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
-        self._counts, self._strict = counts, first or labels.dim() > 1
+        self._counts, self._first, self._strict = counts, first, first or labels.dim() > 1
         self._summed, self._most = summed, math.inf
         for x in tensors_in(output):
             if x.requires_grad and x.dim() in (1, 2) and len(x) == len(labels):
@@ -225,7 +225,7 @@ class LabelCheck:
     def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
-        if grad.isnan().any():  # it may be of 0 times NaN
+        if not self._first and grad.isnan().any():  # it may be of 0 times NaN
             return
         idle = (grad == 0).all(-1)
         used = self._summed(~idle)
