@@ -129,7 +129,12 @@ class _Head:
         line = 64 // act.itemsize
         padded = -(-self.vocab // line) * line
         memory = self._memory_kept if self.joint else self._large
-        self.logits = memory(act, min(self.limit, rows * t), padded)[:, : self.vocab]
+        logits = memory(act, min(self.limit, rows * t), padded)
+        if (
+            act.device.type == "cpu"
+        ):  # whose bf16 products multiply what is there by 0: it may be NaN
+            logits[:, self.vocab :].zero_()
+        self.logits = logits[:, : self.vocab]
         self.row_grad: Tensor | None = None
         if self.norms and self.limit < t:
             self.row_grad = self._large(self.losses, self.vocab, self.width)
