@@ -22,6 +22,7 @@ from compiled_steps import (
     unscored,
 )
 from graddot_lm import GraddotError, GradDotProdEngine
+from graddot_lm.in_graph import _LayerBackward
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -65,6 +66,25 @@ def test_layers_that_the_graph_scores_itself(given, close):
             assert (p.grad - mean).norm() <= 1e-10 * mean.norm(), name
         model.zero_grad(set_to_none=True)
     assert seen and not [name for name in seen if "graddot_lm.layer" in name]
+
+
+@pytest.mark.parametrize(
+    ("backend", "asked"), [(checked, 1), ("eager", 5)], ids=["checked", "eager"]
+)
+def test_a_backward_asks_for_the_scale_once(backend, asked, close, monkeypatch):
+    """Each time takes the host long; a backend that makes no graph of the backward has one a layer."""
+    model = Norms().double()
+    call, own = compiled(model, backend), _LayerBackward.scale
+    engine = GradDotProdEngine(model, points(2, 99))
+    engine.attach()
+    times = []
+    monkeypatch.setattr(_LayerBackward, "scale", lambda self: times.append(self) or own(self))
+    for i, rows in enumerate((4, 4, 5, 5)):
+        times.clear()
+        train = points(rows, i)
+        step(engine, call, train, i, classify)
+        assert len(times) == (asked if i else 0)
+        check(engine, close, train, points(2, 99), 1e-10, F.cross_entropy)
 
 
 class Repeating(nn.Module):

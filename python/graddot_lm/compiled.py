@@ -202,7 +202,7 @@ _library.define("scale(int site, Tensor grad) -> Tensor", tags=_tags)
 _library.define("end(int site, Tensor(a!) clock, Tensor[] outputs) -> ()", tags=_tags)
 
 
-def _site(number: int) -> Any:
+def site_of(number: int) -> Any:
     site = _sites.get(number)
     if site is None:
         raise GraddotError(
@@ -212,7 +212,7 @@ def _site(number: int) -> Any:
 
 
 def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  # type: ignore[no-untyped-def]
-    site = _site(number)
+    site = site_of(number)
     own = site.parameters()
     if any(p._backward_hooks for p in own):
         raise GraddotError(
@@ -252,14 +252,14 @@ def _numbered(call: _Call) -> Tensor:
 
 def _layer_fake(number, clock, inputs, parameters, needs, numbers, rows, autocast):  # type: ignore[no-untyped-def]
     with torch.autocast(inputs[0].device.type, dtype=autocast, enabled=autocast is not None):
-        outputs = _site(number).shapes(inputs, numbers, rows)
-    _site(number).dtypes = [x.dtype for x in outputs]
+        outputs = site_of(number).shapes(inputs, numbers, rows)
+    site_of(number).dtypes = [x.dtype for x in outputs]
     own = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs]
     return [*own, torch.empty((), dtype=torch.int64)]
 
 
 def _layer_backward(number, call_number, grads, inputs, parameters, needs):  # type: ignore[no-untyped-def]
-    site = _site(number)
+    site = site_of(number)
     call = _calls.pop(int(call_number), None)
     if call is None:
         raise GraddotError(
@@ -315,14 +315,14 @@ def _backward(ctx, grads):  # type: ignore[no-untyped-def]
 
 def _begin(number, clock, inputs, items, labelled):  # type: ignore[no-untyped-def]
     items = None if items is None else items.clone()  # kept until the step's scores are made
-    _site(number).model_forward.begin_compiled(inputs, items, labelled)
+    site_of(number).model_forward.begin_compiled(inputs, items, labelled)
     clock.add_(1)
 
 
 def _scale(number, grad):  # type: ignore[no-untyped-def]
     """The step's scale, as it is once there is such a gradient."""
     # As its fake says, whatever the step holds; a copy, as the next step writes to that.
-    return _site(number).scale().to(torch.float64, copy=True)
+    return site_of(number).scale().to(torch.float64, copy=True)
 
 
 def _scale_fake(number, grad):  # type: ignore[no-untyped-def]
@@ -330,7 +330,7 @@ def _scale_fake(number, grad):  # type: ignore[no-untyped-def]
 
 
 def _end(number, clock, outputs):  # type: ignore[no-untyped-def]
-    _site(number).model_forward.end_compiled()
+    site_of(number).model_forward.end_compiled()
     clock.add_(1)
 
 

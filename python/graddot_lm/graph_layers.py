@@ -3,6 +3,7 @@
 import weakref
 from collections import Counter
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ class InGraphLayers:
         self._micro: MicroBatch | None = None
         self._directions: Mapping[int, Tensor] | None = None
         self._ran: Counter[str] = Counter()  # backwards of this step, by layer
+        self._form: Any = None  # of the sinks that are provided
         self._keys: set[str] = set()  # of inputs_of
         weakref.finalize(self, _forget, self._keys)
 
@@ -58,30 +60,35 @@ class InGraphLayers:
                 self._provide()
 
     def _provide(self) -> None:
-        """Sinks for all layers that a graph may score, of the step's shape."""
+        """Sinks for all layers that a graph may score, of the step's shape; those of the step before
+        where they fit, for to make them takes the host as long as some layers."""
         assert self._micro is not None
-        step, (k, n) = self._micro.step, self._micro.dots_shape
+        step = self._micro.step
         possible = step.tokens is None and self._micro.segments is None and not step.sharded
-        for name, fit in self._judged.items():
-            key = self._layers.forwards[name].key
-            if not (fit and possible and (step.val_rows or self._directions is not None)):
-                inputs_of.pop(key, None)
-                continue
+        possible &= bool(step.val_rows) or self._directions is not None
+        layers = [name for name, fit in self._judged.items() if fit] if possible else []
+        directions = self._directions or {}
+        given = [(key, id(direction)) for key, direction in directions.items()]
+        form = layers, self._micro.dots_shape, step.val_rows, step.norms, step.scale.device, given
+        if form == self._form:
+            return
+        self._form = form
+        _forget(self._keys)
+        for name in layers:
             owned = [name for name, _ in self._layers.parameters_in(name)]
-            directions: list[Tensor] = []
-            if self._directions is not None:
-                directions = [self._directions[id(self._parameters[name])] for name in owned]
+            own = [directions[id(self._parameters[name])] for name in owned] if directions else []
             sink = torch.empty(
-                (len(owned), k, n), dtype=torch.float64, device=step.scale.device
+                (len(owned), *self._micro.dots_shape), dtype=torch.float64, device=step.scale.device
             ).requires_grad_()
-            inputs_of[key] = GraphInputs(sink, step.val_rows, step.norms, directions)
+            key = self._layers.forwards[name].key
+            inputs_of[key] = GraphInputs(sink, step.val_rows, step.norms, own)
             self._keys.add(key)
 
-    def scale(self, name: str) -> Tensor:
-        """The step's scale, to the backward of a layer in a graph, which is counted."""
+    def scale(self, names: list[str]) -> Tensor:
+        """The step's scale, to the backwards of these layers in a graph, which are counted."""
         if self._micro is None:
             raise GraddotError("the backward of a compiled model ran outside of its step")
-        self._ran[name] += 1
+        self._ran.update(names)
         return self._micro.step.scale
 
     def collect(self, micro: MicroBatch) -> None:
@@ -103,10 +110,14 @@ class InGraphLayers:
                     f"the backward ran through the compiled layer {name}, but was told to leave no"
                     " gradient with the engine; call backward() on the loss, without inputs="
                 )
-            for owned, own in zip(parameters, sink.grad, strict=True):
-                dots.setdefault(micro.leaf_of[owned], []).append(own)
+            leaves = [micro.leaf_of[owned] for owned in parameters]
+            if len(set(leaves)) == 1:  # as where no scores by parameter are wanted
+                dots.setdefault(leaves[0], []).append(sink.grad)
+                continue
+            for leaf, own in zip(leaves, sink.grad.split(1), strict=True):
+                dots.setdefault(leaf, []).append(own)
         for leaf, found in dots.items():
-            micro.step.add(leaf, torch.stack(found).sum(0))
+            micro.step.add(leaf, torch.cat(found).sum(0))
         self._begin_counting()
 
     def _begin_counting(self) -> None:
@@ -121,10 +132,11 @@ class InGraphLayers:
         self._begin_counting()
 
     def forget(self) -> None:
-        self._micro = self._directions = None
+        self._micro = self._directions = self._form = None
         _forget(self._keys)
 
 
 def _forget(keys: set[str]) -> None:
     for key in keys:
         inputs_of.pop(key, None)
+    keys.clear()

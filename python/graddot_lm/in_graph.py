@@ -4,21 +4,23 @@ An op that runs a layer's rule (compiled.py) takes the host longer than most lay
 and nothing can be fused with it. The layers here, nearly all of a transformer, are traced instead:
 linear layers, layer norms and RMS norms whose input has the rows in front and whose parameters are
 used once a step. Their dots leave the graph as the gradient of a tensor of the engine's, a sink,
-which the forward takes and does not look at. The one op that they call asks for the step's scale; the
-engine counts by it which layers' backwards ran how often.
+which the forward takes and does not look at. A graph's backward asks once for the step's scale, by an op;
+the engine counts by it which layers' backwards ran how often.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from transformers.pytorch_utils import Conv1D
 
 from graddot_kernels.sample_dots import bordered
 
 from .autocast import autocast_input, no_autocast
-from .compiled import new_site, owner
+from .compiled import new_site, owner, site_of
 from .compiler import left_to_autograd
 from .layers import accumulator, rms_norm_backward, weight_grad_dot
 from .shared_uses import vector_form
@@ -58,8 +60,7 @@ class _Uses:
 
     def __init__(self, site: int, inputs: GraphInputs, rows: int, grad: Tensor) -> None:
         self.inputs, self.n = inputs, rows - sum(inputs.val_rows)
-        # Known once the forward is through, as the fused head may count the labels.
-        self.scale = torch.ops.graddot_lm.scale(site, grad)
+        self.scale = _scale(site, grad)
         self._dots: list[Tensor] = []
 
     def linear(self, act: Tensor, grad: Tensor) -> Tensor:
@@ -76,16 +77,58 @@ class _Uses:
         """That of a bias or a norm's weight, (d,), from its row gradients, as `layers.vector_grad`."""
         inputs = self.inputs
         if inputs.val_rows:
-            dots = vector_form(rows, rows, inputs.val_rows, inputs.norms)
+            dots = vector_form(rows, rows, inputs.val_rows, inputs.norms, _products)
         else:
             direction = inputs.directions[len(self._dots)].flatten(1)
-            dots = direction.to(rows.dtype) @ rows.t()
+            dots = _products(direction.to(rows.dtype), rows)
             dots = bordered(dots, rows.square().sum(1)) if inputs.norms else dots
         self._dots.append(dots)
         return rows[: self.n].sum(0) * self.scale.to(rows.dtype)
 
     def sink_grad(self) -> Tensor:
         return torch.stack([x.to(self.inputs.sink.dtype) for x in self._dots])
+
+
+def _products(direction: Tensor, samples: Tensor) -> Tensor:
+    """direction @ samples.T of (K, d) and (N, d), as a sum that the compiler fuses with what is around it:
+    a matrix product of a few rows takes longer to call than to make."""
+    return (direction[:, None] * samples).sum(2)
+
+
+class _Asked:
+    """The backward that is traced: its number, and by engine the site of the layer that it reached first
+    and the scale that this asked for."""
+
+    task = -1
+    scales: ClassVar[dict[str, tuple[int, Tensor]]] = {}
+
+    @classmethod
+    def forget(cls) -> None:
+        cls.task, cls.scales = -1, {}
+
+
+def _scale(site: int, grad: Tensor) -> Tensor:
+    """The step's scale, 0-dim fp64, in the backward of the layer of this site, whose output has this
+    gradient: known once the forward is through, as the fused head may count the labels.
+
+    In a graph all layers take that of the first: an op takes the host long, and CUDA graphs end at it.
+    """
+    if not isinstance(grad, (FakeTensor, FunctionalTensor)):  # no graph holds this backward
+        return torch.ops.graddot_lm.scale(site, grad)  # type: ignore[no-any-return]
+    task, layer = torch._C._current_graph_task_id(), site_of(site)
+    if task != _Asked.task:
+        _Asked.forget()
+        _Asked.task = task
+        torch.autograd.Variable._execution_engine.queue_callback(_Asked.forget)
+    found = _Asked.scales.get(layer.engine)
+    if found is not None:
+        first, scale = found
+        site_of(first).layers.append(layer.name)
+        return scale
+    layer.layers = [layer.name]  # of the latest trace
+    scale = torch.ops.graddot_lm.scale(site, grad)
+    _Asked.scales[layer.engine] = site, scale
+    return scale
 
 
 def _by_row(x: Tensor) -> Tensor:
@@ -210,10 +253,12 @@ def rms_norm(form: Any, scored: Any, inputs: GraphInputs, x: Tensor) -> Tensor:
 
 
 class _LayerBackward:
-    """The backward of one call of a scored layer in a graph, when it runs."""
+    """The backward of one call of a scored layer in a graph, when it runs; and of those that took their
+    scale from it."""
 
     def __init__(self, scored: Any) -> None:
-        self._scored = scored
+        self._model_forward, self.name = scored.model_forward, scored.name
+        self.engine, self.layers = scored.model_forward.key, [scored.name]
 
     def scale(self) -> Tensor:
-        return self._scored.model_forward.in_graph.scale(self._scored.name)  # type: ignore[no-any-return]
+        return self._model_forward.in_graph.scale(self.layers)  # type: ignore[no-any-return]

@@ -14,6 +14,7 @@ the Σ_p D^p: (K + 1, N + 1), as graddot_kernels.functional has it. A pair of us
 Rows are the step's joint batch throughout: N training rows, then val_rows[k] rows of target k.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -502,11 +503,24 @@ class SharedUses:
         )
 
 
+def products(direction: Tensor, samples: Tensor) -> Tensor:
+    """direction @ samples.T of (K, d) and (N, d), in pieces of d: one long fp32 sum loses digits."""
+    if samples.shape[1] <= _TOGETHER:
+        return direction @ samples.t()
+    pieces = zip(direction.split(_TOGETHER, 1), samples.split(_TOGETHER, 1), strict=True)
+    return torch.stack([a @ b.t() for a, b in pieces]).sum(0)
+
+
 def vector_form(
-    direction_rows: Tensor, sample_rows: Tensor, val_rows: list[int], norms: bool
+    direction_rows: Tensor,
+    sample_rows: Tensor,
+    val_rows: list[int],
+    norms: bool,
+    multiply: Callable[[Tensor, Tensor], Tensor] = products,
 ) -> Tensor:
     """Dots of one use's val rows with another's (or the same's) training rows, (K, N), with norms'
-    border. Of row gradients (N + ΣV, d) of one vector, or of several side by side."""
+    border. Of row gradients (N + ΣV, d) of one vector, or of several side by side, multiplied as
+    `products` multiplies."""
     n = sample_rows.shape[0] - sum(val_rows)
 
     def summed(x: Tensor) -> Tensor:  # (K, d)
@@ -515,20 +529,12 @@ def vector_form(
         return sums[0] if len(sums) == 1 else torch.cat(sums)
 
     samples, direction = sample_rows[:n], summed(direction_rows)
-    dots = products(direction, samples)
+    dots = multiply(direction, samples)
     if not norms:
         return dots
     row = (direction_rows[:n] * samples).sum(1)
     column = (direction * summed(sample_rows)).sum(1)
     return bordered(dots, row, column)
-
-
-def products(direction: Tensor, samples: Tensor) -> Tensor:
-    """direction @ samples.T of (K, d) and (N, d), in pieces of d: one long fp32 sum loses digits."""
-    if samples.shape[1] <= _TOGETHER:
-        return direction @ samples.t()
-    pieces = zip(direction.split(_TOGETHER, 1), samples.split(_TOGETHER, 1), strict=True)
-    return torch.stack([a @ b.t() for a, b in pieces]).sum(0)
 
 
 def _same_memory(a: Tensor, b: Tensor) -> bool:
