@@ -134,9 +134,9 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
     if case.op == "gram":
         blocks = {"p_val_act": tile.rows, "p_val_grad": tile.rows}
         blocks |= {"p_act": tile.cols, "p_grad": tile.cols}
-    fp32 = {"p_out", "p_dots", "p_bias", "p_scale", "p_parts", "p_weight", "p_losses"}
+    fp32 = {"p_out", "p_dots", "p_bias", "p_parts", "p_weight", "p_losses"}
     fp32 |= {"p_mean", "p_rstd"}
-    scalars = {"smoothing": "fp32", "z_loss": "fp32", "p_labels": "*i64"}
+    scalars = {"smoothing": "fp32", "z_loss": "fp32", "p_labels": "*i64", "p_scale": "*fp64"}
     signature, attributes = {}, {}
     for i, name in enumerate(case.kernel.arg_names):
         if name in constants:

@@ -21,7 +21,7 @@ def _too_old(device: torch.device) -> bool:
 def gpu_implementation(family: str, name: str, fallback: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher `name` of file `family`, or the plain-PyTorch form where Triton cannot serve:
     where it is not installed, for fp64, and on a GPU older than its matrix instructions (sm_80).
-    A scale may be fp64 all the same: a single number, which the launchers take in fp32.
+    A scale may be fp64 all the same: a single number, which the kernels take in fp32.
     """
     if importlib.util.find_spec("triton") is None:
         return fallback

@@ -139,7 +139,7 @@ def wgrad_kernel(
 def _write(p_tile, b_total, p_scale, m_tile, SCALE: tl.constexpr, ACCUMULATE: tl.constexpr):
     """scale · total, added to what is there if asked, rounded once to the buffer's dtype."""
     if SCALE:
-        b_total *= tl.load(p_scale)
+        b_total *= tl.load(p_scale).to(tl.float32)  # the engine's is fp64
     if ACCUMULATE:
         b_total += tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
     tl.store(p_tile, b_total.to(p_tile.dtype.element_ty), mask=m_tile)
@@ -249,8 +249,8 @@ def linear_wgrad_dot_into(
 ) -> Tensor:
     """scale · Σ_i G_i into (or added to) weight_grad, (Dout, Din), in its dtype and strides; every
     sample's unscaled bias gradient into bias_grads, (N, Dout) fp32; returns the dots, (K, N)."""
-    if scale is not None:
-        scale = scale.to(act.device, torch.float32)
+    if scale is not None:  # of any dtype: to cast it would be a launch more
+        scale = scale.to(act.device)
     direction, act, grad = (apart_from(weight_grad, x) for x in (direction, act, grad))
     tile = choose_tile("wgrad", act)
     args = (weight_grad, bias_grads, direction, act, grad, scale, accumulate)
