@@ -51,6 +51,22 @@ def test_samples_beyond_the_margin_of_a_hinge_loss(close):
     close(scores, total(dots), 1e-10, total(scales))
 
 
+def test_a_first_step_without_a_labelled_token_is_not_the_checked_one():
+    """Nothing is seen of its loss, which is 0: the next is looked at in its place."""
+    engine = GradDotProdEngine(Net(), loss_reduction="sum")
+    engine.attach()
+    engine.set_directions({n: torch.ones_like(p) for n, p in engine.model.named_parameters()})
+
+    def loss_of(model, x, y):
+        return F.cross_entropy(model(x), y.where(y != 1, -100), reduction="sum")
+
+    unlabelled = torch.full_like(TRAIN[1], -100)
+    for number in range(2):
+        assert not step(engine, loss_of, number=number, train=(TRAIN[0], unlabelled)).any()
+    with pytest.raises(GraddotError, match="row 1 of the batch has 1 labelled .*the loss used 0"):
+        step(engine, loss_of, number=2)
+
+
 @pytest.mark.parametrize("ignored", [False, True])
 def test_tokens_whose_gradient_rounds_to_zero(close, ignored):
     """They are predicted with certainty; what the loss ignores beside them is still found."""

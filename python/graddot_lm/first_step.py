@@ -36,6 +36,7 @@ class FirstStep:
         self.thorough = True  # until a check left out rows in all ways; then by halves
         self.divided = has_causal_lm_loss(model)  # the model's loss, by num_items_in_batch
         self._undecided = False
+        self._unlabelled = False  # whether the checked step under way has no labelled token
         self._finished = 0
         self._padding_checked = False  # whether there were rows that `padding` filled up
         self._apart_checked = False  # whether there was a packed row of several samples
@@ -140,7 +141,9 @@ class FirstStep:
             }
             check_parameter_uses(output, self._whole)
         self._check_losses(micro, output)
+        self._unlabelled = False
         if self.is_due:
+            self._unlabelled = not self._averaging.agreed(bool(micro.counts.any()))
             first = self._finished == 0
             self._labels = LabelCheck(output, micro.labels, micro.counts, micro.summed, first)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
@@ -265,10 +268,13 @@ class FirstStep:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
         self._apart_checked |= micro.segments is not None and len(micro.segments) > 1
-        self.thorough &= not micro.step.first or micro.step.rows == 1
-        self._finished += 1
-        if self._finished in CHECKED_AFTER or self._undecided:
+        if self._unlabelled:  # its loss says nothing: the next is checked in its place
             self._labels = None
+        else:
+            self.thorough &= not micro.step.first or micro.step.rows == 1
+            self._finished += 1
+            if self._finished in CHECKED_AFTER or self._undecided:
+                self._labels = None
         self._whole, self._returned, self._span = {}, [], None
 
     def give_up(self, micro: MicroBatch | None) -> None:
