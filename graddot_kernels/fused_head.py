@@ -129,7 +129,10 @@ class _Head:
         line = 64 // act.itemsize
         padded = -(-self.vocab // line) * line
         memory = self._memory_kept if self.joint else self._large
-        self.logits = memory(act, min(self.limit, rows * t), padded)[:, : self.vocab]
+        buffer = memory(act, min(self.limit, rows * t), padded)
+        # Products in bf16 read the rest of a line, times 0: a NaN left in that memory would be one of theirs.
+        buffer[:, self.vocab :] = 0
+        self.logits = buffer[:, : self.vocab]
         self.row_grad: Tensor | None = None
         if self.norms and self.limit < t:
             self.row_grad = self._large(self.losses, self.vocab, self.width)

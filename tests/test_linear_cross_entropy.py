@@ -94,6 +94,22 @@ def test_bf16():
     assert relative(head.weight.grad, torch.autograd.grad(want, head.weight)[0]) <= 2e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_was_in_the_memory_before(dtype, monkeypatch):
+    """Beside the logits, too, where products in bf16 of some processors read on, times 0."""
+    nan = lambda x: x.fill_(torch.nan)
+    monkeypatch.setattr(fused_head.cpu_kernels, "advise_huge_pages", nan)
+    torch.manual_seed(0)
+    act, weight = torch.randn(6, 11, 16).to(dtype), torch.randn(61, 16)
+    labels, none = torch.randint(0, 61, (6, 11)), torch.empty(0, dtype=torch.int64)
+    for val_rows, direction in (([2], None), ([], torch.randn(1, 61, 16))):
+        results = torch.ops.graddot.linear_cross_entropy(
+            act, weight, None, labels, val_rows, direction, none, none, -100, 0.0, 0.0, None, True,
+            None, False,
+        )  # fmt: skip
+        assert all(x.isfinite().all() for x in results)
+
+
 def test_fp16_keeps_small_probabilities():
     """Under autocast in fp16, the gradient of logits of 50,000 tokens, 2e-5 each and less."""
     head, hidden, labels = problem(vocab=50_000)
