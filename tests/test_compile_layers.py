@@ -265,6 +265,50 @@ def test_attention_in_evaluation_and_of_as_many_tokens_as_rows(batch_first, clos
         check(engine, close, train, val, 1e-10)
 
 
+class OneToken(nn.Module):
+    """A convolution and attention, of one token each."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.last = nn.Conv1d(12, 12, 3, padding=1), nn.Linear(12, 7)
+        self.layer = nn.TransformerEncoderLayer(12, 2, 16, 0.0)
+
+    def forward(self, x):
+        return self.last(self.layer(self.first(x[:, :, None]).permute(2, 0, 1))[0])
+
+
+def test_layers_of_one_token(close):
+    """What their ops return has the strides that the compiler was told, of a dimension of one, too."""
+    model, val = OneToken().double(), points(2, 99)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, val)
+    engine.attach()
+    for i in range(2):
+        train = points(5, i)
+        step(engine, call, train, i, classify)
+        check(engine, close, train, val, 1e-10, loss=F.cross_entropy)
+
+
+def test_images_of_as_many_channels_as_the_batch_has_rows(close):
+    """Of which the labels, (rows,), say nothing; a model of PyTorch's own class has its hooks in the graph."""
+
+    def images(rows, seed):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(rows, 3, 7, 7, generator=g, dtype=torch.float64)
+        return x, torch.randint(0, 5, (rows,), generator=g)
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(100, 5)).double()
+    call = compiled(model)
+    engine = GradDotProdEngine(model, images(1, 99))
+    engine.attach()
+    for i, rows in enumerate((3, 3, 2, 2, 4)):
+        step(engine, call, images(rows, i), i, classify)
+        check(engine, close, images(rows, i), images(1, 99), 1e-10, loss=F.cross_entropy)
+    assert graphs() == 2
+
+
 class Dropping(nn.Module):
     """Attention with dropout, which is drawn inside of a scored layer, in a checkpoint."""
 

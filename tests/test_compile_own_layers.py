@@ -4,7 +4,7 @@ return, or a break of the graph that names us."""
 import pytest
 import torch
 import torch.nn.functional as F
-from brute_force import gradient, token_batch
+from brute_force import gradient, sample_dots, token_batch, total
 from checked_backend import checked
 from compiled_steps import (
     WithSeveral,
@@ -53,6 +53,38 @@ def test_a_layer_that_returns_another_dtype_than_when_it_was_compiled_is_refused
     engine.aggregate_and_log()
     with pytest.raises(GraddotError, match=r"returned .*float64.*compiled .*float32"):
         step(engine, call, train, 1)
+
+
+class WithGroups(nn.Module):
+    """A norm that is followed, in fp32 under autocast; its own forward returns its input's 16 bits."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.last = nn.Linear(12, 12), nn.GroupNorm(2, 12), nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.last(torch.tanh(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layer_that_is_wider_under_autocast_than_its_own_forward(dtype):
+    model, val = WithGroups(), points(2, 99)
+    call = compiled(model)
+    engine = GradDotProdEngine(model, (val[0].float(), val[1]))
+    engine.attach()
+    for i in range(2):
+        train = points(5, i)
+        want, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+        grads = gradient(model, *train, loss=F.cross_entropy)
+        with torch.autocast("cpu", dtype):
+            step(engine, call, (train[0].float(), train[1]), i, classify)
+        error = (engine.aggregate_and_log() - total(want)).abs() / total(scales)
+        assert error.max() <= 2e-2
+        for name, p in model.named_parameters():
+            assert (p.grad - grads[name]).norm() <= 3e-2 * grads[name].norm(), name
+        model.zero_grad()
+    assert graphs() == 1
 
 
 class Packed(nn.Module):

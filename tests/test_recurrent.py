@@ -87,6 +87,23 @@ def test_a_language_model(kind, batch_first, close):
 
 
 @KIND
+def test_one_row_with_time_first(kind, close):
+    """Its tokens lie as those of a row of (rows·T, D)."""
+    model = Model(kind, False).double()
+    engine = GradDotProdEngine(model, label_shift=1)
+    engine.attach()
+    for i, rows in enumerate((1, 4, 1)):
+        engine.set_directions(gradient(model, *VAL))
+        train = TRAIN[0][:rows], TRAIN[1][:rows]
+        engine.attach_train_batch(*train, i, None)
+        engine.track_loss(lm_loss(model(train[0]), train[1])).backward()
+        dots, scales = sample_dots(model, train, VAL)
+        close(engine.aggregate_and_log(), total(dots), 1e-9, total(scales))
+        same_gradients(model, gradient(model, *train), 1e-9)
+        model.zero_grad()
+
+
+@KIND
 @pytest.mark.parametrize("given", [False, True], ids=["", "given-state"])
 def test_by_kernel(kind, given, close, monkeypatch):
     """As on a GPU."""

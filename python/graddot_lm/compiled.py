@@ -145,6 +145,8 @@ def _returned(tensors: list[Tensor], borrowed: set[int]) -> list[Tensor]:
     taken, result = set(borrowed), []
     for x in tensors:
         x = x.detach().contiguous()
+        if 1 in x.shape:  # where such a dimension's stride may be any
+            x = x.flatten().view(x.shape)
         x = x.clone() if _storage(x) in taken and x.numel() else x
         taken.add(_storage(x))
         result.append(x)
@@ -224,8 +226,12 @@ def _layer(number, clock, inputs, parameters, needs, numbers, rows, autocast):  
         step = site.step()
         leaves = [x.detach().requires_grad_(need) for x, need in zip(inputs, needs, strict=True)]
         with saved_tensors_hooks(kept.pack, kept.unpack):
+            outputs = site.run(leaves, numbers)
+            if autocast is not None and site.dtypes is not None:
+                # A layer that is followed may return a wider dtype than its own forward.
+                outputs = [out.to(t) for out, t in zip(outputs, site.dtypes, strict=True)]
             # A view: torch 2.11 cannot start a backward at the edge of an autograd.Function.
-            outputs = [out.view_as(out) for out in site.run(leaves, numbers)]
+            outputs = [out.view_as(out) for out in outputs]
     if site.dtypes is not None and [out.dtype for out in outputs] != site.dtypes:
         raise GraddotError(  # which compiled code would not notice, but read the memory otherwise
             f"layer {site.scored.name} returned {[out.dtype for out in outputs]}, but when it was"

@@ -370,7 +370,7 @@ class GradDotProdEngine:
             applied=self._optimizers.none_took_it(),
         )
         micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
-        self._forward.begin(micro)
+        self._forward.begin(micro, train.inputs.values())
 
     def _require_ready(self) -> None:
         """Raise GraddotError unless a micro-batch may begin."""

@@ -45,9 +45,9 @@ class LayoutSearch:
 
     # What is known
 
-    def is_new(self, labels: Tensor) -> bool:
-        """Whether such labels may come with inputs of unknown layouts."""
-        return self._known.is_new(self._mode(len(labels), [labels]), labels.shape[1:])
+    def is_new(self, rows: int, x: Tensor) -> bool:
+        """Whether such labels, or such an input, may come in a batch of unknown layouts."""
+        return self._known.is_new(self._mode(rows, [x]), x.shape[1:])
 
     def of(self, rows: int, inputs: list[Tensor]) -> dict[str, Layout] | None:
         return self._known.of(self._mode(rows, inputs), [x.shape[1:] for x in inputs])

@@ -8,7 +8,7 @@ import contextlib
 import copyreg
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -134,16 +134,18 @@ class ModelForward:
 
     # One micro-batch
 
-    def begin(self, micro: MicroBatch) -> None:
-        """The next forward of the model, with a graph, is this micro-batch's."""
+    def begin(self, micro: MicroBatch, inputs: Collection[Tensor]) -> None:
+        """The next forward of the model, with a graph, is this micro-batch's, whose training rows have
+        these inputs."""
         self._layers.check_same()
         self.micro, self.logged_unapplied = micro, False
         labels = micro.labels
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         self.one_row = len(labels) == 1
         self.in_graph.begin(micro, self.directions)
-        unseen = self._layouts.is_new(labels)
-        if self.is_first or unseen or self._checks.has_new(micro):
+        # All of them are noted: the model may get any.
+        unseen = [self._layouts.is_new(len(labels), x) for x in (labels, *inputs)]
+        if self.is_first or any(unseen) or self._checks.has_new(micro):
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
 
     @property

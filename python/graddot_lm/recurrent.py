@@ -42,7 +42,9 @@ def recurrent_rule(module: nn.Module, scored: Scored, x: Any, hx: Any = None) ->
         raise GraddotError(
             f"layer {scored.name} ({type(module).__name__}) got {got}; expected sequences, (rows, T, D)"
         )
-    out = scored.step.as_rows(scored.name, x)
+    # Of a single row it is only seen that T comes first, as where its tokens lie together.
+    time_first = scored.rows == x.shape[1] == 1 and not module.batch_first
+    out = x.transpose(0, 1) if time_first else scored.step.as_rows(scored.name, x)
     rows, directions = out.shape[0], 1 + module.bidirectional
     if hx is None:
         zeros = out.new_zeros(module.num_layers * directions, rows, module.hidden_size)
@@ -66,7 +68,8 @@ def recurrent_rule(module: nn.Module, scored: Scored, x: Any, hx: Any = None) ->
             last.append(state)
         out = torch.cat(sides, 2) if directions > 1 else sides[0]
     end = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
-    return scored.shaped(out), end if module.mode == "LSTM" else end[0]
+    out = out.transpose(0, 1) if time_first else scored.shaped(out)
+    return out, end if module.mode == "LSTM" else end[0]
 
 
 def _run(

@@ -74,8 +74,8 @@ class KnownLayouts:
         return None if found is None else {name: flat(x) for name, x in found.items()}
 
     def is_new(self, mode: Any, shape: torch.Size) -> bool:
-        """Whether labels of this shape may come with inputs of unknown layouts: asked before for
-        other shapes only."""
+        """Whether what has this shape may come in a batch of unknown layouts: asked before for other
+        shapes only."""
         new = mode not in self._found and (mode, shape) not in self._asked
         self._asked.add((mode, shape))
         return new
