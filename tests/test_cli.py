@@ -28,14 +28,24 @@ def test_the_command_begins_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-@pytest.mark.parametrize("command", ["train-tokenizer", "tokenize", "scores"])
-def test_commands_that_compute_nothing_do_without_torch(command):
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["train-tokenizer", "--help"],
+        ["tokenize", "--help"],
+        ["scores", "--help"],
+        ["train", "--help"],
+        ["train", "--batch_size", "0"],
+    ],
+    ids=" ".join,
+)
+def test_what_computes_nothing_does_without_torch(words):
     code = f"""
 import sys
 from graddot_lm import cli
 try:
-    cli.main([{command!r}, "--help"])
-except SystemExit:
+    cli.main({words!r})
+finally:
     sys.exit("torch" in sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)

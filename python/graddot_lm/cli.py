@@ -20,7 +20,12 @@ COMMANDS = {
         "train a byte-level BPE",
     ),
     "tokenize": ("tokenization", "add_arguments", "run", "turn text by domain into token files"),
-    "train": ("train", "add_arguments", "run", "train GPT-2, with a score for every sample"),
+    "train": (
+        "train_options",
+        "add_arguments",
+        "run",
+        "train GPT-2, with a score for every sample",
+    ),
     "scores": ("report", "add_arguments", "run", "show which data helped, from a run's folder"),
     "doctor": ("doctor", "add_arguments", "run", "show what was built and what runs where"),
 }

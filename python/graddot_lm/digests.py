@@ -41,6 +41,12 @@ _DRAWN = {
 
 _NEEDS_GRADIENT = {Tensor.register_hook, Tensor.retain_grad}
 
+# What `NoDropout` looks at: a forward asks for a shape or the like far more often.
+_CHANGED = {
+    *_DROPOUTS, *_DRAWN, *_NEEDS_GRADIENT, *KERNELS.values(), torch.randperm, torch.randint,
+    F.scaled_dot_product_attention, F.multi_head_attention_forward,
+}  # fmt: skip
+
 
 def _draws(function: Any) -> bool:
     """Whether a function of numpy.random draws of its global state."""
@@ -70,6 +76,8 @@ class NoDropout(TorchFunctionMode):
         vars(np.random).update(self._drawn)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func not in _CHANGED:
+            return func(*args, **(kwargs or {}))
         kwargs = dict(kwargs or {})
         if func is torch.randn and kwargs.get("generator") is not None:  # our own numbers
             return func(*args, **kwargs)
@@ -137,9 +145,10 @@ def must_run(what: str, shown: str) -> Iterator[None]:
 def own_buffers(model: nn.Module) -> Iterator[None]:
     """Inside of it the model has copies of its buffers, and of what its modules hold in attributes:
     what a forward adds to a running mean or a counter, or remembers, is gone afterwards."""
-    kept = [(module, dict(module._buffers)) for module in model.modules() if module._buffers]
-    held = held_values(model)
-    collected = {module: _collections_of(module) for module in model.modules()}
+    modules = list(model.modules())
+    kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
+    held = {module: _held_by(module) for module in modules}
+    collected = {module: found for module in modules if (found := _collections_of(module))}
     copies: dict[int, Any] = {}
     own = lambda x: copies.setdefault(id(x), x.detach().clone())
     for module, buffers in kept:
@@ -166,8 +175,11 @@ _OF_EVERY_MODULE = vars(nn.Module()).keys()
 def _collections_of(module: nn.Module) -> dict[str, Any]:
     """Lists and dicts in a module's attributes, as of losses to add up, or of weights that it computed
     and keeps, which without a gradient would be the step's."""
-    values = [(k, x) for k, x in vars(module).items() if "hook" not in k]
-    return {k: x for k, x in values if type(x) in (list, dict) and k not in _OF_EVERY_MODULE}
+    return {
+        k: x
+        for k, x in vars(module).items()
+        if type(x) in (list, dict) and k not in _OF_EVERY_MODULE and "hook" not in k
+    }
 
 
 Held = Mapping[nn.Module, Mapping[str, Any]]
@@ -179,10 +191,13 @@ def held_values(model: nn.Module) -> Held:
 
 
 def _held_by(module: nn.Module) -> dict[str, Any]:
-    is_value = lambda x: x is None or isinstance(x, (Tensor, int, float))
     # Hooks that a forward installs stay (transformers'), and so does what says that they are there.
-    values = [(k, x) for k, x in vars(module).items() if "hook" not in k]
-    return {k: x for k, x in values if is_value(x) and not isinstance(x, nn.Parameter)}
+    found = {}
+    for k, x in vars(module).items():  # of thousands of modules, in every run of a first step
+        is_tensor = isinstance(x, Tensor) and not isinstance(x, nn.Parameter)
+        if (is_tensor or x is None or isinstance(x, (int, float))) and "hook" not in k:
+            found[k] = x
+    return found
 
 
 def hold(held: Held) -> None:

@@ -133,7 +133,8 @@ def _scale(site: int, grad: Tensor) -> Tensor:
 
 def _by_row(x: Tensor) -> Tensor:
     """(rows, ..., D) as (rows, T, D)."""
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    # A view is one more call for the compiler to trace, which takes milliseconds where sizes vary.
+    return x if x.dim() == 3 else x.reshape(x.shape[0], -1, x.shape[-1])
 
 
 class _Linear(torch.autograd.Function):

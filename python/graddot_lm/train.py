@@ -25,11 +25,7 @@ from .overhead import measure_overhead
 from .processes import Processes
 from .run_directory import RunDirectory
 from .settings import check_evaluation, recorded_config
-from .train_options import (
-    add_arguments,  # noqa: F401 (the command line looks here)
-    check,
-    describe,
-)
+from .train_options import describe
 from .trainer import NotFinite, Trainer
 
 
@@ -275,8 +271,9 @@ class TrainingRun:
 
 
 def run(args: argparse.Namespace) -> int:
-    """`graddot train` with parsed arguments."""
-    check(args)
+    """`graddot train` with arguments that were checked."""
+    if args.device is None:
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
     processes = Processes.start(args.device)
     try:
         trainer = processes.together(lambda: Trainer(args, processes))

@@ -1,23 +1,26 @@
-"""The options of `graddot train`: their help, their checks, and their record in config.json."""
+"""The options of `graddot train`: their help, their checks, and their record in config.json.
+
+What trains is imported once they make sense, so that nobody waits for torch to read of them.
+"""
 
 import argparse
 import math
 import subprocess
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from torch import nn
-
-import graddot_kernels
+from typing import TYPE_CHECKING, Any
 
 from . import config
+from .architectures import ARCHITECTURES
 from .data import TokenData, separated
-from .engine import GradDotProdEngine
 from .errors import GraddotError
-from .models import ARCHITECTURES, DTYPES
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from .engine import GradDotProdEngine
+
+DTYPES = ("float32", "bfloat16", "float64")
 
 
 def _domains(text: str) -> list[str] | None:
@@ -53,20 +56,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     method.add_argument("--dropout", type=float, default=0.0, help="dropout rate (default: 0)")
     method.add_argument(
         "--model_dtype",
-        choices=list(DTYPES),
+        choices=DTYPES,
         default="float32",
         help="dtype of the parameters (default: float32)",
     )
     method.add_argument(
         "--train_dtype",
-        choices=list(DTYPES),
+        choices=DTYPES,
         default="float32",
         help="dtype of the computation: bfloat16 runs under autocast, others compute in that of"
         " the parameters (default: float32)",
     )
     method.add_argument(
         "--device",
-        default="cuda" if torch.cuda.is_available() else "cpu",
         help="device to train on (default: cuda if there is one, else cpu)",
     )
     method.add_argument(
@@ -202,6 +204,16 @@ def _add_run_arguments(run: argparse._ArgumentGroup) -> None:
     )
 
 
+def run(args: argparse.Namespace) -> int:
+    """`graddot train` with parsed arguments."""
+    check(args)
+    try:
+        from . import train
+    except ImportError as error:  # of what was not built, or is not there
+        raise GraddotError(str(error)) from error
+    return train.run(args)
+
+
 def check(args: argparse.Namespace) -> None:
     """Complete the arguments; GraddotError for a value that makes no sense."""
     positive = (
@@ -265,13 +277,18 @@ def _commit() -> str | None:
 def describe(
     args: argparse.Namespace,
     data: TokenData,
-    model: nn.Module,
-    engine: GradDotProdEngine | None,
+    model: "nn.Module",
+    engine: "GradDotProdEngine | None",
     processes: int,
     val_ids: Sequence[int] = (),
 ) -> dict[str, Any]:
     """What config.json records: every setting, versions, commit, and what the scores cover and are
     about."""
+    import torch
+    import transformers
+
+    import graddot_kernels
+
     settings = {k: v for k, v in vars(args).items() if k not in ("command", "function")}
     off = dict.fromkeys(("norms", "target_per_domain", "compile"), False)
     for name, default in {**off, "gradient_accumulation_steps": 1}.items():

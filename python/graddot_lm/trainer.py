@@ -20,7 +20,7 @@ from .distributed import load_model, load_optimizer, shard, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
 from .gathering import gathered
-from .models import DTYPES, build_gpt2
+from .models import build_gpt2
 from .processes import LESS_AN_EVALUATION, Processes, seed_step
 from .scores import clip_factor
 
@@ -88,7 +88,7 @@ class Trainer:
         }
         vocab_size = self.data.vocab_size
         model = build_gpt2(args.architecture, vocab_size, args.block_size, args.dropout)
-        self.model = model.to(self.device, DTYPES[args.model_dtype]).train()
+        self.model = model.to(self.device, getattr(torch, args.model_dtype)).train()
         self.step = 0  # the next to run
 
     def distribute(self) -> None:
@@ -180,7 +180,7 @@ class Trainer:
         return x.to(self.device, non_blocking=True), y.to(self.device, non_blocking=True)
 
     def _autocast(self) -> AbstractContextManager:
-        dtype = DTYPES[self.args.train_dtype]
+        dtype = getattr(torch, self.args.train_dtype)
         enabled = dtype in (torch.bfloat16, torch.float16)
         return torch.autocast(self.device.type, dtype if enabled else None, enabled=enabled)
 
