@@ -75,6 +75,7 @@ class ModelForward:
         # Rows of a step that the optimizer had not taken were logged, and none began since.
         self.logged_unapplied = False
         self._suspended: MicroBatch | None = None  # while the model is evaluated in its midst
+        self._hooks_in_graph = False  # whether a compiled graph has them
         self._unhooked = False  # a forward around which the hooks do nothing
         self._postponed: tuple[MicroBatch, Any, Any] | None = None
         self._aside = contextlib.ExitStack()  # what the forward outside of it is not to change
@@ -143,9 +144,11 @@ class ModelForward:
         rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
         self.one_row = len(labels) == 1
         self.in_graph.begin(micro, self.directions)
-        # All of them are noted: the model may get any.
-        unseen = [self._layouts.is_new(len(labels), x) for x in (labels, *inputs)]
-        if self.is_first or any(unseen) or self._checks.has_new(micro):
+        unseen = self._layouts.is_new(len(labels), labels)
+        # Outside of a graph the hooks learn of others; all are noted, for the model may get any.
+        others = [self._layouts.is_new(len(labels), x) for x in inputs]
+        unseen |= self._hooks_in_graph and any(others)
+        if self.is_first or unseen or self._checks.has_new(micro):
             run_uncompiled(self.number)  # the checks of a first step look at the model uncompiled
 
     @property
@@ -370,7 +373,7 @@ class ModelForward:
 
     def begin_compiled(self, inputs: list[Tensor], items: Any, labelled: bool) -> None:
         """The same from inside a compiled graph."""
-        micro = self.micro
+        micro, self._hooks_in_graph = self.micro, True
         if micro is None:
             raise GraddotError("a compiled model ran outside of the step that it was compiled for")
         layouts = self._layouts.of(micro.step.rows, inputs)
