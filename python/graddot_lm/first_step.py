@@ -26,9 +26,6 @@ from .verify import BufferCheck, LabelCheck, check_parameter_uses, tensors_in
 # Finished micro-batches after which the next is checked like the first: what a model does may
 # depend on its data, and a check costs a few forward passes.
 CHECKED_AFTER = {10**k for k in range(1, 10)}
-# The same for what the loss does with labels, which its backward shows at the cost of a look at the
-# logits' gradient: a label that it ignores may come late.
-LABELS_CHECKED_AFTER = {2**k for k in range(31)}
 
 
 class FirstStep:
@@ -147,7 +144,6 @@ class FirstStep:
         self._unlabelled = False
         if self.is_due:
             self._unlabelled = not self._averaging.agreed(bool(micro.counts.any()))
-        if self.is_due or self._finished in LABELS_CHECKED_AFTER:
             first = self._finished == 0
             self._labels = LabelCheck(output, micro.labels, micro.counts, micro.summed, first)
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):

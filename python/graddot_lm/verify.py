@@ -222,9 +222,7 @@ class LabelCheck:
         self._summed, self._most = lambda by_token: by_token.sum(1), labels.shape[1]
         return [logits]
 
-    def _compare(self, logits: Tensor, classes: int, grad: Tensor | None) -> None:
-        if grad is None:  # of a compiled model, whose loss is inside of the graph
-            return
+    def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
         if not self._first and grad.isnan().any():  # it may be of 0 times NaN
