@@ -130,9 +130,8 @@ class _Head:
         padded = -(-self.vocab // line) * line
         memory = self._memory_kept if self.joint else self._large
         logits = memory(act, min(self.limit, rows * t), padded)
-        if (
-            act.device.type == "cpu"
-        ):  # whose bf16 products multiply what is there by 0: it may be NaN
+        if act.device.type == "cpu":
+            # Where oneDNN's bf16 products read on, times 0: of a NaN left in that memory they are NaN.
             logits[:, self.vocab :].zero_()
         self.logits = logits[:, : self.vocab]
         self.row_grad: Tensor | None = None

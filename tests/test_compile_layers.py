@@ -79,9 +79,8 @@ def test_a_backward_asks_for_the_scale_once(backend, asked, close, monkeypatch):
     engine.attach()
     times = []
     monkeypatch.setattr(_LayerBackward, "scale", lambda self: times.append(self) or own(self))
-    for i, rows in enumerate(
-        (3, 3, 5, 5)
-    ):  # 5 and 7 of 12 entries: one that divides them is a new mode
+    for i, rows in enumerate((3, 3, 5, 5)):
+        # With two val rows no divisor of the 12 entries, of which inputs would be of another mode.
         times.clear()
         train = points(rows, i)
         step(engine, call, train, i, classify)
