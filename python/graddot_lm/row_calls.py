@@ -14,7 +14,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 from .errors import GraddotError
 from .layers import ScoredFunction
 
-_apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+# A classmethod, of Python or, as of torch 2.15, of C++.
+_apply = torch.autograd.Function.__dict__["apply"]
 _running, _before, _lock = 0, None, threading.Lock()
 
 
@@ -39,10 +40,10 @@ def functions_seen() -> Iterator[None]:
 def _seen_apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
     """A call of an autograd function of one's own, which is not seen as other calls are."""
     if issubclass(cls, ScoredFunction) or not has_torch_function(args):
-        return _apply(cls, *args, **kwargs)
+        return _apply.__get__(None, cls)(*args, **kwargs)
 
     def function(*args: Any, **kwargs: Any) -> Any:
-        return _apply(cls, *args, **kwargs)
+        return _apply.__get__(None, cls)(*args, **kwargs)
 
     function.__name__, function.custom = cls.__name__, True  # type: ignore[attr-defined]
     return handle_torch_function(function, args, *args, **kwargs)
