@@ -26,9 +26,9 @@ $(VENV)/installed: pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.cpp 
 demo: $(VENV)/installed ## train a small GPT-2 on text of this machine, show which data helped
 	PATH=$(abspath $(BIN)):$$PATH bash python/examples/demo.sh $(DEMO)
 
-test: $(VENV)/installed ## everything that CI runs
+test: $(VENV)/installed ## everything that CI runs, on the CPU
 	$(MAKE) -j 2 --output-sync=target lint csrc-check aot
-	$(BIN)/pytest -n $(WORKERS) --dist worksteal --junitxml=$(REPORT)
+	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n $(WORKERS) --dist worksteal --junitxml=$(REPORT)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -17,6 +17,9 @@ torch.set_num_threads(1)
 # thread that looks after them, and no lock that processes share, which one that is killed would keep.
 tqdm.monitor_interval = 0
 tqdm.set_lock(threading.RLock())
+# Nor has one a backward if its parent's first came after torch.compile, in a build of torch for CUDA: it
+# started threads for the device that compiling pretends to have.
+torch.ones((), requires_grad=True).backward()
 # Tracing makes objects by the million and hardly a cycle: looking for those every 700 took a tenth of it.
 gc.set_threshold(50_000, 20, 50)
 
