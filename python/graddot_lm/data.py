@@ -145,8 +145,9 @@ class TokenData:
         rows = np.empty((len(domains), T + 1), dtype=np.int64)
         for row, domain, offset in zip(rows, domains, offsets, strict=True):
             row[:] = self._tokens[domain][offset : offset + T + 1]
-        if rows.size and rows.max() >= self.vocab_size:
-            n, t = np.argwhere(rows >= self.vocab_size)[0]
+        damaged = np.argwhere(rows >= self.vocab_size)
+        if len(damaged):
+            n, t = damaged[0]
             raise GraddotError(
                 f"domain {self._names[domains[n]]!r}, token offset {offsets[n] + t}: token id "
                 f"{rows[n, t]} is outside the vocabulary of {self.vocab_size}; the file is damaged"
