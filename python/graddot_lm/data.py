@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 
 from graddot_lm.errors import GraddotError
+from graddot_lm.files import reached
 from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
 from graddot_lm.token_writer import FORMAT_VERSION, SPLITS
 
@@ -68,7 +69,7 @@ class TokenData:
         path = self.root / domain["slug"] / f"{self.split}.bin"
         dtype = np.dtype(self.meta["dtype"]).newbyteorder("<")
         expected = domain[self.split]["tokens"] * dtype.itemsize
-        if not path.exists():
+        if not reached(path).exists():
             raise GraddotError(f"{path}: missing; meta.json lists it with {expected} bytes")
         actual = path.stat().st_size
         if actual != expected:
@@ -190,7 +191,7 @@ class TokenData:
 
 def _read_meta(root: Path) -> dict:
     path = root / "meta.json"
-    if not path.exists():
+    if not reached(path).exists():
         unfinished = (root / "progress.json").exists()
         reason = "tokenizing it was not finished" if unfinished else "no token data here"
         raise GraddotError(f"{path}: missing: {reason}; run `graddot tokenize`")

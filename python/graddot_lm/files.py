@@ -10,12 +10,22 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-
-import pyarrow as pa
+from typing import TYPE_CHECKING
 
 from graddot_lm.errors import GraddotError
 
+if TYPE_CHECKING:
+    import pyarrow as pa
+
 TEMPORARY = ".tmp-"
+
+
+def reached(path: Path) -> Path:
+    """The path, whether anything is there or not. Raises OSError where that cannot be told, as for want of
+    a permission: as of Python 3.14 `exists()` and its like take it for no."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        os.stat(path)
+    return path
 
 
 @contextmanager
@@ -58,7 +68,7 @@ def lock(path: Path, busy: str, length: int = 0, start: int = 0) -> int:
     return handle
 
 
-def write_atomic(path: Path, data: bytes | pa.Buffer) -> None:
+def write_atomic(path: Path, data: "bytes | pa.Buffer") -> None:
     """Replace `path` by a file of `data`. Raises GraddotError, and then leaves no trace."""
     temporary = temporary_for(path)
     with writing(path):

@@ -9,6 +9,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from graddot_lm.errors import GraddotError
+from graddot_lm.files import reached
 from graddot_lm.text_source import HUB_NAME, HUB_SECONDS
 
 END_OF_TEXT = "<|endoftext|>"
@@ -19,7 +20,7 @@ def load_tokenizer(name: str) -> Tokenizer:
 
     Truncation and padding that the file may ask for are switched off. Raises GraddotError.
     """
-    path = Path(name)
+    path = reached(Path(name))
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.exists():
         try:

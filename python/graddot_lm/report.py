@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.csv
 
 from .errors import GraddotError, printable
-from .files import write_atomic, writing
+from .files import reached, write_atomic, writing
 from .score_figures import (
     MEASURES,
     Steps,
@@ -85,7 +85,7 @@ def _finite(value: Any) -> Any:
 
 def _write_csv(table: pa.Table, path: str) -> None:
     """Write a file whole or not at all; what is no file of its own, as /dev/stdout, is written to."""
-    sink, place = pa.BufferOutputStream(), Path(path)
+    sink, place = pa.BufferOutputStream(), reached(Path(path))
     pyarrow.csv.write_csv(table, sink)
     if place.is_symlink() or (place.exists() and not place.is_file()):
         with writing(place), open(place, "wb") as file:

@@ -21,7 +21,7 @@ from typing import Any, final
 from graddot_lm.background import BackgroundWriter, WriterThread
 from graddot_lm.checkpoint import Checkpoint, latest_checkpoint, load_checkpoint, save_checkpoint
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import TEMPORARY, lock, remove_temporary, writing
+from graddot_lm.files import TEMPORARY, lock, reached, remove_temporary, writing
 from graddot_lm.settings import check_resume, read_config, write_config
 from graddot_lm.store import KINDS, METRICS, PartWriter, first_missing, scores_schema
 
@@ -76,7 +76,8 @@ class RunDirectory:
         Raises GraddotError if a run or anything else is there, or it cannot be written.
         """
         path = Path(path)
-        place = path.resolve()  # where ".." leads, also out of a folder that is not there yet
+        # Where ".." leads, also out of a folder that is not there yet.
+        place = reached(path.resolve())
         if place.exists() and not place.is_dir():
             raise GraddotError(f"{path}: is a file; a run needs a folder")
         if (place / "config.json").exists():

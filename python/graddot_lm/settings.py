@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import write_atomic
+from graddot_lm.files import reached, write_atomic
 
 WIDTH = 100  # of a value in a message
 
@@ -44,7 +44,7 @@ def read_config(run: str | Path) -> dict:
             raise ValueError(problem)
         return config
     except (FileNotFoundError, NotADirectoryError) as error:
-        why = "it has no config.json" if Path(run).is_dir() else "there is no such folder"
+        why = "it has no config.json" if reached(Path(run)).is_dir() else "there is no such folder"
         raise GraddotError(f"{run}: not a run's directory, for {why}") from error
     except (OSError, ValueError) as error:
         raise GraddotError(f"{path}: cannot be read: {error}") from error
@@ -66,7 +66,7 @@ def _wrong(config: Any) -> str | None:
 
 def recorded_config(folder: str | Path) -> dict:
     """The same; empty for scores that lie in a folder without, as those of the Trainer."""
-    return read_config(folder) if (Path(folder) / "config.json").exists() else {}
+    return read_config(folder) if reached(Path(folder) / "config.json").exists() else {}
 
 
 def write_config(run: Path, config: Mapping) -> None:

@@ -18,7 +18,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import sync, write_atomic, writing
+from graddot_lm.files import reached, sync, write_atomic, writing
 from graddot_lm.settings import read_config, recorded_config
 
 SCORES = pa.schema(
@@ -248,7 +248,7 @@ def open_rows(run: str | Path, kind: str = "scores") -> ds.Dataset:
     output_dir has it, or in the folder itself, as that of a `PartWriter`. Domains come as plain
     strings, for each part has its own dictionary. Raises GraddotError if there is no run or no row.
     """
-    folder = Path(run) / kind
+    folder = reached(Path(run) / kind)
     if kind == "scores" and not folder.exists() and _parts(Path(run)):
         folder = Path(run)
     parts = _readable(folder)

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 import zstandard
 
 from graddot_lm.errors import GraddotError, printable
+from graddot_lm.files import reached
 
 CHUNK_BYTES = 1 << 20
 READ_BYTES = 256 << 10
@@ -77,7 +78,7 @@ def find_sources(inputs: list[str], dataset_split: str = "train") -> list[Source
     """
     sources: list[Source] = []
     for name in inputs:
-        path = Path(name)
+        path = reached(Path(name))
         if path.is_dir():
             files = _files_in(path)
             if not files:
@@ -155,7 +156,7 @@ def check_apart(inputs: list[str], output: str) -> None:
     """
     out = Path(output).resolve()
     for name in inputs:
-        path = Path(name).resolve()
+        path = reached(Path(name).resolve())
         if out.is_relative_to(path):
             fault = f"is the input {name}, or lies in it"
         elif path.exists() and path.is_relative_to(out):

@@ -24,7 +24,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import TEMPORARY, lock, sync, write_atomic, writing
+from graddot_lm.files import TEMPORARY, lock, reached, sync, write_atomic, writing
 from graddot_lm.text_source import nothing_skipped
 
 FORMAT_VERSION = 1
@@ -53,7 +53,8 @@ class TokenWriter:
         self._committed = time.monotonic()
         with writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-            ours = (folder / "progress.json").exists() or _describes_tokens(folder / "meta.json")
+            begun = reached(folder / "progress.json").exists()
+            ours = begun or _describes_tokens(folder / "meta.json")
             if not ours and any(_foreign(path) for path in folder.iterdir()):
                 raise GraddotError(f"{folder}: holds other files; choose a new or empty folder")
             # Two that append to the same files would mix their tokens up.
@@ -69,9 +70,9 @@ class TokenWriter:
     def _begin(self, overwrite: bool) -> None:
         """Go on from the record that is there, or start anew."""
         meta, progress = self.folder / "meta.json", self.folder / "progress.json"
-        if meta.exists() and not overwrite:
+        if reached(meta).exists() and not overwrite:
             raise GraddotError(f"{self.folder}: holds finished token data; --overwrite replaces it")
-        if progress.exists() and not overwrite:
+        if reached(progress).exists() and not overwrite:
             self.state = self._read_progress(progress)
         else:
             write_atomic(progress, json.dumps(self.state).encode())
@@ -132,7 +133,7 @@ class TokenWriter:
     @property
     def finished(self) -> bool:
         """Whether the folder is complete; until then, the same settings go on with it."""
-        return (self.folder / "meta.json").exists()
+        return reached(self.folder / "meta.json").exists()
 
     @property
     def due(self) -> bool:

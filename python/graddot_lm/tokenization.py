@@ -23,7 +23,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.excerpts import escape
@@ -33,6 +32,7 @@ from graddot_lm.load_tokenizer import (
     load_tokenizer,
     tokenizer_sha256,
 )
+from graddot_lm.progress import Bar
 from graddot_lm.text_source import (
     INPUT_HELP,
     SKIP_HELP,
@@ -332,7 +332,7 @@ def _tokenize(
         forked = pool.submit(os.getpid)
     forked.result()
     chunks = read_chunks(sources, source, line) if total < limit else iter(())
-    with tqdm(initial=total, unit="tok", unit_scale=True, disable=None) as bar:
+    with Bar(initial=total, unit="tok", unit_scale=True, disable=None) as bar:
         for chunk, documents, tokens in _encoded(pool, chunks, window):
             source, line = chunk.source, chunk.line
             total += _store(writer, chunk, documents, tokens, limit - total, args)

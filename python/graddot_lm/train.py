@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from .checkpoint import Checkpoint, damaged, latest_checkpoint, load_checkpoint
 from .distributed import load_model
 from .errors import GraddotError
+from .files import reached
 from .overhead import measure_overhead
 from .processes import Processes
+from .progress import Bar
 from .run_directory import RunDirectory
 from .settings import check_evaluation, recorded_config
 from .train_options import describe
@@ -140,7 +141,7 @@ class TrainingRun:
         val_ids = [int(number) for ids in trainer.val_ids.values() for number in ids]
         config = describe(self.args, trainer.data, trainer.model, trainer.engine, world, val_ids)
         config["data_content"] = [data.content for data in (trainer.data, trainer.val_data)]
-        if self.args.resume and (path / "config.json").exists():
+        if self.args.resume and reached(path / "config.json").exists():
             self.run_dir, checkpoint = RunDirectory.resume(
                 path, config, self._may_differ(), targets, world
             )
@@ -212,7 +213,7 @@ class TrainingRun:
         numbers, got = (signal.SIGINT, signal.SIGTERM), self._signals
         note = lambda number, frame: got.append(number)  # which outlives the model, and holds none
         before = {number: signal.signal(number, note) for number in numbers}
-        bar = tqdm(
+        bar = Bar(
             total=self.args.max_steps,
             initial=self.trainer.step,
             unit="step",
@@ -241,7 +242,7 @@ class TrainingRun:
             if self.processes.rank == 0:
                 self.run_dir.record(**measured)
 
-    def _step_and_save(self, bar: tqdm) -> None:
+    def _step_and_save(self, bar: Bar) -> None:
         assert self.run_dir is not None
         run_dir = self.run_dir
         start = time.perf_counter()

@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from graddot_lm.errors import GraddotError
-from graddot_lm.files import write_atomic, writing
+from graddot_lm.files import reached, write_atomic, writing
 from graddot_lm.load_tokenizer import END_OF_TEXT
 from graddot_lm.text_source import (
     INPUT_HELP,
@@ -46,7 +46,7 @@ def train_bpe(
         raise GraddotError(f"--vocab_size {vocab_size}: must be at least 257 (all bytes, and eot)")
     if vocab_size > MOST:
         raise GraddotError(f"--vocab_size {vocab_size}: must be at most {MOST:,}")
-    out = Path(out_path)
+    out = reached(Path(out_path))
     if out.is_dir():
         raise GraddotError(f"--output {out}: is a folder; name a file, as {out / 'tokenizer.json'}")
     if out.exists() and not out.is_file():  # as /dev/null, which a file would replace
