@@ -376,6 +376,39 @@ def test_a_forward_replaced_on_the_instance_is_refused():
     _refused(model, "0.weight: its forward was replaced on the instance")
 
 
+class Recorded(nn.Module):
+    """Puts a function around the forward of its layer while it runs, as transformers 4 does where outputs
+    are recorded."""
+
+    def __init__(self, wraps):
+        super().__init__()
+        self.inner, self.head, self.wraps = Scale(6), nn.Linear(6, 3), wraps
+
+    def forward(self, x):
+        own, seen = self.inner.forward, []
+
+        def recorded(x):
+            seen.append(own(x))
+            return seen[-1]
+
+        self.inner.forward = functools.wraps(own)(recorded) if self.wraps else recorded
+        try:
+            return self.head(self.inner(x)).mean(1)
+        finally:
+            self.inner.forward = own
+
+
+def test_a_layer_whose_forward_is_wrapped_as_the_model_runs():
+    model, y = Recorded(wraps=True).double(), torch.arange(4) % 3
+    train, val = (X[:3].double(), y[:3]), (X[3:].double(), y[3:])
+    loss = F.cross_entropy
+    dots, scales = sample_dots(model, train, val, loss=loss)
+    scores, _ = run_step(model, train, val, loss=loss, label_shift=0)
+    close(scores, total(dots), 1e-10, total(scales))
+    with pytest.raises(GraddotError, match="layer inner of type Scale has got a forward that"):
+        run_step(Recorded(wraps=False).double(), train, val, loss=loss, label_shift=0)
+
+
 class SharedWithNorm(nn.Module):
     def __init__(self):
         super().__init__()

@@ -421,6 +421,8 @@ def _exact_copy(module: nn.Module) -> nn.Module:
     distributed.check_not_sharded_itself(module)
     copied = copy.deepcopy(module).double()
     for part, own in zip(module.modules(), copied.modules(), strict=True):
+        if _calls_scored(part.__dict__.get("forward")):  # the one of this module, not of the copy
+            own.__dict__.pop("forward")
         if (function := _function_of_its_own(part)) is not None:
             own.forward = types.MethodType(function, own)  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
@@ -430,6 +432,15 @@ def _exact_copy(module: nn.Module) -> nn.Module:
         if hasattr(getattr(part, "config", None), "_experts_implementation"):
             part.config._experts_implementation = "eager"  # type: ignore[union-attr]
     return copied
+
+
+def _calls_scored(forward: Any) -> bool:
+    """Whether it is a function around a scored forward, as transformers 4 puts one on a layer whose output it
+    records."""
+    around = not isinstance(forward, ScoredForward)
+    while forward is not None and not isinstance(forward, ScoredForward):
+        forward = getattr(forward, "__wrapped__", None)
+    return around and forward is not None
 
 
 def _function_of_its_own(module: nn.Module) -> Any:

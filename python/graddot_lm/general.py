@@ -45,6 +45,7 @@ class ProvenRule:
         # By kind of call; with which of its arguments are the same for all rows.
         self._proven: dict[Any, tuple[Rule, list[int]]] = {}
         self._of_tokens: ProvenRule | None = None
+        self._proving = False
 
     def __call__(self, module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
         scored.require_rows_first()
@@ -53,7 +54,17 @@ class ProvenRule:
         leaves = tree_leaves((args, kwargs))
         key = (module.training, scored.rows == 1, *(_kind(scored, x) for x in leaves))
         if key not in self._proven:
-            self._proven[key] = self._prove(module, scored, args, kwargs)
+            if self._proving:  # or it would go on for ever
+                raise GraddotError(
+                    f"layer {scored.name or '(itself)'} of type {type(module).__name__} has got a forward that"
+                    " calls the layer itself, also from a copy of it, on which its rule would be proven; put it"
+                    " there before engine.attach(), or use functools.wraps"
+                )
+            self._proving = True
+            try:
+                self._proven[key] = self._prove(module, scored, args, kwargs)
+            finally:
+                self._proving = False
         way, same = self._proven[key]
         scored.same += [leaves[i] for i in same]
         with uncached():  # a weight is followed, or of each row, in one call
