@@ -15,6 +15,8 @@ from .parts import splits_of
 from .sample_rows import SampleRows
 
 _SURELY_A_SUM = 4  # tokens of weight 1: of fewer it may be a factor that the loss has
+# Where the autograd functions of PyTorch's communication are; as of torch 2.13 some have names instead.
+_COMMUNICATION = ("torch.distributed.nn", "torch.distributed._functional_collectives")
 AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
 
 
@@ -166,7 +168,7 @@ def _gathers(node: Any) -> bool:
     processes may be averaged."""
     function = getattr(type(node), "_forward_cls", None)
     module = getattr(function, "__module__", "")
-    if not module.startswith("torch.distributed.nn") and "_c10d_functional" not in node.name():
+    if not module.startswith(_COMMUNICATION) and "_c10d_functional" not in node.name():
         return False
     return any(len(x.shape) > 0 for x in node._input_metadata)
 
