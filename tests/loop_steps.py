@@ -16,7 +16,7 @@ class Store:
 
     def append(self, rows, step):
         for name, values in rows.items():
-            self.columns.setdefault(name, []).extend(torch.as_tensor(values).tolist())
+            self.columns.setdefault(name, []).extend(torch.as_tensor(values, device="cpu").tolist())
 
     def column(self, name):
         return torch.tensor(self.columns.pop(name), dtype=torch.float64)

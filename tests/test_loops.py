@@ -23,6 +23,7 @@ from loop_steps import (
     run,
     same_gradients,
 )
+from model_zoo import VOCAB, moe
 from torch import nn
 
 # Batches
@@ -236,6 +237,39 @@ def test_a_loop_of_accelerate(close, mixed_precision, engine_first):
     trained = accelerator.unwrap_model(model)
     for name, p in plain.named_parameters():
         assert (trained.get_parameter(name) - p).norm() <= tolerance * p.norm(), name
+
+
+@pytest.mark.parametrize("kind", ["ride", "given", "packed", "several"])
+def test_another_default_device(close, kind):
+    """As set by torch.set_default_device; nothing of ours is made there, where nothing could be read."""
+    model = moe("Mixtral", num_local_experts=4).double()  # with RMS norms and experts
+    train, val = token_batch(3, 15, VOCAB, seed=1), token_batch(2, 15, VOCAB, seed=2)
+    dots, scales = sample_dots(model, train, val)
+    x, y, kwargs, store = *train, {}, Store()
+    if kind == "packed":
+        x, y = x.reshape(1, -1), y.clone()
+        y[:, 0] = -100
+        y, kwargs = y.reshape(1, -1), {"segments": [15] * 3}
+    positions = torch.arange(15).repeat(3)[None] if kind == "packed" else None
+    if kind == "several":
+        kwargs = {"samples": [0, 1, 2]}
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    with torch.device("meta"):
+        engine = attached(model, val if kind == "ride" else None, optimizer, store=store)
+        if kind != "ride":
+            engine.set_directions(engine.compute_directions([val]))
+        for step in range(2):
+            engine.attach_train_batch(x, y, step, [4, 5, 6], **kwargs)
+            joint, labels = engine.prepare_forward_input(x, y)
+            logits = model(joint, position_ids=positions, use_cache=False).logits
+            engine.track_loss(lm_loss(logits, labels)).backward()
+            engine.prepare_gradients()
+            optimizer.step()
+            scores = engine.aggregate_and_log()
+            optimizer.zero_grad()
+        engine.detach()
+    close(scores, total(dots), 1e-5, total(scales))
+    assert store.column("sample_id").tolist() == [4, 5, 6, 4, 5, 6]
 
 
 def test_a_pickled_attached_model_is_a_plain_model():

@@ -218,7 +218,9 @@ class _Proof:
             joint_out = [self._with_rows(x) for x in joint_out]
             generator = torch.Generator().manual_seed(0)
             weights = [
-                torch.randn(x.shape, generator=generator, dtype=torch.float64).to(x.device)
+                torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                    x.device
+                )
                 for x in joint_out
             ]
             scored_out = [self._with_rows(x) for x in scored_out]
@@ -427,7 +429,7 @@ def _exact_copy(module: nn.Module) -> nn.Module:
             own.forward = types.MethodType(function, own)  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(0)
     for p in copied.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=generator).to(p.device)
+        p.data += 0.02 * torch.randn(p.shape, generator=generator, device="cpu").to(p.device)
     for part in copied.modules():
         if hasattr(getattr(part, "config", None), "_experts_implementation"):
             part.config._experts_implementation = "eager"  # type: ignore[union-attr]

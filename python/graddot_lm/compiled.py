@@ -261,7 +261,7 @@ def _layer_fake(number, clock, inputs, parameters, needs, numbers, rows, autocas
         outputs = site_of(number).shapes(inputs, numbers, rows)
     site_of(number).dtypes = [x.dtype for x in outputs]
     own = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in outputs]
-    return [*own, torch.empty((), dtype=torch.int64)]
+    return [*own, torch.empty((), dtype=torch.int64, device="cpu")]
 
 
 def _layer_backward(number, call_number, grads, inputs, parameters, needs):  # type: ignore[no-untyped-def]

@@ -273,7 +273,7 @@ def digests(
             on_layer(layers[name], name)
             x = first_tensor(args, kwargs)
             # A layer without an input gives the same for every row.
-            seen_now = digest(torch.zeros(1) if x is None else x)
+            seen_now = digest(torch.zeros(1, device="cpu") if x is None else x)
             seen_now.caller = within[-1] if within else None
             found.setdefault(name, []).append(seen_now)
             if name not in followed:
@@ -305,7 +305,7 @@ def digest(x: Tensor) -> Digest:
     if torch.is_autocast_enabled(x.device.type):
         tolerance = 0.1
     generator = torch.Generator().manual_seed(x.shape[-1])
-    direction = torch.randn(x.shape[-1], generator=generator).to(x.device)
+    direction = torch.randn(x.shape[-1], generator=generator, device="cpu").to(x.device)
     wide = x if x.dtype == torch.float64 else x.float()
     # As logits of classes that are masked, or tokens that attend to nothing: one would hide all beside it.
     wide = wide.nan_to_num(nan=0.5, posinf=1.0, neginf=-1.0)

@@ -304,7 +304,7 @@ def _losses_of_large_logits(fused: _FusedForward, ids: Tensor) -> list[tuple[Ten
 
     def large(head: nn.Module, args: Any, out: Tensor) -> Tensor:
         random = torch.Generator().manual_seed(0)
-        made.append((100 * torch.randn(out.shape, generator=random)).to(out))
+        made.append((100 * torch.randn(out.shape, generator=random, device="cpu")).to(out))
         return made[-1]
 
     handle = fused.model.get_output_embeddings().register_forward_hook(large)

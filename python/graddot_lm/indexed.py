@@ -139,10 +139,13 @@ class IndexCollator:
             items = list(itertools.compress(items, lengths))
         else:
             _check_order(own, batch.get(self.main), self.main)
-        batch[INDEX] = torch.tensor([index for index, _ in items])
+        batch[INDEX] = torch.tensor([index for index, _ in items], device="cpu")
         if self.id_of is not None and LENGTHS in batch:
             # accelerate cuts a stream's batches by rows, and takes nothing but tensors.
-            batch[LENGTHS], batch[INDEX] = torch.tensor([batch[LENGTHS]]), batch[INDEX][None]
+            batch[LENGTHS], batch[INDEX] = (
+                torch.tensor([batch[LENGTHS]], device="cpu"),
+                batch[INDEX][None],
+            )
         return batch
 
 

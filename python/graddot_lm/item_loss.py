@@ -113,7 +113,7 @@ def items_in_rows(rows: int, items: int) -> SampleRows:
             f"the collator made {rows} rows of {items} dataset items; expected a row of every item, then"
             " another of every item, and so on, as TRL's collators of preferences lay them"
         )
-    return SampleRows(torch.arange(rows) % items)
+    return SampleRows(torch.arange(rows, device="cpu") % items)
 
 
 def unseen(
@@ -231,7 +231,9 @@ def _outputs_of(
         moved = x.detach()
         if x.shape[:1] == (len(rows),):
             random = torch.Generator().manual_seed(next(number))
-            noise = torch.randn(several.rows, *x.shape[1:], generator=random)[rows].to(x)
+            noise = torch.randn(several.rows, *x.shape[1:], generator=random, device="cpu")[
+                rows
+            ].to(x)
             sizes = moved.abs().where(moved.isfinite(), 0.0)
             sizes = sizes.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else sizes
             moved = moved + noise * (1 + sizes)

@@ -150,8 +150,8 @@ def _marked(scored: Scored, x: Tensor) -> Tensor:
 def _marks(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector of whole numbers a row, (rows, width), of which the first two tell the row."""
     generator = torch.Generator().manual_seed(0)
-    marks = 1 + (100 * torch.randn(rows, width, generator=generator)).long() % _DIGIT
-    number = torch.arange(rows)[:, None]
+    marks = 1 + (100 * torch.randn(rows, width, generator=generator, device="cpu")).long() % _DIGIT
+    number = torch.arange(rows, device="cpu")[:, None]
     marks[:, :1], marks[:, 1:2] = 1 + number % _DIGIT, 1 + number // _DIGIT
     return marks.to(device, dtype)
 

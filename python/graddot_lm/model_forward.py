@@ -91,7 +91,7 @@ class ModelForward:
         self._hooks: list[Any] = []
         # For graphs that torch.compile makes of the model.
         self.number, self.key = next(compiled.numbers), compiled.new_owner(self)
-        self.clock = torch.zeros((), dtype=torch.int64)  # what orders a compiled step
+        self.clock = torch.zeros((), dtype=torch.int64, device="cpu")  # what orders a compiled step
         self.sites: list[Any] = []
         self.one_row = False  # whether the batch under way has one row
 
@@ -141,7 +141,7 @@ class ModelForward:
         self._layers.check_same()
         self.micro, self.logged_unapplied = micro, False
         labels = micro.labels
-        rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool)
+        rows_of[self.number] = torch.empty(len(labels), dtype=torch.bool, device="cpu")
         self.one_row = len(labels) == 1
         self.in_graph.begin(micro, self.directions)
         unseen = self._layouts.is_new(len(labels), labels)

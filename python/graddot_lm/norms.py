@@ -41,7 +41,9 @@ def rms_norm_form(module: nn.Module) -> RMSNormForm | None:
     if "." in name or weight.dim() != 1 or weight.is_meta:
         return None
     generator = torch.Generator().manual_seed(0)
-    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)
+    random = lambda *shape: torch.randn(
+        *shape, generator=generator, dtype=torch.float64, device="cpu"
+    )
     x, w = random(3, 2, weight.numel()), random(weight.numel())
     probe = object.__new__(type(module))  # that of a module sharded by itself makes another class's
     probe.__dict__.update(vars(module))

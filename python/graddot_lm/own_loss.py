@@ -64,7 +64,7 @@ class ForwardSpan:
 
 def _now() -> int:
     """What nodes made later have a larger sequence number than, or the same."""
-    return torch.ones((), requires_grad=True).clone().grad_fn._sequence_nr()  # type: ignore[no-any-return,union-attr]
+    return torch.ones((), requires_grad=True, device="cpu").clone().grad_fn._sequence_nr()  # type: ignore[no-any-return,union-attr]
 
 
 def check_samples_apart(

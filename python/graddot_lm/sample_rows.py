@@ -17,7 +17,7 @@ class SampleRows:
     """Which sample each row of a batch belongs to, (rows,), numbered from 0 to N - 1."""
 
     def __init__(self, sample_of: Sequence[int] | Tensor) -> None:
-        of = torch.as_tensor(sample_of).detach().cpu()
+        of = torch.as_tensor(sample_of, device="cpu").detach()
         if of.dim() != 1 or not of.numel() or of.is_floating_point() or of.dtype == torch.bool:
             raise GraddotError(
                 f"samples have shape {tuple(of.shape)} and dtype {of.dtype}; expected for each row of the"
@@ -51,6 +51,6 @@ class SampleRows:
 
     def rows_of(self, which: Sequence[int]) -> list[int]:
         """The rows of some of the samples, in the batch's order."""
-        kept = torch.zeros(len(self), dtype=torch.bool)
+        kept = torch.zeros(len(self), dtype=torch.bool, device="cpu")
         kept[list(which)] = True
         return list(itertools.compress(range(self.rows), kept[self.sample_of].tolist()))

@@ -291,7 +291,7 @@ class ScoredForward:
         return getattr, (self.module, "forward")
 
 
-_ONE_TENSOR = form_of(((torch.empty(0),), ()), [], [])
+_ONE_TENSOR = form_of(((torch.empty(0, device="cpu"),), ()), [], [])
 
 
 def first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor | None:
@@ -310,7 +310,7 @@ def _moved(out: Any, step: Step, name: str) -> Any:
     first = first_tensor((out,), {})
     in_one = isinstance(layout, int) and first is not None and first.shape[:1] == (1,)
     at = int(layout == "second" or in_one)
-    chosen = torch.zeros(step.rows, dtype=torch.bool)
+    chosen = torch.zeros(step.rows, dtype=torch.bool, device="cpu")
     chosen[here] = True
 
     def one(x: Tensor) -> Tensor:
@@ -318,7 +318,8 @@ def _moved(out: Any, step: Step, name: str) -> Any:
             return x
         if at and x is not first:  # attention's weights
             return x
-        noise = torch.randn(x.shape[-1], generator=torch.Generator().manual_seed(0)).to(x)
+        generator = torch.Generator().manual_seed(0)
+        noise = torch.randn(x.shape[-1], generator=generator, device="cpu").to(x)
         by_row = x.unflatten(at, (step.rows, -1))
         others = [k for k in range(by_row.dim()) if k != at]  # by as much whatever else is moved
         size = torch.linalg.vector_norm(by_row, dim=others, keepdim=True)

@@ -192,6 +192,11 @@ class MicroBatch:
         return torch.full((), applied, device=self.step.scale.device)
 
 
+def _tensor(x: Any) -> Tensor:
+    """A tensor as it is, anything else as one on the host, whatever device is torch's default."""
+    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+
+
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
     """What `torch.nn.utils.clip_grad_norm_` multiplied gradients of this norm by, 0-dim fp64."""
     return (max_norm / (norm.double() + 1e-6)).clamp(max=1.0)
@@ -251,9 +256,9 @@ def score_rows(
     for micro, weights in zip(micros, sample_weights(micros), strict=True):
         n = micro.n
         rows: dict[str, Any] = {
-            "sample_id": torch.as_tensor(micro.sample_ids),
+            "sample_id": _tensor(micro.sample_ids),
             "n_tokens": micro.counts[:n],
-            "lr": torch.as_tensor(micro.lr, dtype=torch.float64).expand(n),
+            "lr": _tensor(micro.lr).double().expand(n),
         }
         dots, values = micro.scores(), micro.lr_scores() * weights * gradient_scale
         took = micro.took_step()

@@ -81,7 +81,9 @@ class Segments:
     def _sample_of(self) -> Tensor:
         """By token, (T,); N for the padding."""
         padding = self.tokens - sum(self.lengths)
-        return torch.arange(len(self) + 1).repeat_interleave(torch.tensor([*self.lengths, padding]))
+        return torch.arange(len(self) + 1, device="cpu").repeat_interleave(
+            torch.tensor([*self.lengths, padding], device="cpu")
+        )
 
     def sum(self, by_token: Tensor) -> Tensor:
         """(..., T) summed over the tokens of each sample, (..., N)."""
@@ -129,9 +131,9 @@ class Segments:
         for name in kwargs.keys() & LENGTHS:
             own = kwargs[name]
             is_longest = name.startswith("max")
-            kwargs[name] = max(lengths) if is_longest else torch.tensor(ends).to(own)
+            kwargs[name] = max(lengths) if is_longest else torch.tensor(ends, device="cpu").to(own)
             if is_longest and isinstance(own, Tensor):
-                kwargs[name] = torch.tensor(max(lengths)).to(own)
+                kwargs[name] = torch.tensor(max(lengths), device="cpu").to(own)
         return args, kwargs
 
     def _token_dims(self, x: Tensor) -> list[int]:
@@ -147,7 +149,7 @@ class Segments:
         """(args, kwargs) in which all samples but these have other tokens, taken from the row."""
         args, kwargs = arguments
         names = [name for name in ("input_ids", "inputs_embeds") if kwargs.get(name) is not None]
-        kept = torch.zeros(self.tokens, dtype=torch.bool)
+        kept = torch.zeros(self.tokens, dtype=torch.bool, device="cpu")
         kept[self.token_index(which)] = True
 
         def changed(x: Any) -> Any:
@@ -244,7 +246,7 @@ def _same_alone(whole: list[Digest], alone: list[list[Digest]], segments: Segmen
 def _unmoved(whole: list[Digest], moved: list[Digest], kept: list[int], segments: Segments) -> bool:
     """Whether nothing changed at the tokens of the samples that were kept, token by token: a
     convolution reaches the first ones of a long sample only."""
-    index = torch.tensor(segments.token_index(kept))
+    index = torch.tensor(segments.token_index(kept), device="cpu")
     for x, y in itertools.zip_longest(whole, moved):
         if x is None or y is None or x.shape != y.shape:
             return False
