@@ -50,6 +50,13 @@ class Squared(nn.Linear):
         return F.linear(x, self.weight.square(), self.bias)
 
 
+class RouterInFp32(nn.Linear):
+    """Its weight is kept in fp32, and it computes in that, whatever its input is."""
+
+    def forward(self, x):
+        return F.linear(x.to(torch.float32), self.weight).softmax(-1)
+
+
 class Moved(nn.Embedding):
     def forward(self, ids):
         return 2 * super().forward(ids + 1)
@@ -152,6 +159,7 @@ def test_rms_norm_gives_the_values_of_its_own_forward(norm, dtype):
         (Renamed(6, 3), (5, 6)),
         (Doubled(6, 3), (5, 6)),
         (Squared(6, 3), (5, 6)),
+        (RouterInFp32(6, 3, bias=False), (5, 6)),
         (Tilted(6), (5, 6)),
         (Scale(1, 5, 6), (5, 6)),
         (FirstRowOnly(1, 6), (5, 6)),
