@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from . import distributed
 from .digests import NoDropout, own_buffers, own_random, uncached
 from .errors import GraddotError
-from .general import Rule, Tokens, caller_rule
+from .general import NoRows, Rule, Tokens, caller_rule
 from .mixtures import Mixture
 from .parts import take_rows
 from .rows import Layout, find_layouts
@@ -190,8 +190,9 @@ class _Proof:
         names = {id(p): n for n, p in parameters.items()}
         self._step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
         self._tokens = self._step.row_tokens(name)
-        # Layers that a model's engine follows beyond those that need it, are followed here, too.
-        more = {
+        # Layers that a model's engine follows beyond those that need it are followed here, too, and
+        # those that it leaves to the ones around have no rule here.
+        attached = {
             key
             for key, part in module.named_modules()
             if isinstance(part.__dict__.get("forward"), ScoredForward)
@@ -200,7 +201,9 @@ class _Proof:
         def rule_of(key: str, part: nn.Module) -> Rule | None:
             if part is self._scored:
                 return rule
-            return rule_for(part) or (caller_rule() if key in more else None)
+            if "" in attached and key not in attached:
+                return None
+            return rule_for(part) or (caller_rule() if key in attached else None)
 
         self._rules = {key: rule_of(key, part) for key, part in self._scored.named_modules()}
 
@@ -363,7 +366,8 @@ class _Proof:
             )
         for shape in want:
             if shape and shape[0] % self._rows:
-                raise GraddotError(f"{self._title()}: an output of shape {shape} has no rows")
+                message = f"{self._title()}: an output of shape {shape} has no rows"
+                raise NoRows(message, self._name)
 
     def _compare_gradients(self, samples: "_Samples", joint: dict[str, Tensor]) -> None:
         """joint has those of all rows in one batch, which an autograd function may not make the sum of
