@@ -359,7 +359,10 @@ class WithLoss(LanguageModel):
 
 
 OTHERS = r"gets an input \(of shape \(\d+, 8\)\) that depends on other samples"
-COMPUTED = "expert layers.0.experts.0 gets tokens that were computed after"
+COMPUTED = (
+    r"for layers.0.experts.0\S* gets tokens of rows that are not known, with tokens of its input: expert"
+    " layers.0.experts.0 gets tokens that were computed after"
+)
 REFUSED = {
     "capacity": (Capacity, OTHERS),
     "experts-choose": (Choosing, OTHERS),

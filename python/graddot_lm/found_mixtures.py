@@ -12,6 +12,7 @@ class FoundMixtures:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._experts: dict[str, list[str]] = {}
+        self._found_by: dict[str, str] = {}  # the first layer of whose input it is not known
 
     def __contains__(self, name: str) -> bool:
         return name in self._experts
@@ -50,13 +51,16 @@ class FoundMixtures:
             outermost = around[around.index(callables[0]) - 1]
             parts = _callable_parts(outermost, self._model.get_submodule(outermost))
             self._experts.setdefault(callables[0], []).extend(parts)
+            self._found_by.setdefault(callables[0], name)
         return None
 
-    def without_rule(self, ruled: Collection[str]) -> Iterator[tuple[str, set[str]]]:
-        """The mixtures that have no rule yet, and the names of their experts in them."""
+    def without_rule(self, ruled: Collection[str]) -> Iterator[tuple[str, set[str], str]]:
+        """The mixtures that have no rule yet, the names of their experts in them, and the layer that they
+        were found by."""
         for name, experts in self._experts.items():
             if name not in ruled:
-                yield name, {expert.removeprefix(f"{name}.") for expert in experts}
+                inside = {expert.removeprefix(f"{name}.") for expert in experts}
+                yield name, inside, self._found_by[name]
 
     def _can_be_called(self, name: str) -> bool:
         return has_forward(self._model.get_submodule(name))

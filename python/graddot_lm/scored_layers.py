@@ -170,8 +170,8 @@ class ScoredLayers:
 
     def attach_mixtures(self) -> None:
         """Put those in place that were found since."""
-        for name, inner in list(self._mixtures.without_rule(self._rules)):
-            self._rules[name] = mixture_rule(inner)
+        for name, inner, found_by in list(self._mixtures.without_rule(self._rules)):
+            self._rules[name] = mixture_rule(inner, found_by)
             self._attach(name)
 
 
