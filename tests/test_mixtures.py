@@ -117,6 +117,30 @@ class TokenByToken(Mixture):
         return torch.stack(out).view(x.shape)
 
 
+class Routing(nn.ModuleDict):
+    """The experts' dictionary has the forward that routes, as that of Switch Transformers."""
+
+    def forward(self, flat, weights, chosen):
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.values()):
+            token, slot = torch.where(chosen == e)
+            added = (
+                expert(flat[None, token].reshape(-1, flat.shape[-1])) * weights[token, slot, None]
+            )
+            out.index_add_(0, token, added.to(out.dtype))
+        return out
+
+
+class ByDictionary(Mixture):
+    def __init__(self, d=8):
+        super().__init__(d)
+        self.experts = Routing({f"expert_{e}": expert for e, expert in enumerate(self.experts)})
+
+    def forward(self, x):
+        flat = x.view(-1, x.shape[-1])
+        return self.experts(flat, *self.route(flat)).view(x.shape)
+
+
 class OfRows(Mixture):
     """Each expert chooses three tokens of every row."""
 
@@ -184,6 +208,7 @@ MODELS = {
     "sorted": lambda: LanguageModel(Sorted),
     "products": lambda: LanguageModel(ByProducts),
     "weights-inside": lambda: LanguageModel(WithWeights),
+    "by-dictionary": lambda: LanguageModel(ByDictionary),
     "token-by-token": lambda: LanguageModel(lambda: TokenByToken(k=1), layers=1),
     "experts-choose-in-a-row": lambda: LanguageModel(OfRows),
     "norm-and-shared-expert": lambda: LanguageModel(Normed),

@@ -36,7 +36,7 @@ class FoundMixtures:
             self._experts.pop(name, None)  # it is inside of an expert itself
         for name in layers:
             around = _path(name)[1:]
-            lists = [k for k, x in enumerate(around) if not self._can_be_called(x)]
+            lists = [k for k, x in enumerate(around) if self._is_list(x)]
             callables = [
                 x for x in around[min(lists, default=len(around)) :] if self._can_be_called(x)
             ]
@@ -48,10 +48,14 @@ class FoundMixtures:
                     f". Layer {callables[0]} has parameters of its own; if it is a mixture of experts, put"
                     " them into a layer inside of it"
                 )
-            outermost = around[around.index(callables[0]) - 1]
-            parts = _callable_parts(outermost, self._model.get_submodule(outermost))
-            self._experts.setdefault(callables[0], []).extend(parts)
-            self._found_by.setdefault(callables[0], name)
+            mixture = callables[0]
+            if self._is_list(mixture):  # which routes by itself
+                parts = _parts_inside(mixture, self._model.get_submodule(mixture))
+            else:
+                outermost = around[around.index(mixture) - 1]
+                parts = _callable_parts(outermost, self._model.get_submodule(outermost))
+            self._experts.setdefault(mixture, []).extend(parts)
+            self._found_by.setdefault(mixture, name)
         return None
 
     def without_rule(self, ruled: Collection[str]) -> Iterator[tuple[str, set[str], str]]:
@@ -64,6 +68,10 @@ class FoundMixtures:
 
     def _can_be_called(self, name: str) -> bool:
         return has_forward(self._model.get_submodule(name))
+
+    def _is_list(self, name: str) -> bool:
+        lists = (nn.ModuleList, nn.ModuleDict)
+        return isinstance(self._model.get_submodule(name), lists) or not self._can_be_called(name)
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -81,6 +89,10 @@ def _callable_parts(name: str, module: nn.Module) -> Iterator[str]:
     """The outermost modules in a nesting of lists that can be called."""
     if has_forward(module):
         yield name
-        return
+    else:
+        yield from _parts_inside(name, module)
+
+
+def _parts_inside(name: str, module: nn.Module) -> Iterator[str]:
     for key, part in module.named_children():
         yield from _callable_parts(f"{name}.{key}", part)
