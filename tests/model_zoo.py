@@ -157,6 +157,20 @@ def deepseek_v3():
     )  # fmt: skip
 
 
+def llama4():
+    """Experts that are given all tokens, multiplied by their scores; a layer without, and positions
+    in one of the two."""
+    needs_mixtures()
+    torch.manual_seed(0)
+    config = transformers.Llama4TextConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=12, intermediate_size_mlp=24,
+        num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, head_dim=8,
+        num_local_experts=4, num_experts_per_tok=2, moe_layers=[1], no_rope_layers=[1, 0],
+        attention_chunk_size=6, max_position_embeddings=32, pad_token_id=0, use_cache=False,
+    )  # fmt: skip
+    return shaken(transformers.Llama4ForCausalLM(config))
+
+
 def aria():
     """Experts whose weights are stored the other way round."""
     needs_mixtures()
@@ -250,6 +264,7 @@ LANGUAGE_MODELS = {
     "mixtral-lora": lora_of_experts,
     "gpt-oss-lora": lambda: lora_of_experts("GptOss"),
     "aria": aria,
+    "llama4": llama4,
     "nemotron-h": nemotron_h,
     "qwen2-moe": lambda: moe(
         "Qwen2Moe", num_experts=4, moe_intermediate_size=12, shared_expert_intermediate_size=12

@@ -94,6 +94,9 @@ def test_how_a_validation_loss_shifts_labels_is_seen(close):
         match="row 0 of the batch has 3 .* the loss used 4. Pass label_shift=1 .*, and 0 if",
     ):
         GradDotProdEngine(model, label_shift=1).compute_directions(vals, shifted)
+    vals[0][1][:, 0] = -100  # by which it cannot be told: the second batch has to
+    with pytest.raises(GraddotError, match="row 0 of the batch has 20 .* the loss used 19"):
+        engine.compute_directions(vals, loss_of_logits)
     of_one = GradDotProdEngine(model, label_shift=1).compute_directions(vals[:1], shifted)
     want = gradient(
         model, *vals[0], loss=lambda x, y: F.cross_entropy(x.flatten(0, 1), y.flatten())

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from brute_force import sample_dots, total
-from engine_steps import close, run_step
+from engine_steps import check_against_brute_force, close, run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer, register_layer
 from graddot_lm.norms import RMSNormForm, rms_norm_form
 from graddot_lm.rules import rule_for
@@ -48,6 +48,13 @@ class Doubled(nn.Linear):
 class Squared(nn.Linear):
     def forward(self, x):
         return F.linear(x, self.weight.square(), self.bias)
+
+
+class RouterInFp32(nn.Linear):
+    """Its weight is kept in fp32, and it computes in that, whatever its input is."""
+
+    def forward(self, x):
+        return F.linear(x.to(torch.float32), self.weight).softmax(-1)
 
 
 class Moved(nn.Embedding):
@@ -152,6 +159,7 @@ def test_rms_norm_gives_the_values_of_its_own_forward(norm, dtype):
         (Renamed(6, 3), (5, 6)),
         (Doubled(6, 3), (5, 6)),
         (Squared(6, 3), (5, 6)),
+        (RouterInFp32(6, 3, bias=False), (5, 6)),
         (Tilted(6), (5, 6)),
         (Scale(1, 5, 6), (5, 6)),
         (FirstRowOnly(1, 6), (5, 6)),
@@ -352,6 +360,49 @@ def test_inputs_without_rows_are_refused_by_name():
     torch.nn.init.constant_(unused.gate.bias[:1], 100.0)
     _refused(unused, r"layer experts.1 gets an input \(of shape \(0, 6\)\)")
     _refused(OneLayerTwoWays(), "layer linear is called several times")
+
+
+class BiasBeside(nn.Linear):
+    """Leaves it to the layer around to add the bias."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight), self.bias
+
+
+class PositionsOf(nn.Embedding):
+    """Of its input it looks at the length alone."""
+
+    def forward(self, x):
+        return super().forward(torch.arange(x.shape[1]))
+
+
+class AroundThem(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.dense, self.positions, self.head = (
+            BiasBeside(6, 6),
+            PositionsOf(9, 6),
+            nn.Linear(6, 5),
+        )
+
+    def forward(self, x):
+        out, bias = self.dense(x + self.positions(x))
+        return self.head(torch.tanh(out + bias).mean(1))
+
+
+@pytest.mark.parametrize("rows", [6, 7])
+@pytest.mark.parametrize("inside", [False, True])
+def test_layers_that_return_what_has_no_rows(inside, rows):
+    """They are followed in the layer around; of 7 tokens."""
+    model = nn.Sequential(AroundThem(), nn.Tanh()) if inside else AroundThem()
+    x, y = (
+        torch.randn(rows, 7, 6, generator=torch.Generator().manual_seed(1)),
+        torch.arange(rows) % 5,
+    )
+    check_against_brute_force(
+        model, (x[:4], y[:4]), (x[4:], y[4:]), torch.float64, loss=F.cross_entropy, label_shift=0
+    )
 
 
 def test_a_layer_that_first_runs_later_is_not_guessed():

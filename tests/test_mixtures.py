@@ -117,6 +117,30 @@ class TokenByToken(Mixture):
         return torch.stack(out).view(x.shape)
 
 
+class Routing(nn.ModuleDict):
+    """The experts' dictionary has the forward that routes, as that of Switch Transformers."""
+
+    def forward(self, flat, weights, chosen):
+        out = torch.zeros_like(flat)
+        for e, expert in enumerate(self.values()):
+            token, slot = torch.where(chosen == e)
+            added = (
+                expert(flat[None, token].reshape(-1, flat.shape[-1])) * weights[token, slot, None]
+            )
+            out.index_add_(0, token, added.to(out.dtype))
+        return out
+
+
+class ByDictionary(Mixture):
+    def __init__(self, d=8):
+        super().__init__(d)
+        self.experts = Routing({f"expert_{e}": expert for e, expert in enumerate(self.experts)})
+
+    def forward(self, x):
+        flat = x.view(-1, x.shape[-1])
+        return self.experts(flat, *self.route(flat)).view(x.shape)
+
+
 class OfRows(Mixture):
     """Each expert chooses three tokens of every row."""
 
@@ -184,6 +208,7 @@ MODELS = {
     "sorted": lambda: LanguageModel(Sorted),
     "products": lambda: LanguageModel(ByProducts),
     "weights-inside": lambda: LanguageModel(WithWeights),
+    "by-dictionary": lambda: LanguageModel(ByDictionary),
     "token-by-token": lambda: LanguageModel(lambda: TokenByToken(k=1), layers=1),
     "experts-choose-in-a-row": lambda: LanguageModel(OfRows),
     "norm-and-shared-expert": lambda: LanguageModel(Normed),
@@ -359,7 +384,10 @@ class WithLoss(LanguageModel):
 
 
 OTHERS = r"gets an input \(of shape \(\d+, 8\)\) that depends on other samples"
-COMPUTED = "expert layers.0.experts.0 gets tokens that were computed after"
+COMPUTED = (
+    r"for layers.0.experts.0\S* gets tokens of rows that are not known, with tokens of its input: expert"
+    " layers.0.experts.0 gets tokens that were computed after"
+)
 REFUSED = {
     "capacity": (Capacity, OTHERS),
     "experts-choose": (Choosing, OTHERS),

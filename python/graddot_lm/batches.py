@@ -215,6 +215,10 @@ class LossForm:
         """By how many tokens the model shifts labels that it is passed."""
         return label_shift_of(model) if self.label_shift == "auto" else self.label_shift
 
+    def tells_shift(self, labels: Tensor) -> bool:
+        """Whether more of these are counted if the loss does not shift them."""
+        return labels.dim() > 1 and bool((self.count(labels, 0) != self.count(labels, 1)).any())
+
 
 def label_shift_of(model: nn.Module) -> int:
     """By how many tokens a transformers model shifts the `labels` it is passed, 0 or 1."""

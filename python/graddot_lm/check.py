@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
 from . import distributed
 from .digests import NoDropout, own_buffers, own_random, uncached
 from .errors import GraddotError
-from .general import Rule, Tokens, caller_rule
+from .general import NoRows, Rule, Tokens, caller_rule
 from .mixtures import Mixture
 from .parts import take_rows
 from .rows import Layout, find_layouts
@@ -45,7 +45,7 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     inner = {name: m for name, m in plain.named_modules() if name and rule_for(m) is not None}
     layouts = find_layouts(plain, inner, inputs, kwargs, first.shape[0])
     layouts[""] = "rows"
-    _Proof(module, "", first.shape[0], layouts, rule_for(module)).run(inputs, kwargs)
+    _run_proof(module, "", first.shape[0], layouts, rule_for(module), inputs, kwargs)
 
 
 def prove(
@@ -113,8 +113,8 @@ def _prove_on(
             return take_rows(x.detach(), index, scored.rows, tokens) if has_rows else x.detach()
 
         inputs = tree_map_only(Tensor, few, (args, kwargs))
-        proof = _Proof(module, scored.name, len(index), scored.step.layouts, rule)
-        proof.run(*inputs, **options)
+        layouts = scored.step.layouts
+        _run_proof(module, scored.name, len(index), layouts, rule, *inputs, **options)
 
     rule = make()
     with contextlib.suppress(_UnevenNumber):
@@ -128,6 +128,22 @@ def _prove_on(
     return rule
 
 
+def _run_proof(
+    module: nn.Module,
+    name: str,
+    rows: int,
+    layouts: Mapping[str, Layout],
+    rule: Rule | None,
+    args: Any,
+    kwargs: Any,
+    **options: Any,
+) -> None:
+    try:
+        _Proof(module, name, rows, layouts, rule).run(args, kwargs, **options)
+    except _OtherDtype:
+        _Proof(module, name, rows, layouts, rule, in_double=True).run(args, kwargs, **options)
+
+
 def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[int]:
     """Small primes that divide no dimension of the layer's parameters, buffers and inputs."""
     tensors = [*module.parameters(), *module.buffers()]
@@ -138,6 +154,10 @@ def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[i
     sizes |= {scored.step.row_tokens(scored.name)} | {size + 1 for size in sizes}
     primes = [3, 5, 7, 11, 13, 17]
     return [p for p in primes if all(size == 0 or size % p for size in sizes)] or primes[-1:]
+
+
+class _OtherDtype(GraddotError):
+    """A layer does not run in float64, as one that multiplies x.float() by a weight in fp32."""
 
 
 class _UnevenNumber(GraddotError):
@@ -154,22 +174,25 @@ class _Proof:
         rows: int,
         layouts: Mapping[str, Layout],
         rule: Rule | None,
+        *,
+        in_double: bool = False,
     ) -> None:
         self._scored, self._plain = _exact_copy(module), _exact_copy(module)
         for copied in (self._scored, self._plain):
             copied._forward_hooks.clear()  # which may collect what the layer returns in a step
             copied._forward_pre_hooks.clear()
         self._name, self._rows, self._input_gradients = name, rows, True
-        is_mixture = isinstance(rule, Mixture)
-        self._in_double = _InDouble() if is_mixture else contextlib.nullcontext()
+        in_double |= isinstance(rule, Mixture)
+        self._in_double = _InDouble() if in_double else contextlib.nullcontext()
         parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
         device = next(self._scored.parameters()).device
         scale = torch.ones((), dtype=torch.float64, device=device)
         names = {id(p): n for n, p in parameters.items()}
         self._step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
         self._tokens = self._step.row_tokens(name)
-        # Layers that a model's engine follows beyond those that need it, are followed here, too.
-        more = {
+        # Layers that a model's engine follows beyond those that need it are followed here, too, and
+        # those that it leaves to the ones around have no rule here.
+        attached = {
             key
             for key, part in module.named_modules()
             if isinstance(part.__dict__.get("forward"), ScoredForward)
@@ -178,7 +201,9 @@ class _Proof:
         def rule_of(key: str, part: nn.Module) -> Rule | None:
             if part is self._scored:
                 return rule
-            return rule_for(part) or (caller_rule() if key in more else None)
+            if "" in attached and key not in attached:
+                return None
+            return rule_for(part) or (caller_rule() if key in attached else None)
 
         self._rules = {key: rule_of(key, part) for key, part in self._scored.named_modules()}
 
@@ -308,7 +333,8 @@ class _Proof:
                 # It asks for a gradient of its input, as wav2vec 2 does, which a step gives none.
                 self._input_gradients = False
                 return self._call(module, arguments, numbers)
-            raise GraddotError(_first_line(error)) from error
+            of_dtype = "dtype" in str(error) or "scalar type" in str(error)
+            raise (_OtherDtype if of_dtype else GraddotError)(_first_line(error)) from error
         outputs = list(tensors_in(out))
         if not outputs and out is not None:
             raise GraddotError(
@@ -342,7 +368,8 @@ class _Proof:
             )
         for shape in want:
             if shape and shape[0] % self._rows:
-                raise GraddotError(f"{self._title()}: an output of shape {shape} has no rows")
+                message = f"{self._title()}: an output of shape {shape} has no rows"
+                raise NoRows(message, self._name)
 
     def _compare_gradients(self, samples: "_Samples", joint: dict[str, Tensor]) -> None:
         """joint has those of all rows in one batch, which an autograd function may not make the sum of
@@ -471,8 +498,8 @@ def _first_line(error: Exception) -> str:
 
 
 class _InDouble(TorchFunctionMode):
-    """Casts to float32 are to float64: mixtures that make their weights float32, and add up in that
-    what experts return, would not run in float64."""
+    """Casts to float32 are to float64: layers that compute in float32 with weights that are kept in it,
+    and mixtures that add up in it what experts return, would not run in float64."""
 
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         args, kwargs = self._double(args), self._double(kwargs or {})

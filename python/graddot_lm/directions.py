@@ -114,24 +114,28 @@ class ValidationLoss:
     """Of one batch after the other: the loss, the weight of its gradient, and its labelled tokens.
 
     What the first batch's loss is made of is seen, uncompiled: whether the model gets the labels, and
-    which of them the loss uses.
+    which of them the loss uses; the latter again in the first batch with a label that is counted only
+    if the loss does not shift labels.
     """
 
     def __init__(self, model: nn.Module, form: LossForm, loss_fn: LossFunction | None) -> None:
         self._model, self._form, self._loss_fn = model, form, loss_fn
         self._shift: int | None = None
+        self._shift_seen = False
         self._checks: list[LabelCheck] = []
 
     def __call__(self, batch: Batch) -> tuple[Tensor, float, float]:
         rows = read_batch(batch, "a validation batch")
-        if self._shift is None:
-            loss = self._first(rows)
+        tells = self._form.tells_shift(rows.labels)
+        if self._shift is None or (tells and not self._shift_seen):
+            loss = self._watched(rows)
+            self._shift_seen = tells
         else:
             loss = batch_loss(self._model, rows, self._loss_fn)
         count = float(self._form.count(rows.labels, self._shift).sum())
         return loss, count if self._form.reduction == "mean" else 1.0, count
 
-    def _first(self, rows: Rows) -> Tensor:
+    def _watched(self, rows: Rows) -> Tensor:
         calls: list[tuple[Mapping[str, Any], Any]] = []
         note = lambda module, args, kwargs, output: calls.append((kwargs, output))
         handle, number = self._model.register_forward_hook(note, with_kwargs=True), next(numbers)
@@ -152,7 +156,7 @@ class ValidationLoss:
         return loss
 
     def check(self) -> None:
-        """After the first batch's backward, raise GraddotError if its loss did not use the labels that were
+        """After a batch's backward, raise GraddotError if its loss was seen not to use the labels that were
         counted: several would be weighted by other numbers than their losses are means of."""
         checks, self._checks = self._checks, []
         for problem in filter(None, (check.problem for check in checks)):
@@ -208,6 +212,8 @@ def mean_gradient(
                 if (grad := grads.get(name)) is not None:
                     total[name].add_(grad, alpha=weight)
             counts.append(count)
+        if len(counts) > 1:
+            loss_of.check()
     finally:
         for name, p in parameters.items():
             p.grad = kept[name]

@@ -226,8 +226,8 @@ class GradDotProdEngine:
         first for a gradient without dropout, and inside autocast if training is. loss_scale keeps an
         fp16 backward from rounding to zero, as a GradScaler's scale does; where it overflows, a
         smaller one is taken, and the result is not scaled. `.grad` and scores are left alone. Raises
-        GraddotError without labelled tokens, if the first of several batches' loss used other labels
-        than those counted, and if the gradient is not finite.
+        GraddotError without labelled tokens, if of several batches the first, or the first with a label
+        that a shift leaves out, has a loss of others than those counted, and for what is not finite.
         """
         if distributed.is_sharded(self._parameters.values()):  # which may hold a step's gradients
             self._require_no_step()

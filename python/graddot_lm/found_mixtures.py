@@ -12,6 +12,7 @@ class FoundMixtures:
     def __init__(self, model: nn.Module) -> None:
         self._model = model
         self._experts: dict[str, list[str]] = {}
+        self._found_by: dict[str, str] = {}  # the first layer of whose input it is not known
 
     def __contains__(self, name: str) -> bool:
         return name in self._experts
@@ -35,7 +36,7 @@ class FoundMixtures:
             self._experts.pop(name, None)  # it is inside of an expert itself
         for name in layers:
             around = _path(name)[1:]
-            lists = [k for k, x in enumerate(around) if not self._can_be_called(x)]
+            lists = [k for k, x in enumerate(around) if self._is_list(x)]
             callables = [
                 x for x in around[min(lists, default=len(around)) :] if self._can_be_called(x)
             ]
@@ -47,19 +48,30 @@ class FoundMixtures:
                     f". Layer {callables[0]} has parameters of its own; if it is a mixture of experts, put"
                     " them into a layer inside of it"
                 )
-            outermost = around[around.index(callables[0]) - 1]
-            parts = _callable_parts(outermost, self._model.get_submodule(outermost))
-            self._experts.setdefault(callables[0], []).extend(parts)
+            mixture = callables[0]
+            if self._is_list(mixture):  # which routes by itself
+                parts = _parts_inside(mixture, self._model.get_submodule(mixture))
+            else:
+                outermost = around[around.index(mixture) - 1]
+                parts = _callable_parts(outermost, self._model.get_submodule(outermost))
+            self._experts.setdefault(mixture, []).extend(parts)
+            self._found_by.setdefault(mixture, name)
         return None
 
-    def without_rule(self, ruled: Collection[str]) -> Iterator[tuple[str, set[str]]]:
-        """The mixtures that have no rule yet, and the names of their experts in them."""
+    def without_rule(self, ruled: Collection[str]) -> Iterator[tuple[str, set[str], str]]:
+        """The mixtures that have no rule yet, the names of their experts in them, and the layer that they
+        were found by."""
         for name, experts in self._experts.items():
             if name not in ruled:
-                yield name, {expert.removeprefix(f"{name}.") for expert in experts}
+                inside = {expert.removeprefix(f"{name}.") for expert in experts}
+                yield name, inside, self._found_by[name]
 
     def _can_be_called(self, name: str) -> bool:
         return has_forward(self._model.get_submodule(name))
+
+    def _is_list(self, name: str) -> bool:
+        lists = (nn.ModuleList, nn.ModuleDict)
+        return isinstance(self._model.get_submodule(name), lists) or not self._can_be_called(name)
 
 
 def has_forward(module: nn.Module) -> bool:
@@ -77,6 +89,10 @@ def _callable_parts(name: str, module: nn.Module) -> Iterator[str]:
     """The outermost modules in a nesting of lists that can be called."""
     if has_forward(module):
         yield name
-        return
+    else:
+        yield from _parts_inside(name, module)
+
+
+def _parts_inside(name: str, module: nn.Module) -> Iterator[str]:
     for key, part in module.named_children():
         yield from _callable_parts(f"{name}.{key}", part)

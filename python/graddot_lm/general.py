@@ -29,6 +29,14 @@ Rule = Callable[..., Any]
 LARGEST = 2**22  # elements whose gradient may be held for every sample of a layer
 
 
+class NoRows(GraddotError):
+    """A layer, of this name, returns a tensor without rows, though it gets some with."""
+
+    def __init__(self, message: str, layer: str) -> None:
+        super().__init__(message)
+        self.layer = layer
+
+
 class ProvenRule:
     """The first way of several that is proven for one layer; ways make what is proven, by name, given
     how many elements of a parameter may have a gradient of every row.
@@ -82,7 +90,7 @@ class ProvenRule:
         leaves, main = tree_leaves((args, kwargs)), first_tensor(args, kwargs)
         others = [(i, x) for i, x in enumerate(leaves) if x is not main]
         positions = [i for i, x in others if _may_be_positions(scored, x)]
-        given = scored.same
+        given, without_rows = scored.same, None
         for same in ([], positions) if positions else ([],):
             scored.same = [*given, *(leaves[i] for i in same)]
             for name, way in self._ways.items():
@@ -94,14 +102,17 @@ class ProvenRule:
                 except GraddotError as error:
                     if not same:
                         reasons.append(f"{name}: {error}")
+                        if isinstance(error, NoRows):
+                            without_rows = error.layer
                     if isinstance(error, Refused):
                         break
-        raise GraddotError(
+        message = (
             f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
             " holds:\n  "
             + "\n  ".join(reasons)
             + "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
         )
+        raise GraddotError(message) if without_rows is None else NoRows(message, without_rows)
 
     def _by_token(self, module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> Any:
         """The tokens of a packed row as rows, for a layer that looks at each by itself. There are too

@@ -15,6 +15,7 @@ from . import distributed
 from .averaging import Averaging
 from .digests import own_buffers, own_inputs
 from .errors import GraddotError
+from .general import NoRows
 from .outputs import check_outputs
 from .parts import ModelInputs, splits_of
 from .rows import KnownLayouts, Layout, MixedSamples, find_layouts
@@ -136,7 +137,10 @@ class LayoutSearch:
             except GraddotError as error:
                 problem, failed = problem or error, True
                 same = {name for name, layout in layouts.items() if layout == "same"}
-                if not self._layers.follow_callers(foreign or same | micro.step.expands):
+                same |= micro.step.expands
+                without = {error.layer} - same if isinstance(error, NoRows) else set()
+                left = any(map(self._layers.leave_to_callers, without))
+                if not (left or self._layers.follow_callers(foreign or same)):
                     if error is problem:
                         raise
                     raise GraddotError(

@@ -29,13 +29,15 @@ ROUTED = "routed"  # the layout of the layers inside of experts, but while these
 _DIGIT = 256  # marks are whole numbers up to this, which every floating-point type has
 
 
-def mixture_rule(experts: Collection[str]) -> ProvenRule:
+def mixture_rule(experts: Collection[str], found_by: str) -> ProvenRule:
     """For a layer in which these layers, by their names in it, get the tokens that are routed to them:
-    of its input, or else also of what the layers inside of it return, such as a norm."""
+    of its input, or else also of what the layers inside of it return, such as a norm. found_by is the
+    layer by which it was taken for a mixture."""
+    why = f"as a mixture of experts, for {found_by} gets tokens of rows that are not known, with tokens"
     return ProvenRule(
         {
-            "tokens of its input": lambda _: Mixture(experts, marks_layers=False),
-            "tokens of its layers' outputs": lambda _: Mixture(experts, marks_layers=True),
+            f"{why} of its input": lambda _: Mixture(experts, marks_layers=False),
+            f"{why} of its layers' outputs": lambda _: Mixture(experts, marks_layers=True),
         }
     )
 

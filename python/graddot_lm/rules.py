@@ -21,7 +21,15 @@ from .in_graph import layer_norm, linear, rms_norm
 from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
 from .recurrent import PROJECTIONS, recurrent_rule
 from .scored import Scored, any_layout, by_token, has_own_forward, in_graph, own_parameters
-from .transformers_layers import experts, is_adapted_experts, is_experts, is_relative_bias
+from .transformers_layers import (
+    experts,
+    is_adapted_experts,
+    is_experts,
+    is_experts_of_all,
+    is_mixture_of_all,
+    is_relative_bias,
+    mixture_of_all,
+)
 
 
 @by_token
@@ -147,6 +155,10 @@ def rule_for(module: nn.Module) -> Rule | None:
     trained = any(p.requires_grad for p in module.parameters())
     if trained and is_adapted_experts(module):
         return ProvenRule({"experts": lambda most: experts})
+    if is_mixture_of_all(module):
+        return ProvenRule({"experts": lambda most: mixture_of_all})
+    if is_experts_of_all(module):  # whose rule is that of the mixture around
+        return None
     if trained and nn.utils.parametrize.is_parametrized(module):  # a weight is computed of others
         return general_rule(any_size=getattr(module, "groups", 1) > 1)
     lists = (nn.ParameterList, nn.ParameterDict)  # which have no forward of their own

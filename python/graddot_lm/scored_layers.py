@@ -41,6 +41,7 @@ class ScoredLayers:
         }
         rules = {name: rule_for(module) for name, module in model.named_modules()}
         self._rules = {name: rule for name, rule in rules.items() if rule is not None}
+        self._left: set[str] = set()  # those whose rule was taken away
         self._mixtures = FoundMixtures(model)
         self._forwards: dict[str, ScoredForward] = {}
         self._attached: list[tuple[nn.Module, Any]] = []
@@ -92,10 +93,7 @@ class ScoredLayers:
 
     def detach(self) -> None:
         """Leave the model exactly as it was before `attach`."""
-        for module, forward in self._attached:
-            del module.__dict__["forward"]
-            if forward is not None:
-                module.__dict__["forward"] = forward
+        _restore(self._attached)
         self._attached = []
 
     def parameters_in(self, name: str) -> Iterator[tuple[str, nn.Parameter]]:
@@ -135,7 +133,9 @@ class ScoredLayers:
         new = set()
         for name in layers:
             while name and (
-                name in self._rules or not has_forward(self._model.get_submodule(name))
+                name in self._rules
+                or name in self._left
+                or not has_forward(self._model.get_submodule(name))
             ):
                 name = name.rpartition(".")[0]
             if name not in self._rules:
@@ -145,6 +145,24 @@ class ScoredLayers:
             self._attach(name)
         return bool(new)
 
+    def leave_to_callers(self, name: str) -> bool:
+        """Take its rule from a layer that returns what has no rows: it runs as it is, inside of one that
+        is followed, as its own part. False if there is none."""
+        if name not in self._rules or not name:
+            return False
+        self._left.add(name)
+        module, around = self._model.get_submodule(name), name.rpartition(".")[0]
+        del self._rules[name], self._forwards[name]
+        left = [place for place in self._attached if place[0] is module]
+        self._attached = [place for place in self._attached if place[0] is not module]
+        _restore(left)
+        while around in self._left or (
+            around and not has_forward(self._model.get_submodule(around))
+        ):
+            around = around.rpartition(".")[0]
+        followed = getattr(self._rules.get(around), "follows", False)
+        return followed or self.follow_callers([around])
+
     def take_for_experts(self, error: MixedSamples) -> str | None:
         """Take the layers of which it is not known how their inputs hold the rows for experts, or parts
         of them. Otherwise what to say of it."""
@@ -152,6 +170,14 @@ class ScoredLayers:
 
     def attach_mixtures(self) -> None:
         """Put those in place that were found since."""
-        for name, inner in list(self._mixtures.without_rule(self._rules)):
-            self._rules[name] = mixture_rule(inner)
+        for name, inner, found_by in list(self._mixtures.without_rule(self._rules)):
+            self._rules[name] = mixture_rule(inner, found_by)
             self._attach(name)
+
+
+def _restore(places: list[tuple[nn.Module, Any]]) -> None:
+    """Put modules' forwards back as they were before they were scored."""
+    for module, forward in places:
+        del module.__dict__["forward"]
+        if forward is not None:
+            module.__dict__["forward"] = forward

@@ -1,11 +1,14 @@
-"""Rules for two shapes of layer in transformers: experts in one module, relative position biases.
+"""Rules for three shapes of layer in transformers: experts in one module, of some tokens each or of
+all, and relative position biases.
 
-Both are known by what they hold, so that every model family's class is served. Experts are 3-d
+They are known by what they hold, so that every model family's class is served. Experts are 3-d
 weights in a module that gets all tokens and their routing; each expert sees a token subset, and
-which sample a token is of is followed through the sorting. A relative position bias is an
-embedding of (Tq, Tk) bucket numbers, the same for every sample, so each sample gets its own table.
+which sample a token is of is followed through the sorting. Llama 4's see all tokens, one expert's
+after the other's, multiplied by their scores. A relative position bias is an embedding of (Tq, Tk)
+bucket numbers, the same for every sample, so each sample gets its own table.
 """
 
+import inspect
 from typing import Any
 
 import torch
@@ -217,6 +220,47 @@ def experts(
         .index_add(0, token, out.to(hidden.dtype))
         .view(hidden.shape)
     )
+
+
+def is_experts_of_all(module: nn.Module) -> bool:
+    """Experts that are given every token, (E·rows·T, H) and nothing else, by the layer around them."""
+    named = dict(module.named_parameters())
+    if named.keys() != {"gate_up_proj", "down_proj"} or any(p.dim() != 3 for p in named.values()):
+        return False
+    alone = len(inspect.signature(type(module).forward).parameters) == 2  # self, and the tokens
+    return alone and hasattr(module, "act_fn") and not hasattr(module, "is_transposed")
+
+
+def is_mixture_of_all(module: nn.Module) -> bool:
+    """Llama 4's mixture, with experts that are trained."""
+    parts = dict(module.named_children())
+    return parts.keys() == {"experts", "router", "shared_expert"} and (
+        is_experts_of_all(parts["experts"])
+        and any(p.requires_grad for p in parts["experts"].parameters())
+    )
+
+
+def mixture_of_all(module: Any, scored: Scored, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    """hidden (rows, T, H) or (rows·T, H)."""
+    held = module.experts
+    rows = scored.step.as_rows(scored.name, hidden)
+    flat = rows.flatten(0, -2)
+    scores, logits = module.router(flat)
+    number, tokens = held.down_proj.shape[0], len(flat)
+    of_token = torch.arange(scored.rows, device=flat.device)
+    samples = of_token.repeat_interleave(tokens // scored.rows).repeat(number)
+
+    def linear(x: Tensor, weight: Tensor) -> Tensor:
+        x = autocast_input(x)
+        with no_autocast(x.device.type):
+            return ExpertLinearDot.apply(  # type: ignore[no-any-return]
+                x, weight, scored.step, True, [tokens] * number, samples, lambda w: w
+            )
+
+    routed = flat.repeat(number, 1) * scores.t().reshape(-1, 1)
+    gate, up = linear(routed, held.gate_up_proj).chunk(2, -1)
+    out = linear(up * held.act_fn(gate), held.down_proj).unflatten(0, (number, -1)).sum(0)
+    return module.shared_expert(flat) + out, logits
 
 
 def is_relative_bias(module: nn.Module) -> bool:
