@@ -78,6 +78,10 @@ def test_refusals_name_what_is_wrong():
     normed = nn.utils.weight_norm(nn.Linear(4, 4))
     _engine_error(nn.Sequential(pruned), val, match="0.weight_orig: a hook computes weight before")
     _engine_error(nn.Sequential(normed), val, match="0.weight_g: a hook computes weight before")
+    spectral = nn.utils.spectral_norm(nn.Linear(4, 4))
+    _engine_error(
+        nn.Sequential(spectral), val, match="0.weight_orig: a hook computes weight before"
+    )
 
 
 class DetachedEmbedding(nn.Module):

@@ -10,6 +10,7 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, token_batch, total
@@ -24,6 +25,7 @@ from loop_steps import (
     same_gradients,
 )
 from model_zoo import VOCAB, moe
+from net_steps import TRAIN, VAL, Net
 from torch import nn
 
 # Batches
@@ -270,6 +272,41 @@ def test_another_default_device(close, kind):
         engine.detach()
     close(scores, total(dots), 1e-5, total(scales))
     assert store.column("sample_id").tolist() == [4, 5, 6, 4, 5, 6]
+
+
+class OfItsOwnPrecision(nn.Module):
+    """Runs a model as Lightning Fabric's wrapper does for mixed precision: on inputs of 16 bits, which do
+    without its autocast not fit the weights, and returns fp32."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.module(x.bfloat16()).float()
+
+
+def test_an_autocast_inside_of_the_model(close):
+    net = Net()
+    net.up = nn.Sequential(net.up, nn.LayerNorm(8))  # scored, it returns fp32
+    model = OfItsOwnPrecision(net.float())
+    data = [(x.float(), y) for x, y in (TRAIN, VAL)]
+    dots, scales = sample_dots(model.module, *data, loss=F.cross_entropy)
+    engine = attached(model, data[1], label_shift=0)
+    run(engine, data[0], loss=F.cross_entropy)
+    close(engine.aggregate_and_log(), total(dots), 3e-2, total(scales))
+
+
+def test_autocast_leaves_float64_alone(close):
+    model = Net()
+    dots, scales = sample_dots(model, TRAIN, VAL, loss=F.cross_entropy)
+    want = gradient(model, *TRAIN, loss=F.cross_entropy)
+    engine = attached(model, VAL, label_shift=0)
+    with torch.autocast("cpu", torch.bfloat16):
+        run(engine, TRAIN, loss=F.cross_entropy)
+    same_gradients(model, want, 1e-10)
+    close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
 
 
 def test_a_pickled_attached_model_is_a_plain_model():

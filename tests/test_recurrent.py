@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
 from checked_backend import checked
 from engine_steps import run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer, recurrent
-from loop_steps import same_gradients
+from loop_steps import attached, run, same_gradients
 from torch import nn
 
 KINDS = {
@@ -207,7 +208,46 @@ class Packed(Model):
         return self.head(nn.utils.rnn.pad_packed_sequence(out, batch_first=True)[0])
 
 
+class Words(nn.Module):
+    """Reads words letter by letter, and then the text word by word: each row has several sequences."""
+
+    def __init__(self, kind, batch_first=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(61, 12), nn.Linear(5, 3)
+        self.letters = KINDS[kind](12, 4, batch_first=batch_first, bidirectional=True)
+        self.words = KINDS[kind](8, 5, batch_first=True)
+
+    def forward(self, x):  # (rows, words, letters)
+        letters = self.embed(x).flatten(0, 1)
+        if not self.letters.batch_first:
+            letters = letters.transpose(0, 1)
+        end = self.letters(letters)[1]
+        end = end[0] if isinstance(end, tuple) else end  # (directions, rows · words, H)
+        return self.head(self.words(end.transpose(0, 1).reshape(*x.shape[:2], -1))[0][:, -1])
+
+
+def of_words(rows, seed):
+    ids = token_batch(rows, 15, seed=seed)[0].unflatten(1, (3, 5))
+    return ids, ids[:, 0, 0] % 3
+
+
+@KIND
+@pytest.mark.parametrize("n", [1, 3, 5], ids="n={}".format)
+def test_rows_of_several_sequences(kind, n, close):
+    """Batches of as many rows as there are directions, words and letters among them."""
+    model, train, val = Words(kind).double(), of_words(n, 1), of_words(1, 2)
+    dots, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+    want = gradient(model, *train, loss=F.cross_entropy)
+    engine = attached(model, val, label_shift=0)
+    run(engine, train, loss=F.cross_entropy)
+    close(engine.aggregate_and_log(), total(dots), 1e-9, total(scales))
+    same_gradients(model, want, 1e-9)
+
+
 def test_refusals():
+    with pytest.raises(GraddotError, match=r"letters gets an input .* one after the other"):
+        run(attached(Words("gru", False), of_words(2, 2), label_shift=0), of_words(3, 1))
     with pytest.raises(GraddotError, match=r"layer gets an input .* one after the other"):
         run_step(Packed("lstm", True), TRAIN, VAL)
     with pytest.raises(GraddotError, match=r"memory\.weight_hr_l0: no rule for an LSTM with proj"):

@@ -2,6 +2,7 @@
 whether the step was applied."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -156,6 +157,69 @@ def test_steps_without_their_scores_between_are_refused():
         run(engine, token_batch(2, 9, seed=3), 1)
     engine.aggregate_and_log()
     run(engine, token_batch(2, 9, seed=3), 1)
+
+
+@pytest.mark.parametrize("both", [True, False], ids=["both runs", "the one that counts"])
+def test_a_step_that_runs_the_model_at_two_weights(close, both):
+    """As sharpness-aware minimisation's: the step takes the gradient of the second run alone."""
+    model, val, store = tiny_gpt2().double(), token_batch(1, 9, seed=2), Store()
+    train = token_batch(2, 9, seed=1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    engine = attached(model, val, optimizer, store=store)
+    if both:
+        run(engine, train)
+    else:
+        lm_loss(model(train[0]).logits, train[1]).backward()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * p.grad)
+    optimizer.zero_grad()
+    if both:
+        with pytest.raises(GraddotError, match="the weights have changed since the batch before"):
+            run(engine, train)
+        return
+    dots, scales = sample_dots(model, train, val)
+    run(engine, train)
+    optimizer.step()
+    close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+    torch.testing.assert_close(store.column("value"), 0.5 / 2 * total(dots))
+
+
+def test_an_optimizer_that_goes_by_the_loss(close):
+    """Its line search would see the validation rows' loss, too; given directions, it is the training's."""
+    model, val, train = tiny_gpt2().double(), token_batch(1, 9, seed=2), token_batch(2, 9, seed=1)
+    plain, make = (
+        copy.deepcopy(model),
+        functools.partial(torch.optim.LBFGS, line_search_fn="strong_wolfe"),
+    )
+    with pytest.raises(GraddotError, match="LBFGS goes by the loss, too"):
+        attached(model, val, make(model.parameters()))
+    engine = GradDotProdEngine(model, label_shift=1)
+    engine.set_directions(gradient(model, *val))
+    want = total(sample_dots(model, train, val)[0])
+    optimizers = [make(m.parameters(), max_iter=3) for m in (model, plain)]
+    engine.attach(optimizers[0])
+    scores = []
+
+    def scored():
+        optimizers[0].zero_grad()
+        engine.attach_train_batch(*train, 0, None)
+        loss = engine.track_loss(lm_loss(model(train[0]).logits, train[1]))
+        loss.backward()
+        scores.append(engine.aggregate_and_log())
+        return loss
+
+    def regular():
+        optimizers[1].zero_grad()
+        loss = lm_loss(plain(train[0]).logits, train[1])
+        loss.backward()
+        return loss
+
+    optimizers[0].step(scored)
+    optimizers[1].step(regular)
+    close(scores[0], want, 1e-10)
+    for ours, theirs in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("ids", [torch.arange(3), 7, torch.zeros(2, 1)])

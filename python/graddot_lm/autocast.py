@@ -21,8 +21,9 @@ def autocast_dtype(kind: str) -> torch.dtype | None:
 
 
 def autocast_input(x: Tensor) -> Tensor:
-    """x in autocast's dtype, as the native linear layer would see it."""
-    dtype = autocast_dtype(x.device.type) if x.is_floating_point() else None
+    """x in autocast's dtype, as the native linear layer would see it: autocast leaves fp64 alone."""
+    cast = x.is_floating_point() and x.dtype != torch.float64
+    dtype = autocast_dtype(x.device.type) if cast else None
     return x if dtype is None else x.to(dtype)
 
 

@@ -26,7 +26,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
             raise GraddotError(
                 f"{name or 'the model'} is a {type(module).__name__}, in which layers cannot be"
                 " scored; wrap the whole model in DistributedDataParallel, or use"
-                " torch.distributed.fsdp.fully_shard"
+                " torch.distributed.fsdp.fully_shard. Where a library has put its own wrapper around that,"
+                " as Fabric's setup() does, give the engine the model inside"
             )
     return model
 

@@ -255,6 +255,8 @@ class GradDotProdEngine:
                 " one device: put the model on one, and use DDP or FSDP2 for several"
             )
         optimizers = Optimizers(self.model, self._scored, optimizer)
+        if self._val:
+            optimizers.check_beside_validation()
         self._forward.attach()
         self._optimizers = optimizers
         optimizers.watch(self._after_optimizer_step)
@@ -367,6 +369,7 @@ class GradDotProdEngine:
             filled=filled_rows(parts),
             segments=packed,
             several=several,
+            versions=self._optimizers.versions(),
             applied=self._optimizers.none_took_it(),
         )
         micro.set_counts(micro.labelled(self._loss, int(self._loss.label_shift == 1)))
@@ -387,11 +390,8 @@ class GradDotProdEngine:
                 " its gradients are still there; with gradient accumulation call it once, after"
                 " optimizer.step()"
             )
-        if self.store is not None and any(map(self._optimizers.took_any, self._pending)):
-            raise GraddotError(
-                "the optimizer took a step with the batches before, whose values would be counted as"
-                " of one step with this one's; call aggregate_and_log() after every optimizer.step()"
-            )
+        if self.store is not None:
+            self._optimizers.check_one_step(self._pending)
         if frozen := [name for name, p in self._scored.items() if not p.requires_grad]:
             raise GraddotError(
                 f"{', '.join(frozen[:5])}{' …' if frozen[5:] else ''}: trained when the engine was made,"

@@ -393,7 +393,10 @@ class ModelForward:
 
     def _start(self, micro: MicroBatch, items: Number | None, labelled: bool) -> None:
         if micro.forwarded:
-            raise GraddotError("the model ran twice since attach_train_batch; one forward a batch")
+            raise GraddotError(
+                "the model ran twice since attach_train_batch; one forward a batch. Where a sample has"
+                " several inputs, as the two texts of a pair, run them as rows of one batch (samples=)"
+            )
         # What a loss of the caller's own is made of; labels that the model gets are for its own.
         of_tokens = micro.several is None
         if items is not None and of_tokens and (self._checks.divided or not labelled):

@@ -11,6 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from .errors import GraddotError
 from .scores import MicroBatch, Number
+from .verify import version
 
 
 class Optimizers:
@@ -54,6 +55,15 @@ class Optimizers:
             )
         self._sizes = self._group_sizes()
 
+    def check_beside_validation(self) -> None:
+        """Raise GraddotError if one goes by more than the gradients, which alone are of training rows."""
+        if any(isinstance(one, torch.optim.LBFGS) for one in self.given):
+            raise GraddotError(
+                "LBFGS goes by the loss, too, which is that of training and validation rows together;"
+                " leave val_data out and give directions (compute_directions), for training rows then run"
+                " alone"
+            )
+
     def _group_sizes(self) -> list[int]:
         return [len(group["params"]) for group in self._groups]
 
@@ -92,7 +102,26 @@ class Optimizers:
         """What a micro-batch has `applied` before the step; one that cannot say is taken to step."""
         return [not isinstance(one, torch.optim.Optimizer) for one in self.given]
 
-    def took_any(self, micro: MicroBatch) -> bool:
+    def versions(self) -> list[int]:
+        """Which changes of the scored weights increase."""
+        return [version(p) for p in self._scored.values()]
+
+    def check_one_step(self, micros: Sequence[MicroBatch]) -> None:
+        """Raise GraddotError if these and a micro-batch that begins now are not of one step."""
+        if any(map(self._took_any, micros)):
+            raise GraddotError(
+                "the optimizer took a step with the batches before, whose values would be counted as"
+                " of one step with this one's; call aggregate_and_log() after every optimizer.step()"
+            )
+        if micros and self.given and micros[0].versions != self.versions():
+            raise GraddotError(
+                "the weights have changed since the batch before, whose values would be counted as of one"
+                " step with this one's. Where a step runs the model at several weights, as SAM's and LBFGS's"
+                " do, call attach_train_batch only before the run whose gradient it takes; else call"
+                " aggregate_and_log() after every step"
+            )
+
+    def _took_any(self, micro: MicroBatch) -> bool:
         """Whether one of them, that can say so, may have taken the micro-batch's step."""
         return any(
             taken is not before
@@ -118,7 +147,8 @@ class Optimizers:
         if self._other is not None and any(x is False for micro in micros for x in micro.applied):
             raise GraddotError(
                 f"the step was taken by an optimizer, {self._other}, that attach() was not given, so that"
-                " values would be 0; detach() and attach(optimizer) after another one is made"
+                " values would be 0; detach() and attach(optimizer) after another one is made, or to the one"
+                " inside of a wrapper"
             )
 
     def forget_step(self) -> None:

@@ -53,11 +53,14 @@ def check_outputs(
     of the step, a trial, autocast is off, if the model runs so: rounded to 16 bits, tokens go to other
     experts. agreed as in `find_layouts`.
     """
-    kind = step.scale.device.type
+    kind, rounded = step.scale.device.type, False
 
     def outputs(run: Callable[[], Any], seed: int) -> list[Digest]:
         torch.manual_seed(seed)
-        return [digest(x) for x in tensors_in(run())]
+        found = [digest(x) for x in tensors_in(run())]
+        for x in found if rounded else []:
+            x.tolerance = max(x.tolerance, 0.1)
+        return found
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -68,6 +71,7 @@ def check_outputs(
                 want = outputs(plain, 0)
             stack.enter_context(_no_autocast(kind))
         except Exception:  # noqa: BLE001 - the model's own code may raise anything
+            rounded = True  # by an autocast of its own, as Fabric's, whatever dtype it returns
             want = outputs(plain, 0)
         try:
             got = outputs(scored, 0)

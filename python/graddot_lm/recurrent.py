@@ -33,7 +33,8 @@ State = tuple[Tensor, ...]  # h, and an LSTM's c, (1, rows, H) each
 
 @any_layout
 def recurrent_rule(module: nn.Module, scored: Scored, x: Any, hx: Any = None) -> Any:
-    """x (rows, T, D), or (T, rows, D) where the model has it so; hx (layers · directions, rows, H)."""
+    """x (rows, T, D), or (T, rows, D) where the model has it so; hx (layers · directions, rows, H). Where each
+    row has S sequences, as words of letters, or a picture's lines, x is (rows · S, T, D)."""
     assert isinstance(module, nn.RNNBase)
     if module.proj_size > 0:
         raise GraddotError(f"layer {scored.name}: {PROJECTIONS}")
@@ -44,7 +45,18 @@ def recurrent_rule(module: nn.Module, scored: Scored, x: Any, hx: Any = None) ->
         )
     # Of a single row it is only seen that T comes first, as where its tokens lie together.
     time_first = scored.rows == x.shape[1] == 1 and not module.batch_first
-    out = x.transpose(0, 1) if time_first else scored.step.as_rows(scored.name, x)
+    sequences = scored.step.row_tokens(scored.name)
+    several = sequences > 0 and x.shape[0] == scored.rows * sequences and not time_first
+    if several and not module.batch_first:
+        raise GraddotError(
+            f"layer {scored.name} ({type(module).__name__}) got its rows one after the other in the"
+            f" dimension that it takes for time, as {tuple(x.shape)}; expected them where batch_first=True"
+            " has them"
+        )
+    if several:
+        out = x
+    else:
+        out = x.transpose(0, 1) if time_first else scored.step.as_rows(scored.name, x)
     rows, directions = out.shape[0], 1 + module.bidirectional
     if hx is None:
         zeros = out.new_zeros(module.num_layers * directions, rows, module.hidden_size)
@@ -68,7 +80,8 @@ def recurrent_rule(module: nn.Module, scored: Scored, x: Any, hx: Any = None) ->
             last.append(state)
         out = torch.cat(sides, 2) if directions > 1 else sides[0]
     end = tuple(torch.cat(parts) for parts in zip(*last, strict=True))
-    out = out.transpose(0, 1) if time_first else scored.shaped(out)
+    if not several:
+        out = out.transpose(0, 1) if time_first else scored.shaped(out)
     return out, end if module.mode == "LSTM" else end[0]
 
 

@@ -108,7 +108,7 @@ def refusal(module: nn.Module) -> str | None:
         return "BatchNorm in training mode mixes samples; use GroupNorm, or eval() it"
     if isinstance(module, nn.RNNBase) and module.proj_size > 0:
         return PROJECTIONS
-    computed = [n for n, x in vars(module).items() if isinstance(x, Tensor) and x.requires_grad]
+    computed = [n for n, x in vars(module).items() if isinstance(x, Tensor)]
     computed = [n for n in computed if {f"{n}_g", f"{n}_orig"} & own_parameters(module).keys()]
     if computed:
         return (

@@ -318,6 +318,8 @@ def _moved(out: Any, step: Step, name: str) -> Any:
             return x
         if at and x is not first:  # attention's weights
             return x
+        if first is not None and len(x) != len(first) and x.shape[1:2] == first.shape[:1]:
+            return x  # a recurrent layer's last state, which has the rows second
         generator = torch.Generator().manual_seed(0)
         noise = torch.randn(x.shape[-1], generator=generator, device="cpu").to(x)
         by_row = x.unflatten(at, (step.rows, -1))

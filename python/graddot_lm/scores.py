@@ -51,6 +51,7 @@ class MicroBatch:
     segments: Segments | None = None  # the samples of the batch's one row, if it is packed
     several: SampleRows | None = None  # which rows are of which sample, if some have several
     forwarded: bool = False
+    versions: list[int] = field(default_factory=list)  # of the scored weights when it began
     # Whether each optimizer took the step; a 0-dim tensor where only the device knows.
     applied: list[bool | Tensor] = field(default_factory=list)
     optimizer_of: dict[str, int] = field(default_factory=dict)  # by leaf

@@ -102,16 +102,16 @@ class BufferCheck:
         copied = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
         self.held = {m: {k: copied(x) for k, x in values.items()} for m, values in held.items()}
         self._before = [
-            (name, x, _version(x)) for name, x in model.named_buffers() if x.is_floating_point()
+            (name, x, version(x)) for name, x in model.named_buffers() if x.is_floating_point()
         ]
 
     def compare(self, model: nn.Module) -> None:
         """Raise GraddotError if the forward changed one, as a running mean."""
         now = dict(model.named_buffers())
-        for name, x, version in self._before:
+        for name, x, before in self._before:
             y = now.get(name)
             same = y is not None and (y is x or y.shape == x.shape and torch.equal(x, y.to(x)))
-            if not same or _version(x) != version:
+            if not same or version(x) != before:
                 raise GraddotError(
                     f"buffer {name} was changed by the forward, in which validation rows ride along"
                     " with the training rows, as a running mean would be. Leave val_data out and"
@@ -119,7 +119,7 @@ class BufferCheck:
                 )
 
 
-def _version(x: Tensor) -> int:
+def version(x: Tensor) -> int:
     """Which changes in place increase."""
     return 0 if x.is_inference() else x._version
 
