@@ -193,9 +193,10 @@ class MicroBatch:
         return torch.full((), applied, device=self.step.scale.device)
 
 
-def _tensor(x: Any) -> Tensor:
-    """A tensor as it is, anything else as one on the host, whatever device is torch's default."""
-    return x if isinstance(x, Tensor) else torch.as_tensor(x, device="cpu")
+def _tensor(x: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """A tensor where it is, anything else as one on the host, whatever device is torch's default."""
+    device = x.device if isinstance(x, Tensor) else "cpu"
+    return torch.as_tensor(x, dtype=dtype, device=device)
 
 
 def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
@@ -259,7 +260,7 @@ def score_rows(
         rows: dict[str, Any] = {
             "sample_id": _tensor(micro.sample_ids),
             "n_tokens": micro.counts[:n],
-            "lr": _tensor(micro.lr).double().expand(n),
+            "lr": _tensor(micro.lr, torch.float64).expand(n),
         }
         dots, values = micro.scores(), micro.lr_scores() * weights * gradient_scale
         took = micro.took_step()
