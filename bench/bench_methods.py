@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from _report import append_row, time_and_energy
 from graddot_lm import GradDotProdEngine, fuse_head
-from graddot_lm.architectures import ARCHITECTURES
+from graddot_lm.training.architectures import ARCHITECTURES
 from rivals import (
     cached_direction,
     naive,

@@ -29,7 +29,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from _report import append_row, interleave
-from graddot_lm.layers import rms_norm_backward
+from graddot_lm.rules.layers import rms_norm_backward
 from torch import Tensor
 
 import graddot_kernels as gk

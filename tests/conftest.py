@@ -43,7 +43,7 @@ def pytest_unconfigure():
 def _compiled_again():
     """A step that a test gave up leaves torch.compile as it was, once its engine is gone."""
     yield
-    compiler = sys.modules.get("graddot_lm.compiler")
+    compiler = sys.modules.get("graddot_lm.compiling.compiler")
     if compiler is not None and compiler._stance is not None:
         # Among all that was imported looking takes seconds, so the young come first. Twice: the first may
         # find tensors that their graphs hold.

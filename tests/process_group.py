@@ -23,7 +23,7 @@ def _run(rank, world, folder, function, args):
         timeout=timedelta(seconds=TIMEOUT),
     )
     torch.save(function(rank, world, *args), folder / f"{rank}.pt")
-    # The group is not freed here, where that may hang (see graddot_lm.processes): a fork ends
+    # The group is not freed here, where that may hang (see graddot_lm.training.processes): a fork ends
     # without it.
 
 

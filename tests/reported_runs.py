@@ -5,8 +5,8 @@ import contextlib
 import io
 
 import numpy as np
-from graddot_lm import report
-from graddot_lm.run_directory import RunDirectory
+from graddot_lm.results import report
+from graddot_lm.training.run_directory import RunDirectory
 
 DOMAINS = ["code", "math", "web\npage"]
 SAMPLES, STEPS, N = 60, 30, 16

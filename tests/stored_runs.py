@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import TEMPORARY
-from graddot_lm.run_directory import RunDirectory
 from graddot_lm.store import (
     SCORES,
     PartWriter,
     open_rows,
     read_scores,
 )
+from graddot_lm.training.checkpoint import latest_checkpoint, load_checkpoint
+from graddot_lm.training.run_directory import RunDirectory
 
 CONFIG = {"lr": 0.1, "model": {"n_layer": 2, "n_head": 2}, "max_steps": 9}
 N = 3  # rows a step

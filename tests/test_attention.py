@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from brute_force import lm_loss, token_batch
 from engine_steps import run_step
 from graddot_lm import GraddotError, GradDotProdEngine, linear_cross_entropy, register_layer
-from graddot_lm.rules import _registered
+from graddot_lm.rules.table import _registered
 from model_zoo import TimeFirst, shaken
 from test_models import check
 from torch import nn

@@ -15,8 +15,8 @@ from brute_force import tiny_gpt2, token_batch
 from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
 from graddot_lm.background import BackgroundWriter, WriterThread
 from graddot_lm.batches import Rows, read_batch
-from graddot_lm.run_directory import RunDirectory
 from graddot_lm.store import SCORES, PartWriter, read_scores
+from graddot_lm.training.run_directory import RunDirectory
 from stored_runs import CONFIG, check_after_kill, die_before_call, expect_steps, rows, start
 from stored_runs import state_at as state
 from waits import VALUES, Waits

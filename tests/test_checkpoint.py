@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from graddot_lm.errors import GraddotError
+from graddot_lm.training.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from torch import nn
 
 

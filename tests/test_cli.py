@@ -8,7 +8,8 @@ from math import nan
 from pathlib import Path
 
 import pytest
-from graddot_lm import cli, report
+from graddot_lm import cli
+from graddot_lm.results import report
 from graddot_lm.store import PartWriter, scores_schema
 
 ROOT = Path(__file__).parent.parent

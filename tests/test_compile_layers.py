@@ -22,7 +22,7 @@ from compiled_steps import (
     unscored,
 )
 from graddot_lm import GraddotError, GradDotProdEngine
-from graddot_lm.in_graph import _LayerBackward
+from graddot_lm.compiling.in_graph import _LayerBackward
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

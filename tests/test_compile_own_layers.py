@@ -18,7 +18,7 @@ from compiled_steps import (
     step,
 )
 from graddot_lm import GraddotError, GradDotProdEngine
-from graddot_lm.tracing import LayerSite
+from graddot_lm.compiling.tracing import LayerSite
 from torch import nn
 from torch._dynamo.utils import counters
 

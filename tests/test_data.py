@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graddot_lm.data import (
+from graddot_lm.errors import GraddotError
+from graddot_lm.text.data import (
     MixtureSampler,
     TokenData,
     fixed_batch,
@@ -15,9 +16,8 @@ from graddot_lm.data import (
     permute,
     separated,
 )
-from graddot_lm.errors import GraddotError
-from graddot_lm.load_tokenizer import tokenizer_sha256
-from graddot_lm.token_writer import FORMAT_VERSION
+from graddot_lm.text.load_tokenizer import tokenizer_sha256
+from graddot_lm.text.token_writer import FORMAT_VERSION
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models

@@ -4,9 +4,9 @@ import json
 import re
 
 import pytest
-from graddot_lm import demo_corpus
-from graddot_lm.demo_corpus import collect, split_text
 from graddot_lm.errors import GraddotError
+from graddot_lm.text import demo_corpus
+from graddot_lm.text.demo_corpus import collect, split_text
 
 NAMES = ["Python source", "Python docs", "Licences", "Arithmetic"]
 

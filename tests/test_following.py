@@ -11,8 +11,8 @@ from checked_backend import checked
 from engine_steps import close, run_step
 from following_cases import CASES, FP32, Block, N, ScaledBy, block, data
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
-from graddot_lm.followed import Followed
-from graddot_lm.following import Following
+from graddot_lm.rules.followed import Followed
+from graddot_lm.rules.following import Following
 from loop_steps import same_gradients
 from torch import nn
 
@@ -20,7 +20,7 @@ from torch import nn
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Gradients of every sample are allowed for a case's own parameters, not for all in a block."""
-    monkeypatch.setattr("graddot_lm.general.LARGEST", 36)
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 36)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -215,13 +215,13 @@ def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
         GraddotError, match="in place: .*does not hold.*\n.*row by row: its 47 elements"
     ):
         check_layer(layer, data(4)[0])
-    monkeypatch.setattr("graddot_lm.general.LARGEST", 100)
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 100)
     check_layer(layer, data(4)[0])
 
 
 def test_a_transformer_layer_in_evaluation_mode_row_by_row(close, monkeypatch):
     """Which under vmap would take PyTorch's fast path, that has no backward."""
-    monkeypatch.setattr("graddot_lm.general.LARGEST", 1000)
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 1000)
     scaled = lambda m, x: m.inner((x.transpose(0, 1) * m.w).transpose(0, 1))
     layer = Block(scaled, w=N(6))
     layer.inner = nn.TransformerEncoderLayer(6, 2, 6, batch_first=True)

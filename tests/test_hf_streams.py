@@ -10,7 +10,7 @@ from datasets import Dataset
 from graddot_lm import GraddotError
 from graddot_lm.hf import content_id
 from graddot_lm.indexed import ColumnId
-from graddot_lm.score_figures import sample_table
+from graddot_lm.results.score_figures import sample_table
 from hf_runs import TRAIN, VAL, Stream, arguments, check_steps, collate, rows_of, train
 from tokenizers import Tokenizer, models
 from transformers import (

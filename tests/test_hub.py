@@ -14,12 +14,13 @@ from pathlib import Path
 import datasets
 import pytest
 import zstandard
-from graddot_lm import text_source
+from graddot_lm.text import text_source
 from hub_server import hub
 from tokenize_checks import content, jsonl, small_bpe, tokenize
 
 SCRIPT = """
-from graddot_lm import cli, text_source, token_writer
+from graddot_lm import cli
+from graddot_lm.text import text_source, token_writer
 text_source.CHUNK_BYTES, token_writer.COMMIT_SECONDS = 20_000, 0
 raise SystemExit(cli.main())
 """

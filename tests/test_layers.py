@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from brute_force import sample_dots, total
 from engine_steps import check_against_brute_force, close, run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer, register_layer
-from graddot_lm.norms import RMSNormForm, rms_norm_form
-from graddot_lm.rules import rule_for
+from graddot_lm.rules.norms import RMSNormForm, rms_norm_form
+from graddot_lm.rules.table import rule_for
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
@@ -294,7 +294,7 @@ def test_a_model_that_mixes_samples_a_little_is_refused():
 
 
 def test_a_layer_too_large_for_its_samples_gradients_is_refused(monkeypatch):
-    monkeypatch.setattr("graddot_lm.general.LARGEST", 40)
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 40)
     model = nn.Sequential(nn.Linear(6, 6), Cell())
     _refused(model, r"layer 1 of type Cell.*\n.*\n  row by row: its 48 elements are too many")
     register_layer(Cell)

@@ -268,7 +268,7 @@ def data(rows, seed=0):
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """Gradients of every sample are not held for all of a model."""
-    monkeypatch.setattr("graddot_lm.general.LARGEST", 80)
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 80)
     torch.manual_seed(0)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)

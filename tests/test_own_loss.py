@@ -176,7 +176,7 @@ def test_label_smoothing_is_no_weight_of_tokens(rows, dtype):
 
 
 def test_of_many_classes_a_few_tokens_are_looked_at(monkeypatch):
-    monkeypatch.setattr("graddot_lm.own_loss.AT_MOST", 2 * 6 * 61)
+    monkeypatch.setattr("graddot_lm.checks.own_loss.AT_MOST", 2 * 6 * 61)
     with pytest.raises(GraddotError, match="add up to one, as in a mean of rows' own means"):
         run_step(tiny_gpt2(), *TEXT, loss=mean_of_means)
     run_step(tiny_gpt2(), *TEXT, loss=lm_loss)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from datasets import Dataset
 from graddot_lm import GraddotError
+from graddot_lm.checks.item_loss import items_in_rows, unseen
 from graddot_lm.hf import GradDotProdTrainer
-from graddot_lm.item_loss import items_in_rows, unseen
 from hf_runs import (
     TRAIN,
     VAL,

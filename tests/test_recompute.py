@@ -4,7 +4,7 @@ import pytest
 import torch
 from brute_force import tiny_gpt2, token_batch
 from graddot_lm import GradDotProdEngine
-from graddot_lm.recompute import made_of, remember
+from graddot_lm.rules.recompute import made_of, remember
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -69,15 +69,15 @@ def step(model):
 
 @pytest.mark.parametrize("make", [gelu_gpt2, tiny_llama])
 def test_inputs_are_not_kept_and_bits_are_the_same(make, monkeypatch):
-    monkeypatch.setattr("graddot_lm.recompute._MIN_OUTPUTS", 0)
+    monkeypatch.setattr("graddot_lm.rules.recompute._MIN_OUTPUTS", 0)
     model = make().train()
     scores, grads, inputs, addresses = step(model)
     assert len(inputs) == 6
     for name, (_, address) in inputs.items():
         assert address not in addresses[name], name
-    monkeypatch.setattr("graddot_lm.recompute._of_node", lambda node: None)
+    monkeypatch.setattr("graddot_lm.rules.recompute._of_node", lambda node: None)
     monkeypatch.setattr("graddot_lm.scored.remember", lambda out, *_: out)
-    monkeypatch.setattr("graddot_lm.norms.remember", lambda out, *_: out)
+    monkeypatch.setattr("graddot_lm.rules.norms.remember", lambda out, *_: out)
     want, want_grads, inputs, addresses = step(model)
     for name, (_, address) in inputs.items():
         assert address in addresses[name], name

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
 from checked_backend import checked
 from engine_steps import run_step
-from graddot_lm import GraddotError, GradDotProdEngine, check_layer, recurrent
+from graddot_lm import GraddotError, GradDotProdEngine, check_layer
+from graddot_lm.rules import recurrent
 from loop_steps import attached, run, same_gradients
 from torch import nn
 

@@ -7,11 +7,11 @@ import os
 
 import numpy as np
 import pytest
-from graddot_lm import report, score_figures
 from graddot_lm.background import BackgroundWriter
 from graddot_lm.errors import GraddotError
-from graddot_lm.run_directory import RunDirectory
+from graddot_lm.results import report, score_figures
 from graddot_lm.store import PartWriter, scores_schema
+from graddot_lm.training.run_directory import RunDirectory
 from reported_runs import DOMAINS, SAMPLES, STEPS, N, call, printed, write_run
 
 

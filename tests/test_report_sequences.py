@@ -5,10 +5,10 @@ import json
 
 import numpy as np
 import pytest
-from graddot_lm import score_figures, score_text
-from graddot_lm.data import TokenData
-from graddot_lm.excerpts import escape
-from graddot_lm.tokenization import FORMAT_VERSION
+from graddot_lm.results import score_figures, score_text
+from graddot_lm.results.excerpts import escape
+from graddot_lm.text.data import TokenData
+from graddot_lm.text.tokenization import FORMAT_VERSION
 from reported_runs import DOMAINS, printed, write_run
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 

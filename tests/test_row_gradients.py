@@ -89,7 +89,7 @@ MODELS = {
 @pytest.fixture(autouse=True)
 def large(monkeypatch):
     """Every weight is one of which no row may have a gradient of its own; a bias may."""
-    monkeypatch.setattr("graddot_lm.general.LARGEST", 2 * VOCAB)
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 2 * VOCAB)
 
 
 def attached(model, mode):

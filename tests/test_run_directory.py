@@ -8,10 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
-from graddot_lm.checkpoint import save_checkpoint
 from graddot_lm.errors import GraddotError
-from graddot_lm.run_directory import RunDirectory
-from graddot_lm.settings import check_resume, read_config
 from graddot_lm.store import (
     METRICS,
     SCORES,
@@ -19,6 +16,9 @@ from graddot_lm.store import (
     open_rows,
     read_scores,
 )
+from graddot_lm.training.checkpoint import save_checkpoint
+from graddot_lm.training.run_directory import RunDirectory
+from graddot_lm.training.settings import check_resume, read_config
 from stored_runs import (
     CONFIG,
     PROCESSES,

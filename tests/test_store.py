@@ -8,15 +8,15 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 import torch
-from graddot_lm.checkpoint import save_checkpoint
 from graddot_lm.errors import GraddotError
-from graddot_lm.run_directory import RunDirectory
 from graddot_lm.store import (
     SCORES,
     PartWriter,
     read_scores,
     scores_schema,
 )
+from graddot_lm.training.checkpoint import save_checkpoint
+from graddot_lm.training.run_directory import RunDirectory
 from stored_runs import CONFIG, N, expect_steps, fill, folder_of_parts, names, rows, state_at, train
 
 # Rows

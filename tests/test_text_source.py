@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import zstandard
 from graddot_lm.errors import GraddotError
-from graddot_lm.text_source import find_sources, read_chunks
+from graddot_lm.text.text_source import find_sources, read_chunks
 from tokenize_checks import GOOD, content, jsonl, small_bpe, tokenize
 
 

@@ -11,8 +11,8 @@ import time
 from pathlib import Path
 
 import pytest
-from graddot_lm import text_source, token_writer, tokenization
 from graddot_lm.errors import GraddotError
+from graddot_lm.text import text_source, token_writer, tokenization
 from tokenize_checks import GOOD, content, jsonl, small_bpe, small_pile, tokenize
 
 
@@ -82,7 +82,7 @@ def test_an_output_in_an_input_or_around_it_is_refused(tmp_path, pile, bpe, monk
 
 SCRIPT = """
 import argparse, signal
-from graddot_lm import text_source, token_writer, tokenization
+from graddot_lm.text import text_source, token_writer, tokenization
 text_source.CHUNK_BYTES, token_writer.COMMIT_SECONDS = 20_000, 0
 signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell runs behind
 parser = argparse.ArgumentParser()

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from graddot_lm import text_source, token_writer, tokenization
 from graddot_lm.errors import GraddotError
-from graddot_lm.load_tokenizer import load_tokenizer
+from graddot_lm.text import text_source, token_writer, tokenization
+from graddot_lm.text.load_tokenizer import load_tokenizer
 from tokenize_checks import (
     DOMAINS,
     content,

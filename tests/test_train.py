@@ -8,14 +8,14 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, norm, sample_dots, total
 from graddot_lm import cli
-from graddot_lm.architectures import ARCHITECTURES
-from graddot_lm.data import TokenData, fixed_batch
-from graddot_lm.excerpts import escape
-from graddot_lm.load_tokenizer import load_tokenizer
-from graddot_lm.models import build_gpt2
-from graddot_lm.settings import read_config
+from graddot_lm.results.excerpts import escape
 from graddot_lm.store import read_scores
-from graddot_lm.train import TrainingRun
+from graddot_lm.text.data import TokenData, fixed_batch
+from graddot_lm.text.load_tokenizer import load_tokenizer
+from graddot_lm.training.architectures import ARCHITECTURES
+from graddot_lm.training.models import build_gpt2
+from graddot_lm.training.settings import read_config
+from graddot_lm.training.train import TrainingRun
 from train_runs import FP64, assert_same_run, final_state, tokens, train
 
 __all__ = ["tokens"]  # the fixture

@@ -7,11 +7,11 @@ import subprocess
 import pytest
 import torch
 import torch.nn.functional as F
-from graddot_lm import train_options
-from graddot_lm.data import TokenData
-from graddot_lm.load_tokenizer import load_tokenizer, tokenizer_sha256
-from graddot_lm.models import build_gpt2
-from graddot_lm.settings import read_config, write_config
+from graddot_lm.text.data import TokenData
+from graddot_lm.text.load_tokenizer import load_tokenizer, tokenizer_sha256
+from graddot_lm.training import train_options
+from graddot_lm.training.models import build_gpt2
+from graddot_lm.training.settings import read_config, write_config
 from train_runs import FP64, tokens, train
 
 __all__ = ["tokens"]  # the fixture

@@ -11,13 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from graddot_lm import cli
-from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
-from graddot_lm.processes import Processes
-from graddot_lm.run_directory import RunDirectory
-from graddot_lm.score_figures import summarize
-from graddot_lm.settings import read_config
+from graddot_lm.results.score_figures import summarize
 from graddot_lm.store import open_rows, read_scores
-from graddot_lm.train import TrainingRun
+from graddot_lm.training.checkpoint import latest_checkpoint, load_checkpoint
+from graddot_lm.training.processes import Processes
+from graddot_lm.training.run_directory import RunDirectory
+from graddot_lm.training.settings import read_config
+from graddot_lm.training.train import TrainingRun
 from process_group import PROCESSES, on_processes
 from torch.nn.parallel import DistributedDataParallel
 from train_runs import FP64, arguments, assert_same_run, poisoned, tokens, train

@@ -13,11 +13,11 @@ import time
 import pytest
 import torch
 from graddot_lm import cli
-from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
-from graddot_lm.settings import read_config, write_config
 from graddot_lm.store import read_scores
-from graddot_lm.train import TrainingRun
-from graddot_lm.trainer import Trainer
+from graddot_lm.training.checkpoint import latest_checkpoint, load_checkpoint
+from graddot_lm.training.settings import read_config, write_config
+from graddot_lm.training.train import TrainingRun
+from graddot_lm.training.trainer import Trainer
 from train_runs import arguments, assert_same_run, poisoned, tokens, train
 
 __all__ = ["tokens"]  # the fixture

@@ -5,7 +5,7 @@ import os
 
 import pytest
 from graddot_lm.errors import GraddotError
-from graddot_lm.train_tokenizer import add_bpe_arguments, run_bpe, train_bpe
+from graddot_lm.text.train_tokenizer import add_bpe_arguments, run_bpe, train_bpe
 from tokenize_checks import GOOD, jsonl, parse_options
 from tokenizers import Tokenizer
 

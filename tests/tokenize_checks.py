@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import zstandard
-from graddot_lm import tokenization
-from graddot_lm.train_tokenizer import train_bpe
+from graddot_lm.text import tokenization
+from graddot_lm.text.train_tokenizer import train_bpe
 from tokenizers import Tokenizer
 
 DOMAINS = ["Pile-CC", "Wikipedia (en)", "GitHub"]

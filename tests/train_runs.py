@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 from graddot_lm import cli
-from graddot_lm.checkpoint import latest_checkpoint, load_checkpoint
 from graddot_lm.store import read_scores
+from graddot_lm.training.checkpoint import latest_checkpoint, load_checkpoint
 
 SIZES = "--architecture GPT2-Tiny --block_size 24 --batch_size 4 --val_batch_size 2 --max_steps 8"
 STEPS = "--warmup_step 2 --eval_interval 4 --eval_iter 2 --eval_bs 2"

@@ -5,7 +5,7 @@ set -euo pipefail
 out=${1:-demo}
 mkdir -p "$out"
 echo "1/4 collecting text of this machine"
-python -m graddot_lm.demo_corpus --output "$out/corpus" --max_mb_per_domain 2
+python -m graddot_lm.text.demo_corpus --output "$out/corpus" --max_mb_per_domain 2
 echo "2/4 training a byte-level BPE"
 graddot train-tokenizer --input "$out/corpus" --vocab_size 4096 --output "$out/tokenizer.json"
 echo "3/4 tokenizing by domain"

@@ -14,19 +14,29 @@ from .errors import GraddotError, printable
 # that `graddot --help` does not wait for torch.
 COMMANDS = {
     "train-tokenizer": (
-        "train_tokenizer",
+        "text.train_tokenizer",
         "add_bpe_arguments",
         "run_bpe",
         "train a byte-level BPE",
     ),
-    "tokenize": ("tokenization", "add_arguments", "run", "turn text by domain into token files"),
+    "tokenize": (
+        "text.tokenization",
+        "add_arguments",
+        "run",
+        "turn text by domain into token files",
+    ),
     "train": (
-        "train_options",
+        "training.train_options",
         "add_arguments",
         "run",
         "train GPT-2, with a score for every sample",
     ),
-    "scores": ("report", "add_arguments", "run", "show which data helped, from a run's folder"),
+    "scores": (
+        "results.report",
+        "add_arguments",
+        "run",
+        "show which data helped, from a run's folder",
+    ),
     "doctor": ("doctor", "add_arguments", "run", "show what was built and what runs where"),
 }
 

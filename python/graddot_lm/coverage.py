@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from .errors import GraddotError
-from .rules import refusal
+from .rules.table import refusal
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from . import distributed
 from .batches import Batch, LossForm, Rows, read_batch
 from .checkpointing import has_reentrant_checkpoint
-from .compiled import numbers
-from .compiler import run_compiled, run_uncompiled
+from .checks.verify import LabelCheck
+from .compiling.compiled import numbers
+from .compiling.compiler import run_compiled, run_uncompiled
 from .errors import GraddotError
-from .verify import LabelCheck
 
 Direction = Mapping[str, Tensor]
 LossFunction = Callable[[nn.Module, Any, Tensor], Tensor]

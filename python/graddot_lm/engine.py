@@ -41,7 +41,7 @@ from .batches import (
     read_rows,
     unlabelled,
 )
-from .compiler import prepare_compiler, run_compiled, uncompiled
+from .compiling.compiler import prepare_compiler, run_compiled, uncompiled
 from .coverage import Coverage, cover
 from .directions import (
     Direction,

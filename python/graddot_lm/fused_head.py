@@ -18,10 +18,10 @@ from graddot_kernels.fused_head import tokens_at_a_time
 
 from . import distributed
 from .autocast import autocast_input
+from .compiling.tracing import trace_head
 from .errors import GraddotError
-from .layers import ScoredFunction, note_uses, vector_grad
+from .rules.layers import ScoredFunction, note_uses, vector_grad
 from .scored import ScoredForward
-from .tracing import trace_head
 
 
 @dataclass

@@ -23,7 +23,8 @@ from transformers.utils import find_labels
 
 from .background import BackgroundWriter
 from .batches import label_shift_of
-from .digests import own_random
+from .checks.digests import own_random
+from .checks.item_loss import ItemLoss
 from .directions import adamw_direction
 from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
@@ -37,7 +38,6 @@ from .indexed import (
     content_id,
     with_own_generators,
 )
-from .item_loss import ItemLoss
 from .scores import Number, clip_factor
 from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema

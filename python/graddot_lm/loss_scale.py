@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .checks.verify import map_tensors
 from .errors import GraddotError
-from .verify import map_tensors
 
 
 def _leaf(device: torch.device) -> Tensor:

@@ -15,23 +15,24 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from . import compiled, distributed
+from . import distributed
 from .averaging import Averaging
 from .batches import LossForm
 from .checkpointing import recomputing
-from .compiler import run_compiled, run_uncompiled, skipped, uncompiled
-from .digests import own_buffers, own_inputs, own_random, uncached
+from .checks.digests import own_buffers, own_inputs, own_random, uncached
+from .checks.first_step import FirstStep
+from .checks.layout_search import LayoutSearch
+from .checks.parts import ModelInputs
+from .compiling import compiled
+from .compiling.compiler import run_compiled, run_uncompiled, skipped, uncompiled
+from .compiling.graph_layers import InGraphLayers
+from .compiling.tracing import rows_of, trace_after, trace_before
 from .errors import GraddotError
-from .first_step import FirstStep
-from .graph_layers import InGraphLayers
-from .layout_search import LayoutSearch
-from .parts import ModelInputs
 from .scored import ScoredForward
 from .scored_layers import ScoredLayers
 from .scores import MicroBatch, Number
 from .segments import Segments
 from .step import Step
-from .tracing import rows_of, trace_after, trace_before
 
 
 def _reduced(model: nn.Module) -> Any:

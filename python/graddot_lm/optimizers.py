@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from .checks.verify import version
 from .errors import GraddotError
 from .scores import MicroBatch, Number
-from .verify import version
 
 
 class Optimizers:

@@ -12,13 +12,13 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .autocast import autocast_input, no_autocast
 from .checkpointing import recomputing, runs_again_alone
-from .compiled import new_owner
-from .compiler import uncompiled
+from .compiling.compiled import new_owner
+from .compiling.compiler import uncompiled
+from .compiling.tracing import Call, form_of, trace_layer
 from .errors import GraddotError
-from .layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot
-from .recompute import remember
+from .rules.layers import EmbeddingDot, LayerNormDot, LinearDot, PerSampleDot
+from .rules.recompute import remember
 from .step import Step
-from .tracing import Call, form_of, trace_layer
 
 
 class Scored:

@@ -7,14 +7,14 @@ from typing import Any
 
 from torch import nn
 
+from .checks.rows import Layout, MixedSamples
+from .checks.verify import check_same_model
 from .errors import GraddotError
-from .found_mixtures import FoundMixtures, has_forward
-from .general import ProvenRule, caller_rule
-from .mixtures import ROUTED, mixture_rule
-from .rows import Layout, MixedSamples
-from .rules import rule_for
+from .rules.found_mixtures import FoundMixtures, has_forward
+from .rules.general import ProvenRule, caller_rule
+from .rules.mixtures import ROUTED, mixture_rule
+from .rules.table import rule_for
 from .scored import ScoredForward
-from .verify import check_same_model
 
 
 class ScoredLayers:

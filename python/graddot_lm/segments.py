@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from .batches import LENGTHS
-from .digests import OUTPUTS, ROUGH, Digest, NoDropout, close, digests, must_run, own_random
+from .checks.digests import OUTPUTS, ROUGH, Digest, NoDropout, close, digests, must_run, own_random
+from .checks.parts import splits_of
 from .errors import GraddotError
-from .parts import splits_of
 
 
 def segment_lengths(position_ids: Tensor) -> list[int]:

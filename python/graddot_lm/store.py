@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from graddot_lm.errors import GraddotError
 from graddot_lm.files import reached, sync, write_atomic, writing
-from graddot_lm.settings import read_config, recorded_config
+from graddot_lm.training.settings import read_config, recorded_config
 
 SCORES = pa.schema(
     {

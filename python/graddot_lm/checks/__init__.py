@@ -1,0 +1,1 @@
+"""What the first step proves of a model and its loss, and what stays checked afterwards."""

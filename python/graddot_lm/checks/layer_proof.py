@@ -1,0 +1,533 @@
+"""Proof of a layer's rule: scored in one batch against autograd, one sample at a time, float64."""
+
+import contextlib
+import copy
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+
+from .. import distributed
+from ..errors import GraddotError
+from ..rules.general import NoRows, Rule, Tokens, caller_rule
+from ..rules.mixtures import Mixture
+from ..rules.table import rule_for
+from ..scored import Scored, ScoredForward, first_tensor
+from ..step import Step
+from .digests import NoDropout, own_buffers, own_random, uncached
+from .parts import take_rows
+from .rows import Layout, find_layouts
+from .verify import tensors_in
+
+WayType = TypeVar("WayType", bound=Rule)
+TOLERANCE = 1e-5  # of the norm: many layers compute in fp32 whatever their input is
+
+
+def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
+    """Prove that a layer, or a whole model, is scored exactly on the given input.
+
+    Every tensor among the inputs has the samples, at least two, as its first dimension, or is the
+    same for all of them; the last sample is taken for the validation row. In float64, with dropout
+    off, these are compared with autograd on the layer's own forward, one sample at a time: the
+    output, the gradient of every floating-point input, every parameter's training gradient, and
+    the dot product of every parameter's gradient with every sample's. The module is not changed.
+
+    Raises GraddotError naming the first thing that differs by more than 1e-5 of its norm.
+    """
+    first = first_tensor(inputs, kwargs)
+    if first is None or first.dim() == 0 or first.shape[0] < 2:
+        raise GraddotError("check_layer needs an input tensor with at least two samples")
+    plain = copy.deepcopy(module)
+    inner = {name: m for name, m in plain.named_modules() if name and rule_for(m) is not None}
+    layouts = find_layouts(plain, inner, inputs, kwargs, first.shape[0])
+    layouts[""] = "rows"
+    _run_proof(module, "", first.shape[0], layouts, rule_for(module), inputs, kwargs)
+
+
+def prove(
+    module: nn.Module,
+    scored: Scored,
+    make: Callable[[], WayType],
+    args: Any,
+    kwargs: Any,
+    *,
+    skip: int = 0,
+) -> WayType:
+    """check_layer of a rule that `make` makes, on a few rows of what a layer got in a step; returns
+    the rule. The number of rows is none that a dimension of the layer may be taken for; skip leaves
+    out the first such numbers."""
+    rows, tokens = scored.rows, scored.step.row_tokens(scored.name)
+    error: GraddotError | None = None
+    counts = _unlike(module, scored, args, kwargs)
+    for count in counts[skip : skip + 2] or counts[-1:]:
+        few = [i % rows for i in range(count - 1)] + [rows - 1]
+        try:
+            return _prove_on(module, scored, make, few, tokens, args, kwargs)
+        except GraddotError as failed:
+            error = error or failed.with_traceback(None)  # which would keep the copies
+    assert error is not None
+    raise error
+
+
+def check_by_token(module: nn.Module, name: str, tokens: Tokens, args: Any, kwargs: Any) -> None:
+    """Raise GraddotError unless a layer does with the tokens of a row, each a row of its own, what it
+    does with the row."""
+    plain = _exact_copy(module)
+    exact = lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone()
+    args, kwargs = tree_map_only(Tensor, exact, (args, kwargs))
+    with _exactly(), torch.no_grad():
+        want = list(tensors_in(plain(*args, **kwargs)))
+        own_args, own_kwargs = tokens.as_rows((args, kwargs))
+        try:
+            got = list(tensors_in(tokens.as_one(plain(*own_args, **own_kwargs))))
+        except Exception:  # noqa: BLE001 - the layer's own code may raise anything
+            got = []
+    same = len(got) == len(want) and all(
+        x.shape == y.shape and (x - y).abs().max() <= TOLERANCE * y.abs().max()
+        for x, y in zip(got, want, strict=True)
+    )
+    if not same:
+        raise GraddotError(
+            f"layer {name} of type {type(module).__name__} has parameters of its own, and does not look"
+            " at each token by itself, so that it cannot be scored for the samples of a packed row; give"
+            " every sample a row of its own, or freeze them"
+        )
+
+
+def _prove_on(
+    module: nn.Module,
+    scored: Scored,
+    make: Callable[[], WayType],
+    index: list[int],
+    tokens: int,
+    args: Any,
+    kwargs: Any,
+) -> WayType:
+    def proof(rule: Rule, index: list[int], **options: Any) -> None:
+        def few(x: Tensor) -> Tensor:
+            has_rows = scored.has_rows(x)
+            return take_rows(x.detach(), index, scored.rows, tokens) if has_rows else x.detach()
+
+        inputs = tree_map_only(Tensor, few, (args, kwargs))
+        layouts = scored.step.layouts
+        _run_proof(module, scored.name, len(index), layouts, rule, *inputs, **options)
+
+    rule = make()
+    with contextlib.suppress(_UnevenNumber):
+        proof(rule, index)
+        return rule
+    # Rows that are all the same weigh the same, whatever a loss's labels: that is for the
+    # number, and the distinct rows are for what else is returned.
+    rule = make()
+    proof(rule, index, numbers=False)
+    proof(make(), index[-1:] * len(index))
+    return rule
+
+
+def _run_proof(
+    module: nn.Module,
+    name: str,
+    rows: int,
+    layouts: Mapping[str, Layout],
+    rule: Rule | None,
+    args: Any,
+    kwargs: Any,
+    **options: Any,
+) -> None:
+    try:
+        _Proof(module, name, rows, layouts, rule).run(args, kwargs, **options)
+    except _OtherDtype:
+        _Proof(module, name, rows, layouts, rule, in_double=True).run(args, kwargs, **options)
+
+
+def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[int]:
+    """Small primes that divide no dimension of the layer's parameters, buffers and inputs."""
+    tensors = [*module.parameters(), *module.buffers()]
+    sizes = {size for x in tensors for size in x.shape}
+    for x in tree_flatten((args, kwargs))[0]:
+        if isinstance(x, Tensor):
+            sizes |= set(x.shape[1:] if scored.has_rows(x) else x.shape)
+    sizes |= {scored.step.row_tokens(scored.name)} | {size + 1 for size in sizes}
+    primes = [3, 5, 7, 11, 13, 17]
+    return [p for p in primes if all(size == 0 or size % p for size in sizes)] or primes[-1:]
+
+
+class _OtherDtype(GraddotError):
+    """A layer does not run in float64, as one that multiplies x.float() by a weight in fp32."""
+
+
+class _UnevenNumber(GraddotError):
+    """A number that a layer returns is neither the mean nor the sum of its rows' own."""
+
+
+class _Proof:
+    """One module's run with its rule and its runs without, in float64 copies."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        name: str,
+        rows: int,
+        layouts: Mapping[str, Layout],
+        rule: Rule | None,
+        *,
+        in_double: bool = False,
+    ) -> None:
+        self._scored, self._plain = _exact_copy(module), _exact_copy(module)
+        for copied in (self._scored, self._plain):
+            copied._forward_hooks.clear()  # which may collect what the layer returns in a step
+            copied._forward_pre_hooks.clear()
+        self._name, self._rows, self._input_gradients = name, rows, True
+        in_double |= isinstance(rule, Mixture)
+        self._in_double = _InDouble() if in_double else contextlib.nullcontext()
+        parameters = {n: p for n, p in self._scored.named_parameters() if p.requires_grad}
+        device = next(self._scored.parameters()).device
+        scale = torch.ones((), dtype=torch.float64, device=device)
+        names = {id(p): n for n, p in parameters.items()}
+        self._step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
+        self._tokens = self._step.row_tokens(name)
+        # Layers that a model's engine follows beyond those that need it are followed here, too, and
+        # those that it leaves to the ones around have no rule here.
+        attached = {
+            key
+            for key, part in module.named_modules()
+            if isinstance(part.__dict__.get("forward"), ScoredForward)
+        }
+
+        def rule_of(key: str, part: nn.Module) -> Rule | None:
+            if part is self._scored:
+                return rule
+            if "" in attached and key not in attached:
+                return None
+            return rule_for(part) or (caller_rule() if key in attached else None)
+
+        self._rules = {key: rule_of(key, part) for key, part in self._scored.named_modules()}
+
+    @contextlib.contextmanager
+    def _scored_forwards(self) -> Iterator[None]:
+        """The copy's layers scored; not any longer, for a layer and its scored forward know of each
+        other, a cycle that would keep the copy and its graph until Python looks for such."""
+        step, parts = self._step, []
+        for key, rule in self._rules.items():
+            if rule is not None:
+                part = self._scored.get_submodule(key)
+                full = ".".join(filter(None, (self._name, key)))
+                part.forward = ScoredForward(part, full, rule, lambda *_: step)
+                part.forward.graddot_head = lambda *_: step  # type: ignore[attr-defined]
+                parts.append(part)
+        try:
+            yield
+        finally:
+            for part in parts:
+                del part.__dict__["forward"]
+
+    def run(self, args: Any, kwargs: Any, *, numbers: bool = True) -> None:
+        """Once. numbers: of outputs without dimensions, too, each the mean or the sum of its rows' own."""
+        try:
+            self._run(args, kwargs, numbers)
+        finally:
+            for copied in (self._scored, self._plain):
+                for part in copied.modules():
+                    part.__dict__.pop("forward", None)  # a method of its own: a cycle
+
+    def _run(self, args: Any, kwargs: Any, numbers: bool) -> None:
+        exact = lambda part: copy.deepcopy(part).double()
+        args, kwargs = tree_map_only(nn.Module, exact, (args, kwargs))
+        with _exactly(), self._in_double, self._scored_forwards():
+            scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
+            joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
+            joint_out = [self._with_rows(x) for x in joint_out]
+            generator = torch.Generator().manual_seed(0)
+            weights = [
+                torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(
+                    x.device
+                )
+                for x in joint_out
+            ]
+            scored_out = [self._with_rows(x) for x in scored_out]
+            self._compare_shapes(scored_out, joint_out)
+            calls = []
+            for i in range(self._rows):
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
+                alone = tree_map_only(Tensor, one, (args, kwargs))
+                calls.append(self._call(self._plain, alone, numbers))
+            parts = [
+                self._part(k, x, [out[k] for _, out in calls]) for k, x in enumerate(joint_out)
+            ]
+            for k, x in enumerate(joint_out):
+                if not x.dim():
+                    self._close(f"output {k}", scored_out[k], x)
+            self._backward(scored_out, weights)
+            self._backward(joint_out, weights)
+            joint = _gradients(self._plain)
+            for i, (_, out) in enumerate(calls):
+                own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
+                for k, x in enumerate(out):
+                    if x.dim():
+                        self._close(f"output {k} of sample {i} alone and", x, own(joint_out[k]))
+                        self._close(f"output {k} of sample {i}", own(scored_out[k]), x)
+            samples = _Samples()
+            for i in reversed(
+                range(self._rows)
+            ):  # the val row first, with which all others are dotted
+                inputs, out = calls.pop()
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
+                own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
+                self._plain.zero_grad(set_to_none=True)
+                self._backward(
+                    out, [own(w) if w.dim() else w * p for w, p in zip(weights, parts, strict=True)]
+                )
+                samples.add(_gradients(self._plain))
+                for k, (x, whole) in enumerate(zip(inputs, scored_in, strict=True)):
+                    if x.grad is not None and whole.shape != x.shape:
+                        got = torch.zeros_like(x) if whole.grad is None else one(whole.grad)
+                        self._close(f"gradient of input {k}, sample {i},", got, x.grad)
+            self._compare_gradients(samples, joint)
+
+    def _part(self, k: int, joint: Tensor, alone: list[Tensor]) -> float:
+        """By what a sample's own output k enters the joint one: 1, or a mean's 1 / rows."""
+        if joint.dim():
+            return 1.0
+        total = torch.stack([x.detach() for x in alone]).sum()
+        for part in (1 / self._rows, 1.0):
+            if torch.allclose(joint, part * total, rtol=TOLERANCE, atol=0):
+                return part
+        raise _UnevenNumber(
+            f"{self._title()}: output {k}, a number, is {float(joint):.6g}, which is neither the mean"
+            f" nor the sum, {float(total):.6g}, of what it is for its {self._rows} rows alone"
+        )
+
+    def _with_rows(self, x: Tensor) -> Tensor:
+        """An output (1, ...) that is broadcast over the rows, as a scored layer gives it."""
+        return x.expand(self._rows, *x.shape[1:]) if x.shape[:1] == (1,) else x
+
+    def _call(
+        self, module: nn.Module, arguments: Any, numbers: bool
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Floating-point inputs as leaves, and the outputs that depend on anything; of those without
+        dimensions the ones that have a gradient, if any."""
+
+        leaves: list[Tensor] = []
+
+        def leaf(x: Tensor) -> Tensor:
+            x = x.detach().clone()
+            if not x.is_floating_point():
+                return x
+            leaves.append(x.double().requires_grad_(self._input_gradients))
+            return leaves[-1] * 1  # to a leaf no model could write
+
+        try:
+            args, kwargs = tree_map(
+                lambda x: leaf(x) if isinstance(x, Tensor) else _own(x), arguments
+            )
+            with own_buffers(module):
+                out = module(*args, **kwargs)
+        except GraddotError:
+            raise
+        except Exception as error:  # whatever the layer's own code raises is the reason
+            if self._input_gradients and "requires_grad flags of leaf variables" in str(error):
+                # It asks for a gradient of its input, as wav2vec 2 does, which a step gives none.
+                self._input_gradients = False
+                return self._call(module, arguments, numbers)
+            of_dtype = "dtype" in str(error) or "scalar type" in str(error)
+            raise (_OtherDtype if of_dtype else GraddotError)(_first_line(error)) from error
+        outputs = list(tensors_in(out))
+        if not outputs and out is not None:
+            raise GraddotError(
+                f"{self._title()}: returned a {type(out).__name__}, in which no tensor was found"
+            )
+        return (
+            leaves,
+            [
+                x
+                for x in outputs
+                if x.is_floating_point() and (x.dim() or numbers and x.requires_grad)
+            ],
+        )
+
+    def _backward(self, outputs: list[Tensor], weights: list[Tensor]) -> None:
+        used = [(x * w).sum() for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
+        if not used:
+            return
+        try:
+            torch.stack(used).sum().backward()
+        except GraddotError:
+            raise
+        except Exception as error:  # as above
+            raise GraddotError(f"its backward: {_first_line(error)}") from error
+
+    def _compare_shapes(self, scored: list[Tensor], joint: list[Tensor]) -> None:
+        got, want = [tuple(x.shape) for x in scored], [tuple(x.shape) for x in joint]
+        if got != want:
+            raise GraddotError(
+                f"{self._title()}: outputs of shapes {got}; its forward's are {want}"
+            )
+        for shape in want:
+            if shape and shape[0] % self._rows:
+                message = f"{self._title()}: an output of shape {shape} has no rows"
+                raise NoRows(message, self._name)
+
+    def _compare_gradients(self, samples: "_Samples", joint: dict[str, Tensor]) -> None:
+        """joint has those of all rows in one batch, which an autograd function may not make the sum of
+        each one's own, as one that divides a weight's by the number of tokens."""
+        val, largest = samples.val, lambda norms: max(norms, default=0.0)
+        # Some gradients are zero but for rounding.
+        floor = 1e-2 * largest(g.norm().item() for g in samples.total.values())
+        small = 1e-4 * largest(g.norm().item() for g in val.values())
+        self._step.dot_held_rows()
+        for n, p in self._scored.named_parameters():
+            if n not in val:
+                continue
+            both = samples.total[n] + val[n]
+            self._close(f"sum over samples of the gradient of {n}", both, joint[n], floor)
+            got = torch.zeros_like(p) if p.grad is None else p.grad
+            self._close(f"training gradient of {n}", got, samples.total[n], floor)
+            dots = self._step.collected(n)
+            if dots is None:
+                dots = p.new_zeros(1, len(samples.train))
+            for i, sample in enumerate(samples.train):
+                want, norm = sample[n]
+                size = max(
+                    val[n].norm().item() * norm, small * largest(x for _, x in sample.values())
+                )
+                self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
+
+    def _close(self, what: str, got: Tensor, want: Tensor, floor: float = 0.0) -> None:
+        got, want = got.detach().double(), want.detach().double()
+        if got.shape != want.shape:
+            raise GraddotError(
+                f"{self._title()}: the {what} has shape {tuple(got.shape)}; autograd's has"
+                f" {tuple(want.shape)}"
+            )
+        infinite = got.isinf() & (got == want)  # as logits of what is masked
+        got, want = got.masked_fill(infinite, 0), want.masked_fill(infinite, 0)
+        scale = max(want.norm().item(), floor, 1e-30)
+        error = (got - want).norm().item() / scale
+        if not error <= TOLERANCE:
+            other = "in the batch differ" if what.endswith("and") else "differs from autograd's"
+            raise GraddotError(f"{self._title()}: the {what} {other} by {error:.1e} of its norm")
+
+    def _title(self) -> str:
+        kind = type(self._plain).__name__
+        return f"layer {self._name} ({kind})" if self._name else kind
+
+
+class _Samples:
+    """Gradients of one sample after the other, the val row's first; of a training row only its dot with
+    that, and norm, by parameter, and the sum of all are kept."""
+
+    def __init__(self) -> None:
+        self.val: dict[str, Tensor] = {}
+        self.total: dict[str, Tensor] = {}
+        self.train: list[dict[str, tuple[Tensor, float]]] = []
+
+    def add(self, grads: dict[str, Tensor]) -> None:
+        """Take the next one's, in the order from the last training row to the first."""
+        if not self.val:
+            self.val, self.total = grads, {n: torch.zeros_like(g) for n, g in grads.items()}
+            return
+        self.train.insert(
+            0, {n: ((self.val[n] * g).sum(), g.norm().item()) for n, g in grads.items()}
+        )
+        for n, g in grads.items():
+            self.total[n] += g
+
+
+def _own(x: Any) -> Any:
+    """A copy of an argument that a call may write to; in training, an empty cache is none."""
+    if isinstance(x, nn.Module):
+        return x
+    return None if hasattr(x, "get_seq_length") else copy.deepcopy(x)
+
+
+def _exact_copy(module: nn.Module) -> nn.Module:
+    """In float64, experts by the implementation of transformers that has it. The parameters are
+    moved a little: behind a gate that begins with zero no gradient would show what is wrong."""
+    distributed.check_not_sharded_itself(module)
+    copied = copy.deepcopy(module).double()
+    for part, own in zip(module.modules(), copied.modules(), strict=True):
+        if _calls_scored(part.__dict__.get("forward")):  # the one of this module, not of the copy
+            own.__dict__.pop("forward")
+        if (function := _function_of_its_own(part)) is not None:
+            own.forward = types.MethodType(function, own)  # type: ignore[method-assign]
+    generator = torch.Generator().manual_seed(0)
+    for p in copied.parameters():
+        p.data += 0.02 * torch.randn(p.shape, generator=generator, device="cpu").to(p.device)
+    for part in copied.modules():
+        if hasattr(getattr(part, "config", None), "_experts_implementation"):
+            part.config._experts_implementation = "eager"  # type: ignore[union-attr]
+    return copied
+
+
+def _calls_scored(forward: Any) -> bool:
+    """Whether it is a function around a scored forward, as transformers 4 puts one on a layer whose output it
+    records."""
+    around = not isinstance(forward, ScoredForward)
+    while forward is not None and not isinstance(forward, ScoredForward):
+        forward = getattr(forward, "__wrapped__", None)
+    return around and forward is not None
+
+
+def _function_of_its_own(module: nn.Module) -> Any:
+    """The function of a method that stands on a module as its forward, as TRL puts one there, where a
+    scored forward is around it, which a copy has not: without the autocast that accelerate puts around."""
+    scored = module.__dict__.get("forward")
+    if not isinstance(scored, ScoredForward):
+        return None
+    method = module.__dict__.get("_original_forward", scored.own_forward)
+    function = getattr(method, "__func__", None)
+    own = (
+        function is not None and method.__self__ is module and function is not type(module).forward
+    )
+    return function if own else None
+
+
+def _gradients(module: nn.Module) -> dict[str, Tensor]:
+    """Of every trainable parameter; zeros where none came, as for an expert without tokens."""
+    trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable.items()}
+
+
+def _first_line(error: Exception) -> str:
+    message = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {message[0]}"
+
+
+class _InDouble(TorchFunctionMode):
+    """Casts to float32 are to float64: layers that compute in float32 with weights that are kept in it,
+    and mixtures that add up in it what experts return, would not run in float64."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        args, kwargs = self._double(args), self._double(kwargs or {})
+        return (Tensor.double if func is Tensor.float else func)(*args, **kwargs)
+
+    def _double(self, x: Any) -> Any:
+        """tree_map_only in a quarter of its time, which was a third of a mixture's proof."""
+        if x is torch.float32:
+            return torch.float64
+        if type(x) in (list, tuple):
+            return type(x)(map(self._double, x))
+        return {k: self._double(v) for k, v in x.items()} if type(x) is dict else x
+
+
+@contextlib.contextmanager
+def _exactly() -> Iterator[None]:
+    """Gradients on, autocast and dropout off, and the random state left as it was.
+
+    Tensors are saved as they are: activation checkpointing around must neither see nor rerun this. But
+    detached: an output that its own node saves would keep a graph of which no backward runs for good.
+    """
+    as_it_is = torch.autograd.graph.saved_tensors_hooks(Tensor.detach, lambda x: x)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_it_is)
+        stack.enter_context(own_random())
+        stack.enter_context(uncached())
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        stack.enter_context(NoDropout())
+        yield

@@ -1,0 +1,260 @@
+"""Checks that everything which the scores rest on is as assumed.
+
+All but `check_same_model`, which is made in every step, look once, and cost nothing afterwards.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..distributed import is_sharded
+from ..errors import GraddotError
+from ..rules.layers import ScoredFunction
+from .own_loss import EqualWeights, TokenWeights
+
+
+def tensors_in(output: Any) -> Iterator[Tensor]:
+    """Every tensor in a model's output: a tensor, a tuple or list, or a mapping, dataclass or
+    namespace of them."""
+    if isinstance(output, Tensor):
+        yield output
+    elif isinstance(output, Mapping):
+        for value in output.values():
+            yield from tensors_in(value)
+    elif isinstance(output, (tuple, list)):
+        for value in output:
+            yield from tensors_in(value)
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            yield from tensors_in(getattr(output, field.name, None))
+    elif isinstance(output, SimpleNamespace):
+        yield from tensors_in(vars(output))
+
+
+def map_tensors(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """An output with `function` of its tensors in their place, where `tensors_in` finds them; in a
+    mapping, dataclass or namespace in place. What does not allow that keeps its tensors."""
+    if isinstance(output, Tensor):
+        return function(output)
+    if isinstance(output, tuple):
+        items = [map_tensors(value, function) for value in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    if isinstance(output, list):
+        output[:] = [map_tensors(value, function) for value in output]
+    elif isinstance(output, MutableMapping):
+        changed = {key: map_tensors(value, function) for key, value in output.items()}
+        for key, value in changed.items():
+            if value is not output[key]:
+                output[key] = value
+    elif dataclasses.is_dataclass(output) and not isinstance(output, type):
+        for field in dataclasses.fields(output):
+            value = getattr(output, field.name, None)
+            object.__setattr__(output, field.name, map_tensors(value, function))
+    elif isinstance(output, SimpleNamespace):
+        vars(output).update(map_tensors(dict(vars(output)), function))
+    return output
+
+
+def check_same_model(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], scored: Sequence[nn.Module]
+) -> None:
+    """Raise GraddotError if the model has trainable parameters beside those given, or has lost a
+    scored layer: they would be missing from the scores, and their gradient would be that of training
+    and validation rows together."""
+    known = {id(p) for p in parameters.values()}
+    modules = list(model.modules())
+    new = {
+        id(p)
+        for module in modules
+        for p in module._parameters.values()
+        if p is not None and p.requires_grad and id(p) not in known
+    }
+    if new:  # of a sharded model others of the same names may stand in their place
+        sharded = is_sharded(parameters.values())
+        named = [name for name, p in model.named_parameters() if id(p) in new]
+        names = [name for name in named if not (sharded and name in parameters)]
+        if names:
+            raise GraddotError(
+                f"{', '.join(names[:5])}{' …' if names[5:] else ''}: not a trainable parameter of the"
+                " model when the engine was made, but now; detach() the engine and make another one"
+                " after layers are unfrozen, added, or replaced as by fully_shard"
+            )
+    present = set(map(id, modules))
+    for module in scored:
+        if id(module) not in present:
+            raise GraddotError(
+                f"a {type(module).__name__} that was scored is no longer in the model; detach() the"
+                " engine before layers are replaced, and make another one afterwards"
+            )
+
+
+class BufferCheck:
+    """A model's floating-point buffers, and what it holds in attributes, before a forward in which
+    validation rows ride along."""
+
+    def __init__(self, model: nn.Module, held: Mapping[nn.Module, Mapping[str, Any]]) -> None:
+        copied = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
+        self.held = {m: {k: copied(x) for k, x in values.items()} for m, values in held.items()}
+        self._before = [
+            (name, x, version(x)) for name, x in model.named_buffers() if x.is_floating_point()
+        ]
+
+    def compare(self, model: nn.Module) -> None:
+        """Raise GraddotError if the forward changed one, as a running mean."""
+        now = dict(model.named_buffers())
+        for name, x, before in self._before:
+            y = now.get(name)
+            same = y is not None and (y is x or y.shape == x.shape and torch.equal(x, y.to(x)))
+            if not same or version(x) != before:
+                raise GraddotError(
+                    f"buffer {name} was changed by the forward, in which validation rows ride along"
+                    " with the training rows, as a running mean would be. Leave val_data out and"
+                    " give directions (compute_directions), for training rows then run alone"
+                )
+
+
+def version(x: Tensor) -> int:
+    """Which changes in place increase."""
+    return 0 if x.is_inference() else x._version
+
+
+def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None:
+    """Raise if a trainable parameter reaches the output other than through a scored layer.
+
+    Such a use (a weight read by another module's forward, say) would be missing from the scores,
+    and its gradient would be that of training and validation rows together.
+    """
+    if output is not None and next(tensors_in(output), None) is None:
+        raise GraddotError(
+            f"the model returned a {type(output).__name__}, in which no tensor was found, so that it"
+            " cannot be checked; return tensors, or a tuple, mapping or dataclass of them"
+        )
+    foreign = foreign_uses(output, names)
+    if foreign:
+        uses = ", ".join(f"{name} (by {op})" for name, op in sorted(foreign.items()))
+        raise GraddotError(
+            f"parameters used outside of the layer that owns them cannot be scored: {uses}."
+            " Freeze them, or call their layer's forward instead; where the model adds a penalty of its"
+            " weights to its loss, as AdaLoRA does, pass it no labels and compute the loss from its logits"
+        )
+
+
+def foreign_uses(output: Any, names: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """The parameters that reach the output other than through a scored layer, and what used them."""
+    by_id = {id(p): name for name, p in names.items()}
+    stack = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
+    seen = set(stack)
+    foreign: dict[str, str] = {}
+    while stack:
+        node = stack.pop()
+        scored = issubclass(getattr(node, "_forward_cls", object), ScoredFunction)
+        for following, _ in node.next_functions:
+            if following is None:
+                continue
+            variable = getattr(following, "variable", None)
+            if variable is not None and id(variable) in by_id and not scored:
+                foreign[by_id[id(variable)]] = node.name()
+            if following not in seen:
+                seen.add(following)
+                stack.append(following)
+    return foreign
+
+
+class LabelCheck:
+    """Compares the labelled tokens counted from the labels with those that got a gradient.
+
+    A wrong `label_shift` rescales scores silently when labels are ragged; the gradient at the
+    logits shows which positions the loss really used. Those of labels of whole rows without a
+    gradient are a problem in the `first` step only: a hinge loss has none once a margin is reached.
+    """
+
+    def __init__(
+        self,
+        output: Any,
+        labels: Tensor,
+        counts: Tensor,
+        summed: Callable[[Tensor], Tensor],
+        first: bool,
+    ) -> None:
+        """summed adds up what each token has, (rows, T), as counts are."""
+        self.problem: str | None = None
+        self.weights: TokenWeights | None = None  # what the backward under way has shown
+        self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
+        self._counts, self._first, self._strict = counts, first, first or labels.dim() > 1
+        self._summed, self._most = summed, math.inf
+        for x in tensors_in(output):
+            if x.requires_grad and x.dim() in (1, 2) and len(x) == len(labels):
+                x.register_hook(self._note_losses)
+        behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
+        for x in tensors_in(output):
+            if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
+                if x.shape[:-1] == labels.shape:
+                    behind.append(x)
+                elif x.shape[:1] + x.shape[2:] == labels.shape:
+                    before.append(x)
+        if isinstance(output, Mapping) and any(output.get("logits") is x for x in behind):
+            behind = [output["logits"]]
+        if not (behind or before):
+            behind = self._longer(output, labels)
+        for logits, classes in [(x, -1) for x in behind[-1:]] or [(x, 1) for x in before[-1:]]:
+            compare = functools.partial(self._compare, logits.detach(), classes)
+            logits.register_hook(compare)
+
+    def _note_losses(self, grad: Tensor | None) -> None:  # None where DDP has none
+        if grad is not None and (found := EqualWeights.of(grad)) is not None:
+            self.of_losses.append(found)
+
+    def _longer(self, output: Any, labels: Tensor) -> list[Tensor]:
+        """The logits of a model that puts tokens of its own before those that labels have."""
+        logits = output.get("logits") if isinstance(output, Mapping) else None
+        if not isinstance(logits, Tensor) or labels.dim() != 2 or labels.is_floating_point():
+            return []
+        if not (logits.requires_grad and logits.dim() == 3 and len(logits) == len(self._counts)):
+            return []
+        if logits.shape[1] <= labels.shape[1]:
+            return []
+        self._summed, self._most = lambda by_token: by_token.sum(1), labels.shape[1]
+        return [logits]
+
+    def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
+        last = [x.movedim(classes, -1) for x in (logits, grad)]
+        logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
+        if not self._first and grad.isnan().any():  # it may be of 0 times NaN
+            return
+        idle = (grad == 0).all(-1)
+        used = self._summed(~idle)
+        if (used > self._most).any():  # frames of speech, of which labels are no tokens
+            return
+        self.weights = TokenWeights(logits, grad, ~idle)
+        missing = self._counts.to(used.device) - used
+        if (missing > 0).any():
+            gone = self._summed(idle & _rounds_to_zero(logits, grad))
+            missing = torch.where(missing > 0, (missing - gone).clamp(min=0), missing)
+        wrong = (missing != 0 if self._strict else missing < 0).nonzero().flatten().tolist()
+        if wrong:
+            row = wrong[0]
+            self.problem = (
+                f"row {row} of the batch has {int(self._counts[row])} labelled tokens by its"
+                f" labels, but the loss used {int(used[row])}. Pass label_shift=1 if the loss"
+                " shifts the labels itself, and 0 if it does not; if it ignores another value than"
+                " -100, pass ignore_index"
+            )
+
+
+def _rounds_to_zero(logits: Tensor, grad: Tensor) -> Tensor:
+    """Where the gradient of a cross-entropy at logits (..., C) is too small for grad's dtype: at
+    tokens that are predicted with all but certainty."""
+    wide = logits.double()
+    most = wide.argmax(-1, keepdim=True)
+    doubt = wide.scatter(-1, most, -torch.inf).logsumexp(-1) - wide.logsumexp(-1)  # logarithm
+    size = grad.abs().amax(-1).double().log()
+    weight = torch.where(
+        size > -torch.inf, size - doubt, torch.inf
+    ).amin()  # of a token in the loss
+    return doubt + weight < math.log(torch.finfo(grad.dtype).smallest_normal)

@@ -1,0 +1,1 @@
+"""Scored layers in a graph of torch.compile."""

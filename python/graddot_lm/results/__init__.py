@@ -1,0 +1,1 @@
+"""`graddot scores`: what a run's scores say."""

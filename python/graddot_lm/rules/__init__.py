@@ -1,0 +1,1 @@
+"""How layers of every kind are scored."""

@@ -1,0 +1,1 @@
+"""Text by domain, tokenized: how it is found, written and read."""

@@ -1,0 +1,1 @@
+"""`graddot train`: GPT-2 on tokenized domains."""
