@@ -7,6 +7,7 @@ or, in a model of one's own, `linear_cross_entropy(hidden, head, labels)`. With 
 the head is scored like any other layer; without one it is a cheaper head.
 """
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -219,11 +220,16 @@ class _FusedForward:
     def __init__(self, model: nn.Module, label_shift: int, **options: Any) -> None:
         self.model: Any = model
         self.original = model.forward
-        self.label_shift, self.options = label_shift, options
+        self.__signature__ = inspect.signature(model.forward)  # by which Trainer drops columns
+        self.label_shift, self.in_evaluation, self.options = label_shift, True, options
 
     def __call__(self, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
         if labels is None:
             return self.original(*args, **kwargs)
+        evaluates = not (self.model.training or torch.is_grad_enabled())
+        # Trainer says skip_logits with use_liger_kernel, where the loss alone is wanted.
+        if not kwargs.pop("skip_logits", False) and evaluates and not self.in_evaluation:
+            return self.original(*args, labels=labels, **kwargs)
         kwargs.pop("return_dict", None)
         num_labels = kwargs.pop("num_items_in_batch", None)
         shifted, ignored = kwargs.pop("shift_labels", None), kwargs.pop("ignore_index", -100)
@@ -244,17 +250,26 @@ class _FusedForward:
         return FusedHeadOutput(loss=loss, token_losses=losses)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "_FusedForward":
-        return _FusedForward(memo[id(self.model)], self.label_shift, **self.options)
+        copied = _FusedForward(memo[id(self.model)], self.label_shift, **self.options)
+        copied.in_evaluation = self.in_evaluation
+        return copied
 
 
 def fuse_head(
-    model: nn.Module, *, label_shift: int = 1, label_smoothing: float = 0.0, z_loss: float = 0.0
+    model: nn.Module,
+    *,
+    label_shift: int = 1,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    in_evaluation: bool = True,
 ) -> nn.Module:
     """Give a Hugging Face causal language model the fused head; returns the model.
 
     `model(input_ids, labels=labels)` then returns a `FusedHeadOutput`; without labels nothing
     changes. label_shift is 1 when labels[t] is the token at position t, as Hugging Face has it,
-    and 0 when it is that position's target. `unfuse_head` takes it back.
+    and 0 when it is that position's target. With
+    in_evaluation=False the model is as it was after `model.eval()` under `torch.no_grad()`, and
+    returns its logits, as a Trainer's compute_metrics wants. `unfuse_head` takes it back.
 
     Raises GraddotError unless the model is a base model and a Linear head, and its own loss, on a
     few tokens, is what the fused head computes (a model may scale or cap its logits); also for a
@@ -263,8 +278,13 @@ def fuse_head(
     if distributed.is_sharded(model.parameters()):  # whose forward runs in hooks, not by itself
         raise GraddotError("the model is sharded already; call fuse_head before fully_shard")
     if hasattr(model, "get_base_model"):  # of peft, around the language model
-        form = {"label_smoothing": label_smoothing, "z_loss": z_loss}
-        fuse_head(model.get_base_model(), label_shift=label_shift, **form)  # type: ignore[operator]
+        fuse_head(
+            model.get_base_model(),  # type: ignore[operator]
+            label_shift=label_shift,
+            label_smoothing=label_smoothing,
+            z_loss=z_loss,
+            in_evaluation=in_evaluation,
+        )
         return model
     get_head: Any = getattr(model, "get_output_embeddings", lambda: None)
     base = getattr(model, "base_model", model)
@@ -291,7 +311,7 @@ def fuse_head(
                 f"{type(model).__name__} computes another loss ({want:.6g}) than cross-entropy of its"
                 f" head's logits ({got:.6g}); its head cannot be fused"
             )
-    fused.label_shift = label_shift
+    fused.label_shift, fused.in_evaluation = label_shift, in_evaluation
     fused.options = {"label_smoothing": label_smoothing, "z_loss": z_loss}
     model.forward = fused  # type: ignore[method-assign]
     return model

@@ -8,6 +8,7 @@ that every training sample's gradient is dotted with. Training rows run alone, e
 scores. Needs the package `accelerate`, as transformers' Trainer does.
 """
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -29,6 +30,7 @@ from .directions import adamw_direction
 from .distributed import unwrapped, whole
 from .engine import GradDotProdEngine
 from .errors import GraddotError
+from .fused_head import fuse_head
 from .indexed import (
     INDEX,
     LENGTHS,
@@ -43,6 +45,22 @@ from .segments import Segments, flattened_lengths
 from .store import PartWriter, scores_schema
 
 _SAVED_EVERY = 100  # steps between saves of the rows, beside those at checkpoints
+
+
+def _without_liger_head(args: Any) -> bool:
+    """Have Liger leave head and loss alone, which are one function there, in which no layer can be
+    scored. Returns whether it would not have: then the fused head stands in for that function."""
+    if not getattr(args, "use_liger_kernel", False):
+        return False
+    config = dict(args.liger_kernel_config or {})
+    if config.get("cross_entropy"):
+        raise GraddotError(
+            'GradDotProdTrainer cannot score with liger_kernel_config={"cross_entropy": True}, which'
+            " overwrites the logits; leave it out, and the fused head (graddot_lm.fuse_head) stands in"
+            " for it"
+        )
+    args.liger_kernel_config = {**config, "fused_linear_cross_entropy": False}
+    return bool(config.get("fused_linear_cross_entropy", True))
 
 
 class _ScoreCallback(TrainerCallback):
@@ -108,6 +126,9 @@ class GradDotProdTrainer(Trainer):
         engine_options: further arguments of `GradDotProdEngine`, such as exclude, or norms=True for
             the columns norm and cosine.
 
+    With use_liger_kernel=True Liger's kernels run, but for the one of head and loss: a causal language
+    model gets the fused head of `graddot_lm.fuse_head` in its place, but in evaluations.
+
     Raises GraddotError, naming it, for what cannot be scored exactly: layers without a rule,
     several GPUs in one process, DeepSpeed, FSDP of version 1, with cpu_offload or torch_compile,
     parallelism_config, a `compute_loss` other than Trainer's without mean_of_items, `compute_loss_func`,
@@ -125,7 +146,11 @@ class GradDotProdTrainer(Trainer):
         engine_options: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        fuses = _without_liger_head(kwargs.get("args", args[1] if len(args) > 1 else None))
         super().__init__(*args, **kwargs)
+        if fuses:
+            with contextlib.suppress(GraddotError):  # then it has the head and loss of its own
+                fuse_head(unwrapped(self.model), in_evaluation=False)  # type: ignore[arg-type]
         self._id_column = id_column
         val_dataset = self.eval_dataset if val_dataset is None else val_dataset
         if val_dataset is None or val_interval < 1:

@@ -140,8 +140,10 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
         uses = ", ".join(f"{name} (by {op})" for name, op in sorted(foreign.items()))
         raise GraddotError(
             f"parameters used outside of the layer that owns them cannot be scored: {uses}."
-            " Freeze them, or call their layer's forward instead; where the model adds a penalty of its"
-            " weights to its loss, as AdaLoRA does, pass it no labels and compute the loss from its logits"
+            " Freeze them, or call their layer's forward instead; where a language model's head and loss"
+            " are one function, as with Liger's kernels, call graddot_lm.fuse_head(model); where the model"
+            " adds a penalty of its weights to its loss, as AdaLoRA does, pass it no labels and compute"
+            " the loss from its logits"
         )
 
 
