@@ -42,7 +42,9 @@ def forward(
     hidden = self.base_model(input_ids, attention_mask=attention_mask).last_hidden_state
     if labels is None or not (self.training if skip_logits is None else skip_logits):
         logits = self.lm_head(hidden)
-        loss = None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        loss = (
+            None if labels is None else self.loss_function(logits, labels, self.config.vocab_size)
+        )
         return CausalLMOutput(loss=loss, logits=logits)
     labels = F.pad(labels[:, 1:], (0, 1), value=-100).flatten()
     total = HeadAndLoss.apply(hidden.flatten(0, 1), self.lm_head.weight, labels)
