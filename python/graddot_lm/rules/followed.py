@@ -36,6 +36,7 @@ class Followed:
         given = [x for x in tree_leaves(arguments) if isinstance(x, nn.Module)]
         constants = [x for m in (module, *given) for x in (*m.parameters(), *m.buffers())]
         constants += [x for part in module.modules() for x in tensors_among(vars(part).values())]
+        constants += [x for p in constants for x in _of_quantized(p)]
         constants += [x for x in tree_leaves(arguments) if is_tensor(x) and not scored.has_rows(x)]
         self.constants = {id(x): x for x in constants if id(x) not in self.own}
 
@@ -197,6 +198,15 @@ class Followed:
 
     def is_computed(self, x: Tensor | None) -> bool:
         return x in self and not self.is_own(x)
+
+
+def _of_quantized(parameter: Tensor) -> Iterator[Tensor]:
+    """What a quantized weight keeps to be made whole again, as scales: in attributes of the weight, or of
+    objects there, as bitsandbytes' QuantState and the one inside of it."""
+    within = [vars(parameter)] if hasattr(parameter, "__dict__") else []
+    for values in within:
+        yield from tensors_among(values.values())
+        within += [vars(x) for x in values.values() if type(x).__name__ == "QuantState"]
 
 
 def is_tensor(x: Any) -> bool:
