@@ -161,6 +161,14 @@ def test_parameters_with_several_uses(dtype):
     check_against_brute_force(SharedEverything(), train, val, dtype)
 
 
+@pytest.mark.parametrize("most", [0, 200], ids=["each by itself", "a few at a time"])
+def test_gradients_of_vectors_that_do_not_wait_for_others(most, monkeypatch):
+    """Of large ones dots are made at once, and of those that wait before they are too many."""
+    monkeypatch.setattr("graddot_lm.step._ROWS_TOGETHER", most)
+    train, val = token_batch(3, 7, seed=1), token_batch(2, 7, seed=2)
+    check_against_brute_force(tiny_gpt2().double(), train, val, torch.float64)
+
+
 def test_several_targets_equal_each_alone():
     model = tiny_gpt2().double()
     train = token_batch(4, 15, seed=1, ragged=True)

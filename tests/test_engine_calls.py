@@ -69,7 +69,12 @@ def test_refusals_name_what_is_wrong():
     _engine_error(MLP(), (val[0][:0], val[1][:0]), match="0 inputs")
     _engine_error(MLP(), {}, match="no target")
     _engine_error(MLP(), (val[0], torch.full((2,), -100)), match="no labelled token")
+    _engine_error(MLP(), val[0], match="validation data 'val' is a Tensor; expected")
     _engine_error(MLP(), val, exclude=["nothing"], match="nothing")
+    _engine_error(MLP(), val, loss_reduction="max", match="loss_reduction is 'max'; expected")
+    _engine_error(MLP(), val, label_shift=2, match="label_shift is 2; expected 'auto', 0 or 1")
+    _engine_error(MLP(), val, global_mean=True, loss_reduction="sum", match="the loss is a sum")
+    _engine_error(MLP().requires_grad_(False), val, match="the model has no trainable parameter")
     _engine_error(nn.Embedding(5, 3, max_norm=1.0), val, match="max_norm")
     _engine_error(
         nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), val, match="1.weight: BatchNorm"
@@ -154,6 +159,8 @@ def test_order_of_calls_is_checked():
     with pytest.raises(GraddotError, match="attach"):
         engine.attach_train_batch(x, y, 0, None)
     engine.attach()
+    with pytest.raises(GraddotError, match="call attach_train_batch before prepare_forward_input"):
+        engine.prepare_forward_input(x, y)
     with pytest.raises(GraddotError, match="attached already"):
         engine.attach()
     with pytest.raises(GraddotError, match="another engine"):
@@ -163,6 +170,8 @@ def test_order_of_calls_is_checked():
     with pytest.raises(GraddotError, match="2 inputs and 1 labels"):
         engine.attach_train_batch(x, y[:1], 0, None)
     engine.attach_train_batch(x, y, 0, None)
+    with pytest.raises(GraddotError, match=r"previous batch had no prepare_gradients\(\)"):
+        engine.attach_train_batch(x, y, 0, None)
     with pytest.raises(GraddotError, match=r"training rows have shape \(5,\)"):
         engine.prepare_forward_input(x[:, :5], y[:, :5])
     with pytest.raises(GraddotError, match="no forward"):
@@ -175,6 +184,10 @@ def test_order_of_calls_is_checked():
         model(xx)
     loss.backward()
     engine.prepare_gradients()
+    with pytest.raises(GraddotError, match=r"needs GradDotProdEngine\(..., per_parameter=True\)"):
+        engine.parameter_dots()
+    with pytest.raises(GraddotError, match=r"needs GradDotProdEngine\(..., per_token=True\)"):
+        engine.token_dots()
     with pytest.raises(GraddotError, match="under way"):
         engine.detach_for_evaluation()
     assert engine.aggregate_and_log().shape == (2,)

@@ -18,11 +18,18 @@ def tiny_llama():
     return LlamaForCausalLM(config)
 
 
-def gelu_gpt2():
+def gpt2_with(activation):
     model = tiny_gpt2(tied=True)
     for block in model.transformer.h:
-        block.mlp.act = nn.GELU(approximate="tanh")
+        block.mlp.act = activation
     return model
+
+
+MODELS = {
+    "gelu": lambda: gpt2_with(nn.GELU(approximate="tanh")),
+    "silu": lambda: gpt2_with(nn.SiLU()),
+    "llama": tiny_llama,
+}
 
 
 def step(model):
@@ -67,10 +74,10 @@ def step(model):
     return scores, grads, inputs, addresses
 
 
-@pytest.mark.parametrize("make", [gelu_gpt2, tiny_llama])
-def test_inputs_are_not_kept_and_bits_are_the_same(make, monkeypatch):
+@pytest.mark.parametrize("kind", MODELS)
+def test_inputs_are_not_kept_and_bits_are_the_same(kind, monkeypatch):
     monkeypatch.setattr("graddot_lm.rules.recompute._MIN_OUTPUTS", 0)
-    model = make().train()
+    model = MODELS[kind]().train()
     scores, grads, inputs, addresses = step(model)
     assert len(inputs) == 6
     for name, (_, address) in inputs.items():
