@@ -14,7 +14,7 @@ from graddot_lm import (
     linear_cross_entropy,
     unfuse_head,
 )
-from model_zoo import adapters
+from model_zoo import adapters, moe
 from torch import nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.utils import ModelOutput
@@ -272,3 +272,17 @@ def test_other_forms_of_labels_are_refused():
         model(ids, labels=labels, ignore_index=5)
     usual = model(ids, labels=labels, shift_labels=None, ignore_index=-100).loss
     assert usual == model(ids, labels=labels).loss
+
+
+def test_the_auxiliary_loss_of_routers_is_not_left_out_unseen():
+    model = fuse_head(moe("Mixtral", num_local_experts=4))
+    ids, labels = token_batch(2, 9, 30, seed=1)
+    want = model(ids, labels=labels).loss
+    with pytest.raises(GraddotError, match="the auxiliary loss of its routers"):
+        model(ids, labels=labels, output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(GraddotError, match="set router_aux_loss_coef=0"):
+        model(ids, labels=labels)
+    assert model(ids, labels=labels, output_router_logits=False).loss == want
+    model.config.router_aux_loss_coef = 0.0
+    assert model(ids, labels=labels).loss == want

@@ -240,6 +240,14 @@ class _FusedForward:
                 " is that of labels, with -100 where there is none. Give it these, unfuse_head the"
                 " model, or call linear_cross_entropy"
             )
+        config, routers = self.model.config, kwargs.get("output_router_logits")
+        routers = getattr(config, "output_router_logits", False) if routers is None else routers
+        if routers and getattr(config, "router_aux_loss_coef", 1) != 0:
+            raise GraddotError(
+                "the model's own loss has the auxiliary loss of its routers in it (output_router_logits),"
+                " which compares samples and is not the fused head's; set router_aux_loss_coef=0, or"
+                " output_router_logits=False"
+            )
         hidden = self.model.base_model(*args, **kwargs)[0]
         if self.label_shift:
             labels = nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
