@@ -241,12 +241,14 @@ class _FusedForward:
                 " model, or call linear_cross_entropy"
             )
         config, routers = self.model.config, kwargs.get("output_router_logits")
+        config = getattr(config, "text_config", config)  # of a model that sees, too
         routers = getattr(config, "output_router_logits", False) if routers is None else routers
-        if routers and getattr(config, "router_aux_loss_coef", 1) != 0:
+        coefficient = getattr(config, "router_aux_loss_coef", 1)
+        if routers and getattr(self.model, "router_aux_loss_coef", coefficient) != 0:
             raise GraddotError(
                 "the model's own loss has the auxiliary loss of its routers in it (output_router_logits),"
-                " which compares samples and is not the fused head's; set router_aux_loss_coef=0, or"
-                " output_router_logits=False"
+                " which compares samples and is not the fused head's; make the model with router_aux_loss_coef=0,"
+                " or set output_router_logits=False"
             )
         hidden = self.model.base_model(*args, **kwargs)[0]
         if self.label_shift:
