@@ -283,6 +283,59 @@ def test_a_measure_that_is_refused(detached, rows, match):
         run_step(Scaled(detached), train, val, loss=F.cross_entropy, label_shift=0)
 
 
+class Gated(nn.Module):
+    """Attention with a bias of two heads, one row's after the other's, that a gate of its own scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.value = nn.Parameter(torch.rand(2, 1, 1) + 0.5), nn.Linear(6, 6)
+
+    def forward(self, x, bias):  # (rows, T, 6), (rows · 2, T, T)
+        heads = self.value(x).unflatten(2, (2, 3)).transpose(1, 2).flatten(0, 1)
+        scores = bias * self.gate.repeat(len(x), 1, 1) + heads @ heads.mT
+        out = scores.softmax(-1) @ heads
+        return x + out.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+
+
+class BiasBeside(nn.Module):
+    """As WavLM's layers get it, where it is the same in all rows; or one of each."""
+
+    def __init__(self, same):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bias = None if same else nn.Linear(6, 2)
+        self.layers, self.head = nn.ModuleList(Gated() for _ in range(2)), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x):
+        positions = torch.arange(50.0).to(x).sin().view(2, 5, 5).repeat(len(x), 1, 1)
+        if self.bias is not None:
+            positions = positions + self.bias(x).mT.flatten(0, 1)[:, None]
+        for layer in self.layers:
+            x = layer(x, positions)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["of each row", "the same"])
+def test_heads_of_all_rows_beside_the_input(same):
+    model, val = BiasBeside(same), data(1, seed=1)
+    val = val[0].double(), val[1]
+    engine = GradDotProdEngine(model, val, label_shift=0)
+    engine.attach()
+    for n in (3, 4, 1, 9):
+        x, y = data(n, seed=n)
+        x = x.double()
+        dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
+        want = gradient(model, x, y, loss=F.cross_entropy)
+        engine.attach_train_batch(x, y, n, None)
+        joint, labels = engine.prepare_forward_input(x, y)
+        engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
+        engine.prepare_gradients()
+        same_gradients(model, want, 1e-10)
+        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+        model.zero_grad()
+
+
 def test_two_models_in_threads():
     """One begins its forward in that of the other, and ends it after the other's step."""
     inside, ended = threading.Event(), threading.Event()

@@ -44,14 +44,17 @@ class ProvenRule:
     Proven again when the layer's mode or its arguments' kind changes, when the first batch of
     several rows comes after batches of one, and when the layer does with its parameters what it did
     not do in the proof. Positions, (T,), beside the layer's input may be as many as there are rows:
-    where nothing can be proven with an entry a row, they are taken for the same in all.
+    where nothing can be proven with an entry a row, they are taken for the same in all. Of what is
+    longer it is tried last that it holds several entries of each row, (rows·S, ...), as a bias of
+    attention does, by heads.
     """
 
     def __init__(self, ways: dict[str, Callable[[float], Rule]], largest: float = LARGEST) -> None:
         self._ways, self._largest = ways, largest
         self.follows = "in place" in ways
-        # By kind of call; with which of its arguments are the same for all rows.
-        self._proven: dict[Any, tuple[Rule, list[int]]] = {}
+        # By kind of call; with which of its arguments are the same for all rows, and which hold several
+        # entries of each.
+        self._proven: dict[Any, tuple[Rule, list[int], list[int]]] = {}
         self._of_tokens: ProvenRule | None = None
         self._proving = False
 
@@ -73,8 +76,9 @@ class ProvenRule:
                 self._proven[key] = self._prove(module, scored, args, kwargs)
             finally:
                 self._proving = False
-        way, same = self._proven[key]
+        way, same, several = self._proven[key]
         scored.same += [leaves[i] for i in same]
+        scored.several += [_in_rows(scored, leaves[i]) for i in several]
         with uncached():  # a weight is followed, or of each row, in one call
             out = way(module, scored, *args, **kwargs)
         if isinstance(way, InPlace):
@@ -83,24 +87,31 @@ class ProvenRule:
 
     def _prove(
         self, module: nn.Module, scored: Scored, args: Any, kwargs: Any
-    ) -> tuple[Rule, list[int]]:
+    ) -> tuple[Rule, list[int], list[int]]:
         from ..checks.layer_proof import prove  # it attaches rules, this one among them
 
         reasons = []
         leaves, main = tree_leaves((args, kwargs)), first_tensor(args, kwargs)
         others = [(i, x) for i, x in enumerate(leaves) if x is not main]
         positions = [i for i, x in others if _may_be_positions(scored, x)]
+        long = [i for i, x in others if _may_hold_several(scored, x)]
         given, without_rows = scored.same, None
-        for same in ([], positions) if positions else ([],):
+        readings = [
+            ([], []),
+            *([(positions, [])] if positions else []),
+            *([([], long)] if long else []),
+        ]
+        for same, several in readings:
             scored.same = [*given, *(leaves[i] for i in same)]
+            scored.several = [leaves[i] for i in several]
             for name, way in self._ways.items():
                 try:
                     make = functools.partial(way, self._largest)
                     rule = prove(module, scored, make, args, kwargs)
-                    scored.same = given
-                    return rule, same
+                    scored.same, scored.several = given, []
+                    return rule, same, several
                 except GraddotError as error:
-                    if not same:
+                    if not same and not several:
                         reasons.append(f"{name}: {error}")
                         if isinstance(error, NoRows):
                             without_rows = error.layer
@@ -180,6 +191,22 @@ def _may_be_positions(scored: Scored, x: Any) -> bool:
     """Whether it is (T,) whole numbers, as many as there are rows."""
     whole = isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32)
     return whole and x.dim() == 1 and scored.has_rows(x)
+
+
+def _may_hold_several(scored: Scored, x: Any) -> bool:
+    """Whether its length is a multiple of the rows."""
+    long = isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] > scored.rows
+    return long and x.shape[0] % scored.rows == 0 and not scored.has_rows(x)
+
+
+def _in_rows(scored: Scored, x: Tensor) -> Tensor:
+    """A tensor that holds several entries of each row. Raises GraddotError if it cannot."""
+    if x.shape[0] % scored.rows:
+        raise GraddotError(
+            f"layer {scored.name} got an input of shape {tuple(x.shape)}, which held several entries of"
+            f" each row before, in a batch of {scored.rows} rows"
+        )
+    return x
 
 
 class InPlace:
