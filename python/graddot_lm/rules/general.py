@@ -27,6 +27,7 @@ from .scored_operations import Refused
 
 Rule = Callable[..., Any]
 LARGEST = 2**22  # elements whose gradient may be held for every sample of a layer
+_WHAT_TO_DO = "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
 
 
 class NoRows(GraddotError):
@@ -112,16 +113,15 @@ class ProvenRule:
                     return rule, same, several
                 except GraddotError as error:
                     if not same and not several:
-                        reasons.append(f"{name}: {error}")
+                        # Of a layer around others it is said once.
+                        reasons.append(f"{name}: {str(error).removesuffix(_WHAT_TO_DO)}")
                         if isinstance(error, NoRows):
                             without_rows = error.layer
                     if isinstance(error, Refused):
                         break
         message = (
             f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
-            " holds:\n  "
-            + "\n  ".join(reasons)
-            + "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
+            " holds:\n  " + "\n  ".join(reasons) + _WHAT_TO_DO
         )
         raise GraddotError(message) if without_rows is None else NoRows(message, without_rows)
 
