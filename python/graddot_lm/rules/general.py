@@ -27,7 +27,7 @@ from .scored_operations import Refused
 
 Rule = Callable[..., Any]
 LARGEST = 2**22  # elements whose gradient may be held for every sample of a layer
-_WHAT_TO_DO = "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
+_WHAT_TO_DO = "\nWrite a rule (graddot_lm.register_layer), or freeze "
 
 
 class NoRows(GraddotError):
@@ -114,14 +114,24 @@ class ProvenRule:
                 except GraddotError as error:
                     if not same and not several:
                         # Of a layer around others it is said once.
-                        reasons.append(f"{name}: {str(error).removesuffix(_WHAT_TO_DO)}")
+                        reasons.append(f"{name}: {str(error).partition(_WHAT_TO_DO)[0]}")
                         if isinstance(error, NoRows):
                             without_rows = error.layer
                     if isinstance(error, Refused):
                         break
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        is_scored = scored.step.val_rows or any(id(p) in scored.step.leaf_of for p in own.values())
+        if own and not is_scored:
+            return _as_it_is, [], []
+        what = ", ".join(f"{scored.name}.{n}".lstrip(".") for n in own)
+        what = (
+            f"{what}, or with given directions exclude it (exclude=[...])"
+            if own
+            else "its parameters"
+        )
         message = (
             f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
-            " holds:\n  " + "\n  ".join(reasons) + _WHAT_TO_DO
+            " holds:\n  " + "\n  ".join(reasons) + _WHAT_TO_DO + what
         )
         raise GraddotError(message) if without_rows is None else NoRows(message, without_rows)
 
@@ -178,6 +188,11 @@ def caller_rule() -> ProvenRule:
     """For a module without parameters to score, around a layer whose input has no rows: what that
     returns is followed, as it is, to where it meets rows."""
     return ProvenRule({"in place": InPlace}, LARGEST)
+
+
+def _as_it_is(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+    """For a layer whose own parameters are excluded, with given directions."""
+    return scored.own_forward(*args, **kwargs)
 
 
 def _kind(scored: Scored, x: Any) -> Any:
