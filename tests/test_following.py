@@ -1,5 +1,6 @@
 """Parameters that a layer uses in its own forward, around large layers inside of it."""
 
+import functools
 import gc
 import threading
 
@@ -121,16 +122,21 @@ def test_positions_are_not_taken_for_as_many_tokens():
         engine.track_loss(loss((x, y))).backward()
 
 
-def _behind_tokens(m, x):
+def _behind_tokens(m, x, virtual):
     """Positions behind virtual tokens: more of them than the layer gets tokens."""
-    positions = [torch.arange(x.shape[1] + n)[n:, None].to(x) for n in (3, 8)]
+    positions = [torch.arange(x.shape[1] + n)[n:, None].to(x) for n in virtual]
     return m.inner(x) + m.w * (positions[0] + positions[1] + 1)
 
 
-def test_lengths_that_a_layer_makes_by_itself():
-    """In the proof of the first batch both are multiples of its five rows, by chance."""
+@pytest.mark.parametrize(
+    ("virtual", "rows", "size"), [((3, 8), 5, 1), ((8, 10), 3, 1), ((5, 5), 3, 3 * 5 * 7 * 11 * 13)]
+)
+def test_lengths_that_a_layer_makes_by_itself(virtual, rows, size):
+    """In the proof of the first batch both are multiples of its five rows, by chance; or one of them is, and
+    the other of the eleven rows of the next; or of the first number of rows that divides no dimension."""
     model = Pooled("gain").double()
-    model.block._forward = _behind_tokens
+    model.block.register_buffer("table", torch.zeros(size))
+    model.block._forward = functools.partial(_behind_tokens, virtual=virtual)
     g = torch.Generator().manual_seed(0)
     make = lambda n, t: (torch.randn(n, t, 6, generator=g).double(), torch.arange(n) % 3)
     val = make(1, 5)
@@ -138,7 +144,7 @@ def test_lengths_that_a_layer_makes_by_itself():
     engine.attach()
     loss = lambda net, x, y: F.cross_entropy(net(x), y)
     engine.set_directions(engine.compute_directions([val], loss))
-    for n, t in [(5, 12), (2, 14), (3, 9), *((n, t) for t in range(4, 12) for n in (2, 3, 4))]:
+    for n, t in [(rows, 12), (2, 14), (3, 9), *((n, t) for t in range(4, 12) for n in (2, 3, 4))]:
         x, y = make(n, t)
         dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
         engine.attach_train_batch(x, y, t, None)

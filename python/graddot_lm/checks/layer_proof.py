@@ -158,7 +158,7 @@ def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[i
             has_rows = scored.has_rows(x)
             sizes |= {len(x) // scored.rows, *x.shape[1:]} if has_rows else {*x.shape}
     sizes |= {scored.step.row_tokens(scored.name)} | {size + 1 for size in sizes}
-    primes = [3, 5, 7, 11, 13, 17]
+    primes = [3, 5, 7, 11, 13, 17, 19, 23]
     return [p for p in primes if all(size == 0 or size % p for size in sizes)] or primes[-1:]
 
 

@@ -258,14 +258,20 @@ class InPlace:
             return
         from ..checks.layer_proof import prove
 
-        def differences(skip: int) -> tuple[Calls, list[str]]:
+        def decisions(skip: int) -> Calls:
             make = lambda: InPlace(self._largest)
-            proof = prove(module, scored, make, args, kwargs, skip=skip)._known
-            return proof, [call[0] for call, x in self._last.items() if proof.get(call, x) != x]
+            return prove(module, scored, make, args, kwargs, skip=skip)._known
 
-        proof, differ = differences(0)
-        if differ:  # perhaps a dimension that is made inside was a multiple of the proof's rows
-            proof, differ = differences(1)
+        def differences(proof: Calls) -> list[str]:
+            return [call[0] for call, x in self._last.items() if proof.get(call, x) != x]
+
+        proof = decisions(0)
+        if differ := differences(proof):
+            # Perhaps dimensions that are made inside were multiples of one proof's rows or the other's.
+            other = decisions(1)
+            if proof.keys() == other.keys():
+                other = {call: _agreed(proof[call], x, True) for call, x in other.items()}
+            proof, differ = other, differences(other)
         if differ or self._doubts:
             raise GraddotError(
                 f"layer {scored.name or '(itself)'} of type {type(module).__name__} did something new"
