@@ -158,6 +158,38 @@ def test_excluded_weights_may_be_used_anywhere(close):
     same_gradients(model, gradient(model, *train), 1e-10)
 
 
+class RowAfterRow(nn.Module):
+    """Puts its parameter beside each row's tokens by themselves, as LLaVA-NeXT does at the ends of lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = tiny_gpt2(tied=False)
+        self.end = nn.Parameter(torch.rand(1, self.model.config.n_embd))
+
+    def forward(self, ids):
+        hidden = self.model.transformer(ids).last_hidden_state
+        return self.model.lm_head(torch.stack([torch.cat([h[1:], self.end]) for h in hidden]))
+
+
+def test_an_excluded_parameter_of_a_layer_that_cannot_be_followed(close, monkeypatch):
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 36)  # too large to be mapped by row
+    model = RowAfterRow().double()
+    train, val = token_batch(3, 15, seed=1), token_batch(1, 15, seed=2)
+    dots, _ = sample_dots(model, train, val)
+    loss = lambda model, x, y: lm_loss(model(x), y)
+    engine = attached(model)
+    engine.set_directions(engine.compute_directions([val], loss))
+    with pytest.raises(GraddotError, match=r"or freeze end, or with given directions exclude it"):
+        run(engine, train)
+    engine.detach()
+    model.zero_grad()
+    engine = attached(model, exclude=["end"])
+    engine.set_directions(engine.compute_directions([val], loss))
+    run(engine, train)
+    close(engine.aggregate_and_log(), total({n: d for n, d in dots.items() if n != "end"}), 1e-10)
+    same_gradients(model, gradient(model, *train), 1e-10)
+
+
 @pytest.mark.parametrize("loss_scale", [1.0, 2.0**13, 2.0**40], ids=["1", "2^13", "2^40"])
 def test_loss_scale_of_an_fp16_validation_gradient(record_property, loss_scale):
     """A loss so small that its fp16 gradients would be zero; a scale that overflows."""

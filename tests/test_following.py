@@ -1,5 +1,6 @@
 """Parameters that a layer uses in its own forward, around large layers inside of it."""
 
+import functools
 import gc
 import threading
 
@@ -121,16 +122,21 @@ def test_positions_are_not_taken_for_as_many_tokens():
         engine.track_loss(loss((x, y))).backward()
 
 
-def _behind_tokens(m, x):
+def _behind_tokens(m, x, virtual):
     """Positions behind virtual tokens: more of them than the layer gets tokens."""
-    positions = [torch.arange(x.shape[1] + n)[n:, None].to(x) for n in (3, 8)]
+    positions = [torch.arange(x.shape[1] + n)[n:, None].to(x) for n in virtual]
     return m.inner(x) + m.w * (positions[0] + positions[1] + 1)
 
 
-def test_lengths_that_a_layer_makes_by_itself():
-    """In the proof of the first batch both are multiples of its five rows, by chance."""
+@pytest.mark.parametrize(
+    ("virtual", "rows", "size"), [((3, 8), 5, 1), ((8, 10), 3, 1), ((5, 5), 3, 3 * 5 * 7 * 11 * 13)]
+)
+def test_lengths_that_a_layer_makes_by_itself(virtual, rows, size):
+    """In the proof of the first batch both are multiples of its five rows, by chance; or one of them is, and
+    the other of the eleven rows of the next; or of the first number of rows that divides no dimension."""
     model = Pooled("gain").double()
-    model.block._forward = _behind_tokens
+    model.block.register_buffer("table", torch.zeros(size))
+    model.block._forward = functools.partial(_behind_tokens, virtual=virtual)
     g = torch.Generator().manual_seed(0)
     make = lambda n, t: (torch.randn(n, t, 6, generator=g).double(), torch.arange(n) % 3)
     val = make(1, 5)
@@ -138,7 +144,7 @@ def test_lengths_that_a_layer_makes_by_itself():
     engine.attach()
     loss = lambda net, x, y: F.cross_entropy(net(x), y)
     engine.set_directions(engine.compute_directions([val], loss))
-    for n, t in [(5, 12), (2, 14), (3, 9), *((n, t) for t in range(4, 12) for n in (2, 3, 4))]:
+    for n, t in [(rows, 12), (2, 14), (3, 9), *((n, t) for t in range(4, 12) for n in (2, 3, 4))]:
         x, y = make(n, t)
         dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
         engine.attach_train_batch(x, y, t, None)
@@ -281,6 +287,59 @@ def test_a_measure_that_is_refused(detached, rows, match):
     train, val = (x[:-1].double(), y[:-1]), (x[-1:].double(), y[-1:])
     with pytest.raises(GraddotError, match=match):
         run_step(Scaled(detached), train, val, loss=F.cross_entropy, label_shift=0)
+
+
+class Gated(nn.Module):
+    """Attention with a bias of two heads, one row's after the other's, that a gate of its own scales."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate, self.value = nn.Parameter(torch.rand(2, 1, 1) + 0.5), nn.Linear(6, 6)
+
+    def forward(self, x, bias):  # (rows, T, 6), (rows · 2, T, T)
+        heads = self.value(x).unflatten(2, (2, 3)).transpose(1, 2).flatten(0, 1)
+        scores = bias * self.gate.repeat(len(x), 1, 1) + heads @ heads.mT
+        out = scores.softmax(-1) @ heads
+        return x + out.unflatten(0, (-1, 2)).transpose(1, 2).flatten(2)
+
+
+class BiasBeside(nn.Module):
+    """As WavLM's layers get it, where it is the same in all rows; or one of each."""
+
+    def __init__(self, same):
+        super().__init__()
+        torch.manual_seed(0)
+        self.bias = None if same else nn.Linear(6, 2)
+        self.layers, self.head = nn.ModuleList(Gated() for _ in range(2)), nn.Linear(6, 3)
+        self.double()
+
+    def forward(self, x):
+        positions = torch.arange(50.0).to(x).sin().view(2, 5, 5).repeat(len(x), 1, 1)
+        if self.bias is not None:
+            positions = positions + self.bias(x).mT.flatten(0, 1)[:, None]
+        for layer in self.layers:
+            x = layer(x, positions)
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("same", [False, True], ids=["of each row", "the same"])
+def test_heads_of_all_rows_beside_the_input(same):
+    model, val = BiasBeside(same), data(1, seed=1)
+    val = val[0].double(), val[1]
+    engine = GradDotProdEngine(model, val, label_shift=0)
+    engine.attach()
+    for n in (3, 4, 1, 9):
+        x, y = data(n, seed=n)
+        x = x.double()
+        dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
+        want = gradient(model, x, y, loss=F.cross_entropy)
+        engine.attach_train_batch(x, y, n, None)
+        joint, labels = engine.prepare_forward_input(x, y)
+        engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
+        engine.prepare_gradients()
+        same_gradients(model, want, 1e-10)
+        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
+        model.zero_grad()
 
 
 def test_two_models_in_threads():

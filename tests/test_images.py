@@ -205,3 +205,32 @@ def test_images_of_a_compiled_model(frozen):
         GraddotError, match=r"compile the model, torch.compile\(model\), and no code"
     ):
         run(3, sizes[0], around)
+
+
+class Features(nn.Module):
+    """Returns the patches of each image beside its logits, as Mistral 3 and Qwen3-VL do."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.visual, self.head = nn.Linear(12, 8), nn.Linear(8, 5)
+        self.double()
+
+    def forward(self, pixel_values, labels):
+        patches = self.visual(pixel_values.flatten(0, 1)).tanh().split(pixel_values.shape[1])
+        logits = self.head(torch.stack(patches).mean(1))
+        return ModelOutput(loss=F.cross_entropy(logits, labels), logits=logits, images=patches)
+
+
+def test_as_many_patches_an_image_as_rows():
+    g = torch.Generator().manual_seed(0)
+    images = torch.randn(6, 6, 12, generator=g, dtype=torch.float64)
+    rows = {"pixel_values": images, "labels": torch.arange(6) % 5}
+    train, val = ({key: x[part] for key, x in rows.items()} for part in (slice(4), slice(4, 6)))
+    model = Features()
+    want, scale = mapping_dots(model, train, val)
+    engine = engine_of(model, (val,))
+    engine.attach_train_batch(train, None, 0, None)
+    model(**engine.prepare_forward_input(train)[0]).loss.backward()
+    engine.prepare_gradients()
+    assert ((engine.aggregate_and_log() - want).abs() <= 1e-10 * scale).all()

@@ -31,6 +31,7 @@ from model_zoo import (
     t5,
 )
 from torch import nn
+from transformers.utils import ModelOutput
 
 TOLERANCE = 1e-5  # as in engine_steps.py, with the denominator explained there
 
@@ -353,6 +354,35 @@ def test_losses_that_forwards_make_themselves(name, record_property):
     error = ((engine.aggregate_and_log() - want).abs() / scale).max().item()
     record_property("relative_error", error)
     assert error <= TOLERANCE
+
+
+class Classifier(transformers.PreTrainedModel):
+    """A model of one's own, of which transformers says ForCausalLMLoss."""
+
+    config_class = transformers.GPT2Config
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.table, self.head = nn.Embedding(VOCAB, 8), nn.Linear(8, 3)
+        self.post_init()
+
+    def forward(self, input_ids, labels):
+        logits = self.head(self.table(input_ids).tanh().mean(1))
+        return ModelOutput(loss=F.cross_entropy(logits, labels), logits=logits)
+
+
+def test_one_label_a_row_is_not_shifted(close):
+    model = shaken(Classifier(transformers.GPT2Config())).double()
+    batch = {"input_ids": token_batch(6, 11, VOCAB, seed=1)[0], "labels": torch.arange(6) % 3}
+    train, val = ({key: x[rows] for key, x in batch.items()} for rows in (range(4), range(4, 6)))
+    want, scale = mapping_dots(model, train, val)
+    engine = GradDotProdEngine(model)
+    engine.attach()
+    engine.set_directions(engine.compute_directions([val]))
+    engine.attach_train_batch(train, None, 0, None)
+    model(**train).loss.backward()
+    engine.prepare_gradients()
+    close(engine.aggregate_and_log(), want, TOLERANCE, scale)
 
 
 @pytest.mark.parametrize("riding", [True, False], ids=["riding", "given"])

@@ -7,13 +7,8 @@ import torch
 import torch.nn.functional as F
 from brute_force import gradient, lm_loss, norm, sample_dots, tiny_gpt2, token_batch, total
 from engine_steps import MLP, TOLERANCE, SharedEverything, run_step
-from graddot_lm import (
-    GraddotError,
-    GradDotProdEngine,
-    convolutions,
-    fuse_head,
-    transformers_layers,
-)
+from graddot_lm import GraddotError, GradDotProdEngine, fuse_head
+from graddot_lm.rules import convolutions, transformers_layers
 from loop_steps import Store, attached, run
 from process_group import on_processes
 from test_models import LANGUAGE_MODELS, VOCAB

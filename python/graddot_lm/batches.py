@@ -253,9 +253,10 @@ def _own_loss(model: nn.Module) -> tuple[str, ...]:
 
 
 def count_labels(labels: Tensor, shift: int, ignore_index: int) -> Tensor:
-    """Labelled tokens of each row, (rows,). Labels of a regression all count."""
+    """Labelled tokens of each row, (rows,). Labels of a regression all count; of one label a row none is
+    shifted."""
     if labels.is_floating_point():
         return torch.full((labels.shape[0],), labels[0].numel(), device=labels.device)
-    if shift:
+    if shift and labels.dim() > 1:
         labels = labels[:, shift:]
     return (labels != ignore_index).reshape(labels.shape[0], -1).sum(1)

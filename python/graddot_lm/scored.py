@@ -33,6 +33,7 @@ class Scored:
         self.name, self.step, self.own_forward = name, step, own_forward
         self.rows = step.rows
         self.same: list[Tensor] = []  # inputs of the layer that are the same for every row
+        self.several: list[Tensor] = []  # and those with several entries of each, (rows·S, ...)
         self.broadcasts = False  # whether the layer's output got rows that its input had not
 
     def has_rows(self, x: Tensor) -> bool:
@@ -40,6 +41,8 @@ class Scored:
         # However many entries they have.
         if isinstance(x, nn.Parameter) or any(x is same for same in self.same):
             return False
+        if any(x is several for several in self.several):
+            return True
         tokens = self.step.row_tokens(self.name)
         if x.dim() == 0 or x.shape[0] not in (self.rows, self.rows * tokens):
             return False

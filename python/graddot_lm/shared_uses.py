@@ -37,6 +37,10 @@ from graddot_kernels.sample_dots import (
 from .checkpointing import recomputing
 from .errors import GraddotError
 
+_NO_TERMS = (
+    "cross terms of such uses are not known; leave val_data out and give directions (compute_directions),"
+    " without norms, for which there are none"
+)
 _TOGETHER = 2**16  # elements of row gradients that are multiplied and added up at once
 
 
@@ -198,12 +202,12 @@ class SharedUses:
         if self.row_calls and uses - len(self.embedding_ids) > 1:
             raise GraddotError(
                 f"{self.name} is used several times, in a function that takes it whole among them; the"
-                " cross terms of such uses are not known"
+                f" {_NO_TERMS}"
             )
         if self.vector_calls and uses:
             raise GraddotError(
                 f"{self.name} is shared by a linear layer or embedding and by a layer of another"
-                " kind; the cross terms of such uses are not known"
+                f" kind; the {_NO_TERMS}"
             )
         return uses > 1
 

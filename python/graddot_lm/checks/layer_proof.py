@@ -3,13 +3,13 @@
 import contextlib
 import copy
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_flatten, tree_map, tree_map_only
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
 from .. import distributed
 from ..errors import GraddotError
@@ -45,7 +45,7 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     inner = {name: m for name, m in plain.named_modules() if name and rule_for(m) is not None}
     layouts = find_layouts(plain, inner, inputs, kwargs, first.shape[0])
     layouts[""] = "rows"
-    _run_proof(module, "", first.shape[0], layouts, rule_for(module), inputs, kwargs)
+    _run_proof(module, "", first.shape[0], layouts, [], rule_for(module), inputs, kwargs)
 
 
 def prove(
@@ -60,13 +60,13 @@ def prove(
     """check_layer of a rule that `make` makes, on a few rows of what a layer got in a step; returns
     the rule. The number of rows is none that a dimension of the layer may be taken for; skip leaves
     out the first such numbers."""
-    rows, tokens = scored.rows, scored.step.row_tokens(scored.name)
+    rows = scored.rows
     error: GraddotError | None = None
     counts = _unlike(module, scored, args, kwargs)
     for count in counts[skip : skip + 2] or counts[-1:]:
         few = [i % rows for i in range(count - 1)] + [rows - 1]
         try:
-            return _prove_on(module, scored, make, few, tokens, args, kwargs)
+            return _prove_on(module, scored, make, few, args, kwargs)
         except GraddotError as failed:
             error = error or failed.with_traceback(None)  # which would keep the copies
     assert error is not None
@@ -103,18 +103,21 @@ def _prove_on(
     scored: Scored,
     make: Callable[[], WayType],
     index: list[int],
-    tokens: int,
     args: Any,
     kwargs: Any,
 ) -> WayType:
+    is_several = [any(x is one for one in scored.several) for x in tree_leaves((args, kwargs))]
+    several = [i for i, x in enumerate(is_several) if x]
+
     def proof(rule: Rule, index: list[int], **options: Any) -> None:
         def few(x: Tensor) -> Tensor:
-            has_rows = scored.has_rows(x)
-            return take_rows(x.detach(), index, scored.rows, tokens) if has_rows else x.detach()
+            x, has_rows = x.detach(), scored.has_rows(x)
+            return take_rows(x, index, scored.rows, [len(x) // scored.rows]) if has_rows else x
 
         inputs = tree_map_only(Tensor, few, (args, kwargs))
         layouts = scored.step.layouts
-        _run_proof(module, scored.name, len(index), layouts, rule, *inputs, **options)
+        known = (len(index), layouts, several)
+        _run_proof(module, scored.name, *known, rule, *inputs, **options)
 
     rule = make()
     with contextlib.suppress(_UnevenNumber):
@@ -133,15 +136,17 @@ def _run_proof(
     name: str,
     rows: int,
     layouts: Mapping[str, Layout],
+    several: Sequence[int],
     rule: Rule | None,
     args: Any,
     kwargs: Any,
     **options: Any,
 ) -> None:
+    known = (rows, layouts, several)
     try:
-        _Proof(module, name, rows, layouts, rule).run(args, kwargs, **options)
+        _Proof(module, name, *known, rule).run(args, kwargs, **options)
     except _OtherDtype:
-        _Proof(module, name, rows, layouts, rule, in_double=True).run(args, kwargs, **options)
+        _Proof(module, name, *known, rule, in_double=True).run(args, kwargs, **options)
 
 
 def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[int]:
@@ -150,9 +155,10 @@ def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[i
     sizes = {size for x in tensors for size in x.shape}
     for x in tree_flatten((args, kwargs))[0]:
         if isinstance(x, Tensor):
-            sizes |= set(x.shape[1:] if scored.has_rows(x) else x.shape)
+            has_rows = scored.has_rows(x)
+            sizes |= {len(x) // scored.rows, *x.shape[1:]} if has_rows else {*x.shape}
     sizes |= {scored.step.row_tokens(scored.name)} | {size + 1 for size in sizes}
-    primes = [3, 5, 7, 11, 13, 17]
+    primes = [3, 5, 7, 11, 13, 17, 19, 23]
     return [p for p in primes if all(size == 0 or size % p for size in sizes)] or primes[-1:]
 
 
@@ -173,6 +179,7 @@ class _Proof:
         name: str,
         rows: int,
         layouts: Mapping[str, Layout],
+        several: Sequence[int],
         rule: Rule | None,
         *,
         in_double: bool = False,
@@ -189,7 +196,7 @@ class _Proof:
         scale = torch.ones((), dtype=torch.float64, device=device)
         names = {id(p): n for n, p in parameters.items()}
         self._step = Step(rows, [1], scale, names, names, layouts=dict(layouts))
-        self._tokens = self._step.row_tokens(name)
+        self._several, self._entries = several, {self._step.row_tokens(name)}
         # Layers that a model's engine follows beyond those that need it are followed here, too, and
         # those that it leaves to the ones around have no rule here.
         attached = {
@@ -198,9 +205,14 @@ class _Proof:
             if isinstance(part.__dict__.get("forward"), ScoredForward)
         }
 
+        def of_several(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+            assert rule is not None
+            scored.several = [tree_leaves((args, kwargs))[i] for i in several]
+            return rule(module, scored, *args, **kwargs)
+
         def rule_of(key: str, part: nn.Module) -> Rule | None:
             if part is self._scored:
-                return rule
+                return of_several if several else rule
             if "" in attached and key not in attached:
                 return None
             return rule_for(part) or (caller_rule() if key in attached else None)
@@ -237,6 +249,8 @@ class _Proof:
     def _run(self, args: Any, kwargs: Any, numbers: bool) -> None:
         exact = lambda part: copy.deepcopy(part).double()
         args, kwargs = tree_map_only(nn.Module, exact, (args, kwargs))
+        leaves = tree_leaves((args, kwargs))
+        self._entries |= {len(leaves[i]) // self._rows for i in self._several}
         with _exactly(), self._in_double, self._scored_forwards():
             scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
             joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
@@ -252,7 +266,7 @@ class _Proof:
             self._compare_shapes(scored_out, joint_out)
             calls = []
             for i in range(self._rows):
-                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._entries)
                 alone = tree_map_only(Tensor, one, (args, kwargs))
                 calls.append(self._call(self._plain, alone, numbers))
             parts = [
@@ -265,7 +279,7 @@ class _Proof:
             self._backward(joint_out, weights)
             joint = _gradients(self._plain)
             for i, (_, out) in enumerate(calls):
-                own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
+                own = lambda x, i=i: take_rows(x, [i], self._rows, [len(x) // self._rows])
                 for k, x in enumerate(out):
                     if x.dim():
                         self._close(f"output {k} of sample {i} alone and", x, own(joint_out[k]))
@@ -275,8 +289,8 @@ class _Proof:
                 range(self._rows)
             ):  # the val row first, with which all others are dotted
                 inputs, out = calls.pop()
-                one = lambda x, i=i: take_rows(x, [i], self._rows, self._tokens)
-                own = lambda x, i=i: take_rows(x, [i], self._rows, len(x) // self._rows)
+                one = lambda x, i=i: take_rows(x, [i], self._rows, self._entries)
+                own = lambda x, i=i: take_rows(x, [i], self._rows, [len(x) // self._rows])
                 self._plain.zero_grad(set_to_none=True)
                 self._backward(
                     out, [own(w) if w.dim() else w * p for w, p in zip(weights, parts, strict=True)]

@@ -204,8 +204,8 @@ class LayoutSearch:
         )
         trial = dataclasses.replace(micro, step=step)
 
-        def plain() -> Any:
-            own_args, own_kwargs = own_inputs(inputs.both)
+        def plain(both: Any = inputs.both) -> Any:
+            own_args, own_kwargs = own_inputs(both)
             with own_buffers(self._model):
                 return self._model(*own_args, **own_kwargs)
 
@@ -224,4 +224,8 @@ class LayoutSearch:
                 check_parameter_uses(out, judged)
             return out
 
-        check_outputs(plain, scored, step, self._averaging.agreed)
+        of_half = lambda: plain(inputs.take(inputs.both, range(step.rows // 2)))
+        alone = (
+            None if step.sharded else of_half
+        )  # other processes that share the model would not run it
+        check_outputs(plain, scored, step, self._averaging.agreed, alone)

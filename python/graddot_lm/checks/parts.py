@@ -1,6 +1,6 @@
 """Parts of a batch's rows, on which a model is run to see whether it keeps samples apart."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 
-def take_rows(x: Tensor, index: list[int], rows: int, tokens: int = 0) -> Tensor:
-    """Some of the samples of (rows, ...) or (rows·tokens, ...); a tensor without samples itself."""
+def take_rows(x: Tensor, index: list[int], rows: int, entries: Collection[int] = ()) -> Tensor:
+    """Some of the samples of (rows, ...), or of (rows·S, ...) with one of these S; a tensor without
+    samples itself."""
     if x.dim() > 0 and x.shape[0] == rows:
         return x[index]
-    if tokens and x.dim() > 0 and x.shape[0] == rows * tokens:
-        return x.unflatten(0, (rows, tokens))[index].flatten(0, 1)
+    if x.dim() > 0 and x.shape[0] in [rows * number for number in entries if number]:
+        return x.unflatten(0, (rows, -1))[index].flatten(0, 1)
     return x
 
 

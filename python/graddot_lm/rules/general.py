@@ -27,6 +27,7 @@ from .scored_operations import Refused
 
 Rule = Callable[..., Any]
 LARGEST = 2**22  # elements whose gradient may be held for every sample of a layer
+_WHAT_TO_DO = "\nWrite a rule (graddot_lm.register_layer), or freeze "
 
 
 class NoRows(GraddotError):
@@ -44,14 +45,17 @@ class ProvenRule:
     Proven again when the layer's mode or its arguments' kind changes, when the first batch of
     several rows comes after batches of one, and when the layer does with its parameters what it did
     not do in the proof. Positions, (T,), beside the layer's input may be as many as there are rows:
-    where nothing can be proven with an entry a row, they are taken for the same in all.
+    where nothing can be proven with an entry a row, they are taken for the same in all. Of what is
+    longer it is tried last that it holds several entries of each row, (rows·S, ...), as a bias of
+    attention does, by heads.
     """
 
     def __init__(self, ways: dict[str, Callable[[float], Rule]], largest: float = LARGEST) -> None:
         self._ways, self._largest = ways, largest
         self.follows = "in place" in ways
-        # By kind of call; with which of its arguments are the same for all rows.
-        self._proven: dict[Any, tuple[Rule, list[int]]] = {}
+        # By kind of call; with which of its arguments are the same for all rows, and which hold several
+        # entries of each.
+        self._proven: dict[Any, tuple[Rule, list[int], list[int]]] = {}
         self._of_tokens: ProvenRule | None = None
         self._proving = False
 
@@ -73,8 +77,9 @@ class ProvenRule:
                 self._proven[key] = self._prove(module, scored, args, kwargs)
             finally:
                 self._proving = False
-        way, same = self._proven[key]
+        way, same, several = self._proven[key]
         scored.same += [leaves[i] for i in same]
+        scored.several += [_in_rows(scored, leaves[i]) for i in several]
         with uncached():  # a weight is followed, or of each row, in one call
             out = way(module, scored, *args, **kwargs)
         if isinstance(way, InPlace):
@@ -83,34 +88,50 @@ class ProvenRule:
 
     def _prove(
         self, module: nn.Module, scored: Scored, args: Any, kwargs: Any
-    ) -> tuple[Rule, list[int]]:
+    ) -> tuple[Rule, list[int], list[int]]:
         from ..checks.layer_proof import prove  # it attaches rules, this one among them
 
         reasons = []
         leaves, main = tree_leaves((args, kwargs)), first_tensor(args, kwargs)
         others = [(i, x) for i, x in enumerate(leaves) if x is not main]
         positions = [i for i, x in others if _may_be_positions(scored, x)]
+        long = [i for i, x in others if _may_hold_several(scored, x)]
         given, without_rows = scored.same, None
-        for same in ([], positions) if positions else ([],):
+        readings = [
+            ([], []),
+            *([(positions, [])] if positions else []),
+            *([([], long)] if long else []),
+        ]
+        for same, several in readings:
             scored.same = [*given, *(leaves[i] for i in same)]
+            scored.several = [leaves[i] for i in several]
             for name, way in self._ways.items():
                 try:
                     make = functools.partial(way, self._largest)
                     rule = prove(module, scored, make, args, kwargs)
-                    scored.same = given
-                    return rule, same
+                    scored.same, scored.several = given, []
+                    return rule, same, several
                 except GraddotError as error:
-                    if not same:
-                        reasons.append(f"{name}: {error}")
+                    if not same and not several:
+                        # Of a layer around others it is said once.
+                        reasons.append(f"{name}: {str(error).partition(_WHAT_TO_DO)[0]}")
                         if isinstance(error, NoRows):
                             without_rows = error.layer
                     if isinstance(error, Refused):
                         break
+        own = {n: p for n, p in module.named_parameters(recurse=False) if p.requires_grad}
+        is_scored = scored.step.val_rows or any(id(p) in scored.step.leaf_of for p in own.values())
+        if own and not is_scored:
+            return _as_it_is, [], []
+        what = ", ".join(f"{scored.name}.{n}".lstrip(".") for n in own)
+        what = (
+            f"{what}, or with given directions exclude it (exclude=[...])"
+            if own
+            else "its parameters"
+        )
         message = (
             f"layer {scored.name or '(itself)'} of type {type(module).__name__} has no rule that"
-            " holds:\n  "
-            + "\n  ".join(reasons)
-            + "\nFreeze its parameters, or write a rule (graddot_lm.register_layer)"
+            " holds:\n  " + "\n  ".join(reasons) + _WHAT_TO_DO + what
         )
         raise GraddotError(message) if without_rows is None else NoRows(message, without_rows)
 
@@ -169,6 +190,11 @@ def caller_rule() -> ProvenRule:
     return ProvenRule({"in place": InPlace}, LARGEST)
 
 
+def _as_it_is(module: nn.Module, scored: Scored, *args: Any, **kwargs: Any) -> Any:
+    """For a layer whose own parameters are excluded, with given directions."""
+    return scored.own_forward(*args, **kwargs)
+
+
 def _kind(scored: Scored, x: Any) -> Any:
     """What of an argument a proof is for: a layer may do another thing for another flag."""
     if isinstance(x, Tensor):
@@ -180,6 +206,22 @@ def _may_be_positions(scored: Scored, x: Any) -> bool:
     """Whether it is (T,) whole numbers, as many as there are rows."""
     whole = isinstance(x, Tensor) and x.dtype in (torch.int64, torch.int32)
     return whole and x.dim() == 1 and scored.has_rows(x)
+
+
+def _may_hold_several(scored: Scored, x: Any) -> bool:
+    """Whether its length is a multiple of the rows."""
+    long = isinstance(x, Tensor) and x.dim() > 1 and x.shape[0] > scored.rows
+    return long and x.shape[0] % scored.rows == 0 and not scored.has_rows(x)
+
+
+def _in_rows(scored: Scored, x: Tensor) -> Tensor:
+    """A tensor that holds several entries of each row. Raises GraddotError if it cannot."""
+    if x.shape[0] % scored.rows:
+        raise GraddotError(
+            f"layer {scored.name} got an input of shape {tuple(x.shape)}, which held several entries of"
+            f" each row before, in a batch of {scored.rows} rows"
+        )
+    return x
 
 
 class InPlace:
@@ -216,14 +258,20 @@ class InPlace:
             return
         from ..checks.layer_proof import prove
 
-        def differences(skip: int) -> tuple[Calls, list[str]]:
+        def decisions(skip: int) -> Calls:
             make = lambda: InPlace(self._largest)
-            proof = prove(module, scored, make, args, kwargs, skip=skip)._known
-            return proof, [call[0] for call, x in self._last.items() if proof.get(call, x) != x]
+            return prove(module, scored, make, args, kwargs, skip=skip)._known
 
-        proof, differ = differences(0)
-        if differ:  # perhaps a dimension that is made inside was a multiple of the proof's rows
-            proof, differ = differences(1)
+        def differences(proof: Calls) -> list[str]:
+            return [call[0] for call, x in self._last.items() if proof.get(call, x) != x]
+
+        proof = decisions(0)
+        if differ := differences(proof):
+            # Perhaps dimensions that are made inside were multiples of one proof's rows or the other's.
+            other = decisions(1)
+            if proof.keys() == other.keys():
+                other = {call: _agreed(proof[call], x, True) for call, x in other.items()}
+            proof, differ = other, differences(other)
         if differ or self._doubts:
             raise GraddotError(
                 f"layer {scored.name or '(itself)'} of type {type(module).__name__} did something new"
