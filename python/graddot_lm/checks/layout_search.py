@@ -224,8 +224,8 @@ class LayoutSearch:
                 check_parameter_uses(out, judged)
             return out
 
-        of_half = lambda: plain(inputs.take(inputs.both, range(step.rows // 2)))
-        alone = (
-            None if step.sharded else of_half
-        )  # other processes that share the model would not run it
-        check_outputs(plain, scored, step, self._averaging.agreed, alone)
+        # Other processes that share the model would not run it.
+        of_half = None
+        if not step.sharded:
+            of_half = lambda: plain(inputs.take(inputs.both, range(step.rows // 2)))
+        check_outputs(plain, scored, step, self._averaging.agreed, of_half)
