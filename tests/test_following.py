@@ -207,6 +207,8 @@ def test_tables_with_gradients_scaled_by_the_batch_are_refused(bag, scaled):
     layer = (nn.EmbeddingBag if bag else nn.Embedding)(5, 6, **lookup)
     with pytest.raises(GraddotError, match="scale_grad_by_freq mixes samples"):
         GradDotProdEngine(layer)
+    with pytest.raises(GraddotError, match="make it with sparse=False"):
+        GradDotProdEngine(type(layer)(5, 6, sparse=True))
 
 
 def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
