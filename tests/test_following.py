@@ -213,6 +213,8 @@ def test_tables_with_gradients_scaled_by_the_batch_are_refused(bag, scaled):
     layer = (nn.EmbeddingBag if bag else nn.Embedding)(5, 6, **lookup)
     with pytest.raises(GraddotError, match="scale_grad_by_freq mixes samples"):
         GradDotProdEngine(layer)
+    with pytest.raises(GraddotError, match="make it with sparse=False"):
+        GradDotProdEngine(type(layer)(5, 6, sparse=True))
 
 
 def test_layers_whose_rows_come_second_are_mapped_row_by_row(monkeypatch):
@@ -392,3 +394,48 @@ def test_two_models_in_threads():
     ended.set()
     other.join()
     assert all(torch.equal(scores[name], want[name]) for name in models)
+
+
+class Kept(nn.Module):
+    """Its head is tied by a function that it keeps, in which deepcopy leaves the layer it was made for."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.embed, self.up = nn.Embedding(7, 6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.ones(6))
+        self.head = keep(lambda x: x @ self.embed.weight.t())
+
+    def forward(self, x):
+        head = self.head if callable(self.head) else self.head[0]
+        return head(self.up(self.embed(x)) * self.scale).mean(1)
+
+
+def kept_step(keep):
+    torch.manual_seed(0)
+    model, x, y = Kept(keep).double(), torch.randint(7, (5, 4)), torch.randint(7, (5,))
+    train, val = (x[:3], y[:3]), (x[3:], y[3:])
+    # Functions in a copy use the model's weights, of which the loss of one more backward is.
+    want = [
+        torch.autograd.grad(F.cross_entropy(model(a), b), list(model.parameters()))
+        for a, b in (val, train, *((x[i : i + 1], y[i : i + 1]) for i in range(3)))
+    ]
+    engine = GradDotProdEngine(model, val, label_shift=0)
+    engine.attach()
+    engine.attach_train_batch(*train, 0, None)
+    x, y = engine.prepare_forward_input(*train)
+    engine.track_loss(F.cross_entropy(model(x), y)).backward()
+    engine.prepare_gradients()
+    dots = [sum((v * g).sum() for v, g in zip(want[0], own, strict=True)) for own in want[2:]]
+    return model, want[1], engine.aggregate_and_log(), torch.stack(dots)
+
+
+def test_a_function_that_a_layer_keeps_uses_the_weights_of_its_copy_in_the_proof():
+    model, want, scores, dots = kept_step(lambda function: function)
+    for p, grad in zip(model.parameters(), want, strict=True):
+        torch.testing.assert_close(p.grad, grad, rtol=0, atol=1e-12)
+    torch.testing.assert_close(scores, dots, rtol=0, atol=1e-12)
+
+
+def test_a_copy_that_uses_the_weights_of_the_model_is_refused():
+    with pytest.raises(GraddotError, match=r"a copy of it uses embed.weight of the model itself"):
+        kept_step(lambda function: [function])

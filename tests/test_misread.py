@@ -574,3 +574,19 @@ def test_a_backward_inside_of_the_forward_is_refused(keep, first):
         slopes[0] = True
     with pytest.raises(GraddotError, match="a backward ran inside of the model's forward"):
         step(engine, model, *data(4), 1)
+
+
+@pytest.mark.parametrize("penalty", [True, False], ids=["penalty", "step"])
+def test_a_backward_whose_graph_is_kept_for_second_derivatives_is_refused(penalty):
+    """Said before its gradients are taken for those of a weight used elsewhere or of a second backward."""
+    model, (x, y) = Net(lambda m, x: pooled(m, m.up(x))), data(4)
+    engine = GradDotProdEngine(model, data(1, seed=1), label_shift=0)
+    engine.attach()
+    engine.attach_train_batch(x, y, 0, None)
+    x, y = engine.prepare_forward_input(x, y)
+    loss = F.cross_entropy(model(x.requires_grad_()), y)
+    with pytest.raises(GraddotError, match="a backward with create_graph=True"):
+        if penalty:
+            torch.autograd.grad(loss, x, create_graph=True)
+        else:
+            engine.track_loss(loss).backward(create_graph=True)

@@ -135,6 +135,12 @@ class Step:
         if not self.in_backward:
             if self.running:
                 refuse_backward()
+            if torch.is_grad_enabled():
+                raise GraddotError(
+                    "a backward with create_graph=True reached layers that are scored: a loss made of the"
+                    " model's derivatives (a gradient penalty, forces, score matching), or a step that takes"
+                    " second derivatives, cannot be scored; attach the engine for steps without"
+                )
             self.in_backward = True
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 

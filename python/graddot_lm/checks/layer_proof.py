@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-import types
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_map_only
 
-from .. import distributed
 from ..errors import GraddotError
 from ..rules.general import NoRows, Rule, Tokens, caller_rule
 from ..rules.mixtures import Mixture
 from ..rules.table import rule_for
 from ..scored import Scored, ScoredForward, first_tensor
 from ..step import Step
+from .copies import exact_copy
 from .digests import NoDropout, own_buffers, own_random, uncached
 from .parts import take_rows
 from .rows import Layout, find_layouts
-from .verify import tensors_in
+from .verify import foreign_uses, tensors_in
 
 WayType = TypeVar("WayType", bound=Rule)
 TOLERANCE = 1e-5  # of the norm: many layers compute in fp32 whatever their input is
@@ -45,7 +45,7 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     inner = {name: m for name, m in plain.named_modules() if name and rule_for(m) is not None}
     layouts = find_layouts(plain, inner, inputs, kwargs, first.shape[0])
     layouts[""] = "rows"
-    _run_proof(module, "", first.shape[0], layouts, [], rule_for(module), inputs, kwargs)
+    _run_proof(module, "", first.shape[0], layouts, [], rule_for(module), {}, inputs, kwargs)
 
 
 def prove(
@@ -76,7 +76,7 @@ def prove(
 def check_by_token(module: nn.Module, name: str, tokens: Tokens, args: Any, kwargs: Any) -> None:
     """Raise GraddotError unless a layer does with the tokens of a row, each a row of its own, what it
     does with the row."""
-    plain = _exact_copy(module)
+    plain = exact_copy(module)
     exact = lambda x: x.detach().double() if x.is_floating_point() else x.detach().clone()
     args, kwargs = tree_map_only(Tensor, exact, (args, kwargs))
     with _exactly(), torch.no_grad():
@@ -115,9 +115,9 @@ def _prove_on(
             return take_rows(x, index, scored.rows, [len(x) // scored.rows]) if has_rows else x
 
         inputs = tree_map_only(Tensor, few, (args, kwargs))
-        layouts = scored.step.layouts
-        known = (len(index), layouts, several)
-        _run_proof(module, scored.name, *known, rule, *inputs, **options)
+        step = scored.step
+        known = (len(index), step.layouts, several)
+        _run_proof(module, scored.name, *known, rule, step.names, *inputs, **options)
 
     rule = make()
     with contextlib.suppress(_UnevenNumber):
@@ -138,15 +138,17 @@ def _run_proof(
     layouts: Mapping[str, Layout],
     several: Sequence[int],
     rule: Rule | None,
+    originals: dict[int, str],
     args: Any,
     kwargs: Any,
     **options: Any,
 ) -> None:
-    known = (rows, layouts, several)
+    """originals: the names of the model's parameters by id."""
+    proof = functools.partial(_Proof, module, name, rows, layouts, several, rule, originals)
     try:
-        _Proof(module, name, *known, rule).run(args, kwargs, **options)
+        proof().run(args, kwargs, **options)
     except _OtherDtype:
-        _Proof(module, name, *known, rule, in_double=True).run(args, kwargs, **options)
+        proof(in_double=True).run(args, kwargs, **options)
 
 
 def _unlike(module: nn.Module, scored: Scored, args: Any, kwargs: Any) -> list[int]:
@@ -181,10 +183,12 @@ class _Proof:
         layouts: Mapping[str, Layout],
         several: Sequence[int],
         rule: Rule | None,
+        originals: dict[int, str],
         *,
         in_double: bool = False,
     ) -> None:
-        self._scored, self._plain = _exact_copy(module), _exact_copy(module)
+        self._originals = originals | {id(p): n for n, p in module.named_parameters()}
+        self._scored, self._plain = exact_copy(module), exact_copy(module)
         for copied in (self._scored, self._plain):
             copied._forward_hooks.clear()  # which may collect what the layer returns in a step
             copied._forward_pre_hooks.clear()
@@ -254,6 +258,7 @@ class _Proof:
         with _exactly(), self._in_double, self._scored_forwards():
             scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
             joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
+            self._check_copied(joint_out)
             joint_out = [self._with_rows(x) for x in joint_out]
             generator = torch.Generator().manual_seed(0)
             weights = [
@@ -301,6 +306,15 @@ class _Proof:
                         got = torch.zeros_like(x) if whole.grad is None else one(whole.grad)
                         self._close(f"gradient of input {k}, sample {i},", got, x.grad)
             self._compare_gradients(samples, joint)
+
+    def _check_copied(self, outputs: list[Tensor]) -> None:
+        """Raise GraddotError if the copy uses the model's parameters, of which nothing would be proven: the
+        backward would add to their .grad."""
+        if uses := foreign_uses(outputs, self._originals):
+            raise GraddotError(
+                f"{self._title()}: a copy of it uses {', '.join(sorted(uses))} of the model itself, by a"
+                " function that it keeps; make that a method, or keep in it what it uses"
+            )
 
     def _part(self, k: int, joint: Tensor, alone: list[Tensor]) -> float:
         """By what a sample's own output k enters the joint one: 1, or a mean's 1 / rows."""
@@ -456,48 +470,6 @@ def _own(x: Any) -> Any:
     if isinstance(x, nn.Module):
         return x
     return None if hasattr(x, "get_seq_length") else copy.deepcopy(x)
-
-
-def _exact_copy(module: nn.Module) -> nn.Module:
-    """In float64, experts by the implementation of transformers that has it. The parameters are
-    moved a little: behind a gate that begins with zero no gradient would show what is wrong."""
-    distributed.check_not_sharded_itself(module)
-    copied = copy.deepcopy(module).double()
-    for part, own in zip(module.modules(), copied.modules(), strict=True):
-        if _calls_scored(part.__dict__.get("forward")):  # the one of this module, not of the copy
-            own.__dict__.pop("forward")
-        if (function := _function_of_its_own(part)) is not None:
-            own.forward = types.MethodType(function, own)  # type: ignore[method-assign]
-    generator = torch.Generator().manual_seed(0)
-    for p in copied.parameters():
-        p.data += 0.02 * torch.randn(p.shape, generator=generator, device="cpu").to(p.device)
-    for part in copied.modules():
-        if hasattr(getattr(part, "config", None), "_experts_implementation"):
-            part.config._experts_implementation = "eager"  # type: ignore[union-attr]
-    return copied
-
-
-def _calls_scored(forward: Any) -> bool:
-    """Whether it is a function around a scored forward, as transformers 4 puts one on a layer whose output it
-    records."""
-    around = not isinstance(forward, ScoredForward)
-    while forward is not None and not isinstance(forward, ScoredForward):
-        forward = getattr(forward, "__wrapped__", None)
-    return around and forward is not None
-
-
-def _function_of_its_own(module: nn.Module) -> Any:
-    """The function of a method that stands on a module as its forward, as TRL puts one there, where a
-    scored forward is around it, which a copy has not: without the autocast that accelerate puts around."""
-    scored = module.__dict__.get("forward")
-    if not isinstance(scored, ScoredForward):
-        return None
-    method = module.__dict__.get("_original_forward", scored.own_forward)
-    function = getattr(method, "__func__", None)
-    own = (
-        function is not None and method.__self__ is module and function is not type(module).forward
-    )
-    return function if own else None
 
 
 def _gradients(module: nn.Module) -> dict[str, Tensor]:

@@ -219,7 +219,7 @@ class LayoutSearch:
             if moved is None and not step.sharded:
                 named = self._layers.parameters.items()
                 judged = {name: p for name, p in named if micro.judged(name)}
-                uses = foreign_uses(out, judged)
+                uses = foreign_uses(out, {id(p): name for name, p in judged.items()})
                 foreign.update(name.rpartition(".")[0] for name in uses)
                 check_parameter_uses(out, judged)
             return out

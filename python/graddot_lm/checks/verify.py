@@ -135,7 +135,7 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
             f"the model returned a {type(output).__name__}, in which no tensor was found, so that it"
             " cannot be checked; return tensors, or a tuple, mapping or dataclass of them"
         )
-    foreign = foreign_uses(output, names)
+    foreign = foreign_uses(output, {id(p): name for name, p in names.items()})
     if foreign:
         uses = ", ".join(f"{name} (by {op})" for name, op in sorted(foreign.items()))
         raise GraddotError(
@@ -147,9 +147,8 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
         )
 
 
-def foreign_uses(output: Any, names: Mapping[str, nn.Parameter]) -> dict[str, str]:
-    """The parameters that reach the output other than through a scored layer, and what used them."""
-    by_id = {id(p): name for name, p in names.items()}
+def foreign_uses(output: Any, by_id: Mapping[int, str]) -> dict[str, str]:
+    """The parameters, named by id, that reach the output other than through a scored layer, and what used them."""
     stack = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
     seen = set(stack)
     foreign: dict[str, str] = {}
