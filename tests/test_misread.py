@@ -363,6 +363,10 @@ def _similar(m, x):
     return h @ F.normalize(m.other(x).mean(1), dim=-1).t()
 
 
+def with_table(run):
+    return Net(run, table=Layer(lambda m, x: m.p[:, : x.shape[1]], p=N(1, 8, 8)))
+
+
 REFUSED = {
     "masked-class": (
         lambda: Net(functools.partial(_with_masked_class, mixed=True)),
@@ -375,12 +379,14 @@ REFUSED = {
         "clamp_ writes into a tensor that was computed from its parameters",
     ),
     "first-of-a-table": (
-        lambda: Net(
-            lambda m, x: pooled(m, m.up(x) + m.table(x)[0]),
-            table=Layer(lambda m, x: m.p[:, : x.shape[1]], p=N(1, 8, 8)),
-        ),
+        lambda: with_table(lambda m, x: pooled(m, m.up(x) + m.table(x)[0])),
         loss_of,
         "what layer table returns .* samples look at other samples' copies, .* in the first of them",
+    ),
+    "mean-of-a-table-behind-each-sample's-own": (
+        lambda: with_table(lambda m, x: ([*m.up(x)], pooled(m, m.up(x) + m.table(x).mean(0)))),
+        lambda out, y: F.cross_entropy(out[1], y),
+        "what layer table returns .* samples look at other samples' copies, as in a mean over all",
     ),
     "ones-with-time-first": (
         lambda: Net(

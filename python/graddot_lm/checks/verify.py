@@ -6,7 +6,7 @@ All but `check_same_model`, which is made in every step, look once, and cost not
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -22,19 +22,27 @@ from .own_loss import EqualWeights, TokenWeights
 def tensors_in(output: Any) -> Iterator[Tensor]:
     """Every tensor in a model's output: a tensor, a tuple or list, or a mapping, dataclass or
     namespace of them."""
+    for _, x in placed_tensors(output):
+        yield x
+
+
+def placed_tensors(output: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, Tensor]]:
+    """The same, each with the names and numbers by which it is found."""
     if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        for value in output.values():
-            yield from tensors_in(value)
+        yield place, output
+        return
+    items: Iterable[tuple[Any, Any]] = ()
+    if isinstance(output, Mapping):
+        items = output.items()
     elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from tensors_in(value)
+        items = enumerate(output)
     elif dataclasses.is_dataclass(output) and not isinstance(output, type):
-        for field in dataclasses.fields(output):
-            yield from tensors_in(getattr(output, field.name, None))
+        names = [field.name for field in dataclasses.fields(output)]
+        items = [(name, getattr(output, name, None)) for name in names]
     elif isinstance(output, SimpleNamespace):
-        yield from tensors_in(vars(output))
+        items = vars(output).items()
+    for name, value in items:
+        yield from placed_tensors(value, (*place, name))
 
 
 def map_tensors(output: Any, function: Callable[[Tensor], Tensor]) -> Any:
@@ -148,7 +156,8 @@ def check_parameter_uses(output: Any, names: Mapping[str, nn.Parameter]) -> None
 
 
 def foreign_uses(output: Any, by_id: Mapping[int, str]) -> dict[str, str]:
-    """The parameters, named by id, that reach the output other than through a scored layer, and what used them."""
+    """The parameters, named by id, that reach the output other than through a scored layer, and what
+    used them."""
     stack = [t.grad_fn for t in tensors_in(output) if t.grad_fn is not None]
     seen = set(stack)
     foreign: dict[str, str] = {}
