@@ -43,16 +43,13 @@ class Pooled(nn.Module):
         return self.head(self.block(self.first(x)).mean(1))
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_batches_as_long_as_any_other_dimension(name):
-    """What is proven with one number of rows must hold where it is also that of tokens, of
-    features or of anything else."""
-    model = Pooled(name).double()
-    val = data(1, seed=1)
-    val = val[0].double(), val[1]
+def check_batches(model, numbers, tolerance=1e-10):
+    """Steps of one engine on so many rows, each beside one that rides along."""
+    x, y = data(1, seed=1)
+    val = x.double(), y
     engine = GradDotProdEngine(model, val, label_shift=0)
     engine.attach()
-    for n in (3, 4, 5, 2, 8, 1):
+    for n in numbers:
         x, y = data(n, seed=n)
         x = x.double()
         dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
@@ -61,10 +58,16 @@ def test_batches_as_long_as_any_other_dimension(name):
         joint, labels = engine.prepare_forward_input(x, y)
         engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
         engine.prepare_gradients()
-        tolerance = 1e-6 if name in FP32 else 1e-10
         same_gradients(model, want, tolerance)
         close(engine.aggregate_and_log(), total(dots), tolerance, total(scales))
         model.zero_grad()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_batches_as_long_as_any_other_dimension(name):
+    """What is proven with one number of rows must hold where it is also that of tokens, of
+    features or of anything else."""
+    check_batches(Pooled(name).double(), (3, 4, 5, 2, 8, 1), 1e-6 if name in FP32 else 1e-10)
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -326,22 +329,7 @@ class BiasBeside(nn.Module):
 
 @pytest.mark.parametrize("same", [False, True], ids=["of each row", "the same"])
 def test_heads_of_all_rows_beside_the_input(same):
-    model, val = BiasBeside(same), data(1, seed=1)
-    val = val[0].double(), val[1]
-    engine = GradDotProdEngine(model, val, label_shift=0)
-    engine.attach()
-    for n in (3, 4, 1, 9):
-        x, y = data(n, seed=n)
-        x = x.double()
-        dots, scales = sample_dots(model, (x, y), val, loss=F.cross_entropy)
-        want = gradient(model, x, y, loss=F.cross_entropy)
-        engine.attach_train_batch(x, y, n, None)
-        joint, labels = engine.prepare_forward_input(x, y)
-        engine.track_loss(F.cross_entropy(model(joint), labels)).backward()
-        engine.prepare_gradients()
-        same_gradients(model, want, 1e-10)
-        close(engine.aggregate_and_log(), total(dots), 1e-10, total(scales))
-        model.zero_grad()
+    check_batches(BiasBeside(same), (3, 4, 1, 9))
 
 
 def test_two_models_in_threads():

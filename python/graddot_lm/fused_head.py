@@ -277,9 +277,9 @@ def fuse_head(
 
     `model(input_ids, labels=labels)` then returns a `FusedHeadOutput`; without labels nothing
     changes. label_shift is 1 when labels[t] is the token at position t, as Hugging Face has it,
-    and 0 when it is that position's target. With
-    in_evaluation=False the model is as it was after `model.eval()` under `torch.no_grad()`, and
-    returns its logits, as a Trainer's compute_metrics wants. `unfuse_head` takes it back.
+    and 0 when it is that position's target. With in_evaluation=False the model is as it was after
+    `model.eval()` under `torch.no_grad()`, and returns its logits, as a Trainer's compute_metrics
+    wants. `unfuse_head` takes it back.
 
     Raises GraddotError unless the model is a base model and a Linear head, and its own loss, on a
     few tokens, is what the fused head computes (a model may scale or cap its logits); also for a

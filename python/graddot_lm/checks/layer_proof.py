@@ -45,7 +45,8 @@ def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
     inner = {name: m for name, m in plain.named_modules() if name and rule_for(m) is not None}
     layouts = find_layouts(plain, inner, inputs, kwargs, first.shape[0])
     layouts[""] = "rows"
-    _run_proof(module, "", first.shape[0], layouts, [], rule_for(module), {}, inputs, kwargs)
+    proof = functools.partial(_Proof, module, "", first.shape[0], layouts, rule_for(module))
+    _run_proof(proof, inputs, kwargs)
 
 
 def prove(
@@ -116,8 +117,11 @@ def _prove_on(
 
         inputs = tree_map_only(Tensor, few, (args, kwargs))
         step = scored.step
-        known = (len(index), step.layouts, several)
-        _run_proof(module, scored.name, *known, rule, step.names, *inputs, **options)
+        known = functools.partial(
+            _Proof, module, scored.name, len(index), step.layouts, rule,
+            several=several, originals=step.names,
+        )  # fmt: skip
+        _run_proof(known, *inputs, **options)
 
     rule = make()
     with contextlib.suppress(_UnevenNumber):
@@ -131,20 +135,7 @@ def _prove_on(
     return rule
 
 
-def _run_proof(
-    module: nn.Module,
-    name: str,
-    rows: int,
-    layouts: Mapping[str, Layout],
-    several: Sequence[int],
-    rule: Rule | None,
-    originals: dict[int, str],
-    args: Any,
-    kwargs: Any,
-    **options: Any,
-) -> None:
-    """originals: the names of the model's parameters by id."""
-    proof = functools.partial(_Proof, module, name, rows, layouts, several, rule, originals)
+def _run_proof(proof: Callable[..., "_Proof"], args: Any, kwargs: Any, **options: Any) -> None:
     try:
         proof().run(args, kwargs, **options)
     except _OtherDtype:
@@ -181,13 +172,15 @@ class _Proof:
         name: str,
         rows: int,
         layouts: Mapping[str, Layout],
-        several: Sequence[int],
         rule: Rule | None,
-        originals: dict[int, str],
         *,
+        several: Sequence[int] = (),
+        originals: Mapping[int, str] | None = None,
         in_double: bool = False,
     ) -> None:
-        self._originals = originals | {id(p): n for n, p in module.named_parameters()}
+        """several: which of the inputs hold several entries of each row; originals: the names of the
+        model's parameters by id."""
+        self._originals = {**(originals or {}), **{id(p): n for n, p in module.named_parameters()}}
         self._scored, self._plain = exact_copy(module), exact_copy(module)
         for copied in (self._scored, self._plain):
             copied._forward_hooks.clear()  # which may collect what the layer returns in a step

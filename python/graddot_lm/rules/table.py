@@ -103,11 +103,8 @@ def refusal(module: nn.Module) -> str | None:
             return "max_norm changes the weights in the forward"
         if module.scale_grad_by_freq:
             return "scale_grad_by_freq mixes samples"
-        return (
-            "sparse gradients are not supported; make it with sparse=False"
-            if module.sparse
-            else None
-        )
+        reason = "sparse gradients are not supported; make it with sparse=False"
+        return reason if module.sparse else None
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and mixes_samples(module):
         return "BatchNorm in training mode mixes samples; use GroupNorm, or eval() it"
     if isinstance(module, nn.RNNBase) and module.proj_size > 0:
