@@ -58,7 +58,7 @@ double sum_of(int64_t size, const Element& element) {
   return sum;
 }
 
-float cross_entropy_row(const graddot::CrossEntropy& form, int64_t label, float* logits) {
+float cross_entropy_of(const graddot::CrossEntropy& form, int64_t label, float* logits) {
   const int64_t vocab = form.vocab;
   const float smoothing = form.label_smoothing;
   double loss = -(1.0 - smoothing) * logits[label];
@@ -81,6 +81,26 @@ float cross_entropy_row(const graddot::CrossEntropy& form, int64_t label, float*
   }
   logits[label] -= 1.0F - smoothing;
   return static_cast<float>(loss + lse + form.z_loss * lse * lse);
+}
+
+float cross_entropy_row(const graddot::CrossEntropy& form, int64_t label, void* logits, float*) {
+  return cross_entropy_of(form, label, static_cast<float*>(logits));
+}
+
+// Rounded once, at the end.
+template <class Short>
+float cross_entropy_row_of(const graddot::CrossEntropy& form, int64_t label, void* logits, float* memory) {
+  auto* row = static_cast<Short*>(logits);
+  for (int64_t i = 0; i < form.vocab; i += kLanes) {
+    const int64_t n = smaller(kLanes, form.vocab - i);
+    store_some(memory + i, load_some(row + i, n), n);
+  }
+  const float loss = cross_entropy_of(form, label, memory);
+  for (int64_t i = 0; i < form.vocab; i += kLanes) {
+    const int64_t n = smaller(kLanes, form.vocab - i);
+    store_some(row + i, load_some(memory + i, n), n);
+  }
+  return loss;
 }
 
 }  // namespace

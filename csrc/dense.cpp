@@ -18,7 +18,8 @@ GRADDOT_EXPORT const char* graddot_instruction_set() {
 GRADDOT_EXPORT bool graddot_linear_wgrad_dot(const graddot::LinearProblem* problem,
                                              int64_t threads) {
   try {
-    graddot::linear_wgrad_dot(graddot::instruction_set()->linear, *problem, threads);
+    const auto& kernel = graddot::instruction_set()->linear_of(problem->element);
+    graddot::linear_wgrad_dot(kernel, *problem, threads);
     return true;
   } catch (const std::exception&) {
     return false;
@@ -27,10 +28,10 @@ GRADDOT_EXPORT bool graddot_linear_wgrad_dot(const graddot::LinearProblem* probl
 
 GRADDOT_EXPORT void graddot_cross_entropy_grad(const graddot::CrossEntropy* form, int64_t rows,
                                                const int64_t* labels, int64_t ignore_index,
-                                               float* logits, int64_t stride,
+                                               void* logits, int64_t stride,
                                                float* losses) {
-  graddot::cross_entropy_grad(graddot::instruction_set()->cross_entropy_row, *form, rows, labels,
-                              ignore_index, logits, stride, losses);
+  const auto row = graddot::instruction_set()->cross_entropy_row_of(form->element);
+  graddot::cross_entropy_grad(row, *form, rows, labels, ignore_index, logits, stride, losses);
 }
 
 GRADDOT_EXPORT void graddot_norm_backward(const graddot::NormProblem* problem) {

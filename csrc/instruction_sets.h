@@ -9,12 +9,17 @@ namespace graddot {
 
 struct InstructionSet {
   const char* name;
-  LinearKernel linear;
-  CrossEntropyRow cross_entropy_row;
-  NormPart norm_part;
+  LinearKernel linear[kElements];
+  CrossEntropyRow cross_entropy_row[kElements];
+  NormPart norm_part;  // of fp32
+
+  const LinearKernel& linear_of(Element element) const { return linear[static_cast<int64_t>(element)]; }
+  CrossEntropyRow cross_entropy_row_of(Element element) const {
+    return cross_entropy_row[static_cast<int64_t>(element)];
+  }
 };
 
-extern const InstructionSet kAvx2, kAvx512;  // avx2.cpp, avx512.cpp; on x86-64 only
+extern const InstructionSet kAvx2, kAvx512, kAmx;  // avx2.cpp, avx512.cpp, amx.cpp; on x86-64 only
 
 // The best that this processor has; null without AVX2.
 const InstructionSet* instruction_set();

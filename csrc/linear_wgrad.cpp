@@ -17,7 +17,14 @@ constexpr int64_t kPackedOnce = 1536 * 1024;
 // Rows below which another thread rather takes columns.
 constexpr int64_t kMinRows = 96;
 
+constexpr int64_t kCacheLine = 64 / sizeof(float);
+
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// The first float of the next cache line.
+float* at_cache_line(float* x) {
+  return x + (64 - reinterpret_cast<uintptr_t>(x) % 64) % 64 / sizeof(float);
+}
 
 // Equal tiles, as many as there are threads or a multiple.
 std::vector<LinearTile> make_tiles(const LinearProblem& p, int64_t multiple, int64_t threads) {
@@ -66,20 +73,20 @@ void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& p, int64_
   const int64_t rows = p.all_rows(), size = kernel.packed_size(p);
   const bool once = tiles.front().out_end < p.d_out && rows * size <= kPackedOnce;
   if (once) {
-    packed.resize(std::max(packed.size(), static_cast<size_t>(rows * size)));
-    float* data = packed.data();
+    packed.resize(std::max(packed.size(), static_cast<size_t>(rows * size + kCacheLine)));
+    float* data = at_cache_line(packed.data());
     parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) kernel.pack_act(p, i, data + i * size);
     });
   }
-  const float* packed_act = once ? packed.data() : nullptr;
+  const float* packed_act = once ? at_cache_line(packed.data()) : nullptr;
   std::vector<double> parts(static_cast<size_t>(count * dots));
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
     // Kept: fresh megabytes for every layer of every step would cost page faults each time.
     thread_local std::vector<float> memory;
-    memory.resize(std::max(memory.size(), static_cast<size_t>(need.total())));
+    memory.resize(std::max(memory.size(), static_cast<size_t>(need.total() + kCacheLine)));
     for (int64_t i = begin; i < end; ++i) {
-      kernel.run(p, tiles[static_cast<size_t>(i)], packed_act, memory.data(),
+      kernel.run(p, tiles[static_cast<size_t>(i)], packed_act, at_cache_line(memory.data()),
                  parts.data() + i * dots);
     }
   });

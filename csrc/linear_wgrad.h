@@ -4,18 +4,24 @@
 
 #include <cstdint>
 
+#include "element.h"
+
 namespace graddot {
 
-// (rows, tokens, width) with unit stride along the width.
+// (rows, tokens, width) with unit stride along the width; strides count elements.
 struct Activations {
-  const float* data;
+  const void* data;
   int64_t row_stride, token_stride;
 
-  const float* row(int64_t i) const { return data + i * row_stride; }
+  template <class T>
+  const T* at(int64_t row, int64_t token, int64_t column) const {
+    return static_cast<const T*>(data) + row * row_stride + token * token_stride + column;
+  }
 };
 
 // G_i = Σ_t grad_it act_itᵀ, (d_out, d_in).
 struct LinearProblem {
+  Element element;                    // of act and grad; all else is fp32
   int64_t rows, tokens, d_in, d_out;  // N training rows
   Activations act;                    // (N, T, d_in); with val rows, they follow
   Activations grad;                   // (N, T, d_out), likewise
@@ -56,9 +62,9 @@ struct LinearScratch {
 };
 
 // The tile's part of the weight gradient, and its part of the dots added to `dots`, of their shape.
-// One function for each instruction set; `scratch` says how much memory they need. packed_act has
-// every row's activations as `pack_act` lays them out, packed_size floats each; where it is null,
-// each tile packs its own.
+// One function for each instruction set and element; `scratch` says how much memory they need, from a
+// cache line's beginning. packed_act has every row's activations as `pack_act` lays them out,
+// packed_size floats each; where it is null, each tile packs its own.
 struct LinearKernel {
   void (*run)(const LinearProblem& problem, const LinearTile& tile, const float* packed_act,
               float* memory, double* dots);

@@ -4,9 +4,16 @@
 // function, compiled for a newer processor, for all.
 #pragma once
 
+#include <immintrin.h>
+
 #include <cstdint>
 
+#include "element.h"
+
 namespace {
+
+using graddot::Bf16;
+using graddot::Fp16;
 
 constexpr int kLanes = GRADDOT_LANES;
 typedef float Vector __attribute__((vector_size(4 * kLanes), may_alias));
@@ -14,12 +21,70 @@ typedef int32_t IntVector __attribute__((vector_size(4 * kLanes), may_alias));
 // Loads and stores go through this type wherever the floats lie; no variable has it: clang forgets
 // the alignment of an array's elements, and would then write to one that is not aligned as if it were.
 typedef float VectorInMemory __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+typedef uint16_t ShortVector __attribute__((vector_size(2 * kLanes), may_alias));
+typedef uint16_t ShortVectorInMemory __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+typedef uint32_t UnsignedVector __attribute__((vector_size(4 * kLanes), may_alias));
 
 inline Vector load(const float* from) { return *reinterpret_cast<const VectorInMemory*>(from); }
 inline void store(float* to, const Vector& x) { *reinterpret_cast<VectorInMemory*>(to) = x; }
 inline Vector all(float x) { return x - Vector{}; }
 
-// `count` floats; 0 in the other lanes.
+// `count` of them; 0 in the other lanes.
+inline UnsignedVector widened(const uint16_t* from, int64_t count = kLanes) {
+  if (count >= kLanes) {
+    const ShortVector x = *reinterpret_cast<const ShortVectorInMemory*>(from);
+    return __builtin_convertvector(x, UnsignedVector);
+  }
+  UnsignedVector x{};
+  for (int64_t lane = 0; lane < count; ++lane) x[lane] = from[lane];
+  return x;
+}
+
+inline Vector load(const Bf16* from) {
+  const UnsignedVector bits = widened(&from->bits) << 16;
+  return reinterpret_cast<const Vector&>(bits);
+}
+
+// Rounded to nearest, ties to even; a NaN stays one.
+inline void store(Bf16* to, const Vector& x) {
+  UnsignedVector bits;
+  __builtin_memcpy(&bits, &x, sizeof(bits));
+  const UnsignedVector rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const UnsignedVector quiet = (bits >> 16) | 0x40;
+  const ShortVector shorts = __builtin_convertvector(x == x ? rounded : quiet, ShortVector);
+  *reinterpret_cast<ShortVectorInMemory*>(&to->bits) = shorts;
+}
+
+inline Vector load(const Fp16* from) {
+  Vector x;
+#ifdef __AVX512F__
+  const __m512 floats = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+  __builtin_memcpy(&x, &floats, sizeof(x));
+#else
+  for (int lane = 0; lane < kLanes; lane += 8) {
+    const __m256 floats = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + lane)));
+    __builtin_memcpy(reinterpret_cast<float*>(&x) + lane, &floats, sizeof(floats));
+  }
+#endif
+  return x;
+}
+
+inline void store(Fp16* to, const Vector& x) {
+  constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+#ifdef __AVX512F__
+  __m512 floats;
+  __builtin_memcpy(&floats, &x, sizeof(x));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(floats, kNearest));
+#else
+  for (int lane = 0; lane < kLanes; lane += 8) {
+    __m256 floats;
+    __builtin_memcpy(&floats, reinterpret_cast<const float*>(&x) + lane, sizeof(floats));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lane), _mm256_cvtps_ph(floats, kNearest));
+  }
+#endif
+}
+
+// `count` elements; 0 in the other lanes.
 inline Vector load_some(const float* from, int64_t count) {
   if (count == kLanes) return load(from);
   Vector x{};
@@ -27,9 +92,25 @@ inline Vector load_some(const float* from, int64_t count) {
   return x;
 }
 
+template <class Short>
+inline Vector load_some(const Short* from, int64_t count) {
+  if (count == kLanes) return load(from);
+  Short some[kLanes] = {};
+  for (int64_t lane = 0; lane < count; ++lane) some[lane] = from[lane];
+  return load(some);
+}
+
 inline void store_some(float* to, const Vector& x, int64_t count) {
   if (count == kLanes) return store(to, x);
   for (int64_t lane = 0; lane < count; ++lane) to[lane] = x[lane];
+}
+
+template <class Short>
+inline void store_some(Short* to, const Vector& x, int64_t count) {
+  if (count == kLanes) return store(to, x);
+  Short some[kLanes];
+  store(some, x);
+  for (int64_t lane = 0; lane < count; ++lane) to[lane] = some[lane];
 }
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

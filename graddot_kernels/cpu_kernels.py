@@ -1,4 +1,4 @@
-"""Launchers of the compiled fp32 kernels for CPUs with AVX2 or AVX-512 (csrc/dense.cpp).
+"""Launchers of the compiled kernels for CPUs with AVX2, AVX-512 or AMX (csrc/dense.cpp).
 
 `available` says whether they serve a tensor; `torch_impl` has the form for all others.
 """
@@ -11,6 +11,7 @@ from torch import Tensor
 from ._extension import library
 
 INSTRUCTION_SET: str = library.graddot_instruction_set().decode()
+_ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # csrc/element.h
 
 
 class _Activations(ctypes.Structure):
@@ -27,7 +28,7 @@ class _Activations(ctypes.Structure):
 
 class _LinearProblem(ctypes.Structure):  # csrc/linear_wgrad.h
     _fields_ = (
-        *((name, ctypes.c_int64) for name in ("rows", "tokens", "d_in", "d_out")),
+        *((name, ctypes.c_int64) for name in ("element", "rows", "tokens", "d_in", "d_out")),
         ("act", _Activations),
         ("grad", _Activations),
         ("num_directions", ctypes.c_int64),
@@ -43,6 +44,7 @@ class _LinearProblem(ctypes.Structure):  # csrc/linear_wgrad.h
 
 class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
     _fields_ = (
+        ("element", ctypes.c_int64),
         ("vocab", ctypes.c_int64),
         ("label_smoothing", ctypes.c_float),
         ("z_loss", ctypes.c_float),
@@ -72,7 +74,12 @@ for _function in ("cross_entropy_grad", "norm_backward", "advise_huge_pages"):
 
 def available(x: Tensor) -> bool:
     """Whether the kernels run on this processor and take x's dtype and device."""
-    return bool(INSTRUCTION_SET) and x.dtype == torch.float32 and x.device.type == "cpu"
+    return bool(INSTRUCTION_SET) and x.dtype in _ELEMENTS and x.device.type == "cpu"
+
+
+def norms_available(x: Tensor) -> bool:
+    """The same of `norm_backward`, which takes fp32 alone."""
+    return available(x) and x.dtype == torch.float32
 
 
 def advise_huge_pages(x: Tensor) -> None:
@@ -98,15 +105,16 @@ def _check_linear(
         )
     (n, t, d_in), (*same, d_out) = act.shape, grad.shape
     fit = same == [n, t] and weight_grad.shape == (d_out, d_in)
-    fit &= act.dtype == grad.dtype == weight_grad.dtype == torch.float32
+    fit &= act.dtype == grad.dtype and act.dtype in _ELEMENTS
+    fit &= weight_grad.dtype == torch.float32
     if direction is not None:
         fit &= direction.shape[1:] == (d_out, d_in) and direction.dtype == torch.float32
     if not fit:
         tensors = [x for x in (weight_grad, direction, act, grad) if x is not None]
         got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
         raise ValueError(
-            "expected a weight gradient (Dout, Din), directions (K, Dout, Din), act (N, T, Din) and"
-            f" grad (N, T, Dout) of one dtype; got {got}"
+            "expected a weight gradient (Dout, Din) and directions (K, Dout, Din) in fp32, act"
+            f" (N, T, Din) and grad (N, T, Dout) of one dtype; got {got}"
         )
 
 
@@ -122,7 +130,8 @@ def linear_wgrad_dot(
 ) -> Tensor:
     """Dots (K, N) of every sample with `direction`, (K, Dout, Din), or else with the gradients of
     the val rows behind the training rows; the training gradient goes into weight_grad, (Dout, Din),
-    contiguous, or is added to it. `norms` as in `functional`."""
+    contiguous, or is added to it. act and grad may be of 16 bits; all else is fp32. `norms` as in
+    `functional`."""
     _check_linear(weight_grad, direction, val_rows, act, grad)
     act, grad = _unit_stride(act), _unit_stride(grad)
     (n, t, d_in), d_out = act.shape, grad.shape[2]
@@ -131,11 +140,12 @@ def linear_wgrad_dot(
         n -= sum(val_rows)
     else:
         direction, k = direction.contiguous(), direction.shape[0]
-    dots = act.new_empty(k + norms, n + (norms and direction is None))
+    dots = weight_grad.new_empty(k + norms, n + (norms and direction is None))
     if weight_grad.numel() == 0:  # directions without an element have no address
         return dots.zero_()
     counts = (ctypes.c_int64 * len(val_rows))(*val_rows)
     problem = _LinearProblem(
+        _ELEMENTS[act.dtype],
         n,
         t,
         d_in,
@@ -163,9 +173,9 @@ def cross_entropy_grad(
     logits: Tensor, labels: Tensor, ignore_index: int, label_smoothing: float, z_loss: float
 ) -> Tensor:
     """Losses (R,) of logits (R, vocab), of unit stride along the vocabulary, which become the losses' gradients."""
-    losses = logits.new_empty(logits.shape[0])
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     labels = labels.contiguous()
-    form = _CrossEntropy(logits.shape[1], label_smoothing, z_loss)
+    form = _CrossEntropy(_ELEMENTS[logits.dtype], logits.shape[1], label_smoothing, z_loss)
     library.graddot_cross_entropy_grad(
         ctypes.byref(form),
         ctypes.c_int64(logits.shape[0]),

@@ -157,7 +157,7 @@ def _fused_wgrad_dot(
 
 
 def _empty_weight_grad(act: Tensor, grad: Tensor) -> Tensor:
-    weight_grad = act.new_empty(grad.shape[2], act.shape[2])
+    weight_grad = _accumulated(act.new_empty(0)).new_empty(grad.shape[2], act.shape[2])
     cpu_kernels.advise_huge_pages(weight_grad)
     return weight_grad
 
@@ -166,9 +166,12 @@ def linear_wgrad_dot(
     direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient and dots, by whichever of fused and direction costs less."""
-    direction, act, grad = _accumulated(direction), _accumulated(act), _accumulated(grad)
+    direction = _accumulated(direction)
     k, t, elements = direction.shape[0], act.shape[1], len(act) * act.shape[2] * grad.shape[2]
-    if not _fused_is_cheaper(act, elements, k * t * elements):
+    fused = _fused_is_cheaper(act, elements, k * t * elements)
+    if not (fused and cpu_kernels.available(act)):
+        act, grad = _accumulated(act), _accumulated(grad)
+    if not fused:
         dots = linear_direction_dot(direction, act, grad, per_token=False)
         if norms:
             dots = bordered(dots, linear_sample_dot(act, grad, act, grad))
@@ -201,16 +204,15 @@ def linear_wgrad_dot_into(
     """`linear_wgrad_dot` into (or added to) weight_grad, (Dout, Din), in its own dtype, and every
     sample's unscaled bias gradient Σ_t b into bias_grads, (N, Dout). Returns the dots."""
     direction, act, grad = (apart_from(weight_grad, x) for x in (direction, act, grad))
-    acts, grads = _accumulated(act), _accumulated(grad)
     elements = len(act) * weight_grad.numel()
-    fused = _fused_is_cheaper(acts, elements, direction.shape[0] * act.shape[1] * elements)
-    in_place = weight_grad.dtype == acts.dtype and weight_grad.is_contiguous()
-    if fused and in_place and cpu_kernels.available(acts):
+    fused = _fused_is_cheaper(act, elements, direction.shape[0] * act.shape[1] * elements)
+    in_place = weight_grad.dtype == torch.float32 and weight_grad.is_contiguous()
+    if fused and in_place and cpu_kernels.available(act):
         dots = cpu_kernels.linear_wgrad_dot(
-            weight_grad, _accumulated(direction), [], acts, grads, scale, accumulate, norms
+            weight_grad, _accumulated(direction), [], act, grad, scale, accumulate, norms
         )
     else:
-        total, dots = linear_wgrad_dot(direction, acts, grads, scale, norms)
+        total, dots = linear_wgrad_dot(direction, act, grad, scale, norms)
         if accumulate:
             weight_grad.add_(total)
         else:
@@ -238,11 +240,13 @@ def linear_joint_wgrad_dot(
 
     Neither holds a whole direction: the fused route makes the tile that it is about to use.
     """
-    act, grad = _accumulated(act), _accumulated(grad)
     n, t = act.shape[0] - sum(val_rows), act.shape[1]
     d_in, d_out = act.shape[2], grad.shape[2]
     gram_macs = n * t * sum(val_rows) * t * (d_in + d_out)
-    if not _fused_is_cheaper(act, n * d_in * d_out, gram_macs):
+    fused = _fused_is_cheaper(act, n * d_in * d_out, gram_macs)
+    if not (fused and cpu_kernels.available(act)):
+        act, grad = _accumulated(act), _accumulated(grad)
+    if not fused:
         dots = _joint_gram_dots(act, grad, val_rows, norms)
         return _weight_grad(act[:n], grad[:n], scale), dots
     if cpu_kernels.available(act):
@@ -405,7 +409,7 @@ def norm_sample_grads(
     x: Tensor, grad: Tensor, mean: Tensor | None = None, rstd: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Σ_t b⊙x̂ and Σ_t b, (N, d) each."""
-    if cpu_kernels.available(x) and grad.dtype == x.dtype:
+    if cpu_kernels.norms_available(x) and grad.dtype == x.dtype:
         return cpu_kernels.norm_backward(x, grad, None, mean, rstd)[1:]
     grad, normed = _accumulated(grad), _accumulated(x)
     if mean is not None:

@@ -242,7 +242,7 @@ def _layer_norm_backward(  # type: ignore[no-untyped-def]
 def has_norm_kernel(step: Step, x: Tensor, grad: Tensor, weight: Tensor) -> bool:
     """Whether one compiled kernel makes all gradients of a norm of these."""
     plain = step.tokens is None and x.dtype == grad.dtype == weight.dtype
-    return plain and cpu_kernels.available(x)
+    return plain and cpu_kernels.norms_available(x)
 
 
 class LayerNormDot(ScoredFunction):
