@@ -99,7 +99,7 @@ def _check_linear(
 ) -> None:
     """The public functions have checked their arguments; this guards the memory against a direct
     call of an op."""
-    if direction is None and (min(val_rows, default=0) < 1 or sum(val_rows) > act.shape[0]):
+    if direction is None and (min(val_rows, default=1) < 1 or sum(val_rows) > act.shape[0]):
         raise ValueError(
             f"val_rows has {val_rows}; expected positive row counts, at most {len(act)} in all"
         )
@@ -124,12 +124,12 @@ def linear_wgrad_dot(
     val_rows: list[int],
     act: Tensor,
     grad: Tensor,
-    scale: Tensor | None,
+    scale: Tensor | float | None,
     accumulate: bool,
     norms: bool = False,
 ) -> Tensor:
     """Dots (K, N) of every sample with `direction`, (K, Dout, Din), or else with the gradients of
-    the val rows behind the training rows; the training gradient goes into weight_grad, (Dout, Din),
+    the val rows behind the training rows, (0, N) of none; the training gradient goes into weight_grad, (Dout, Din),
     contiguous, or is added to it. act and grad may be of 16 bits; all else is fp32. `norms` as in
     `functional`."""
     _check_linear(weight_grad, direction, val_rows, act, grad)

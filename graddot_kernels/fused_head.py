@@ -18,9 +18,9 @@ from torch import Tensor
 from . import cpu_kernels
 from .sample_dots import linear_sample_rows, squares
 
-# Logits that exist at a time. On a CPU 256 MB: its matrix products repack the weight, and read and
-# write the weight gradient, for every chunk, and with half of that took some 7 % longer. On a GPU
-# enough to fill it. Every training chunk reads all directions: many of them allow as many logits as
+# Logits that exist at a time. On a CPU 256 MB, twice as many of 16 bits: its matrix products repack
+# the weight, and read and write the weight gradient, for every chunk, and with half of that took some
+# 7 % longer. On a GPU enough to fill it. Every training chunk reads all directions: many of them allow as many logits as
 # a quarter of their own size.
 _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
 
@@ -30,9 +30,10 @@ _CHUNK_ELEMENTS = {"cpu": 2**26, "cuda": 2**27}
 _kept: dict[torch.dtype, Tensor] = {}
 
 
-def tokens_at_a_time(device: torch.device, vocab: int) -> int:
-    """Whose logits exist together."""
-    return max(1, _CHUNK_ELEMENTS[device.type] // max(1, vocab))
+def tokens_at_a_time(act: Tensor, vocab: int) -> int:
+    """Whose logits exist together, given their hidden states."""
+    share = 2 if act.device.type == "cpu" and act.itemsize == 2 else 1
+    return max(1, share * _CHUNK_ELEMENTS[act.device.type] // max(1, vocab))
 
 
 class _Chunk(NamedTuple):
@@ -65,6 +66,9 @@ def _chunks(begin: int, end: int, tokens: int, limit: int) -> Iterator[_Chunk]:
 
 def _add_product(total: Tensor, grad: Tensor, act: Tensor, *, first: bool, scale: float) -> None:
     """total (+)= scale · Σ gradᵀ act over rows and tokens, accumulated in total's dtype."""
+    if grad.dtype != total.dtype and cpu_kernels.available(grad):
+        cpu_kernels.linear_wgrad_dot(total, None, [], act, grad, scale, not first)
+        return
     grad, act = grad.flatten(0, 1), act.flatten(0, 1)
     if grad.dtype == total.dtype:
         torch.addmm(total, grad.t(), act, beta=0 if first else 1, alpha=scale, out=total)
@@ -107,10 +111,13 @@ class _Head:
             self.dots = self.losses.new_zeros(k + 1, self.n + (direction is None))
         self.own_ids = labels.new_empty(self.n, 0) if own_ids is None else own_ids
         self.own_rows = self.losses.new_zeros(*self.own_ids.shape, self.width)
-        self.limit = tokens_at_a_time(act.device, self.vocab)
-        # Only a CPU's joint op makes directions piece by piece, and 16-bit logits it would widen.
-        self.joint = direction is None and k > 0 and act.dtype == dtype and not act.is_cuda
-        self.joint &= 0 < rows * t <= max(self.limit, k * self.width)
+        self.limit = tokens_at_a_time(act, self.vocab)
+        # Only a CPU's joint op makes directions piece by piece, and in PyTorch it would widen logits
+        # of 16 bits.
+        self.joint = direction is None and k > 0 and not act.is_cuda
+        self.joint &= act.dtype == dtype or cpu_kernels.available(act)
+        as_large = k * self.width * dtype.itemsize // act.itemsize
+        self.joint &= 0 < rows * t <= max(self.limit, as_large)
         if direction is None:
             directions = 0 if self.joint else k
             direction = self._memory_kept(self.losses, directions, self.vocab, self.width)
@@ -191,7 +198,9 @@ class _Head:
             self.own_rows = linear_sample_rows(*train, self.own_ids)
         groups = itertools.pairwise(self.begins(val_rows))
         parts = [(grad[lo:hi][..., train_ids], self.act[lo:hi]) for lo, hi in groups]
-        self.direction_rows = torch.stack([b.flatten(0, 1).t() @ a.flatten(0, 1) for b, a in parts])
+        pairs = [(b.flatten(0, 1).t(), a.flatten(0, 1)) for b, a in parts]
+        kind = self.losses.dtype
+        self.direction_rows = torch.stack([b.to(kind) @ a.to(kind) for b, a in pairs])
 
     def run_val(self, val_rows: list[int]) -> None:
         """The val rows, those of all targets in the same chunks; fills `direction` if wanted."""

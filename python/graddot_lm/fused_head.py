@@ -205,7 +205,7 @@ def _losses(act: Tensor, head: nn.Linear, labels: Tensor, form: Any) -> Tensor:
     weight = head.weight.to(act.dtype)
     bias = None if head.bias is None else head.bias.to(act.dtype)
     with torch.autocast(act.device.type, enabled=False):
-        size = tokens_at_a_time(act.device, len(weight))
+        size = tokens_at_a_time(act, len(weight))
         chunks = zip(act.flatten(0, 1).split(size), labels.flatten().split(size), strict=True)
         parts = [
             torch.ops.graddot.cross_entropy_grad(nn.functional.linear(x, weight, bias), y, *form)
