@@ -8,7 +8,7 @@
 
 const graddot::InstructionSet graddot::kAmx{
     "AVX-512, AMX",
-    {LinearKernelOf<MultiplyAdd<float>>::kernel(), LinearKernelAmx::kernel(),
+    {LinearKernelOf<MultiplyAdd<float>>::kernel(), amx_kernel(),
      LinearKernelOf<MultiplyAdd<Fp16>>::kernel()},
     {cross_entropy_row, cross_entropy_row_of<Bf16>, cross_entropy_row_of<Fp16>},
     norm_part};

@@ -44,7 +44,7 @@ struct Amx {
   using Packed = uint16_t;
   // 2 x 2 blocks of sums and two of each side fill the eight tiles.
   static constexpr int kBlockOut = 32;
-  static constexpr int kTokens = 32;
+  static constexpr int kTokens = 32, kRowsPerToken = 1;
   static constexpr int64_t kPairs = kTokens / 2, kSide = 16;
   using Sums = Vector[kBlockOut][2];
   static_assert(kLanes == kSide);
@@ -131,17 +131,17 @@ struct Amx {
   }
 };
 
-// The tiles' shape is a state of the thread, which PyTorch's own products set, too, and remember.
-struct LinearKernelAmx : LinearKernelOf<Amx> {
-  static void run_with_tiles(const LinearProblem& p, const LinearTile& tile, const float* packed_act,
-                             float* memory, double* dots) {
-    const MatrixUnit unit;
-    run(p, tile, packed_act, memory, dots);
-  }
+// The tiles' shapes are a state of the thread, which PyTorch's own products set, too, and remember.
+void run_with_tiles(const LinearProblem& p, const LinearTile& tile, const float* packed_act,
+                    float* memory, double* dots) {
+  const MatrixUnit unit;
+  LinearKernelOf<Amx>::run(p, tile, packed_act, memory, dots);
+}
 
-  static constexpr graddot::LinearKernel kernel() {
-    return {run_with_tiles, scratch, LinearKernelOf<Amx>::pack_act, packed_size, kBlockOut};
-  }
-};
+constexpr graddot::LinearKernel amx_kernel() {
+  graddot::LinearKernel kernel = LinearKernelOf<Amx>::kernel();
+  kernel.run = run_with_tiles;
+  return kernel;
+}
 
 }  // namespace

@@ -55,6 +55,7 @@ inline void add_lanes(double* dot, const Vector& x) {
 // What all kernels do; `Form` says how panels are packed and multiplied:
 //   Element                     of act and grad, and Packed, that of their panels
 //   kBlockOut, kTokens          a block's rows, and the multiple that its tokens are filled up to by zeros
+//   kRowsPerToken               see LinearKernel
 //   pack_act, pack_grad         columns [0, cols) of `tokens` tokens as panels of kBlockIn or kBlockOut,
 //                               kTokens-padded, `stride` elements from panel to panel
 //   multiply                    a block's sums over the (padded) tokens of a panel each; it may fetch
@@ -291,7 +292,7 @@ struct LinearKernelOf {
   }
 
   static constexpr graddot::LinearKernel kernel() {
-    return {run, scratch, pack_act, packed_size, kBlockOut};
+    return {run, scratch, pack_act, packed_size, kBlockOut, Form::kRowsPerToken};
   }
 };
 

@@ -71,7 +71,8 @@ struct LinearKernel {
   LinearScratch (*scratch)(const LinearProblem& problem, const LinearTile& size);
   void (*pack_act)(const LinearProblem& problem, int64_t row, float* packed);
   int64_t (*packed_size)(const LinearProblem& problem);
-  int64_t row_multiple;  // tiles start at multiples of this
+  int64_t row_multiple;    // tiles start at multiples of this
+  int64_t rows_per_token;  // of a tile, up to as many as any should have: what the arithmetic allows
 };
 
 // With `threads` threads. A weight gradient element is bitwise the same for any number of them.
