@@ -7,7 +7,7 @@
 #include "norm_part.h"
 
 const graddot::InstructionSet graddot::kAmx{
-    "AVX-512, AMX",
+    "AVX-512 with AMX",
     {LinearKernelOf<MultiplyAdd<float>>::kernel(), amx_kernel(),
      LinearKernelOf<MultiplyAdd<Fp16>>::kernel()},
     {cross_entropy_row, cross_entropy_row_of<Bf16>, cross_entropy_row_of<Fp16>},

@@ -13,24 +13,29 @@ namespace {
 
 #ifdef __x86_64__
 
-// Bits of cpuid's answer.
-constexpr unsigned kF16c = 1U << 29, kOsXsave = 1U << 27;                  // leaf 1, ecx
-constexpr unsigned kAvx512Bw = 1U << 30, kAmxBf16 = 1U << 22, kAmxTile = 1U << 24;  // leaf 7, ebx and edx
-
-bool has_f16c() {
+struct Answer {
   unsigned a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & kF16c) != 0;
+
+  explicit Answer(unsigned leaf) {
+    if (__get_cpuid_count(leaf, 0, &a, &b, &c, &d) == 0) a = b = c = d = 0;
+  }
+};
+
+// Conversions of fp16.
+bool has_f16c() {
+  constexpr unsigned kF16c = 1U << 29;
+  return (Answer(1).c & kF16c) != 0;
 }
 
-// Linux gives a process the tiles' registers, which enlarge what it saves of a thread, on demand.
+// Its products of bf16. Linux lets a process have the tiles, which enlarge what it saves of a thread,
+// on demand.
 bool has_amx() {
 #ifdef __linux__
-  unsigned a = 0, b = 0, c = 0, d = 0;
-  if (__get_cpuid(1, &a, &b, &c, &d) == 0 || (c & kOsXsave) == 0) return false;
-  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
-  if ((b & kAvx512Bw) == 0 || (d & kAmxBf16) == 0 || (d & kAmxTile) == 0) return false;
+  constexpr unsigned kBf16 = 1U << 22, kTiles = 1U << 24;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  const unsigned features = Answer(7).d;
+  return (features & kBf16) != 0 && (features & kTiles) != 0 &&
+         syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 #else
   return false;
 #endif

@@ -7,37 +7,46 @@
 
 namespace {
 
+constexpr int kSide = 16;  // of a tile
+static_assert(kLanes == kSide);
+
+// Lane by lane x[i], or y[i - kSide].
+inline UnsignedVector choose(const UnsignedVector& x, const UnsignedVector& y, const UnsignedVector& i) {
+  UnsignedVector result;
 #ifdef __AVX512F__
-// 16 x 16 numbers of 32 bits, rows to columns.
-inline void transpose(__m512i (&r)[16]) {
-  __m512i t[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  __m512i left, right, index;
+  __builtin_memcpy(&left, &x, sizeof(x));
+  __builtin_memcpy(&right, &y, sizeof(y));
+  __builtin_memcpy(&index, &i, sizeof(i));
+  const __m512i chosen = _mm512_permutex2var_epi32(left, index, right);
+  __builtin_memcpy(&result, &chosen, sizeof(result));
+#else
+  for (int lane = 0; lane < kSide; ++lane) {
+    result[lane] = i[lane] < kSide ? x[i[lane]] : y[i[lane] - kSide];
   }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {  // r[i + c] has columns c, 4 + c, 8 + c and 12 + c of rows i to i + 3
-    const __m512i low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0x88);
-    const __m512i high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0x88);
-    const __m512i odd_low = _mm512_shuffle_i32x4(r[c], r[4 + c], 0xdd);
-    const __m512i odd_high = _mm512_shuffle_i32x4(r[8 + c], r[12 + c], 0xdd);
-    t[c] = _mm512_shuffle_i32x4(low, high, 0x88);
-    t[4 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
-    t[8 + c] = _mm512_shuffle_i32x4(low, high, 0xdd);
-    t[12 + c] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
-  }
-#pragma GCC unroll 16
-  for (int i = 0; i < 16; ++i) r[i] = t[i];
-}
 #endif
+  return result;
+}
+
+// Rows to columns: two rows 1, 2, 4 and 8 apart exchange what lies so many lanes apart.
+inline void transpose(UnsignedVector (&rows)[kSide]) {
+#pragma GCC unroll 4
+  for (uint32_t apart = 1; apart < kSide; apart *= 2) {
+    UnsignedVector low, high;
+    for (uint32_t lane = 0; lane < kSide; ++lane) {
+      const bool other = (lane & apart) != 0;
+      low[lane] = other ? kSide + lane - apart : lane;
+      high[lane] = other ? kSide + lane : lane + apart;
+    }
+#pragma GCC unroll 16
+    for (uint32_t i = 0; i < kSide; ++i) {
+      if ((i & apart) != 0) continue;
+      const UnsignedVector first = rows[i], second = rows[i + apart];
+      rows[i] = choose(first, second, low);
+      rows[i + apart] = choose(first, second, high);
+    }
+  }
+}
 
 struct Amx {
   using Element = Bf16;
@@ -45,9 +54,8 @@ struct Amx {
   // 2 x 2 blocks of sums and two of each side fill the eight tiles.
   static constexpr int kBlockOut = 32;
   static constexpr int kTokens = 32, kRowsPerToken = 1;
-  static constexpr int64_t kPairs = kTokens / 2, kSide = 16;
+  static_assert(kTokens == 2 * kSide);
   using Sums = Vector[kBlockOut][2];
-  static_assert(kLanes == kSide);
 
   // Columns [0, kSide) of two tokens, side by side; zeros where there is no column or no token.
   static UnsignedVector pair(const Bf16* rows, int64_t stride, int64_t tokens, int64_t cols) {
@@ -81,34 +89,20 @@ struct Amx {
       for (int64_t begin = 0; begin < cols; begin += kBlockOut) {
         Packed* to = panels + begin / kBlockOut * stride + first * kBlockOut;
         for (int64_t c = begin; c < begin + kBlockOut; c += kSide, to += kSide * kTokens) {
-          UnsignedVector pairs[kPairs];
-          for (int64_t t = 0; t < kPairs; ++t) {
+          UnsignedVector pairs[kSide];
+          for (int64_t t = 0; t < kSide; ++t) {
             const int64_t token = first + 2 * t;
             pairs[t] = pair(rows + token * token_stride + c, token_stride, tokens - token, cols - c);
           }
-          keep_columns(to, pairs);
+          transpose(pairs);
+          __builtin_memcpy(to, pairs, sizeof(pairs));
         }
       }
     }
   }
 
-  static void keep_columns(Packed* to, const UnsignedVector (&pairs)[kPairs]) {
-#ifdef __AVX512F__
-    __m512i columns[kPairs];
-    __builtin_memcpy(columns, pairs, sizeof(pairs));
-    transpose(columns);
-    __builtin_memcpy(to, columns, sizeof(columns));
-#else
-    UnsignedVector columns[kSide];
-    for (int c = 0; c < kSide; ++c) {
-      for (int t = 0; t < kPairs; ++t) columns[c][t] = pairs[t][c];
-    }
-    __builtin_memcpy(to, columns, sizeof(columns));
-#endif
-  }
-
-  static void multiply(const Packed* grad, const Packed* act, int64_t tokens, const Target& to,
-                       int64_t i, int64_t j, Sums& sums) {
+  static void multiply(const Packed* grad, const Packed* act, int64_t tokens, const Target&, int64_t,
+                       int64_t, Sums& sums) {
     constexpr int64_t kTile = kSide * kTokens, kActStride = 2 * kBlockIn * sizeof(Packed);
     GRADDOT_TILE_ZERO(0);
     GRADDOT_TILE_ZERO(1);

@@ -55,33 +55,23 @@ inline void store(Bf16* to, const Vector& x) {
   *reinterpret_cast<ShortVectorInMemory*>(&to->bits) = shorts;
 }
 
+// AVX's own conversions, eight at a time: GCC warns of its intrinsics of sixteen.
 inline Vector load(const Fp16* from) {
   Vector x;
-#ifdef __AVX512F__
-  const __m512 floats = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
-  __builtin_memcpy(&x, &floats, sizeof(x));
-#else
   for (int lane = 0; lane < kLanes; lane += 8) {
     const __m256 floats = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + lane)));
     __builtin_memcpy(reinterpret_cast<float*>(&x) + lane, &floats, sizeof(floats));
   }
-#endif
   return x;
 }
 
 inline void store(Fp16* to, const Vector& x) {
   constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-#ifdef __AVX512F__
-  __m512 floats;
-  __builtin_memcpy(&floats, &x, sizeof(x));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_cvtps_ph(floats, kNearest));
-#else
   for (int lane = 0; lane < kLanes; lane += 8) {
     __m256 floats;
     __builtin_memcpy(&floats, reinterpret_cast<const float*>(&x) + lane, sizeof(floats));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to + lane), _mm256_cvtps_ph(floats, kNearest));
   }
-#endif
 }
 
 // `count` elements; 0 in the other lanes.

@@ -2,6 +2,7 @@
 // exactly the size that the views span, so that a sanitizer sees every access outside them.
 
 #include <cmath>
+#include <cstring>
 #include <random>
 #include <string>
 #include <vector>
@@ -20,6 +21,62 @@ std::vector<float> random_numbers(int64_t size) {
     x = std::normal_distribution<float>()(generator);
   }
   return numbers;
+}
+
+constexpr Element kAll[] = {Element::kFp32, Element::kBf16, Element::kFp16};
+
+// Some numbers as they lie in memory, and one of them. 16 bits keep what kFormats says of a mantissa;
+// given are numbers that they have, read also smaller ones.
+struct Format {
+  int mantissa, least;  // bits; the exponent of the least normal number
+  double eps() const { return std::ldexp(1.0, -mantissa); }
+};
+constexpr Format kFormats[] = {{23, -126}, {7, -126}, {10, -14}};
+
+Format format_of(Element element) { return kFormats[static_cast<int64_t>(element)]; }
+
+std::vector<float> rounded(std::vector<float> numbers, Element element) {
+  for (float& x : numbers) {
+    int exponent = 0;
+    const double part = std::frexp(x, &exponent);  // in [0.5, 1)
+    const int bits = format_of(element).mantissa + 1;
+    x = static_cast<float>(std::ldexp(std::nearbyint(std::ldexp(part, bits)), exponent - bits));
+    if (std::abs(x) < std::ldexp(1.0, format_of(element).least)) x = 0;
+  }
+  return numbers;
+}
+
+std::vector<unsigned char> encoded(const std::vector<float>& numbers, Element element) {
+  const auto size = static_cast<size_t>(size_of(element));
+  std::vector<unsigned char> bytes(numbers.size() * size);
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    uint32_t bits = 0;
+    std::memcpy(&bits, &numbers[i], sizeof(bits));
+    if (element == Element::kBf16) {
+      bits >>= 16;
+    } else if (element == Element::kFp16) {
+      const uint32_t sign = bits >> 31 << 15, rest = bits & 0x7fffffffU;
+      bits = sign | (rest == 0 ? 0 : (rest >> 13) - (112U << 10));
+    }
+    std::memcpy(bytes.data() + i * size, &bits, size);
+  }
+  return bytes;
+}
+
+double decoded(const std::vector<unsigned char>& bytes, size_t i, Element element) {
+  const auto size = static_cast<size_t>(size_of(element));
+  uint32_t bits = 0;
+  std::memcpy(&bits, bytes.data() + i * size, size);
+  if (element == Element::kFp16) {
+    const int exponent = static_cast<int>(bits >> 10 & 31);
+    const double part = (bits & 1023) + (exponent == 0 ? 0 : 1024);
+    const double x = std::ldexp(part, (exponent == 0 ? 1 : exponent) - 25);
+    return (bits >> 15) != 0 ? -x : x;
+  }
+  if (element == Element::kBf16) bits <<= 16;
+  float x = 0;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
 }
 
 void expect_close(double got, double want, double size, const std::string& name) {
@@ -53,32 +110,34 @@ struct Case {
   }
 };
 
-Case random_case() {
+Case random_case(Element element) {
   const auto width = [] { return random_int(2) ? 1 + random_int(20) : 1 + random_int(150); };
   // Many outputs make several tiles, which share packed activations.
   const int64_t d_out = random_int(3) ? width() : 192 + random_int(200);
   // Many tokens go by parts.
   const int64_t tokens = random_int(8) ? random_int(9) : 250 + random_int(300);
-  Case c{random_int(4), tokens, width(), d_out, {random_int(3), 1}, {}, {}, {}, {}, {}};
+  Case c{random_int(4), tokens, width(), d_out, {1 + random_int(2), 1}, {}, {}, {}, {}, {}};
   const int64_t rows = c.n + c.val_rows[0] + c.val_rows[1];
-  c.act = random_numbers(rows * c.t * c.d_in);
-  c.grad = random_numbers(rows * c.t * c.d_out);
+  c.act = rounded(random_numbers(rows * c.t * c.d_in), element);
+  c.grad = rounded(random_numbers(rows * c.t * c.d_out), element);
   if (random_int(2)) {
     c.direction = random_numbers(2 * c.d_out * c.d_in);
   }
   return c;
 }
 
-void test_linear(const LinearKernel& kernel, Case c) {
+void test_linear(const InstructionSet& set, Element element) {
+  Case c = random_case(element);
+  const auto act = encoded(c.act, element), grad = encoded(c.grad, element);
   const auto k = static_cast<int64_t>(c.val_rows.size());
   const bool accumulate = random_int(2) != 0, norms = random_int(2) != 0;
   const int64_t columns = c.n + (norms && c.direction.empty());
   c.weight_grad.assign(static_cast<size_t>(c.d_out * c.d_in), accumulate ? 1.0F : std::nanf(""));
   c.dots.assign(static_cast<size_t>((k + norms) * columns), std::nanf(""));
   num_threads = 1 + random_int(4);
-  linear_wgrad_dot(kernel,
-                   {c.n, c.t, c.d_in, c.d_out,
-                    {c.act.data(), c.t * c.d_in, c.d_in}, {c.grad.data(), c.t * c.d_out, c.d_out},
+  linear_wgrad_dot(set.linear_of(element),
+                   {element, c.n, c.t, c.d_in, c.d_out,
+                    {act.data(), c.t * c.d_in, c.d_in}, {grad.data(), c.t * c.d_out, c.d_out},
                     k, c.direction.empty() ? nullptr : c.direction.data(), c.val_rows.data(),
                     c.weight_grad.data(), 0.5F, accumulate, norms, c.dots.data()},
                    num_threads);
@@ -113,17 +172,19 @@ void test_linear(const LinearKernel& kernel, Case c) {
   }
 }
 
-void test_cross_entropy(CrossEntropyRow row) {
+void test_cross_entropy(const InstructionSet& set, Element element) {
   const int64_t vocab = 1 + random_int(700), rows = random_int(4);
   const bool extras = random_int(2) != 0;
-  const CrossEntropy form{vocab, extras ? 0.1F : 0, extras ? 0.01F : 0};
+  const CrossEntropy form{element, vocab, extras ? 0.1F : 0, extras ? 0.01F : 0};
   const int64_t stride = vocab + random_int(2) * random_int(20);
-  std::vector<float> logits = random_numbers(rows * stride), losses(static_cast<size_t>(rows));
-  const std::vector<float> x = logits;
+  const std::vector<float> x = rounded(random_numbers(rows * stride), element);
+  std::vector<unsigned char> logits = encoded(x, element);
+  std::vector<float> losses(static_cast<size_t>(rows));
   std::vector<int64_t> labels;
   for (int64_t r = 0; r < rows; ++r) labels.push_back(random_int(4) ? random_int(vocab) : -1);
   num_threads = 1 + random_int(3);
-  cross_entropy_grad(row, form, rows, labels.data(), -1, logits.data(), stride, losses.data());
+  cross_entropy_grad(set.cross_entropy_row_of(element), form, rows, labels.data(), -1, logits.data(),
+                     stride, losses.data());
   for (int64_t r = 0; r < rows; ++r) {
     const float* given = x.data() + r * stride;
     double sum = 0, mean = 0;
@@ -137,14 +198,19 @@ void test_cross_entropy(CrossEntropyRow row) {
     const double loss =
         used ? lse - (1 - smoothing) * given[label] - smoothing * mean + z_loss * lse * lse : 0;
     expect_close(losses[static_cast<size_t>(r)], loss, 10, "loss");
-    for (int64_t j = 0; used && j < vocab; ++j) {
-      const double p = std::exp(given[j] - lse) * (1 + 2 * z_loss * lse);
-      const double want = p - smoothing / static_cast<double>(vocab) - (j == label ? 1 - smoothing : 0);
-      expect_close(logits[static_cast<size_t>(r * stride + j)], want, 0, "gradient");
-    }
-    for (int64_t j = vocab; j < stride; ++j) {
+    for (int64_t j = 0; j < stride; ++j) {
       const auto at = static_cast<size_t>(r * stride + j);
-      expect_close(logits[at], x[at], 0, "between the rows");
+      const double got = decoded(logits, at, element);
+      if (j >= vocab) {
+        expect_close(got, x[at], 0, "between the rows");
+        continue;
+      }
+      const double p = std::exp(given[j] - lse) * (1 + 2 * z_loss * lse);
+      const double want =
+          used ? p - smoothing / static_cast<double>(vocab) - (j == label ? 1 - smoothing : 0) : 0;
+      const double rounding = element == Element::kFp32 ? 0 : format_of(element).eps() / 2 * std::abs(want);
+      expect(std::abs(got - want) <= 2e-6 + rounding,
+             "gradient is " + std::to_string(got) + ", expected " + std::to_string(want));
     }
   }
 }
@@ -202,17 +268,21 @@ void test_norm(NormPart run) {
 int main() {
   std::vector<const graddot::InstructionSet*> sets;
 #ifdef __x86_64__
-  using graddot::kAvx2, graddot::kAvx512;
-  if (graddot::instruction_set() != nullptr) sets = {&kAvx2, &kSixteenLanes};
-  if (graddot::instruction_set() == &kAvx512) sets.push_back(&kAvx512);
+  using graddot::kAmx, graddot::kAvx2, graddot::kAvx512;
+  const graddot::InstructionSet* best = graddot::instruction_set();
+  if (best != nullptr) sets = {&kAvx2, &kSixteenLanes};
+  if (best == &kAvx512 || best == &kAmx) sets.push_back(&kAvx512);
+  if (best == &kAmx) sets.push_back(&kAmx);
 #endif
   for (const graddot::InstructionSet* set : sets) {
-    for (int i = 0; i < 150; ++i) {
-      graddot::test_linear(set->linear, graddot::random_case());
-      graddot::test_cross_entropy(set->cross_entropy_row);
+    for (int i = 0; i < 60; ++i) {
+      for (const graddot::Element element : graddot::kAll) {
+        graddot::test_linear(*set, element);
+        graddot::test_cross_entropy(*set, element);
+      }
       graddot::test_norm(set->norm_part);
     }
-    std::printf("vector kernels, %s: 150 random problems: ok\n", set->name);
+    std::printf("vector kernels, %s: 60 random problems an element: ok\n", set->name);
   }
   if (sets.empty()) std::puts("vector kernels: none for this processor");
   return 0;
