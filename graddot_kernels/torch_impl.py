@@ -108,8 +108,19 @@ def linear_direction_dot(direction: Tensor, act: Tensor, grad: Tensor, per_token
     return out if per_token else out.sum(-1)
 
 
+def _empty_weight_grad(act: Tensor, grad: Tensor) -> Tensor:
+    weight_grad = _accumulated(act.new_empty(0)).new_empty(grad.shape[2], act.shape[2])
+    cpu_kernels.advise_huge_pages(weight_grad)
+    return weight_grad
+
+
 def _weight_grad(act: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor:
-    return _scaled_(torch.mm(_tokens(grad).t(), _tokens(act)), scale)
+    acts, grads = _tokens(act), _tokens(grad)
+    if act.itemsize == 2 and cpu_kernels.available(act):  # PyTorch would widen both sides
+        total = _empty_weight_grad(act, grad)
+        cpu_kernels.linear_wgrad_dot(total, None, [], acts[None], grads[None], scale, False)
+        return total
+    return _scaled_(torch.mm(_accumulated(grads).t(), _accumulated(acts)), scale)
 
 
 def _fused_wgrad_dot(
@@ -156,22 +167,13 @@ def _fused_wgrad_dot(
     return weight_grad, dots
 
 
-def _empty_weight_grad(act: Tensor, grad: Tensor) -> Tensor:
-    weight_grad = _accumulated(act.new_empty(0)).new_empty(grad.shape[2], act.shape[2])
-    cpu_kernels.advise_huge_pages(weight_grad)
-    return weight_grad
-
-
 def linear_wgrad_dot(
     direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None, norms: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Weight gradient and dots, by whichever of fused and direction costs less."""
     direction = _accumulated(direction)
     k, t, elements = direction.shape[0], act.shape[1], len(act) * act.shape[2] * grad.shape[2]
-    fused = _fused_is_cheaper(act, elements, k * t * elements)
-    if not (fused and cpu_kernels.available(act)):
-        act, grad = _accumulated(act), _accumulated(grad)
-    if not fused:
+    if not _fused_is_cheaper(act, elements, k * t * elements):
         dots = linear_direction_dot(direction, act, grad, per_token=False)
         if norms:
             dots = bordered(dots, linear_sample_dot(act, grad, act, grad))
@@ -182,6 +184,7 @@ def linear_wgrad_dot(
             weight_grad, direction, [], act, grad, scale, False, norms
         )
         return weight_grad, dots
+    act, grad = _accumulated(act), _accumulated(grad)
     return _fused_wgrad_dot(act, grad, k, scale, lambda lo, hi: direction[:, lo:hi], norms)
 
 
@@ -243,10 +246,7 @@ def linear_joint_wgrad_dot(
     n, t = act.shape[0] - sum(val_rows), act.shape[1]
     d_in, d_out = act.shape[2], grad.shape[2]
     gram_macs = n * t * sum(val_rows) * t * (d_in + d_out)
-    fused = _fused_is_cheaper(act, n * d_in * d_out, gram_macs)
-    if not (fused and cpu_kernels.available(act)):
-        act, grad = _accumulated(act), _accumulated(grad)
-    if not fused:
+    if not _fused_is_cheaper(act, n * d_in * d_out, gram_macs):
         dots = _joint_gram_dots(act, grad, val_rows, norms)
         return _weight_grad(act[:n], grad[:n], scale), dots
     if cpu_kernels.available(act):
@@ -255,6 +255,7 @@ def linear_joint_wgrad_dot(
             weight_grad, None, val_rows, act, grad, scale, False, norms
         )
         return weight_grad, dots
+    act, grad = _accumulated(act), _accumulated(grad)
     val_acts = [_tokens(x) for x in torch.split(act[n:], val_rows)]
     val_grads = [_tokens(x) for x in torch.split(grad[n:], val_rows)]
 

@@ -19,6 +19,8 @@ from kernel_checks import (
     check_gram,
     check_squares,
     check_wgrad,
+    inputs,
+    random,
     token_norms,
 )
 from linear_problems import DTYPES, LAYOUTS, Problem, each_count, joint, make, rows
@@ -306,16 +308,17 @@ def test_without_compiled_kernels(case: dict, plain) -> None:
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize(
     "shape", [(3, 60, 200, 300), (2, 300, 1100, 1700), (4, 20, 40, 3), (3, 521, 70, 700)], ids=str
 )
-def test_compiled_tiles(shape: tuple[int, ...], threads: int) -> None:
+def test_compiled_tiles(shape: tuple[int, ...], dtype: str, threads: int) -> None:
     """More than one tile, panel, part of the tokens and thread, and their ragged ends."""
     n, t, d_in, d_out = shape
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        p = make(n=n, t=t, d_in=d_in, d_out=d_out)
+        p = make(dtype=dtype, n=n, t=t, d_in=d_in, d_out=d_out)
         check_wgrad_dot(p)
         check_joint(p, [1, 2])
         check_norms(p, [1, 2])
@@ -323,10 +326,41 @@ def test_compiled_tiles(shape: tuple[int, ...], threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(not cpu_kernels.INSTRUCTION_SET, reason="no vector kernels for this processor")
+@pytest.mark.parametrize("t", [2, 41])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bits_are_not_widened(dtype: torch.dtype, t: int, monkeypatch) -> None:
+    """Of no route is there a copy in fp32 of the samples whose weight gradient is made."""
+    seen = []
+    kernel = cpu_kernels.linear_wgrad_dot
+    spy = lambda *args: (seen.append(args[3].dtype), kernel(*args))[1]
+    monkeypatch.setattr(cpu_kernels, "linear_wgrad_dot", spy)
+    monkeypatch.setattr(torch_impl, "_MACS_OF_CALLS", 0)
+    act, grad = inputs(3, t, 13, 17, dtype=dtype)
+    direction = random(1, 17, 13, dtype=torch.float32)
+    torch.ops.graddot.linear_wgrad_dot(direction, act, grad, None, False)
+    torch.ops.graddot.linear_joint_wgrad_dot(act, grad, [1], None, False)
+    total = torch.empty(17, 13)
+    torch.ops.graddot.linear_wgrad_dot_into(total, None, direction, act, grad, None, False, False)
+    assert seen == [dtype] * 3
+
+
+def test_products_of_bf16_in_between() -> None:
+    """PyTorch's own may run on the same matrix unit, whose state is the thread's, and rely on it."""
+    act, grad = inputs(3, 70, 96, 130, dtype=torch.bfloat16)
+    for size in (32, 17, 96):
+        x = random(40, size, dtype=torch.bfloat16)
+        want = x @ x.t()
+        for _ in range(3):
+            torch.ops.graddot.linear_joint_wgrad_dot(act, grad, [1], None, False)
+            assert torch.equal(x @ x.t(), want)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("t", [300, 4096, 20_000])
-def test_long_samples_of_one_sign(t: int) -> None:
+def test_long_samples_of_one_sign(t: int, dtype: str) -> None:
     """Where every rounding goes the same way, one fp32 sum of all tokens would lose digits."""
-    p = make(n=2, t=t, d_in=40, d_out=30)
+    p = make(dtype=dtype, n=2, t=t, d_in=40, d_out=30)
     p = p._replace(act=p.act.abs() + 1, grad=p.grad.abs() + 1)
     check_wgrad_dot(p)
     check_norms(p._replace(val_act=p.act, val_grad=p.grad), [1, 1])
