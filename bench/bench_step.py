@@ -7,7 +7,8 @@ high-water mark of the process, or of what is allocated on the GPU, above what w
 step, each method in a process of its own. Correctness is checked first, against the naive way's
 dots.
 
-On a CPU a GPT-2 of 4 layers and 50304 tokens in fp32; on a GPU GPT-2 Small in bf16.
+On a CPU a GPT-2 of 4 layers and 50304 tokens in fp32, with --autocast under autocast in bf16; on a
+GPU GPT-2 Small in bf16.
 
 Last line: worst case over the language-model shapes, the largest ratio of each kind (of
 naive_over_step the smallest), naive_over_step_mlp, k16_over_k1: sixteen val rows as sixteen targets
@@ -39,7 +40,7 @@ VOCABULARY = 50257 if DEVICE == "cuda" else 50304  # GPT-2's, and that padded to
 LM_SHAPES = {"n8-v1-t256": (8, 1, 256), "n4-v1-t1024": (4, 1, 1024)}  # N, V, T
 if DEVICE == "cuda":
     LM_SHAPES = {"n16-v1-t1024": (16, 1, 1024), "n16-v8-t1024": (16, 8, 1024)}
-TOLERANCE = 5e-2 if DTYPE == torch.bfloat16 else 1e-4  # of the largest score
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # of the largest score
 MLP_SHAPE = (256, 1)  # N, V; T = 1
 TARGETS_SHAPE = (8, 16, 256)
 NARROW = {"n_layer": 12, "n_embd": 16, "n_head": 2, "vocab_size": 64}
@@ -96,7 +97,7 @@ class Case:
 class LanguageModelCase(Case):
     """A GPT-2 of Small's width and vocabulary, but for `sizes`."""
 
-    def __init__(self, n: int, v: int, t: int, **sizes: int) -> None:
+    def __init__(self, n: int, v: int, t: int, *, autocast: bool = False, **sizes: int) -> None:
         torch.manual_seed(0)
         sizes = {"vocab_size": VOCABULARY, "n_layer": LAYERS} | sizes
         config = GPT2Config(
@@ -106,7 +107,12 @@ class LanguageModelCase(Case):
         model = GPT2LMHeadModel(config)
         model.loss_type = "ForCausalLM"  # what it gets anyway, but with a warning
         ids = torch.randint(0, config.vocab_size, (n + v, t), device=DEVICE)
-        super().__init__(model, lambda x, y: model(x, labels=y).loss, ids, ids, n)
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=autocast):
+                return model(x, labels=y).loss
+
+        super().__init__(model, loss, ids, ids, n)
         self.gelu = ACT2FN["gelu_pytorch_tanh"]
         self.methods = {
             "stock_n": lambda: self._regular(n),
@@ -163,7 +169,7 @@ def measure_targets(repeats: int) -> dict[str, float]:
     methods = LanguageModelCase(*TARGETS_SHAPE).targets()
     one, each = (method() for method in methods.values())
     assert one is not None and each is not None
-    if not (each.mean(0) - one).abs().max() < TOLERANCE * one.abs().max():
+    if not (each.mean(0) - one).abs().max() < TOLERANCE[DTYPE] * one.abs().max():
         raise SystemExit("scores of sixteen targets do not add up, no figures")
     # The fused head keeps its memory between the steps of a run; the two need different tables.
     seconds = interleave(methods, repeats, settle=True)
@@ -210,22 +216,23 @@ def measure_compiled_host(repeats: int) -> dict[str, float]:
     return row
 
 
-def case_of(shape: str) -> Case:
-    return mlp_case() if shape == "mlp" else LanguageModelCase(*LM_SHAPES[shape])
+def case_of(shape: str, autocast: bool) -> Case:
+    return mlp_case() if shape == "mlp" else LanguageModelCase(*LM_SHAPES[shape], autocast=autocast)
 
 
-def check(case: Case) -> None:
+def check(case: Case, dtype: torch.dtype = DTYPE) -> None:
     """Figures of a wrong result are worth nothing: compare scores with the naive way's."""
     scores, want = case.methods["graddot"](), case.methods["naive"]()
     assert scores is not None and want is not None
     error = ((scores - want).abs().max() / want.abs().max()).item()
-    if not error < TOLERANCE:
+    if not error < TOLERANCE[dtype]:
         raise SystemExit(f"scores are wrong, no figures: relative error {error:.1e}")
 
 
-def peak_memory(shape: str, method: str) -> float:
+def peak_memory(shape: str, method: str, autocast: bool) -> float:
     """MiB above the model's own, in a fresh process."""
     command = [sys.executable, __file__, "--memory_of", shape, method]
+    command += ["--autocast"] if autocast else []
     return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 
 
@@ -237,16 +244,16 @@ def high_water_mark() -> float:
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def print_peak_memory(shape: str, method: str) -> None:
-    case = case_of(shape)
+def print_peak_memory(shape: str, method: str, autocast: bool) -> None:
+    case = case_of(shape, autocast)
     before = high_water_mark()
     case.methods[method]()
     print(high_water_mark() - before)
 
 
-def measure(shape: str, repeats: int) -> dict[str, float]:
-    case = case_of(shape)
-    check(case)
+def measure(shape: str, repeats: int, autocast: bool) -> dict[str, float]:
+    case = case_of(shape, autocast)
+    check(case, torch.bfloat16 if autocast else DTYPE)
     for method in case.methods:
         case.methods[method]()
     seconds, energy = time_and_energy(case.methods, repeats)
@@ -254,12 +261,15 @@ def measure(shape: str, repeats: int) -> dict[str, float]:
     for other in seconds.keys() - {"graddot", "naive"}:
         row[f"step_over_{other}"] = seconds["graddot"] / seconds[other]
     if shape != "mlp":
-        memory = {m: peak_memory(shape, m) for m in ("stock_n", "regular_nv", "graddot")}
+        methods = "stock_n", "regular_nv", "graddot"
+        memory = {method: peak_memory(shape, method, autocast) for method in methods}
         for other in ("stock_n", "regular_nv"):
             row[f"mem_over_{other}"] = memory["graddot"] / memory[other]
     measured = {"seconds": seconds, "joules": energy}
     vocabulary = {} if shape == "mlp" else {"vocabulary": VOCABULARY}
-    append_row("step", {"shape": shape, **vocabulary, "repeats": repeats, **row, **measured})
+    precision = {"autocast": "bf16"} if autocast else {}
+    settings = {"shape": shape, **vocabulary, **precision, "repeats": repeats}
+    append_row("step", {**settings, **row, **measured})
     return row
 
 
@@ -268,12 +278,18 @@ def main() -> None:
     rounds = 7 if DEVICE == "cuda" else 3
     parser.add_argument("--repeats", type=int, default=rounds, help="timed rounds of all methods")
     shapes = [*LM_SHAPES, "mlp", "k16", "host", "host-compiled"]
-    parser.add_argument("--shapes", nargs="+", choices=shapes, default=shapes, help="default: all")
+    parser.add_argument("--shapes", nargs="+", choices=shapes, help="default: all")
+    parser.add_argument(
+        "--autocast", action="store_true", help=f"in bf16, of {' and '.join(LM_SHAPES)} alone"
+    )
     parser.add_argument("--memory_of", nargs=2, metavar=("SHAPE", "METHOD"), help="used by itself")
     args = parser.parse_args()
     if args.memory_of:
-        print_peak_memory(*args.memory_of)
+        print_peak_memory(*args.memory_of, args.autocast)
         return
+    args.shapes = args.shapes or (list(LM_SHAPES) if args.autocast else shapes)
+    if args.autocast and not LM_SHAPES.keys() >= set(args.shapes):
+        parser.error(f"--autocast is for {' and '.join(LM_SHAPES)}; given --shapes {args.shapes}")
     start = time.perf_counter()
     apart = {
         "k16": measure_targets,
@@ -281,7 +297,9 @@ def main() -> None:
         "host-compiled": measure_compiled_host,
     }
     rows = {
-        shape: apart[shape](args.repeats) if shape in apart else measure(shape, args.repeats)
+        shape: apart[shape](args.repeats)
+        if shape in apart
+        else measure(shape, args.repeats, args.autocast)
         for shape in args.shapes
     }
     for shape, row in rows.items():
