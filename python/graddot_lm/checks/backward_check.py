@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -31,7 +32,8 @@ from .digests import (
 from .rows import Layout
 from .verify import map_tensors, tensors_in
 
-_Gradients = dict[str, list[Tensor | None]]  # by layer, of each call
+_Gradients = dict[str, list[Tensor | None]]  # by layer, of each call: (samples, ...), sketched
+_SKETCH = 16  # numbers for every vector
 _SMALLER = 2.0**-6  # a power of two: nothing is rounded otherwise
 
 
@@ -57,7 +59,7 @@ def check_backward(
     alone, unless loss_is_of_rows. Returns of each of the model's outputs whether it is by samples.
     """
     judged = {name: x for name, x in layers.items() if _holds_samples(layouts.get(name))}
-    batch = _Batch(model, judged, (args, kwargs), take, lengths)
+    batch = _Batch(model, judged, layouts, (args, kwargs), take, lengths)
     index = _some_of(samples, [] if batch.packed else tree_leaves((args, kwargs)))
     half = index[: len(index) // 2]
     try:
@@ -77,11 +79,8 @@ def check_backward(
         raise
     except Exception:  # noqa: BLE001 - the model's own code may raise anything
         return []
-    every = _pairs(whole, small, layouts, batch.size(index), batch.size(index), batch.packed)
-    few = batch.size(index if by_sample else half)
-    pairs = _pairs(whole, part, layouts, batch.size(index), few, batch.packed)
-    _check_pairs(pairs, batch.size(half), layouts, by_sample, batch.packed)
-    _check_proportional(every)
+    _check_pairs(_pairs(whole, part), batch.size(half), layouts, by_sample, batch.packed)
+    _check_proportional(_pairs(whole, small))
     return [n is not None for n in both]
 
 
@@ -92,6 +91,7 @@ class _Batch:
 
     model: nn.Module
     layers: Mapping[str, nn.Module]
+    layouts: Mapping[str, Layout]
     inputs: tuple[Any, Mapping[str, Any]]
     take: Callable[[Any, list[int]], Any]
     lengths: Sequence[int] | None
@@ -117,7 +117,9 @@ class _Batch:
     ) -> tuple[_Gradients, bool]:
         """Those of a run on some of the samples, with a loss of those kept, times factor; and whether the
         loss is of outputs by samples. both as in `_loss`."""
-        found: dict[str, list[Tensor]] = {}
+        found: _Gradients = {}
+        size, packed = self.size(taken), self.packed
+        kept_of = lambda name, grad: _sketch(_by_sample(grad, self.layouts[name], size, packed))
 
         def backward(out: list[Tensor]) -> bool:
             loss, by_sample = _loss(out, self.size(kept), both, self.packed)
@@ -125,28 +127,32 @@ class _Batch:
                 (factor * loss).backward()
             return by_sample
 
-        by_sample = self.run(taken, backward, functools.partial(_seen, found))
-        return {name: [x.grad for x in calls] for name, calls in found.items()}, by_sample
+        by_sample = self.run(taken, backward, functools.partial(_seen, found, kept_of))
+        return found, by_sample
 
 
-def _pairs(
-    whole: _Gradients,
-    part: _Gradients,
-    layouts: Mapping[str, Layout],
-    size: int,
-    few: int,
-    packed: bool,
-) -> list[tuple[str, Tensor, Tensor]]:
-    """Gradients of the same call in both runs, of `size` and `few` rows or tokens, by samples."""
-    pairs = []
-    for name, calls in whole.items():
-        for one, other in zip(calls, part.get(name, []), strict=False):
-            if one is not None and other is not None:
-                x = _by_sample(one, layouts[name], size, packed)
-                y = _by_sample(other, layouts[name], few, packed)
-                if x.numel() and x.shape[1:] == y.shape[1:]:
-                    pairs.append((name, x, y))
-    return pairs
+def _pairs(whole: _Gradients, part: _Gradients) -> list[tuple[str, Tensor, Tensor]]:
+    """Gradients of the same call in both runs."""
+    return [
+        (name, x, y)
+        for name, calls in whole.items()
+        for x, y in zip(calls, part.get(name, []), strict=False)
+        if x is not None and y is not None and x.numel() and x.shape[1:] == y.shape[1:]
+    ]
+
+
+def _sketch(x: Tensor) -> Tensor:
+    """(size, ..., W) in less memory: every vector's sums over sixteenths of it, with random signs, which
+    in the mean have its norm. The gradients of all layers' outputs themselves, in three runs, were as
+    much again as a step with 1024 tokens holds."""
+    width = x.shape[-1]
+    if x.dim() < 2 or width <= _SKETCH:
+        return x.clone()
+    generator = torch.Generator().manual_seed(width)
+    signs = torch.randn(width, generator=generator, device="cpu").sign()
+    wide = x if x.dtype == torch.float64 else x.float()
+    padded = F.pad(wide * signs.to(x.device), (0, -width % _SKETCH))
+    return padded.unflatten(-1, (_SKETCH, -1)).sum(-1).to(x.dtype)
 
 
 def _check_pairs(
@@ -231,9 +237,13 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 
 
 def _seen(
-    found: dict[str, list[Tensor]], name: str, forward: Callable[..., Any]
+    found: _Gradients,
+    kept_of: Callable[[str, Tensor], Tensor],
+    name: str,
+    forward: Callable[..., Any],
 ) -> Callable[..., Any]:
-    """A layer's forward, whose outputs have a gradient without trainable parameters, and are found."""
+    """A layer's forward, whose outputs have a gradient without trainable parameters; what is kept of that of
+    the first is found."""
 
     @functools.wraps(forward)
     def see(*args: Any, **kwargs: Any) -> Any:
@@ -241,12 +251,30 @@ def _seen(
         if torch.is_grad_enabled():  # a reentrant checkpoint comes again, in the backward
             out = map_tensors(out, _with_gradient)
             first = next(iter(tensors_in(out)), None)
-            if first is not None and first.requires_grad:
-                first.retain_grad()
-                found.setdefault(name, []).append(first)
+            if first is not None and first.grad_fn is not None:
+                calls = found.setdefault(name, [])
+                own = functools.partial(kept_of, name)
+                keep = functools.partial(_keep, own, calls, len(calls), first.output_nr)
+                calls.append(None)
+                # Behind the tensor's own hooks, which a model may add later: they belong to what is judged.
+                first.grad_fn.register_prehook(keep)
         return out
 
     return see
+
+
+def _keep(
+    kept_of: Callable[[Tensor], Tensor],
+    calls: list[Tensor | None],
+    call: int,
+    output: int,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Of the gradients that reach what made a call's outputs."""
+    grad, before = grads[output], calls[call]
+    if grad is not None:
+        kept = kept_of(grad)
+        calls[call] = kept if before is None else before + kept
 
 
 def _with_gradient(x: Tensor) -> Tensor:
