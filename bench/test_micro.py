@@ -4,7 +4,8 @@
     pytest bench/test_micro.py               # pytest-benchmark's table alone
 
 One group a family and shape, fp32, GPT-2 Small's widths, N = 8, V = 1. Plain forms: for
-`linear_wgrad_dot` the weight gradient's product alone, without dots; for `linear_ghost_dot` all
+`linear_wgrad_dot` the weight gradient's product alone, without dots, in bf16 cast to fp32 as autocast
+does; for `linear_ghost_dot` all
 token-by-token products at once; for the cross-entropy PyTorch's own, forward and backward; for norms
 a row sum in PyTorch; for a norm's backward autograd's, without samples' own gradients. "torch" is our form for processors that the compiled kernels do not serve.
 Embeddings are in bench_embedding.py. pytest-benchmark times one form after another, not
@@ -39,7 +40,7 @@ N, V, VOCABULARY = 8, 1, 50257
 TOKENS = (16, 256, 1024)
 EPS = 1e-5
 WIDTHS = ((768, 768), (768, 3072))  # Din, Dout
-PLAIN = {"wgrad": "gemm", "ghost": "two_matmuls", "cross_entropy": "pytorch", "norm": "pytorch",
+PLAIN = {"wgrad": "gemm", "wgrad_bf16": "gemm", "ghost": "two_matmuls", "cross_entropy": "pytorch", "norm": "pytorch",
          "layer_norm": "pytorch", "rms_norm": "pytorch"}  # fmt: skip
 # T and width, square: all but those of which one route takes over 80 GFLOP.
 GRID = tuple(
@@ -58,10 +59,12 @@ def random(*shape: int) -> Tensor:
 
 
 @functools.lru_cache(1)
-def linear_problem(t: int, d_in: int, d_out: int) -> tuple[Tensor, ...]:
+def linear_problem(
+    t: int, d_in: int, d_out: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, ...]:
     """act, grad, val_act, val_grad; the training and val gradients and the dots in float64."""
-    act, val_act = random(N + V, t, d_in).split((N, V))
-    grad, val_grad = random(N + V, t, d_out).split((N, V))
+    act, val_act = random(N + V, t, d_in).to(dtype).split((N, V))
+    grad, val_grad = random(N + V, t, d_out).to(dtype).split((N, V))
     of = lambda a, b: b.double().flatten(0, 1).t() @ a.double().flatten(0, 1)
     direction = of(val_act, val_grad)
     samples = [of(act[i : i + 1], grad[i : i + 1]) for i in range(N)]
@@ -90,18 +93,20 @@ def case(family: str, shape: object, form: str, benchmark) -> None:  # type: ign
 
 @pytest.mark.parametrize("form", ["compiled", "torch", "gemm"])
 @pytest.mark.parametrize("t, d_in, d_out", PROBLEMS)
-def test_linear_wgrad_dot(benchmark, form, t, d_in, d_out):  # type: ignore[no-untyped-def]
-    act, grad, _, _, weight_grad, direction, dots = linear_problem(t, d_in, d_out)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_linear_wgrad_dot(benchmark, form, t, d_in, d_out, dtype):  # type: ignore[no-untyped-def]
+    act, grad, _, _, weight_grad, direction, dots = linear_problem(t, d_in, d_out, dtype)
     direction = direction.float()
     ours = lambda: gk.linear_wgrad_dot(direction, act, grad)
     forms = {
         "compiled": ours,
         "torch": without_compiled_kernels(ours),
-        "gemm": lambda: (grad.flatten(0, 1).t() @ act.flatten(0, 1), None),
+        "gemm": lambda: ((grad.flatten(0, 1).t() @ act.flatten(0, 1)).float(), None),
     }
-    case("wgrad", f"t{t}-{d_in}x{d_out}", form, benchmark)
+    short = dtype == torch.bfloat16
+    case("wgrad_bf16" if short else "wgrad", f"t{t}-{d_in}x{d_out}", form, benchmark)
     got, got_dots = forms[form]()
-    right(got, weight_grad)
+    right(got, weight_grad, 1e-2 if short and form == "gemm" else 1e-4)
     if got_dots is not None:
         right(got_dots, dots)
     benchmark(forms[form])

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from brute_force import sample_dots, tiny_gpt2, token_batch, total
 from graddot_lm import GraddotError, GradDotProdEngine
+from graddot_lm.checks import backward_check
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -315,3 +316,35 @@ def test_what_is_by_row_is_scored(kind):
     got, (x, val) = step(model, with_labels)
     want = total(sample_dots(model, (x, x), (val, val))[0])
     assert torch.allclose(got, want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("width", [3, 16, 17, 1000])
+def test_sketch(width, dtype):
+    """Little memory, about the norm, and sums and multiples of what was sketched; a zero stays one."""
+    torch.manual_seed(0)
+    x, y = torch.randn(2, 3, 5, width).to(dtype)
+    x[1] = 0
+    kept = backward_check._sketch(x)
+    assert kept.dtype == dtype and kept.shape == (3, 5, min(width, 16))
+    assert (kept[1] == 0).all()
+    assert 0.5 <= float(kept.double().norm() / x.double().norm()) <= 2
+    both = backward_check._sketch(2 * x.double() + y.double())
+    want = 2 * backward_check._sketch(x.double()) + backward_check._sketch(y.double())
+    assert (both - want).norm() <= 1e-12 * want.norm()
+
+
+def test_little_is_kept(monkeypatch):
+    """Of every layer's gradients a sketch, in all of the check's runs."""
+    kept, pairs_of = [], backward_check._pairs
+    spy = lambda *runs: (kept.extend(runs), pairs_of(*runs))[1]
+    monkeypatch.setattr(backward_check, "_pairs", spy)
+    model = tiny_gpt2()
+    engine = GradDotProdEngine(model, val_data=token_batch(2, 9, seed=2))
+    engine.attach()
+    x, y = token_batch(4, 9, seed=1)
+    engine.attach_train_batch(x, y, 0, None)
+    inputs, labels = engine.prepare_forward_input(x, y)
+    model(inputs, labels=labels).loss.backward()
+    tensors = [x for run in kept for calls in run.values() for x in calls if x is not None]
+    assert tensors and max(x.numel() for x in tensors) <= 4 * 9 * 16
