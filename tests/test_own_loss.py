@@ -344,6 +344,12 @@ def in_list(model, number):
 ELSEWHERE = []
 
 
+@pytest.fixture(autouse=True)
+def nothing_elsewhere():
+    """Whichever test of this process kept something there before."""
+    ELSEWHERE.clear()
+
+
 def elsewhere(model, number):
     ELSEWHERE.append(number)
 
@@ -391,7 +397,6 @@ def test_a_kept_mean_of_rows_is_exact(keep):
 
 
 def test_a_number_kept_outside_of_the_model_is_refused():
-    ELSEWHERE.clear()
     model, other = Keeps(penalty, elsewhere), Keeps(penalty, elsewhere)
     with pytest.raises(GraddotError, match="neither returned nor kept in a module's attribute"):
         run_step(model, *POINTS, loss=lambda *of: kept_by(model)(*of), label_shift=0)
