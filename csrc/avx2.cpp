@@ -1,13 +1,5 @@
 // Compiled with -mavx2 -mfma -mf16c.
 #define GRADDOT_LANES 8
-#include "cross_entropy_row.h"
-#include "instruction_sets.h"
-#include "linear_fma.h"
-#include "norm_part.h"
+#include "kernels.h"
 
-const graddot::InstructionSet graddot::kAvx2{
-    "AVX2",
-    {LinearKernelOf<MultiplyAdd<float>>::kernel(), LinearKernelOf<MultiplyAdd<Bf16>>::kernel(),
-     LinearKernelOf<MultiplyAdd<Fp16>>::kernel()},
-    {cross_entropy_row, cross_entropy_row_of<Bf16>, cross_entropy_row_of<Fp16>},
-    norm_part};
+const graddot::InstructionSet graddot::kAvx2 = kernels("AVX2", LinearKernelOf<MultiplyAdd<Bf16>>::kernel());

@@ -1,5 +1,6 @@
 #include "cross_entropy.h"
 
+#include <algorithm>
 #include <cstring>
 #include <vector>
 
@@ -12,7 +13,10 @@ void cross_entropy_grad(CrossEntropyRow row, const CrossEntropy& form, int64_t r
                         float* losses) {
   const int64_t size = size_of(form.element);
   parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> memory(static_cast<size_t>(form.element == Element::kFp32 ? 0 : form.vocab));
+    thread_local std::vector<float> memory;
+    if (form.element != Element::kFp32) {
+      memory.resize(std::max(memory.size(), static_cast<size_t>(form.vocab)));
+    }
     for (int64_t i = begin; i < end; ++i) {
       char* x = static_cast<char*>(logits) + i * stride * size;
       if (labels[i] == ignore_index) {

@@ -26,12 +26,18 @@ GRADDOT_EXPORT bool graddot_linear_wgrad_dot(const graddot::LinearProblem* probl
   }
 }
 
-GRADDOT_EXPORT void graddot_cross_entropy_grad(const graddot::CrossEntropy* form, int64_t rows,
+// The same.
+GRADDOT_EXPORT bool graddot_cross_entropy_grad(const graddot::CrossEntropy* form, int64_t rows,
                                                const int64_t* labels, int64_t ignore_index,
                                                void* logits, int64_t stride,
                                                float* losses) {
-  const auto row = graddot::instruction_set()->cross_entropy_row_of(form->element);
-  graddot::cross_entropy_grad(row, *form, rows, labels, ignore_index, logits, stride, losses);
+  try {
+    const auto row = graddot::instruction_set()->cross_entropy_row_of(form->element);
+    graddot::cross_entropy_grad(row, *form, rows, labels, ignore_index, logits, stride, losses);
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
 }
 
 GRADDOT_EXPORT void graddot_norm_backward(const graddot::NormProblem* problem) {

@@ -60,6 +60,8 @@ struct MultiplyAdd {
     }
   }
 
+  // Block (i, j) of the sum and of the directions, which lie further away than the panels, comes near
+  // meanwhile, a cache line with every token: 5 to 20 % of the time.
   static void multiply(const float* grad, const float* act, int64_t tokens, const Target& to,
                        int64_t i, int64_t j, Sums& sums) {
     for (int o = 0; o < kBlockOut; ++o) {

@@ -10,7 +10,6 @@
 
 namespace {
 
-using graddot::Activations;
 using graddot::LinearProblem;
 using graddot::LinearScratch;
 using graddot::LinearTile;
@@ -39,10 +38,6 @@ struct Target {
   Blocks directions;
   double* dots;  // kLanes of each
   bool norms;    // one dot more, with itself
-
-  // Block (i, j) of the sum and of the directions, which lie further away than the panels, comes
-  // near while another is multiplied, a few cache lines with every token: 5 to 20 % of the time.
-  int64_t lines() const { return (1 + directions.count) * sum.size * int64_t{sizeof(float)} / kCacheLine; }
 };
 
 // Dots are summed over the blocks in double, lane by lane: they may cancel.

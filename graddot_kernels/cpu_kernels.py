@@ -67,8 +67,9 @@ _NORM_TOKENS = 128  # csrc/norm.h
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024
 
-library.graddot_linear_wgrad_dot.restype = ctypes.c_bool
-for _function in ("cross_entropy_grad", "norm_backward", "advise_huge_pages"):
+for _function in ("linear_wgrad_dot", "cross_entropy_grad"):  # whether there was memory for it
+    getattr(library, f"graddot_{_function}").restype = ctypes.c_bool
+for _function in ("norm_backward", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
 
@@ -176,7 +177,7 @@ def cross_entropy_grad(
     losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
     labels = labels.contiguous()
     form = _CrossEntropy(_ELEMENTS[logits.dtype], logits.shape[1], label_smoothing, z_loss)
-    library.graddot_cross_entropy_grad(
+    done = library.graddot_cross_entropy_grad(
         ctypes.byref(form),
         ctypes.c_int64(logits.shape[0]),
         ctypes.c_void_p(labels.data_ptr()),
@@ -185,6 +186,8 @@ def cross_entropy_grad(
         ctypes.c_int64(logits.stride(0)),
         ctypes.c_void_p(losses.data_ptr()),
     )
+    if not done:
+        raise MemoryError(f"no memory for a row of {logits.shape[1]} logits in fp32")
     return losses
 
 
