@@ -3,4 +3,4 @@
 #include "kernels.h"
 #include "linear_amx.h"
 
-const graddot::InstructionSet graddot::kAmx = kernels("AVX-512 with AMX", amx_kernel());
+const graddot::InstructionSet graddot::kAmx = kernels("AVX-512 with AMX", amx_kernel<AmxOfFp32>(), amx_kernel<AmxOfBf16>(), true);

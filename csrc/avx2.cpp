@@ -2,4 +2,4 @@
 #define GRADDOT_LANES 8
 #include "kernels.h"
 
-const graddot::InstructionSet graddot::kAvx2 = kernels("AVX2", LinearKernelOf<MultiplyAdd<Bf16>>::kernel());
+const graddot::InstructionSet graddot::kAvx2 = kernels("AVX2");

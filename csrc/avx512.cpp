@@ -2,4 +2,4 @@
 #define GRADDOT_LANES 16
 #include "kernels.h"
 
-const graddot::InstructionSet graddot::kAvx512 = kernels("AVX-512", LinearKernelOf<MultiplyAdd<Bf16>>::kernel());
+const graddot::InstructionSet graddot::kAvx512 = kernels("AVX-512");

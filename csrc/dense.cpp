@@ -14,12 +14,17 @@ GRADDOT_EXPORT const char* graddot_instruction_set() {
   return set == nullptr ? "" : set->name;
 }
 
+// Whether graddot_linear_wgrad_dot takes columns of any stride, and is faster than PyTorch's products.
+GRADDOT_EXPORT bool graddot_products() {
+  const auto* set = graddot::instruction_set();
+  return set != nullptr && set->products;
+}
+
 // Whether there was memory for it: nothing else throws, and no exception may leave a C function.
 GRADDOT_EXPORT bool graddot_linear_wgrad_dot(const graddot::LinearProblem* problem,
                                              int64_t threads) {
   try {
-    const auto& kernel = graddot::instruction_set()->linear_of(problem->element);
-    graddot::linear_wgrad_dot(kernel, *problem, threads);
+    graddot::linear_wgrad_dot(graddot::instruction_set()->linear_of(*problem), *problem, threads);
     return true;
   } catch (const std::exception&) {
     return false;

@@ -10,10 +10,17 @@ namespace graddot {
 struct InstructionSet {
   const char* name;
   LinearKernel linear[kElements];
+  LinearKernel short_linear;  // of fp32, where samples have few tokens
+  bool products;              // whether linear[kFp32] is for all products: faster than PyTorch's
   CrossEntropyRow cross_entropy_row[kElements];
   NormPart norm_part;  // of fp32
 
-  const LinearKernel& linear_of(Element element) const { return linear[static_cast<int64_t>(element)]; }
+  const LinearKernel& linear_of(const LinearProblem& p) const {
+    constexpr int64_t kFew = 24;
+    const bool strided = p.act.column_stride != 1 || p.grad.column_stride != 1;
+    const bool few = p.element == Element::kFp32 && p.tokens < kFew && !strided;
+    return few ? short_linear : linear[static_cast<int64_t>(p.element)];
+  }
   CrossEntropyRow cross_entropy_row_of(Element element) const {
     return cross_entropy_row[static_cast<int64_t>(element)];
   }

@@ -8,11 +8,19 @@
 
 namespace {
 
-constexpr graddot::InstructionSet kernels(const char* name, const graddot::LinearKernel& of_bf16) {
+constexpr graddot::InstructionSet kernels(const char* name, const graddot::LinearKernel& of_fp32,
+                                          const graddot::LinearKernel& of_bf16, bool products) {
   return {name,
-          {LinearKernelOf<MultiplyAdd<float>>::kernel(), of_bf16, LinearKernelOf<MultiplyAdd<Fp16>>::kernel()},
+          {of_fp32, of_bf16, LinearKernelOf<MultiplyAdd<Fp16>>::kernel()},
+          LinearKernelOf<MultiplyAdd<float>>::kernel(),
+          products,
           {cross_entropy_row, cross_entropy_row_of<Bf16>, cross_entropy_row_of<Fp16>},
           norm_part};
+}
+
+constexpr graddot::InstructionSet kernels(const char* name) {
+  return kernels(name, LinearKernelOf<MultiplyAdd<float>>::kernel(),
+                 LinearKernelOf<MultiplyAdd<Bf16>>::kernel(), false);
 }
 
 }  // namespace

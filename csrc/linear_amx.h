@@ -1,5 +1,5 @@
-// Linear weight gradients of bf16 by AMX, the matrix unit of Intel's processors from Sapphire Rapids
-// on: fp32 sums of 16 x 16 blocks, 32 tokens an instruction.
+// Linear weight gradients by AMX, the matrix unit of Intel's processors from Sapphire Rapids on: it
+// multiplies bf16 into fp32 sums of 16 x 16 blocks, 32 tokens an instruction.
 #pragma once
 
 #include "linear_tile.h"
@@ -48,14 +48,58 @@ inline void transpose(UnsignedVector (&rows)[kSide]) {
   }
 }
 
+// A group of kTokens tokens of a panel has, for each of its parts, kBlock elements: of act, its tokens
+// in pairs, the columns of one pair after another, as the unit wants its right side; of grad, twice
+// kSide columns, each column's tokens together, as it wants its left.
+constexpr int kTokens = 2 * kSide, kGroup = 2 * kSide * kTokens;
+static_assert(kBlockIn == 2 * kSide);
+
+inline void keep(uint16_t* to, const UnsignedVector& x) { __builtin_memcpy(to, &x, sizeof(x)); }
+
+// 2 x 2 blocks of sums and two of each side fill the eight tiles.
+inline void load_left(const uint16_t* grad) {
+  GRADDOT_TILE_LOAD(4, grad, kTokens * sizeof(uint16_t));
+  GRADDOT_TILE_LOAD(5, grad + kSide * kTokens, kTokens * sizeof(uint16_t));
+}
+
+inline void load_right(const uint16_t* act) {
+  constexpr int64_t kStride = 2 * kBlockIn * sizeof(uint16_t);
+  GRADDOT_TILE_LOAD(6, act, kStride);
+  GRADDOT_TILE_LOAD(7, act + kTokens, kStride);
+}
+
+inline void multiply_loaded() {
+  GRADDOT_TILE_MULTIPLY(0, 4, 6);
+  GRADDOT_TILE_MULTIPLY(1, 4, 7);
+  GRADDOT_TILE_MULTIPLY(2, 5, 6);
+  GRADDOT_TILE_MULTIPLY(3, 5, 7);
+}
+
+// What the forms of both elements share.
 struct Amx {
+  static constexpr int kBlockOut = 2 * kSide;
+  static constexpr int kTokens = ::kTokens;
+  using Sums = Vector[kBlockOut][2];
+
+  static void zero_sums() {
+    GRADDOT_TILE_ZERO(0);
+    GRADDOT_TILE_ZERO(1);
+    GRADDOT_TILE_ZERO(2);
+    GRADDOT_TILE_ZERO(3);
+  }
+
+  static void store_sums(Sums& sums) {
+    GRADDOT_TILE_STORE(0, &sums[0][0], sizeof(sums[0]));
+    GRADDOT_TILE_STORE(1, &sums[0][1], sizeof(sums[0]));
+    GRADDOT_TILE_STORE(2, &sums[kSide][0], sizeof(sums[0]));
+    GRADDOT_TILE_STORE(3, &sums[kSide][1], sizeof(sums[0]));
+  }
+};
+
+struct AmxOfBf16 : Amx {
   using Element = Bf16;
   using Packed = uint16_t;
-  // 2 x 2 blocks of sums and two of each side fill the eight tiles.
-  static constexpr int kBlockOut = 32;
-  static constexpr int kTokens = 32, kRowsPerToken = 1;
-  static_assert(kTokens == 2 * kSide);
-  using Sums = Vector[kBlockOut][2];
+  static constexpr int kRowsPerToken = 1;
 
   // Columns [0, kSide) of two tokens, side by side; zeros where there is no column or no token.
   static UnsignedVector pair(const Bf16* rows, int64_t stride, int64_t tokens, int64_t cols) {
@@ -64,11 +108,9 @@ struct Amx {
     return tokens == 1 ? first : first | widened(&rows[stride].bits, cols) << 16;
   }
 
-  static void keep(Packed* to, const UnsignedVector& x) { __builtin_memcpy(to, &x, sizeof(x)); }
-
-  // A panel's tokens in pairs: the columns of one pair after another, as the unit wants its right side.
-  static void pack_act(const Bf16* rows, int64_t token_stride, int64_t tokens, int64_t cols,
+  static void pack_act(const Bf16* rows, const Activations& act, int64_t tokens, int64_t cols,
                        Packed* panels, int64_t stride) {
+    const int64_t token_stride = act.token_stride;
     for (int64_t first = 0; first < tokens; first += kTokens) {
       for (int64_t begin = 0; begin < cols; begin += kBlockIn) {
         Packed* to = panels + begin / kBlockIn * stride + first * kBlockIn;
@@ -82,9 +124,9 @@ struct Amx {
     }
   }
 
-  // kTokens tokens of kSide columns after another, each column's tokens together: the left side.
-  static void pack_grad(const Bf16* rows, int64_t token_stride, int64_t tokens, int64_t cols,
+  static void pack_grad(const Bf16* rows, const Activations& grad, int64_t tokens, int64_t cols,
                         Packed* panels, int64_t stride) {
+    const int64_t token_stride = grad.token_stride;
     for (int64_t first = 0; first < tokens; first += kTokens) {
       for (int64_t begin = 0; begin < cols; begin += kBlockOut) {
         Packed* to = panels + begin / kBlockOut * stride + first * kBlockOut;
@@ -103,38 +145,149 @@ struct Amx {
 
   static void multiply(const Packed* grad, const Packed* act, int64_t tokens, const Target&, int64_t,
                        int64_t, Sums& sums) {
-    constexpr int64_t kTile = kSide * kTokens, kActStride = 2 * kBlockIn * sizeof(Packed);
-    GRADDOT_TILE_ZERO(0);
-    GRADDOT_TILE_ZERO(1);
-    GRADDOT_TILE_ZERO(2);
-    GRADDOT_TILE_ZERO(3);
-    for (int64_t t = 0; t < tokens; t += kTokens, grad += 2 * kTile, act += 2 * kTile) {
-      GRADDOT_TILE_LOAD(4, grad, kTokens * sizeof(Packed));
-      GRADDOT_TILE_LOAD(6, act, kActStride);
-      GRADDOT_TILE_MULTIPLY(0, 4, 6);
-      GRADDOT_TILE_LOAD(7, act + kTokens, kActStride);
-      GRADDOT_TILE_MULTIPLY(1, 4, 7);
-      GRADDOT_TILE_LOAD(5, grad + kTile, kTokens * sizeof(Packed));
-      GRADDOT_TILE_MULTIPLY(2, 5, 6);
-      GRADDOT_TILE_MULTIPLY(3, 5, 7);
+    zero_sums();
+    for (int64_t t = 0; t < tokens; t += kTokens, grad += kGroup, act += kGroup) {
+      load_left(grad);
+      load_right(act);
+      multiply_loaded();
     }
-    GRADDOT_TILE_STORE(0, &sums[0][0], sizeof(sums[0]));
-    GRADDOT_TILE_STORE(1, &sums[0][1], sizeof(sums[0]));
-    GRADDOT_TILE_STORE(2, &sums[kSide][0], sizeof(sums[0]));
-    GRADDOT_TILE_STORE(3, &sums[kSide][1], sizeof(sums[0]));
+    store_sums(sums);
+  }
+};
+
+// Three bf16 whose sum is one number of fp32.
+struct Parts {
+  uint16_t bits[3];
+};
+
+// fp32 by six products of bf16. Each number is split into x = x0 + x1 + x2, exactly, for 3 times 8 bits
+// are the 24 that it has; |x1| ≤ 2^-8 |x| and |x2| ≤ 2^-17 |x|, so that without x1 y2, x2 y1 and x2 y2 a
+// product is off by at most 2^-24 |x y|, as by one rounding of fp32. The sums are rounded less often than
+// by multiply-adds: 32 tokens' products by themselves, and then with the rest. Unlike them, numbers
+// below 2^-126 count as 0, also as a part of a larger number, and an infinity may become NaN.
+// (The idea: Henry, Tang and Heinecke, "Leveraging the bfloat16 Artificial Intelligence Datatype for
+// Higher-Precision Computations", 2019.)
+struct AmxOfFp32 : Amx {
+  using Element = float;
+  using Packed = Parts;
+  static constexpr int kRowsPerToken = 3;
+
+  static UnsignedVector bits_of(const Vector& x) { return reinterpret_cast<const UnsignedVector&>(x); }
+
+  // x's nearest number of bf16, in the upper half of its bits, and what x is more than that.
+  static UnsignedVector part_of(const UnsignedVector& rounded, Vector& x) {
+    const UnsignedVector part = rounded & 0xffff0000U;
+    x -= reinterpret_cast<const Vector&>(part);
+    return part;
+  }
+
+  // Both numbers' parts side by side, part after part, kGroup elements apart.
+  static void keep_parts(Vector first, Vector second, uint16_t* to) {
+    const auto round_first = [](const Vector& x) {  // what would become infinity, is cut; NaNs stay
+      const UnsignedVector bits = bits_of(x);
+      return (bits & 0x7fffffffU) < 0x7f7f8000U ? bits + 0x8000U : bits;
+    };
+    const UnsignedVector left = part_of(round_first(first), first);
+    keep(to, left >> 16 | part_of(round_first(second), second));
+    const UnsignedVector right = part_of(bits_of(first) + 0x8000U, first);
+    keep(to + kGroup, right >> 16 | part_of(bits_of(second) + 0x8000U, second));
+    keep(to + 2 * kGroup, bits_of(first) >> 16 | (bits_of(second) & 0xffff0000U));
+  }
+
+  // kSide numbers from a row on, zeros beyond its `count`.
+  static UnsignedVector some(const float* row, int64_t rows_left, int64_t count) {
+    if (rows_left <= 0 || count <= 0) return UnsignedVector{};
+    return bits_of(load_some(row, smaller(count, kSide)));
+  }
+
+  // A group of tokens of kSide columns: its rows, or with `columns` its columns, kStride elements apart,
+  // each with all of the other in pairs of kSide tokens apart. `along` is whether a column's tokens,
+  // and not a token's columns, lie side by side where they come from.
+  template <bool columns, int kStride, bool along>
+  static void pack_group(const float* from, const Activations& x, int64_t tokens, int64_t cols, uint16_t* to) {
+    UnsignedVector first[kSide], second[kSide];
+    for (int64_t i = 0; i < kSide; ++i) {
+      if (along) {
+        first[i] = some(from + i * x.column_stride, cols - i, tokens);
+        second[i] = some(from + i * x.column_stride + kSide, cols - i, tokens - kSide);
+      } else {
+        first[i] = some(from + i * x.token_stride, tokens - i, cols);
+        second[i] = some(from + (i + kSide) * x.token_stride, tokens - i - kSide, cols);
+      }
+    }
+    if (columns != along) {
+      transpose(first);
+      transpose(second);
+    }
+    for (int64_t i = 0; i < kSide; ++i) {
+      keep_parts(reinterpret_cast<const Vector&>(first[i]), reinterpret_cast<const Vector&>(second[i]),
+                 to + i * kStride);
+    }
+  }
+
+  template <bool columns, int kStride, bool along>
+  static void pack(const float* from, const Activations& x, int64_t tokens, int64_t cols, Packed* panels,
+                   int64_t stride) {
+    constexpr int64_t kStep = columns ? kSide * kTokens : kTokens;  // from kSide columns to the next
+    for (int64_t first = 0; first < tokens; first += kTokens) {
+      for (int64_t begin = 0; begin < cols; begin += kBlockIn) {
+        uint16_t* to = panels[begin / kBlockIn * stride + first * kBlockIn].bits;
+        for (int64_t c = begin; c < begin + kBlockIn; c += kSide, to += kStep) {
+          const float* group = from + first * x.token_stride + c * x.column_stride;
+          pack_group<columns, kStride, along>(group, x, tokens - first, cols - c, to);
+        }
+      }
+    }
+  }
+
+  static void pack_act(const float* from, const Activations& act, int64_t tokens, int64_t cols,
+                       Packed* panels, int64_t stride) {
+    const auto form = act.column_stride == 1 ? pack<false, 2 * kBlockIn, false> : pack<false, 2 * kBlockIn, true>;
+    form(from, act, tokens, cols, panels, stride);
+  }
+
+  static void pack_grad(const float* from, const Activations& grad, int64_t tokens, int64_t cols,
+                        Packed* panels, int64_t stride) {
+    const auto form = grad.column_stride == 1 ? pack<true, kTokens, false> : pack<true, kTokens, true>;
+    form(from, grad, tokens, cols, panels, stride);
+  }
+
+  // The small products first, and as few loads as can be.
+  static void multiply(const Packed* grad, const Packed* act, int64_t tokens, const Target&, int64_t,
+                       int64_t, Sums& sums) {
+    const uint16_t *left = grad->bits, *right = act->bits;
+    zero_sums();
+    for (int64_t t = 0; t < tokens; t += kTokens, left += 3 * kGroup, right += 3 * kGroup) {
+      load_left(left + 2 * kGroup);
+      load_right(right);
+      multiply_loaded();  // (2, 0)
+      load_left(left + kGroup);
+      multiply_loaded();  // (1, 0)
+      load_right(right + kGroup);
+      multiply_loaded();  // (1, 1)
+      load_left(left);
+      multiply_loaded();  // (0, 1)
+      load_right(right + 2 * kGroup);
+      multiply_loaded();  // (0, 2)
+      load_right(right);
+      multiply_loaded();  // (0, 0)
+    }
+    store_sums(sums);
   }
 };
 
 // The tiles' shapes are a state of the thread, which PyTorch's own products set, too, and remember.
+template <class Form>
 void run_with_tiles(const LinearProblem& p, const LinearTile& tile, const float* packed_act,
                     float* memory, double* dots) {
   const MatrixUnit unit;
-  LinearKernelOf<Amx>::run(p, tile, packed_act, memory, dots);
+  LinearKernelOf<Form>::run(p, tile, packed_act, memory, dots);
 }
 
+template <class Form>
 constexpr graddot::LinearKernel amx_kernel() {
-  graddot::LinearKernel kernel = LinearKernelOf<Amx>::kernel();
-  kernel.run = run_with_tiles;
+  graddot::LinearKernel kernel = LinearKernelOf<Form>::kernel();
+  kernel.run = run_with_tiles<Form>;
   return kernel;
 }
 

@@ -27,16 +27,16 @@ struct MultiplyAdd {
 
   // A few tokens at a time: rows lie far apart, often on the same few sets of the cache.
   template <int panel>
-  static void pack(const Element* rows, int64_t token_stride, int64_t tokens, int64_t cols,
-                   float* panels, int64_t stride) {
+  static void pack(const Element* rows, const Activations& x, int64_t tokens, int64_t cols, float* panels,
+                   int64_t stride) {
     constexpr int64_t kTogether = 16;
     for (int64_t first = 0; first < tokens; first += kTogether) {
       const int64_t last = smaller(first + kTogether, tokens);
       for (int64_t begin = 0; begin < cols; begin += panel) {
-        const Element* from = rows + first * token_stride + begin;
+        const Element* from = rows + first * x.token_stride + begin;
         float* to = panels + begin / panel * stride + first * panel;
         const int64_t width = smaller(panel, cols - begin);
-        for (int64_t t = first; t < last; ++t, from += token_stride, to += panel) {
+        for (int64_t t = first; t < last; ++t, from += x.token_stride, to += panel) {
           if (width == panel) {
             for (int c = 0; c < panel; ++c) to[c] = widened(from[c]);
           } else {

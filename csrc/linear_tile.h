@@ -10,12 +10,14 @@
 
 namespace {
 
+using graddot::Activations;
 using graddot::LinearProblem;
 using graddot::LinearScratch;
 using graddot::LinearTile;
 
 constexpr int kBlockIn = 2 * kLanes;
 constexpr int64_t kCacheLine = 64;
+
 // A long sample goes by parts of so many tokens, whose act panel stays in the first-level cache, and
 // its sums to memory between them: with 1024 tokens at once a quarter more time on AVX-512. A part is
 // summed by itself: one fp32 sum of 4096 tokens was off by ten times as much.
@@ -140,7 +142,7 @@ struct LinearKernelOf {
   static void pack_act_of(const LinearProblem& p, int64_t row, int64_t in_begin, int64_t in, float* packed) {
     const auto* act = p.act.at<Element>(row, 0, in_begin);
     auto* panels = reinterpret_cast<Packed*>(packed);
-    Form::pack_act(act, p.act.token_stride, p.tokens, in, panels, padded(p.tokens) * kBlockIn);
+    Form::pack_act(act, p.act, p.tokens, in, panels, padded(p.tokens) * kBlockIn);
   }
 
   // Packed operands: all rows' activations, or null; and memory for what is packed row by row, and
@@ -171,7 +173,7 @@ struct LinearKernelOf {
       for (int64_t begin = tile.out_begin; begin < tile.out_end; begin += step) {
         const int64_t out = smaller(step, tile.out_end - begin);
         if (tokens > 0) {
-          Form::pack_grad(p.grad.at<Element>(row, first, begin), p.grad.token_stride, tokens, out,
+          Form::pack_grad(p.grad.at<Element>(row, first, begin), p.grad, tokens, out,
                           grad_panels, filled * kBlockOut);
         }
         for (int64_t j = 0; j < in; j += kBlockIn) {
@@ -243,7 +245,7 @@ struct LinearKernelOf {
     const Vector scale = all(p.scale);
     const int64_t cols = tile.in_end - tile.in_begin;
     for (int64_t i = 0; i < tile.out_end - tile.out_begin; ++i) {
-      float* row = p.weight_grad + (tile.out_begin + i) * p.d_in + tile.in_begin;
+      float* row = p.weight_grad + (tile.out_begin + i) * p.weight_grad_stride + tile.in_begin;
       for (int64_t j = 0; j < cols; j += kBlockIn, row += kBlockIn) {
         const float* from = sum.at(i / kBlockOut, j / kBlockIn) + i % kBlockOut * kBlockIn;
         if (j + kBlockIn <= cols) {

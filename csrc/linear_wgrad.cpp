@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "huge_pages.h"
 #include "parallel.h"
 
 namespace graddot {
@@ -19,14 +20,11 @@ constexpr int64_t kPackedOnce = 1536 * 1024;
 // Rows below which another thread rather takes columns.
 constexpr int64_t kMinRows = 96;
 
-constexpr int64_t kCacheLine = 64 / sizeof(float);
+// Of a long sample without dots so many tokens at a time are as good as samples of their own, and tiles
+// of more columns fit.
+constexpr int64_t kTogether = 1024;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// The first float of the next cache line.
-float* at_cache_line(float* x) {
-  return x + (64 - reinterpret_cast<uintptr_t>(x) % 64) % 64 / sizeof(float);
-}
 
 // Equal tiles, as many as there are threads or a multiple.
 std::vector<LinearTile> make_tiles(const LinearKernel& kernel, const LinearProblem& p, int64_t threads) {
@@ -63,34 +61,45 @@ void linear_wgrad_dot(const LinearKernel& kernel, const LinearProblem& p, int64_
   const int64_t dots = p.dot_rows() * p.dot_columns();
   std::fill(p.dots, p.dots + dots, 0.0F);
   if (p.rows == 0 && !p.accumulate) {
-    std::fill(p.weight_grad, p.weight_grad + p.d_out * p.d_in, 0.0F);
+    for (int64_t i = 0; i < p.d_out; ++i) std::fill_n(p.weight_grad + i * p.weight_grad_stride, p.d_in, 0.0F);
   }
   if (p.dot_columns() == 0 || p.d_out == 0 || p.d_in == 0) {
+    return;
+  }
+  if (p.rows == 1 && p.dot_rows() == 0 && p.tokens > kTogether) {
+    LinearProblem part = p;
+    for (Activations* x : {&part.act, &part.grad}) x->row_stride = kTogether * x->token_stride;
+    part.rows = p.tokens / kTogether;
+    part.tokens = kTogether;
+    linear_wgrad_dot(kernel, part, threads);
+    for (Activations* x : {&part.act, &part.grad}) {
+      x->data = static_cast<const char*>(x->data) + part.rows * x->row_stride * size_of(p.element);
+    }
+    part.tokens = p.tokens - part.rows * kTogether;
+    part.rows = 1;
+    part.accumulate = true;
+    if (part.tokens > 0) linear_wgrad_dot(kernel, part, threads);
     return;
   }
   const auto tiles = make_tiles(kernel, p, std::max<int64_t>(threads, 1));
   const auto count = static_cast<int64_t>(tiles.size());
   const LinearScratch need = kernel.scratch(p, largest(tiles));
-  // Kept, as the threads' memory below.
-  thread_local std::vector<float> packed;
+  thread_local Scratch packed;
   const int64_t rows = p.all_rows(), size = kernel.packed_size(p);
   const bool once = tiles.front().out_end < p.d_out && rows * size <= kPackedOnce;
+  float* packed_act = nullptr;
   if (once) {
-    packed.resize(std::max(packed.size(), static_cast<size_t>(rows * size + kCacheLine)));
-    float* data = at_cache_line(packed.data());
+    packed_act = packed.get(rows * size);
     parallel_for(rows, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernel.pack_act(p, i, data + i * size);
+      for (int64_t i = begin; i < end; ++i) kernel.pack_act(p, i, packed_act + i * size);
     });
   }
-  const float* packed_act = once ? at_cache_line(packed.data()) : nullptr;
   std::vector<double> parts(static_cast<size_t>(count * dots));
   parallel_for(count, 1, [&](int64_t begin, int64_t end) {
-    // Kept: fresh megabytes for every layer of every step would cost page faults each time.
-    thread_local std::vector<float> memory;
-    memory.resize(std::max(memory.size(), static_cast<size_t>(need.total() + kCacheLine)));
+    thread_local Scratch scratch;
+    float* memory = scratch.get(need.total());
     for (int64_t i = begin; i < end; ++i) {
-      kernel.run(p, tiles[static_cast<size_t>(i)], packed_act, at_cache_line(memory.data()),
-                 parts.data() + i * dots);
+      kernel.run(p, tiles[static_cast<size_t>(i)], packed_act, memory, parts.data() + i * dots);
     }
   });
   for (int64_t i = 0; i < dots; ++i) {  // in the tiles' order, in double: they may cancel

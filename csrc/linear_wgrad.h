@@ -8,14 +8,15 @@
 
 namespace graddot {
 
-// (rows, tokens, width) with unit stride along the width; strides count elements.
+// (rows, tokens, width); strides count elements. That along the width is 1, or that along the tokens
+// where `InstructionSet::products` says so.
 struct Activations {
   const void* data;
-  int64_t row_stride, token_stride;
+  int64_t row_stride, token_stride, column_stride;
 
   template <class T>
   const T* at(int64_t row, int64_t token, int64_t column) const {
-    return static_cast<const T*>(data) + row * row_stride + token * token_stride + column;
+    return static_cast<const T*>(data) + row * row_stride + token * token_stride + column * column_stride;
   }
 };
 
@@ -32,8 +33,9 @@ struct LinearProblem {
   const float* direction;
   const int64_t* val_rows;
 
-  // Results. weight_grad (d_out, d_in), contiguous, is scale · Σ_i G_i, or that much more.
+  // Results. weight_grad (d_out, d_in), with unit stride along d_in, is scale · Σ_i G_i, or that much more.
   float* weight_grad;
+  int64_t weight_grad_stride;
   float scale;
   bool accumulate;
   // With `norms` one more row, ‖G_i‖²; and where the directions are made, one more column, ‖D_k‖².

@@ -19,11 +19,13 @@ class _Activations(ctypes.Structure):
         ("data", ctypes.c_void_p),
         ("row_stride", ctypes.c_int64),
         ("token_stride", ctypes.c_int64),
+        ("column_stride", ctypes.c_int64),
     )
 
     @classmethod
     def of(cls, x: Tensor) -> "_Activations":
-        return cls(x.data_ptr(), x.stride(0), x.stride(1))
+        row, token, column = x.stride()
+        return cls(x.data_ptr(), row, token, column if x.shape[2] > 1 else 1)
 
 
 class _LinearProblem(ctypes.Structure):  # csrc/linear_wgrad.h
@@ -35,6 +37,7 @@ class _LinearProblem(ctypes.Structure):  # csrc/linear_wgrad.h
         ("direction", ctypes.c_void_p),
         ("val_rows", ctypes.c_void_p),
         ("weight_grad", ctypes.c_void_p),
+        ("weight_grad_stride", ctypes.c_int64),
         ("scale", ctypes.c_float),
         ("accumulate", ctypes.c_bool),
         ("norms", ctypes.c_bool),
@@ -69,6 +72,10 @@ _LARGE = 16 * 1024 * 1024
 
 for _function in ("linear_wgrad_dot", "cross_entropy_grad"):  # whether there was memory for it
     getattr(library, f"graddot_{_function}").restype = ctypes.c_bool
+library.graddot_products.restype = ctypes.c_bool
+_PRODUCTS: bool = bool(INSTRUCTION_SET) and library.graddot_products()
+# Where `product` is the faster: packing costs what it costs for every row and column of the result.
+_LARGE_SIDE, _LARGE_SUM = 768, 128
 for _function in ("norm_backward", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
@@ -83,6 +90,13 @@ def norms_available(x: Tensor) -> bool:
     return available(x) and x.dtype == torch.float32
 
 
+def product_available(x: Tensor, rows: int, columns: int, terms: int) -> bool:
+    """Whether products take x's dtype and device, and are faster than PyTorch's for that many rows and
+    columns of the result, of so many terms each."""
+    large = min(rows, columns) >= _LARGE_SIDE and terms >= _LARGE_SUM
+    return large and _PRODUCTS and x.dtype == torch.float32 and x.device.type == "cpu"
+
+
 def advise_huge_pages(x: Tensor) -> None:
     """Ask the operating system for huge pages below a large tensor that is about to be written."""
     if x.device.type == "cpu" and x.numel() * x.itemsize >= _LARGE:
@@ -91,8 +105,10 @@ def advise_huge_pages(x: Tensor) -> None:
         )
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+def _as_taken(x: Tensor) -> Tensor:
+    """(N, T, width) with unit stride along the width, or where kernels are for products along T."""
+    along = _PRODUCTS and x.dtype == torch.float32 and x.stride(1) == 1
+    return x if along or x.stride(2) == 1 or x.shape[2] <= 1 else x.contiguous()
 
 
 def _check_linear(
@@ -131,10 +147,10 @@ def linear_wgrad_dot(
 ) -> Tensor:
     """Dots (K, N) of every sample with `direction`, (K, Dout, Din), or else with the gradients of
     the val rows behind the training rows, (0, N) of none; the training gradient goes into weight_grad, (Dout, Din),
-    contiguous, or is added to it. act and grad may be of 16 bits; all else is fp32. `norms` as in
+    whose rows have unit stride, or is added to it. act and grad may be of 16 bits; all else is fp32. `norms` as in
     `functional`."""
     _check_linear(weight_grad, direction, val_rows, act, grad)
-    act, grad = _unit_stride(act), _unit_stride(grad)
+    act, grad = _as_taken(act), _as_taken(grad)
     (n, t, d_in), d_out = act.shape, grad.shape[2]
     k = len(val_rows)
     if direction is None:
@@ -157,6 +173,7 @@ def linear_wgrad_dot(
         None if direction is None else direction.data_ptr(),
         ctypes.addressof(counts),
         weight_grad.data_ptr(),
+        weight_grad.stride(0),
         1.0 if scale is None else float(scale),
         accumulate,
         norms,
@@ -168,6 +185,14 @@ def linear_wgrad_dot(
             f"no memory to pack samples of {act.shape[1]} tokens; the weight gradient is unfinished"
         )
     return dots
+
+
+def product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ y, (M, K) and (K, N), where `product_available`; into out, whose rows have unit stride."""
+    if out is None:
+        out = x.new_empty(x.shape[0], y.shape[1])
+    linear_wgrad_dot(out, None, [], y[None], x.t()[None], None, False)
+    return out
 
 
 def cross_entropy_grad(

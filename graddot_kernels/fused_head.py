@@ -36,6 +36,13 @@ def tokens_at_a_time(act: Tensor, vocab: int) -> int:
     return max(1, share * _CHUNK_ELEMENTS[act.device.type] // max(1, vocab))
 
 
+def mm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ y by whichever is faster, into rows of unit stride."""
+    if cpu_kernels.product_available(x, x.shape[0], y.shape[1], x.shape[1]):
+        return cpu_kernels.product(x, y, out)
+    return torch.mm(x, y, out=out)
+
+
 class _Chunk(NamedTuple):
     """Tokens [t0, t1) of rows [r0, r1): whole rows, or part of one."""
 
@@ -66,7 +73,8 @@ def _chunks(begin: int, end: int, tokens: int, limit: int) -> Iterator[_Chunk]:
 
 def _add_product(total: Tensor, grad: Tensor, act: Tensor, *, first: bool, scale: float) -> None:
     """total (+)= scale · Σ gradᵀ act over rows and tokens, accumulated in total's dtype."""
-    if grad.dtype != total.dtype and cpu_kernels.available(grad):
+    own = grad.dtype != total.dtype and cpu_kernels.available(grad)
+    if own or cpu_kernels.product_available(grad, *total.shape, grad.shape[0] * grad.shape[1]):
         cpu_kernels.linear_wgrad_dot(total, None, [], act, grad, scale, not first)
         return
     grad, act = grad.flatten(0, 1), act.flatten(0, 1)
@@ -168,14 +176,14 @@ class _Head:
     def gradient_of_logits(self, chunk: _Chunk) -> Tensor:
         """(rows, tokens, vocab) of the chunk, in the buffer; losses and act_grad on the way."""
         act = chunk.of(self.act).flatten(0, 1)
-        grad = torch.mm(act, self.weight.t(), out=self.logits[: act.shape[0]])
+        grad = mm(act, self.weight.t(), out=self.logits[: act.shape[0]])
         if self.bias is not None:
             grad.add_(self.bias.to(grad.dtype))
         labels = chunk.of(self.labels).flatten()
         losses = torch.ops.graddot.cross_entropy_grad(grad, labels, *self.loss)
         shape = (chunk.r1 - chunk.r0, chunk.t1 - chunk.t0, -1)
         chunk.of(self.losses).copy_(losses.view(shape[:2]))
-        chunk.of(self.act_grad).copy_(torch.mm(grad, self.weight).view(shape))
+        chunk.of(self.act_grad).copy_(mm(grad, self.weight).view(shape))
         grad = grad.view(shape)
         if self.bias is not None:
             self.bias_rows[chunk.r0 : chunk.r1] += grad.sum(1, dtype=self.losses.dtype)

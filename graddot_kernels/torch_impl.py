@@ -116,7 +116,8 @@ def _empty_weight_grad(act: Tensor, grad: Tensor) -> Tensor:
 
 def _weight_grad(act: Tensor, grad: Tensor, scale: Tensor | None) -> Tensor:
     acts, grads = _tokens(act), _tokens(grad)
-    if act.itemsize == 2 and cpu_kernels.available(act):  # PyTorch would widen both sides
+    own = act.itemsize == 2 and cpu_kernels.available(act)  # PyTorch would widen both sides
+    if own or cpu_kernels.product_available(act, grads.shape[1], acts.shape[1], len(acts)):
         total = _empty_weight_grad(act, grad)
         cpu_kernels.linear_wgrad_dot(total, None, [], acts[None], grads[None], scale, False)
         return total
