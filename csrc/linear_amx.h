@@ -79,7 +79,14 @@ inline void multiply_loaded() {
 struct Amx {
   static constexpr int kBlockOut = 2 * kSide;
   static constexpr int kTokens = ::kTokens;
+  static constexpr bool kWritesLater = true;
   using Sums = Vector[kBlockOut][2];
+
+  // Of a block, so that all are written while that many tokens are multiplied.
+  static int rows_at_a_time(int64_t tokens) {
+    const int groups = static_cast<int>(tokens / kTokens);
+    return (kBlockOut + groups - 1) / groups;
+  }
 
   static void zero_sums() {
     GRADDOT_TILE_ZERO(0);
@@ -143,13 +150,14 @@ struct AmxOfBf16 : Amx {
     }
   }
 
-  static void multiply(const Packed* grad, const Packed* act, int64_t tokens, const Target&, int64_t,
-                       int64_t, Sums& sums) {
+  template <class Write>
+  static void multiply(const Packed* grad, const Packed* act, int64_t tokens, Sums& sums, const Write& write) {
     zero_sums();
     for (int64_t t = 0; t < tokens; t += kTokens, grad += kGroup, act += kGroup) {
       load_left(grad);
       load_right(act);
       multiply_loaded();
+      write(rows_at_a_time(tokens));
     }
     store_sums(sums);
   }
@@ -253,14 +261,15 @@ struct AmxOfFp32 : Amx {
   }
 
   // The small products first, and as few loads as can be.
-  static void multiply(const Packed* grad, const Packed* act, int64_t tokens, const Target&, int64_t,
-                       int64_t, Sums& sums) {
+  template <class Write>
+  static void multiply(const Packed* grad, const Packed* act, int64_t tokens, Sums& sums, const Write& write) {
     const uint16_t *left = grad->bits, *right = act->bits;
     zero_sums();
     for (int64_t t = 0; t < tokens; t += kTokens, left += 3 * kGroup, right += 3 * kGroup) {
       load_left(left + 2 * kGroup);
       load_right(right);
       multiply_loaded();  // (2, 0)
+      write(rows_at_a_time(tokens));
       load_left(left + kGroup);
       multiply_loaded();  // (1, 0)
       load_right(right + kGroup);

@@ -23,6 +23,7 @@ struct MultiplyAdd {
   // 6 x 2 sums fill 12 of AVX2's 16 registers, 12 x 2 fill 24 of AVX-512's 32.
   static constexpr int kBlockOut = kLanes == 8 ? 6 : 12;
   static constexpr int kTokens = 1, kRowsPerToken = 6;
+  static constexpr bool kWritesLater = false;
   using Sums = Vector[kBlockOut][2];
 
   // A few tokens at a time: rows lie far apart, often on the same few sets of the cache.
