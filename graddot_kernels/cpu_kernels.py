@@ -75,7 +75,7 @@ for _function in ("linear_wgrad_dot", "cross_entropy_grad"):  # whether there wa
 library.graddot_products.restype = ctypes.c_bool
 _PRODUCTS: bool = bool(INSTRUCTION_SET) and library.graddot_products()
 # Where `product` is the faster: packing costs what it costs for every row and column of the result.
-_LARGE_SIDE, _LARGE_SUM = 768, 128
+_LARGE_SIDE, _LARGE_SUM = 384, 128
 for _function in ("norm_backward", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
@@ -94,7 +94,7 @@ def product_available(x: Tensor, rows: int, columns: int, terms: int) -> bool:
     """Whether products take x's dtype and device, and are faster than PyTorch's for that many rows and
     columns of the result, of so many terms each."""
     large = min(rows, columns) >= _LARGE_SIDE and terms >= _LARGE_SUM
-    return large and _PRODUCTS and x.dtype == torch.float32 and x.device.type == "cpu"
+    return large and _PRODUCTS and x.dtype == torch.float32 and available(x)
 
 
 def advise_huge_pages(x: Tensor) -> None:

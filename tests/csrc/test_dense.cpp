@@ -135,12 +135,12 @@ void test_linear(const InstructionSet& set, Element element) {
   c.weight_grad.assign(static_cast<size_t>(c.d_out * c.d_in), accumulate ? 1.0F : std::nanf(""));
   c.dots.assign(static_cast<size_t>((k + norms) * columns), std::nanf(""));
   num_threads = 1 + random_int(4);
-  linear_wgrad_dot(set.linear_of(element),
-                   {element, c.n, c.t, c.d_in, c.d_out,
-                    {act.data(), c.t * c.d_in, c.d_in}, {grad.data(), c.t * c.d_out, c.d_out},
-                    k, c.direction.empty() ? nullptr : c.direction.data(), c.val_rows.data(),
-                    c.weight_grad.data(), 0.5F, accumulate, norms, c.dots.data()},
-                   num_threads);
+  const LinearProblem problem{
+      element, c.n, c.t, c.d_in, c.d_out,
+      {act.data(), c.t * c.d_in, c.d_in, 1}, {grad.data(), c.t * c.d_out, c.d_out, 1},
+      k, c.direction.empty() ? nullptr : c.direction.data(), c.val_rows.data(),
+      c.weight_grad.data(), c.d_in, 0.5F, accumulate, norms, c.dots.data()};
+  linear_wgrad_dot(set.linear_of(problem), problem, num_threads);
   std::vector<double> dots(c.dots.size()), sizes(c.dots.size());
   for (int64_t o = 0; o < c.d_out; ++o) {
     for (int64_t i = 0; i < c.d_in; ++i) {
@@ -171,6 +171,34 @@ void test_linear(const InstructionSet& set, Element element) {
   }
   for (size_t i = 0; i < dots.size(); ++i) {
     expect_close(c.dots[i], dots[i], sizes[i], "dots");
+  }
+}
+
+// A matrix product by a kernel that takes either side along its rows or its columns.
+void test_product(const InstructionSet& set) {
+  const int64_t terms = random_int(4) ? 1 + random_int(100) : 900 + random_int(1400);
+  const int64_t rows = 1 + random_int(90), cols = 1 + random_int(90), stride = cols + random_int(9);
+  const std::vector<float> x = random_numbers(rows * terms), y = random_numbers(terms * cols);
+  const bool x_along = random_int(2) != 0, y_along = random_int(2) != 0, accumulate = random_int(2) != 0;
+  std::vector<float> out(static_cast<size_t>(rows * stride), 3.0F);
+  num_threads = 1 + random_int(4);
+  const LinearProblem problem{
+      Element::kFp32, 1, terms, cols, rows,
+      {y.data(), 0, y_along ? 1 : cols, y_along ? terms : 1},
+      {x.data(), 0, x_along ? 1 : rows, x_along ? terms : 1},
+      0, nullptr, nullptr, out.data(), stride, 1.0F, accumulate, false, nullptr};
+  linear_wgrad_dot(set.linear_of(problem), problem, num_threads);
+  for (int64_t i = 0; i < rows; ++i) {
+    for (int64_t j = 0; j < stride; ++j) {
+      double sum = accumulate || j >= cols ? 3 : 0, size = 3;
+      for (int64_t t = 0; t < terms && j < cols; ++t) {
+        const double product = double{x[static_cast<size_t>(x_along ? i * terms + t : t * rows + i)]} *
+                               double{y[static_cast<size_t>(y_along ? j * terms + t : t * cols + j)]};
+        sum += product;
+        size += std::abs(product);
+      }
+      expect_close(out[static_cast<size_t>(i * stride + j)], sum, 0.3 * size, "product");
+    }
   }
 }
 
@@ -283,6 +311,7 @@ int main() {
         graddot::test_cross_entropy(*set, element);
       }
       graddot::test_norm(set->norm_part);
+      if (set->products) graddot::test_product(*set);
     }
     std::printf("vector kernels, %s: 150 random problems an element: ok\n", set->name);
   }
