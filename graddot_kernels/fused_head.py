@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import cpu_kernels
 from .sample_dots import linear_sample_rows, squares
+from .torch_impl import mm
 
 # Logits that exist at a time. On a CPU 256 MB, twice as many of 16 bits: its matrix products repack
 # the weight, and read and write the weight gradient, for every chunk, and with half of that took some
@@ -34,13 +35,6 @@ def tokens_at_a_time(act: Tensor, vocab: int) -> int:
     """Whose logits exist together, given their hidden states."""
     share = 2 if act.device.type == "cpu" and act.itemsize == 2 else 1
     return max(1, share * _CHUNK_ELEMENTS[act.device.type] // max(1, vocab))
-
-
-def mm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x @ y by whichever is faster, into rows of unit stride."""
-    if cpu_kernels.product_available(x, x.shape[0], y.shape[1], x.shape[1]):
-        return cpu_kernels.product(x, y, out)
-    return torch.mm(x, y, out=out)
 
 
 class _Chunk(NamedTuple):
@@ -73,8 +67,9 @@ def _chunks(begin: int, end: int, tokens: int, limit: int) -> Iterator[_Chunk]:
 
 def _add_product(total: Tensor, grad: Tensor, act: Tensor, *, first: bool, scale: float) -> None:
     """total (+)= scale · Σ gradᵀ act over rows and tokens, accumulated in total's dtype."""
+    tokens = grad.shape[0] * grad.shape[1]
     own = grad.dtype != total.dtype and cpu_kernels.available(grad)
-    if own or cpu_kernels.product_available(grad, *total.shape, grad.shape[0] * grad.shape[1]):
+    if own or cpu_kernels.product_available(grad, len(total), total.shape[1], tokens):
         cpu_kernels.linear_wgrad_dot(total, None, [], act, grad, scale, not first)
         return
     grad, act = grad.flatten(0, 1), act.flatten(0, 1)

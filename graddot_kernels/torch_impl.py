@@ -46,11 +46,18 @@ def _tokens(x: Tensor) -> Tensor:
     return x.flatten(0, -2)
 
 
+def mm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
+    """x @ y by whichever is faster; into rows of unit stride."""
+    if cpu_kernels.product_available(x, x.shape[0], y.shape[1], x.shape[1]):
+        return cpu_kernels.product(x, y, out)
+    return torch.mm(x, y, out=out)
+
+
 def mm_fp32(x: Tensor, y: Tensor) -> Tensor:
     """x @ y accumulated and returned in fp32, without a rounding of 16-bit results."""
     if x.is_cuda and x.dtype != torch.float32 and 0 not in (*x.shape, *y.shape):
         return torch.mm(x, y, out_dtype=torch.float32)
-    return torch.mm(x.float(), y.float())
+    return mm(x.float(), y.float())
 
 
 def products_fp32(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -88,8 +95,8 @@ def linear_gram_dot(
         val_acts = _accumulated(_tokens(val_act[j : j + v_block])).t()
         val_grads = _accumulated(_tokens(val_grad[j : j + v_block])).t()
         for i in range(0, n, n_block):
-            block = _accumulated(_tokens(train_act[i : i + n_block])) @ val_acts
-            block *= _accumulated(_tokens(train_grad[i : i + n_block])) @ val_grads
+            block = mm(_accumulated(_tokens(train_act[i : i + n_block])), val_acts)
+            block *= mm(_accumulated(_tokens(train_grad[i : i + n_block])), val_grads)
             by_token = block.view(-1, t, min(v_block, v - j), s).sum(3)
             pairs[j : j + v_block, i : i + n_block] = by_token.sum(1).t()
     return pairs if pairwise else pairs.sum(0)
@@ -102,9 +109,9 @@ def linear_direction_dot(direction: Tensor, act: Tensor, grad: Tensor, per_token
     out = acts.new_empty(direction.shape[0], n, t)
     for k, one in enumerate(_accumulated(direction)):
         if d_in < grads.shape[1]:
-            torch.sum(torch.mm(grads, one).mul_(acts), 1, out=out[k].view(-1))
+            torch.sum(mm(grads, one).mul_(acts), 1, out=out[k].view(-1))
         else:
-            torch.sum(torch.mm(acts, one.t()).mul_(grads), 1, out=out[k].view(-1))
+            torch.sum(mm(acts, one.t()).mul_(grads), 1, out=out[k].view(-1))
     return out if per_token else out.sum(-1)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from graddot_kernels import cpu_kernels, fused_head
+from graddot_kernels import cpu_kernels, torch_impl
 
 pytestmark = pytest.mark.skipif(
     not cpu_kernels.available(torch.empty(0)), reason="no vector kernels for this processor"
@@ -77,8 +77,8 @@ def test_extreme_numbers() -> None:
 
 
 @pytest.mark.skipif(not cpu_kernels._PRODUCTS, reason="PyTorch's are faster on this processor")
-def test_the_head_takes_them(monkeypatch) -> None:
-    """Where they are faster: not for a small result, nor for another dtype."""
+def test_taken_where_faster(monkeypatch) -> None:
+    """Not for a small result, nor for another dtype."""
     seen = []
     kernel = cpu_kernels.product
     monkeypatch.setattr(cpu_kernels, "product", lambda *a: (seen.append(a[0].shape), kernel(*a))[1])
@@ -86,9 +86,9 @@ def test_the_head_takes_them(monkeypatch) -> None:
     weight = torch.randn(130, 500)
     for x in (big, small, big.double(), big.bfloat16()):
         want = x.double() @ weight.to(x.dtype).double()
-        got = fused_head.mm(x, weight.to(x.dtype))
+        got = torch_impl.mm(x, weight.to(x.dtype))
         torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=0.2)
     assert seen == [(400, 130)]
     monkeypatch.setattr(cpu_kernels, "_PRODUCTS", False)
-    fused_head.mm(big, weight)
+    torch_impl.mm(big, weight)
     assert seen == [(400, 130)]
