@@ -188,8 +188,8 @@ struct LinearKernelOf {
       pack_act_of(p, row, tile.in_begin, in, panels.act);
     }
     const Target between{{panels.sums, kBlock, 1, to.sum.out}, false, {}, nullptr, false};
-    Later later[Form::kWritesLater ? 2 : 0];
-    int turn = 0;
+    Later later[2];
+    [[maybe_unused]] int turn = 0;
     int64_t first = 0;
     do {  // once where there is no token: the sums are zeros
       const int64_t tokens = smaller(part, p.tokens - first), filled = padded(tokens);
