@@ -123,15 +123,15 @@ def _check_linear(
     (n, t, d_in), (*same, d_out) = act.shape, grad.shape
     fit = same == [n, t] and weight_grad.shape == (d_out, d_in)
     fit &= act.dtype == grad.dtype and act.dtype in _ELEMENTS
-    fit &= weight_grad.dtype == torch.float32
+    fit &= weight_grad.dtype == torch.float32 and (d_in <= 1 or weight_grad.stride(1) == 1)
     if direction is not None:
         fit &= direction.shape[1:] == (d_out, d_in) and direction.dtype == torch.float32
     if not fit:
         tensors = [x for x in (weight_grad, direction, act, grad) if x is not None]
         got = ", ".join(f"{x.dtype} {tuple(x.shape)}" for x in tensors)
         raise ValueError(
-            "expected a weight gradient (Dout, Din) and directions (K, Dout, Din) in fp32, act"
-            f" (N, T, Din) and grad (N, T, Dout) of one dtype; got {got}"
+            "expected a weight gradient (Dout, Din), of rows of unit stride, and directions (K, Dout, Din)"
+            f" in fp32, act (N, T, Din) and grad (N, T, Dout) of one dtype; got {got}"
         )
 
 

@@ -38,6 +38,11 @@ def test_any_strides(shape: tuple[int, int, int]) -> None:
             assert (memory[:, n:] == 7).all()
 
 
+def test_result_of_other_strides() -> None:
+    with pytest.raises(ValueError, match="of rows of unit stride"):
+        cpu_kernels.product(*matrices(4, 5, 6), torch.empty(6, 4).t())
+
+
 @pytest.mark.parametrize("terms", [64, 768, 5000])
 def test_as_exact_as_pytorch(terms: int) -> None:
     x, y = matrices(64, terms, 96)
