@@ -4,8 +4,9 @@
 
 A row is one kernel variant on one target: registers, spilled bytes, shared memory, the matrix
 instruction in its assembly. Exits non-zero when a hot kernel spills on sm_90, when a bf16 matrix
-kernel has no wgmma there or loads single elements, or when any needs more shared memory than its
-target has. Results are cached by source under build/triton-aot.
+kernel has no wgmma there, waits for each, loads over what one reads, or loads single elements, or
+when any needs more shared memory than its target has. Results are cached by source under
+build/triton-aot.
 """
 
 import argparse
@@ -63,10 +64,10 @@ class Case:
 
 
 def _wgrad(name: str, direction: str = "", **constants: Any) -> Case:
-    base = {"RESIDENT": True, "BIAS": False, "SCALE": False, "ACCUMULATE": False, "TMA": False}
+    base = {"RESIDENT": True, "SCALE": False, "ACCUMULATE": False, "TMA": False}
     base |= {"NORMS": False, "PADDED": False}
     tma = bool(constants.get("TMA"))
-    plain = not constants or constants.keys() == {"RESIDENT", "BIAS"}
+    plain = not constants or (constants.keys() == {"RESIDENT"} and not direction)
     unit = ("grad_sd", "act_sd", "dir_si", "out_si")
     dtypes = DTYPES if plain else ("bf16",)
     merged = base | constants
@@ -83,8 +84,7 @@ def cases() -> list[Case]:
         _wgrad(""),
         _wgrad(" fp32 D", "fp32", RESIDENT=False),
         _wgrad(" K", RESIDENT=False),
-        _wgrad(" bias scale add", BIAS=True, SCALE=True, ACCUMULATE=True),
-        _wgrad(" K bias", RESIDENT=False, BIAS=True),
+        _wgrad(" scale add", SCALE=True, ACCUMULATE=True),
         _wgrad(" vocab", "fp32", PADDED=True),
         replace(_wgrad(" norms", "fp32", RESIDENT=False, NORMS=True), hot=False),
         _wgrad(" tma", TMA=True),
@@ -134,7 +134,7 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
     if case.op == "gram":
         blocks = {"p_val_act": tile.rows, "p_val_grad": tile.rows}
         blocks |= {"p_act": tile.cols, "p_grad": tile.cols}
-    fp32 = {"p_out", "p_dots", "p_bias", "p_parts", "p_weight", "p_losses"}
+    fp32 = {"p_out", "p_dots", "p_parts", "p_weight", "p_losses"}
     fp32 |= {"p_mean", "p_rstd"}
     scalars = {"smoothing": "fp32", "z_loss": "fp32", "p_labels": "*i64", "p_scale": "*fp64"}
     signature, attributes = {}, {}
@@ -157,6 +157,15 @@ def source(case: Case, tile: Tile, dtype: str) -> ASTSource:
     return ASTSource(case.kernel, signature, constants, attributes)
 
 
+def cuobjdump(compiled: Any, option: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(tool), option, file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 def resources(compiled: Any, backend: str) -> tuple[int, int]:
     """(registers, spilled bytes) of the machine code."""
     if backend == "hip":
@@ -164,16 +173,27 @@ def resources(compiled: Any, backend: str) -> tuple[int, int]:
         registers = re.search(r"\.vgpr_count:\s+(\d+)", text)
         spills = re.search(r"\.vgpr_spill_count:\s+(\d+)", text)
     else:
-        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            command = [str(tool), "-res-usage", file.name]
-            text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        text = cuobjdump(compiled, "-res-usage")
         registers, spills = re.search(r"REG:(\d+)", text), re.search(r"STACK:(\d+)", text)
     if registers is None or spills is None:
         raise RuntimeError(f"no resource usage found in:\n{text[:2000]}")
     return int(registers[1]), int(spills[1])
+
+
+def pipeline_problem(compiled: Any, stages: int) -> str:
+    """What is wrong with the order of loads and wgmma in an sm_90 matrix kernel, or nothing.
+
+    Of a loop in flight the machine code waits for all but the last so many products; where ptxas
+    found it unsafe to let any be in flight, it waits for none to be left each time. And a product
+    in flight reads its tile of shared memory, so that of every operand there is one tile more than
+    loads run ahead: as many as stages. Triton forgets that one where the loaded tile has a second
+    use.
+    """
+    if not re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", cuobjdump(compiled, "-sass")):
+        return "waits for every wgmma"
+    operands = r"local_alloc[^\n]*memdesc<(\d+)x\d+x\d+x\w+, [^\n]*mutable>"
+    tiles = [int(n) for n in re.findall(operands, compiled.asm["ttgir"])]
+    return "" if tiles and min(tiles) >= stages else "loads over what wgmma reads"
 
 
 def compile_one(job: tuple[int, str, str]) -> dict[str, Any]:
@@ -188,14 +208,19 @@ def compile_one(job: tuple[int, str, str]) -> dict[str, Any]:
     registers, spilled = resources(compiled, target.backend)
     assembly = compiled.asm["amdgcn" if target.backend == "hip" else "ptx"]
     must_wgmma = dtype == "bf16" and case.op not in ("norm", "cross_entropy")
+    problem = ""
+    if compiled.metadata.shared > shared_limit:
+        problem = "too much shared memory"
+    elif must_wgmma and re.search(r"ld\.global\S*\.[bu]16\b", assembly):
+        problem = "loads single elements"
+    elif must_wgmma and target_name == "sm_90":
+        problem = pipeline_problem(compiled, tile.stages)
     return {
         "kernel": case.name, "target": target_name, "dtype": dtype,
         "tile": f"{tile.rows}x{tile.cols}x{tile.depth}/{tile.warps}w{tile.stages}s",
         "registers": registers, "spilled": spilled, "shared": compiled.metadata.shared,
         "matrix": next((name for name in MATRIX if name in assembly), "-"),
-        "problem": "too much shared memory" if compiled.metadata.shared > shared_limit
-        else "loads single elements" if must_wgmma and re.search(r"ld\.global\S*\.[bu]16\b", assembly)
-        else "",
+        "problem": problem,
         "hot": case.hot, "must_wgmma": must_wgmma,
     }  # fmt: skip
 

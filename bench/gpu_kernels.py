@@ -98,15 +98,23 @@ def functions(op: str, tensors: dict[str, Tensor]) -> Functions:
     acts, grads = act.flatten(0, 1), grad.flatten(0, 1)
     if op == "wgrad":
         tile = replace(choose_tile("wgrad", act), tma=True)
+        wide = d.float()
 
         def tma() -> tuple[Tensor, Tensor]:
             out = act.new_empty(d.shape, dtype=torch.float32)
-            return out, fused_wgrad_dot(out, None, d[None], act, grad, None, False, tile)[0]
+            return out, fused_wgrad_dot(out, d[None], act, grad, None, False, tile)[0]
+
+        def bias() -> tuple[Tensor, Tensor]:
+            out, sums = act.new_empty(d.shape), act.new_empty(len(d))
+            return out, gk.linear_wgrad_dot_into(out, d, act, grad, bias_grad=sums)
 
         return {
             "kernel": lambda: gk.linear_wgrad_dot(d, act, grad),
             "kernel tma": tma,
+            "kernel fp32 D": lambda: gk.linear_wgrad_dot(wide, act, grad),
+            "kernel bias": bias,
             "cublas": lambda: grads.t() @ acts,
+            "cublas bias": lambda: (grads.t() @ acts, grads.sum(0)),
             "naive": lambda: naive_wgrad_dot(d, act, grad),
             "vmap": lambda: vmap_dots(d, act, grad),
         }

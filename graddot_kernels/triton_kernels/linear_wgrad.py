@@ -34,8 +34,6 @@ from .linear_gram import linear_gram_dot
 from .tiles import halves, load_block, load_tokens, tile_of
 
 _BAND = 8
-# The narrowest product that the matrix units do; the bias's sums over 16-bit tokens take one such.
-_ONES: tl.constexpr = tl.constexpr(16)
 
 
 @triton.jit
@@ -58,31 +56,23 @@ def _tile_dot(
 
 
 @triton.jit
-def _add_tokens(b_bias, b_grad):
-    """b_bias [BO, _ONES], all columns equal, and the sums of b_grad [BT, BO] over its tokens."""
-    if b_grad.dtype == tl.float32:  # tf32 would round it, for a sum that torch takes in fp32
-        b_bias += tl.sum(b_grad, 0)[:, None]
-    else:
-        b_ones = tl.full((b_grad.shape[0], _ONES), 1.0, b_grad.dtype)
-        b_bias = tl.dot(tl.trans(b_grad), b_ones, b_bias)
-    return b_bias
-
-
-@triton.jit
 def wgrad_kernel(
-    p_grad, p_act, p_direction, p_out, p_dots, p_bias, p_scale, n, t, d_out, d_grad, d_in, k,
+    p_grad, p_act, p_direction, p_out, p_dots, p_scale, n, t, d_out, d_grad, d_in, k,
     samples, grad_sn, grad_st, grad_sd, act_sn, act_st, act_sd, dir_sk, dir_so, dir_si,
     out_sg, out_so, out_si,
     BO: tl.constexpr, BI: tl.constexpr, BT: tl.constexpr, BAND: tl.constexpr,
-    SLICES: tl.constexpr, RESIDENT: tl.constexpr, BIAS: tl.constexpr, SCALE: tl.constexpr,
-    ACCUMULATE: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr, NORMS: tl.constexpr,
-    PADDED: tl.constexpr,
+    SLICES: tl.constexpr, RESIDENT: tl.constexpr, SCALE: tl.constexpr, ACCUMULATE: tl.constexpr,
+    TMA: tl.constexpr, PRECISION: tl.constexpr, NORMS: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
     """Program (tile of the weight gradient, group of `samples` samples).
 
-    p_out (groups, Dout, Din); p_dots (tiles, K, N), with NORMS one more row for ‖G_i‖²;
-    p_bias (N, Dout). RESIDENT: the only direction's tile stays in registers. PADDED: of p_grad's
-    d_grad columns those from Dout on hold anything at all.
+    p_out (groups, Dout, Din); p_dots (tiles, K, N), with NORMS one more row for ‖G_i‖².
+    RESIDENT: the only direction's tile stays in registers. PADDED: of p_grad's d_grad columns
+    those from Dout on hold anything at all.
+
+    The loaded tokens have one use, the product: with a second one, as to sum up the bias's
+    gradient, Triton 3.6 and 3.9 make sm_90 wait for every single instruction of the product, or
+    load the next tokens over those still being multiplied. `make aot` refuses both.
     """
     i_tile, i_group = tl.program_id(0), tl.program_id(1)
     i_o, i_i = tile_of(i_tile, tl.cdiv(d_out, BO), tl.cdiv(d_in, BI), BAND)
@@ -93,8 +83,6 @@ def wgrad_kernel(
     steps = tl.minimum(samples, n - i_group * samples) * tiles_t
     b_total = tl.zeros((BO, BI), tl.float32)
     b_sample = tl.zeros((BO, BI), tl.float32)
-    if BIAS:
-        b_bias = tl.zeros((BO, _ONES), tl.float32)
     if RESIDENT:
         b_d = load_block(p_direction, o_o, o_i, d_out, d_in, dir_so, dir_si)
     for i_step in range(steps):
@@ -104,8 +92,6 @@ def wgrad_kernel(
         )
         b_act = load_tokens(p_act, i_n, i_t, i_i, t, d_in, act_sn, act_st, act_sd, BT, BI, TMA)
         b_sample = tl.dot(tl.trans(b_grad), b_act, b_sample, input_precision=PRECISION)
-        if BIAS:
-            b_bias = _add_tokens(b_bias, b_grad)
         if i_t + BT >= t:
             if PADDED:
                 b_sample = tl.where((o_o < d_out)[:, None], b_sample, 0.0)
@@ -124,11 +110,6 @@ def wgrad_kernel(
                     tl.store(p_dot, tl.sum(b_sample * b_sample))
             b_total += b_sample
             b_sample = tl.zeros((BO, BI), tl.float32)
-            if BIAS:
-                m_bias = o_o < tl.where(i_i == 0, d_out, 0)  # one column of tiles writes
-                b_sums = tl.max(b_bias, 1)  # all columns are equal
-                tl.store(p_bias + i_n.to(tl.int64) * d_out + o_o, b_sums, mask=m_bias)
-                b_bias = tl.zeros((BO, _ONES), tl.float32)
     p_tile = p_out + i_group.to(tl.int64) * out_sg + o_o[:, None].to(tl.int64) * out_so
     p_tile += o_i[None, :].to(tl.int64) * out_si
     _write(p_tile, b_total, p_scale, (o_o < d_out)[:, None] & (o_i < d_in)[None, :],
@@ -165,7 +146,6 @@ def combine_kernel(
 
 def fused_wgrad_dot(
     weight_grad: Tensor,
-    bias_grads: Tensor | None,
     direction: Tensor,
     act: Tensor,
     grad: Tensor,
@@ -175,7 +155,7 @@ def fused_wgrad_dot(
     samples: int | None = None,
     norms: bool = False,
 ) -> Tensor:
-    """The fused route into given buffers; returns the dots, (K, N), or (K + 1, N) with `norms`.
+    """The fused route into a given buffer; returns the dots, (K, N), or (K + 1, N) with `norms`.
     `samples` a program walks."""
     n, t, d_in = act.shape
     k, d_out, _ = direction.shape
@@ -195,14 +175,13 @@ def fused_wgrad_dot(
         wgrad_kernel[(tiles, groups)](
             descriptor(grad, tile.depth, tile.rows) if tma else grad,
             descriptor(act, tile.depth, tile.cols) if tma else act,
-            direction, out, dots, bias_grads, scale, n, t, d_out, d_grad, d_in, k, samples,
+            direction, out, dots, scale, n, t, d_out, d_grad, d_in, k, samples,
             *grad.stride(), *act.stride(), *direction.stride(),
             out.stride(0) if split else 0, *out.stride()[-2:],
             BO=tile.rows, BI=tile.cols, BT=tile.depth, BAND=_BAND, SLICES=tile.slices,
             RESIDENT=k == 1 and direction.itemsize <= resident,
-            BIAS=bias_grads is not None, SCALE=scale is not None and not split,
-            ACCUMULATE=accumulate and not split, TMA=tma, PRECISION=precision(act),
-            NORMS=norms, PADDED=d_grad > d_out, **options(tile),
+            SCALE=scale is not None and not split, ACCUMULATE=accumulate and not split, TMA=tma,
+            PRECISION=precision(act), NORMS=norms, PADDED=d_grad > d_out, **options(tile),
         )  # fmt: skip
         if split:
             combine_kernel[(cdiv(d_out, 32) * cdiv(d_in, 128),)](
@@ -215,7 +194,6 @@ def fused_wgrad_dot(
 
 def _separate_wgrad_dot(
     weight_grad: Tensor,
-    bias_grads: Tensor | None,
     direction: Tensor,
     act: Tensor,
     grad: Tensor,
@@ -231,8 +209,6 @@ def _separate_wgrad_dot(
         weight_grad.add_(total)
     else:
         weight_grad.copy_(total)
-    if bias_grads is not None:
-        torch.sum(grad, 1, dtype=torch.float32, out=bias_grads)
     dots = linear_direction_dot(direction, act, grad, False)
     return bordered(dots, linear_sample_dot(act, grad, act, grad)) if norms else dots
 
@@ -253,7 +229,9 @@ def linear_wgrad_dot_into(
         scale = scale.to(act.device)
     direction, act, grad = (apart_from(weight_grad, x) for x in (direction, act, grad))
     tile = choose_tile("wgrad", act)
-    args = (weight_grad, bias_grads, direction, act, grad, scale, accumulate)
+    args = (weight_grad, direction, act, grad, scale, accumulate)
+    if bias_grads is not None:
+        torch.sum(grad, 1, dtype=torch.float32, out=bias_grads)
     empty = 0 in act.shape or 0 in grad.shape
     products = direction_products(direction, act)
     if empty or not config.fused_wgrad_is_cheaper(products, act.shape[1], tile):

@@ -55,14 +55,13 @@ SHAPE = pytest.mark.parametrize(
 
 def fused(
     direction: Tensor, act: Tensor, grad: Tensor, scale: Tensor | None = None, *,
-    out: Tensor | None = None, bias_grads: Tensor | None = None, samples: int | None = None,
-    tma: bool = False, norms: bool = False,
+    out: Tensor | None = None, samples: int | None = None, tma: bool = False, norms: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The fused route whatever the launcher would choose; adds to `out` if given."""
     tile = replace(choose_tile("wgrad", act), tma=tma)
     buffer = act.new_empty((grad.shape[2], act.shape[2]), dtype=torch.float32)
     buffer = buffer if out is None else out
-    args = (buffer, bias_grads, direction, act, grad, scale, out is not None, tile, samples, norms)
+    args = (buffer, direction, act, grad, scale, out is not None, tile, samples, norms)
     return buffer, linear_wgrad.fused_wgrad_dot(*args)
 
 
@@ -188,16 +187,14 @@ def test_fused_wgrad_norms(shape: tuple[int, ...], k: int) -> None:
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 @pytest.mark.parametrize("k", [1, 2])
 def test_fused_wgrad_options(samples: int, out_dtype: torch.dtype, k: int) -> None:
-    """Scale, bias sums, adding to a 16-bit buffer stored the Conv1D way, groups of samples."""
+    """Scale, adding to a 16-bit buffer stored the Conv1D way, groups of samples."""
     act, grad = inputs(5, 9, 20, 37, dtype=torch.float16)
     direction = random(k, 37, 20, dtype=torch.float32)
     scale = torch.tensor(0.25, dtype=torch.float32 if k == 1 else torch.float64)  # as an engine's
     before = random(20, 37, dtype=out_dtype, seed=3).t()
     out = before.clone(memory_format=torch.preserve_format)
-    bias_grads = act.new_empty((5, 37), dtype=torch.float32)
-    got = fused(direction, act, grad, scale, out=out, bias_grads=bias_grads, samples=samples)
+    got = fused(direction, act, grad, scale, out=out, samples=samples)
     check_wgrad(*got, direction, act, grad, scale, before)
-    torch.testing.assert_close(bias_grads.double(), grad.double().sum(1), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(3, 17, 24, 40), (1, 1, 8, 8), (2, 33, 16, 72)])
@@ -258,11 +255,9 @@ def test_vocabulary_that_is_no_multiple_of_16(options: str) -> None:
     assert aligned_width(whole[:, :, 16:37]) == 32
     assert aligned_width(whole[:, ::2, :37].contiguous()) == 37
     direction = random(1 + (options == "several"), 37, 20, dtype=torch.float32)
-    bias_grads = act.new_empty((3, 37), dtype=torch.float32)
     norms = options == "norms"
-    out, dots = fused(direction, act, grad, bias_grads=bias_grads, norms=norms)
+    out, dots = fused(direction, act, grad, norms=norms)
     check_wgrad(out, dots[: len(direction)], direction, act, grad)
-    torch.testing.assert_close(bias_grads.double(), grad.double().sum(1), rtol=0, atol=1e-5)
     if norms:
         check_squares(dots[-1], act, grad)
 
