@@ -67,7 +67,7 @@ def _wgrad(name: str, direction: str = "", **constants: Any) -> Case:
     base = {"RESIDENT": True, "SCALE": False, "ACCUMULATE": False, "TMA": False}
     base |= {"NORMS": False, "PADDED": False}
     tma = bool(constants.get("TMA"))
-    plain = not constants or (constants.keys() == {"RESIDENT"} and not direction)
+    plain = not direction and constants.keys() <= {"RESIDENT"}
     unit = ("grad_sd", "act_sd", "dir_si", "out_si")
     dtypes = DTYPES if plain else ("bf16",)
     merged = base | constants
@@ -82,11 +82,13 @@ def cases() -> list[Case]:
     direction = linear_direction.direction_kernel
     return [
         _wgrad(""),
-        _wgrad(" fp32 D", "fp32", RESIDENT=False),
+        _wgrad(" fp32 D", "fp32"),
         _wgrad(" K", RESIDENT=False),
-        _wgrad(" scale add", SCALE=True, ACCUMULATE=True),
+        _wgrad(" K fp32 D", "fp32", RESIDENT=False),
+        _wgrad(" scale add", "fp32", SCALE=True, ACCUMULATE=True),
         _wgrad(" vocab", "fp32", PADDED=True),
-        replace(_wgrad(" norms", "fp32", RESIDENT=False, NORMS=True), hot=False),
+        _wgrad(" norms", "fp32", NORMS=True),
+        _wgrad(" K norms", "fp32", RESIDENT=False, NORMS=True),
         _wgrad(" tma", TMA=True),
         _wgrad(" tma norms", "fp32", TMA=True, NORMS=True),
         _wgrad(" tma fp32 D", "fp32", TMA=True),
@@ -119,7 +121,7 @@ def constants_of(case: Case, tile: Tile, dtype: str) -> dict[str, Any]:
     named |= {"PS": 16 if short else tile.rows, "PT": 16 if short else tile.cols}
     named |= {"BAND": 8, "PRECISION": "tf32" if dtype == "tf32" else "ieee"}
     named |= case.constants | dict.fromkeys(case.unit, 1)
-    if case.op == "wgrad" and not case.tma:
+    if case.op == "wgrad":
         width = 4 if (case.direction or DTYPES[dtype][0]) == "fp32" else 2
         named["RESIDENT"] = named["RESIDENT"] and width <= tile.resident
     return {name: value for name, value in named.items() if name in case.kernel.arg_names}

@@ -1,8 +1,9 @@
 """Tile shapes per architecture, and the counts by which a launcher divides its work.
 
 The tables are reasoned, not searched: a user's first step never waits for tuning. What decides:
-- Two fp32 accumulators of a 128 × 128 tile are 128 registers a thread at 8 warps; with the
-  direction's tile beside them 128 × 256 does not fit (it spills 656 bytes on sm_90).
+- Two fp32 accumulators of a 128 × 128 tile are 128 registers a thread at 8 warps, and a direction's
+  tile of fp32 64 more: that fits, where the products are not in registers themselves (as on sm_80)
+  and a loop's pointers take few. 128 × 256 does not fit (it spills 656 bytes on sm_90).
 - A 64-deep 16-bit step fills one 128-byte shared-memory row, the widest swizzle that the matrix
   units read; four stages of it are 128 KiB, which sm_90 and sm_100 have and sm_80 has not.
 - True fp32 runs on the ordinary multiply-add units, where small tiles lose nothing.
@@ -33,9 +34,9 @@ class Tile:
 # "interpreter" has tiles so small that a small test crosses their edges.
 _WGRAD = {
     ("sm_80", "half"): Tile(128, 128, 32, 8, 4, slices=4, resident=2),
-    ("sm_90", "half"): Tile(128, 128, 64, 8, 4, slices=4, resident=2),
-    ("sm_100", "half"): Tile(128, 128, 64, 8, 4, slices=2, resident=2),
-    ("gfx942", "half"): Tile(128, 128, 32, 8, 2, slices=2, resident=2),
+    ("sm_90", "half"): Tile(128, 128, 64, 8, 4, slices=4, resident=4),
+    ("sm_100", "half"): Tile(128, 128, 64, 8, 4, slices=2, resident=4),
+    ("gfx942", "half"): Tile(128, 128, 32, 8, 2, slices=2, resident=4),
     ("small", "half"): Tile(128, 64, 32, 8, 3, resident=2, per_sm=2),
     ("any", "fp32"): Tile(64, 64, 16, 8, 2, per_sm=2),
     ("any", "tf32"): Tile(64, 64, 32, 8, 3, resident=4, per_sm=2),

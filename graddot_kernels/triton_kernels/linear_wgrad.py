@@ -31,7 +31,7 @@ from .launch import (
 )
 from .linear_direction import direction_products, linear_direction_dot
 from .linear_gram import linear_gram_dot
-from .tiles import halves, load_block, load_tokens, tile_of
+from .tiles import halves, load_block, tile_of
 
 _BAND = 8
 
@@ -79,20 +79,38 @@ def wgrad_kernel(
     i_o, i_i = i_o * BO, i_i * BI
     o_o, o_i = i_o + tl.arange(0, BO), i_i + tl.arange(0, BI)
     p_dots += i_tile.to(tl.int64) * (k + NORMS) * n
+    i_n, i_t = i_group * samples, 0
     tiles_t = tl.cdiv(t, BT)
-    steps = tl.minimum(samples, n - i_group * samples) * tiles_t
+    steps = tl.minimum(samples, n - i_n) * tiles_t
     b_total = tl.zeros((BO, BI), tl.float32)
     b_sample = tl.zeros((BO, BI), tl.float32)
     if RESIDENT:
         b_d = load_block(p_direction, o_o, o_i, d_out, d_in, dir_so, dir_si)
-    for i_step in range(steps):
-        i_n, i_t = i_group * samples + i_step // tiles_t, i_step % tiles_t * BT
-        b_grad = load_tokens(
-            p_grad, i_n, i_t, i_o, t, d_grad, grad_sn, grad_st, grad_sd, BT, BO, TMA
-        )
-        b_act = load_tokens(p_act, i_n, i_t, i_i, t, d_in, act_sn, act_st, act_sd, BT, BI, TMA)
+    if not TMA:
+        # Pointers that move on cost the loop two additions a load; computed anew from sample and
+        # token they cost as many instructions as two products take time.
+        o_t = tl.arange(0, BT)
+        p_g = p_grad + i_n.to(tl.int64) * grad_sn
+        p_a = p_act + i_n.to(tl.int64) * act_sn
+        o_g = o_t[:, None].to(tl.int64) * grad_st + o_o[None, :].to(tl.int64) * grad_sd
+        o_a = o_t[:, None].to(tl.int64) * act_st + o_i[None, :].to(tl.int64) * act_sd
+        m_o, m_i = (o_o < d_grad)[None, :], (o_i < d_in)[None, :]
+        depth = tl.full((), BT, tl.int64)  # a stride of 1 has no dtype
+        g_step, a_step = depth * grad_st, depth * act_st
+        g_last, a_last = grad_sn - (tiles_t - 1) * g_step, act_sn - (tiles_t - 1) * a_step
+    for _ in range(steps):
+        is_last = i_t + BT >= t
+        if TMA:
+            b_grad = tl.reshape(p_grad.load([i_n, i_t, i_o]), (BT, BO))
+            b_act = tl.reshape(p_act.load([i_n, i_t, i_i]), (BT, BI))
+        else:
+            m_t = (o_t < t - i_t)[:, None]
+            b_grad = tl.load(p_g + o_g, mask=m_t & m_o, other=0.0)
+            b_act = tl.load(p_a + o_a, mask=m_t & m_i, other=0.0)
+            p_g += tl.where(is_last, g_last, g_step)
+            p_a += tl.where(is_last, a_last, a_step)
         b_sample = tl.dot(tl.trans(b_grad), b_act, b_sample, input_precision=PRECISION)
-        if i_t + BT >= t:
+        if is_last:
             if PADDED:
                 b_sample = tl.where((o_o < d_out)[:, None], b_sample, 0.0)
             if RESIDENT:
@@ -110,6 +128,11 @@ def wgrad_kernel(
                     tl.store(p_dot, tl.sum(b_sample * b_sample))
             b_total += b_sample
             b_sample = tl.zeros((BO, BI), tl.float32)
+        i_n += is_last.to(tl.int32)
+        i_t = tl.where(is_last, 0, i_t + BT)
+    # i_t is 0 again, which the compiler does not know: so it computes these now, and does not keep
+    # them in registers, or spill them, all through the loop.
+    o_o, o_i = i_o + i_t + tl.arange(0, BO), i_i + i_t + tl.arange(0, BI)
     p_tile = p_out + i_group.to(tl.int64) * out_sg + o_o[:, None].to(tl.int64) * out_so
     p_tile += o_i[None, :].to(tl.int64) * out_si
     _write(p_tile, b_total, p_scale, (o_o < d_out)[:, None] & (o_i < d_in)[None, :],
@@ -170,7 +193,6 @@ def fused_wgrad_dot(
     grad = aligned_rows(grad)
     tma = tile.tma and fits_descriptor(act) and fits_descriptor(grad)
     d_grad = d_out if tma else aligned_width(grad)
-    resident = max(tile.resident, 4 if tma else 0)  # no pointers in registers, so a wider tile
     with on_device(act):
         wgrad_kernel[(tiles, groups)](
             descriptor(grad, tile.depth, tile.rows) if tma else grad,
@@ -179,7 +201,7 @@ def fused_wgrad_dot(
             *grad.stride(), *act.stride(), *direction.stride(),
             out.stride(0) if split else 0, *out.stride()[-2:],
             BO=tile.rows, BI=tile.cols, BT=tile.depth, BAND=_BAND, SLICES=tile.slices,
-            RESIDENT=k == 1 and direction.itemsize <= resident,
+            RESIDENT=k == 1 and direction.itemsize <= tile.resident,
             SCALE=scale is not None and not split, ACCUMULATE=accumulate and not split, TMA=tma,
             PRECISION=precision(act), NORMS=norms, PADDED=d_grad > d_out, **options(tile),
         )  # fmt: skip

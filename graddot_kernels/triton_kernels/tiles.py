@@ -1,4 +1,4 @@
-"""What the kernels share: the order of tiles, loads of tokens, slices of an accumulator.
+"""What the kernels share: the order of tiles, loads of blocks, slices of an accumulator.
 
 Names as in flash-linear-attention: i_ index, o_ offset, p_ pointer, m_ mask, b_ loaded block.
 All address arithmetic is in 64 bits.
@@ -26,21 +26,6 @@ def load_block(p_x, o_r, o_c, rows, cols, stride_r, stride_c):
     """A [R, C] block of a matrix, zero outside."""
     p_block = p_x + o_r[:, None].to(tl.int64) * stride_r + o_c[None, :].to(tl.int64) * stride_c
     return tl.load(p_block, mask=(o_r < rows)[:, None] & (o_c < cols)[None, :], other=0.0)
-
-
-@triton.jit
-def load_tokens(
-    p_x, i_n, i_t, i_d, t, d, stride_n, stride_t, stride_d,
-    BT: tl.constexpr, BD: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """A [BT, BD] block of sample i_n of x (N, T, D), zero outside; p_x is a descriptor if TMA."""
-    if TMA:
-        b_x = tl.reshape(p_x.load([i_n, i_t, i_d]), (BT, BD))
-    else:
-        p_sample = p_x + i_n.to(tl.int64) * stride_n
-        o_t, o_d = i_t + tl.arange(0, BT), i_d + tl.arange(0, BD)
-        b_x = load_block(p_sample, o_t, o_d, t, d, stride_t, stride_d)
-    return b_x
 
 
 @triton.jit
