@@ -115,7 +115,7 @@ def constants_of(case: Case, tile: Tile, dtype: str) -> dict[str, Any]:
         "gram": {"BS": tile.rows, "BT": tile.cols, "BK": tile.depth},
         "direction": {"BM": tile.rows, "BN": tile.cols, "BK": tile.depth, "SLICES": tile.slices},
         "norm": {"BT": tile.rows, "BO": tile.rows, "BD": tile.cols, "BI": tile.cols},
-        "cross_entropy": {"BV": tile.cols},
+        "cross_entropy": {"BV": tile.cols, "GROUP": 8 if dtype == "bf16" else 4},
     }[case.op]
     short = "short" in case.constants
     named |= {"PS": 16 if short else tile.rows, "PT": 16 if short else tile.cols}
