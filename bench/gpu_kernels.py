@@ -255,6 +255,42 @@ def measure_auto(rounds: int) -> dict[str, object]:
     return {"op": "auto", "worst_excess": round(worst, 3), "t_d_auto_gram_direction_us": rows}
 
 
+def measure_cross_entropy(
+    rate: float, bandwidth: float, rounds: int, rows: int = 4096, device: str = "cuda"
+) -> dict[str, object]:
+    """A chunk of the fused head's logits, of GPT-2's odd vocabulary, in rows of a multiple of 16."""
+    kernel, vocab = torch.ops.graddot.cross_entropy_grad, 50257
+    whole = torch.randn((rows, 50272), device=device, dtype=torch.bfloat16)
+    labels = torch.randint(0, vocab, (rows,), device=device)
+    few = whole[:16, :vocab].double().requires_grad_()
+    want = torch.nn.functional.cross_entropy(few, labels[:16], reduction="none")
+    (want_grad,) = torch.autograd.grad(want.sum(), few)
+    got = whole[:16].clone()
+    losses = kernel(got[:, :vocab], labels[:16], -100, 0.0, 0.0)
+    errors = relative_error(losses, want.detach()), relative_error(got[:, :vocab], want_grad)
+    if not (errors[0] < 1e-5 and errors[1] < 4e-3):  # the gradient is rounded to bf16
+        raise AssertionError(f"cross entropy: relative errors {errors[0]:.2e}, {errors[1]:.2e}")
+    plain = whole[:, :vocab].contiguous().requires_grad_()
+
+    def stock() -> None:
+        loss = torch.nn.functional.cross_entropy(plain, labels, reduction="sum")
+        torch.autograd.grad(loss, plain)
+
+    def ours() -> None:
+        kernel(whole[:, :vocab], labels, -100, 0.0, 0.0)
+
+    count = Count(0, 2 * ELEMENT * rows * vocab)
+    times = timed({"kernel": ours, "torch": stock}, rounds)
+    return {
+        "op": "cross_entropy", "shape": f"{rows} rows of {vocab}", "dtype": "bf16",
+        "us": {k: round(x * 1e6, 1) for k, x in times.items()},
+        "floor_us": round(count.floor(rate, bandwidth) * 1e6, 1),
+        "of_floor": round(count.floor(rate, bandwidth) / times["kernel"], 3),
+        "gb_per_s": round(count.bytes / times["kernel"] / 1e9, 1),
+        "copy_gb_per_s": round(bandwidth / 1e9, 1),
+    }  # fmt: skip
+
+
 def run(jobs: dict[str, Callable[[], dict[str, object]]]) -> int:
     """A row of each in bench/results/; one that fails is shown, and the others follow."""
     from _report import append_row
@@ -283,7 +319,7 @@ def dry_run(names: list[str]) -> None:
 
 
 def main() -> int:
-    ops = ["wgrad", "direction", "gram", "norm", "auto"]
+    ops = ["wgrad", "direction", "gram", "norm", "cross_entropy", "auto"]
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dry-run", action="store_true", help="print shapes and counts; no GPU")
     parser.add_argument("--only", nargs="+", choices=ops, default=ops)
@@ -300,8 +336,12 @@ def main() -> int:
     print(f"ceiling {rate / 1e12:.0f} TFLOP/s bf16, copy {bandwidth / 1e9:.0f} GB/s")
     jobs: dict[str, Callable[[], dict[str, object]]] = {
         f"{op}, {shape}": functools.partial(measure, op, shape, rate, bandwidth, args.rounds)
-        for op in args.only if op != "auto" for shape in args.shapes
+        for op in args.only if op not in ("auto", "cross_entropy") for shape in args.shapes
     }  # fmt: skip
+    if "cross_entropy" in args.only:
+        jobs["cross_entropy"] = functools.partial(
+            measure_cross_entropy, rate, bandwidth, args.rounds
+        )
     if "auto" in args.only:
         jobs["auto"] = functools.partial(measure_auto, max(5, args.rounds // 4))
     return run(jobs)

@@ -120,6 +120,8 @@ def test_gpu_bench_rivals_compute_the_same(op: str) -> None:
     want = candidates["kernel"]()
     bench.check(op, tensors, want)
     want_dots = want[1] if op == "wgrad" else want
+    for variant in {"kernel fp32 D", "kernel bias"} & set(candidates):
+        bench.check(op, tensors, candidates[variant]())
     for rival in {"naive", "vmap", "two matmuls", "direction"} & set(candidates):
         got = candidates[rival]()
         if op == "direction":
@@ -128,6 +130,22 @@ def test_gpu_bench_rivals_compute_the_same(op: str) -> None:
             torch.testing.assert_close(got[0], want[0])
             got = got[1]
         torch.testing.assert_close(got, want_dots, rtol=1e-4, atol=1e-3)
+
+
+def test_gpu_bench_of_cross_entropy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both sides run, and the kernel is compared with float64."""
+    bench, ran = _gpu_bench(), []
+
+    def once(functions, rounds):  # type: ignore[no-untyped-def]
+        ran.extend(functions)
+        return {name: function() or 1e-3 for name, function in functions.items()}
+
+    monkeypatch.setattr(bench, "timed", once)
+    row = bench.measure_cross_entropy(1e15, 3e12, 5, rows=16, device="cpu")
+    assert ran == ["kernel", "torch"] and 0 < row["of_floor"] < 0.01
+    monkeypatch.setattr(bench, "relative_error", lambda got, want: 1e-2)
+    with pytest.raises(AssertionError, match="cross entropy: relative errors"):
+        bench.measure_cross_entropy(1e15, 3e12, 5, rows=16, device="cpu")
 
 
 def test_gpu_bench_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
