@@ -265,8 +265,8 @@ def linear_wgrad_dot_into(
     """`linear_wgrad_dot` into buffers of the caller's, such as a parameter's `.grad`: the dots.
 
     weight_grad (Dout, Din) becomes scale · Σ_i G_i, in its own dtype and strides, or with
-    `accumulate` that much more. With bias_grad, (Dout,), the bias's gradient goes there likewise,
-    summed in the same pass; with bias_direction, (Dout,) or (K, Dout), the dots are those of weight
+    `accumulate` that much more. With bias_grad, (Dout,), the bias's gradient goes there likewise;
+    with bias_direction, (Dout,) or (K, Dout), the dots are those of weight
     and bias together. So are `norms`, if either is given.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
