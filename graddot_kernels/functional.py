@@ -266,8 +266,8 @@ def linear_wgrad_dot_into(
 
     weight_grad (Dout, Din) becomes scale · Σ_i G_i, in its own dtype and strides, or with
     `accumulate` that much more. With bias_grad, (Dout,), the bias's gradient goes there likewise;
-    with bias_direction, (Dout,) or (K, Dout), the dots are those of weight
-    and bias together. So are `norms`, if either is given.
+    with bias_direction, (Dout,) or (K, Dout), the dots are those of weight and bias together. So are
+    `norms`, if either is given.
 
     Raises ValueError naming the argument whose shape, dtype or device does not fit.
     """
