@@ -1,7 +1,10 @@
 """The engine against brute force: scores, gradients, and what they may not depend on."""
 
 import copy
+import ctypes
 import functools
+import mmap
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from engine_steps import (
     run_step,
 )
 from graddot_lm import GradDotProdEngine
+from graddot_lm.checks import first_step
 from torch import nn
 
 
@@ -334,3 +338,32 @@ def test_a_loss_that_is_tracked_by_the_model_and_the_caller_counts_once():
     (engine.track_loss(model(x, labels=y).loss) / 2).backward()
     engine.prepare_gradients()
     close(engine.aggregate_and_log(), total(dots), 1e-6, total(scales))
+
+
+def test_memory_freed_by_checks_goes_back(monkeypatch):
+    """Of the process's memory, and where the C library has no function for that, nothing is asked."""
+    if not hasattr(ctypes.CDLL(None), "malloc_trim"):
+        pytest.skip("not of this C library")
+    resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    for _ in range(2):  # blocks once freed teach glibc to keep those of their size
+        blocks = [torch.ones(2**18) for _ in range(200)]
+        last = blocks.pop()
+        del blocks
+    before = resident()
+    first_step._give_back_freed()
+    assert resident() < before - 100 * 2**20 and last.all()
+    given_back = []
+    monkeypatch.setattr(first_step, "_give_back_freed", lambda: given_back.append(1))
+    x = torch.randint(0, 61, (3, 9))
+    engine = GradDotProdEngine(model := tiny_gpt2(), (x[:1], x[:1]))
+    engine.attach(torch.optim.SGD(model.parameters(), lr=0.0))
+    for step in range(3):  # the first is checked
+        engine.attach_train_batch(x, x, step, torch.arange(3))
+        inputs, labels = engine.prepare_forward_input(x, x)
+        model(inputs, labels=labels).loss.backward()
+        engine.prepare_gradients()
+        engine.aggregate_and_log()
+    assert given_back == [1]
+    monkeypatch.undo()
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    first_step._give_back_freed()

@@ -1,5 +1,6 @@
 """The checks of a first step, made again now and then: what they look at, and when they are due."""
 
+import ctypes
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -26,6 +27,14 @@ from .verify import BufferCheck, LabelCheck, check_parameter_uses, tensors_in
 # Finished micro-batches after which the next is checked like the first: what a model does may
 # depend on its data, and a check costs a few forward passes.
 CHECKED_AFTER = {10**k for k in range(1, 10)}
+
+
+def _give_back_freed() -> None:
+    """To the operating system the memory that checks have freed, where the C library is glibc: it would
+    keep what is below 32 MiB, and the step's larger tensors would come on top."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class FirstStep:
@@ -111,6 +120,8 @@ class FirstStep:
                 self._check_backward(micro, inputs)
             except GraddotError as error:
                 self._mixed = error.with_traceback(None)
+        if self.is_due or new_packing:
+            _give_back_freed()
         self._buffers = None
         if micro.step.first and micro.step.val_rows:
             self._buffers = BufferCheck(self._model, held_values(self._model))
