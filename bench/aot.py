@@ -4,9 +4,9 @@
 
 A row is one kernel variant on one target: registers, spilled bytes, shared memory, the matrix
 instruction in its assembly. Exits non-zero when a hot kernel spills on sm_90, when a bf16 matrix
-kernel has no wgmma there, waits for each, loads over what one reads, or loads single elements, or
-when any needs more shared memory than its target has. Results are cached by source under
-build/triton-aot.
+kernel has no wgmma there, waits for each or loads over what one reads, when such a kernel loads
+single elements or, before sm_100, an operand into registers, or when any needs more shared memory
+than its target has. Results are cached by source under build/triton-aot.
 """
 
 import argparse
@@ -182,20 +182,25 @@ def resources(compiled: Any, backend: str) -> tuple[int, int]:
     return int(registers[1]), int(spills[1])
 
 
-def pipeline_problem(compiled: Any, stages: int) -> str:
-    """What is wrong with the order of loads and wgmma in an sm_90 matrix kernel, or nothing.
+def pipeline_problem(compiled: Any, operands: int, stages: int, wgmma: bool) -> str:
+    """What is wrong with the order of loads and products in a matrix kernel, or nothing.
 
-    Of a loop in flight the machine code waits for all but the last so many products; where ptxas
-    found it unsafe to let any be in flight, it waits for none to be left each time. And a product
-    in flight reads its tile of shared memory, so that of every operand there is one tile more than
-    loads run ahead: as many as stages. Triton forgets that one where the loaded tile has a second
-    use.
+    Each operand of a product has tiles in shared memory, so many that loads run ahead; where Triton
+    does not see how, it loads into registers. wgmma reads its tiles while the program goes on, so
+    that there is one more of each: as many as stages. Triton forgets that one where the loaded tile
+    has a second use. And the machine code waits for all products but the last so many: where ptxas
+    found it unsafe to let any be in flight, it waits for none to be left each time.
     """
-    if not re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", cuobjdump(compiled, "-sass")):
-        return "waits for every wgmma"
-    operands = r"local_alloc[^\n]*memdesc<(\d+)x\d+x\d+x\w+, [^\n]*mutable>"
-    tiles = [int(n) for n in re.findall(operands, compiled.asm["ttgir"])]
-    return "" if tiles and min(tiles) >= stages else "loads over what wgmma reads"
+    buffer = r"local_alloc[^\n]*memdesc<(\d+)x\d+x\d+x\w+, [^\n]*mutable>"
+    tiles = [int(n) for n in re.findall(buffer, compiled.asm["ttgir"])]
+    if len(tiles) < operands:
+        return "loads into registers"
+    if not wgmma:
+        return ""
+    if min(tiles) < stages:
+        return "loads over what wgmma reads"
+    waits = re.search(r"WARPGROUP\.DEPBAR\.LE gsb0, 0x[1-9]", cuobjdump(compiled, "-sass"))
+    return "" if waits else "waits for every wgmma"
 
 
 def compile_one(job: tuple[int, str, str]) -> dict[str, Any]:
@@ -215,8 +220,9 @@ def compile_one(job: tuple[int, str, str]) -> dict[str, Any]:
         problem = "too much shared memory"
     elif must_wgmma and re.search(r"ld\.global\S*\.[bu]16\b", assembly):
         problem = "loads single elements"
-    elif must_wgmma and target_name == "sm_90":
-        problem = pipeline_problem(compiled, tile.stages)
+    elif must_wgmma and target_name in ("sm_80", "sm_89", "sm_90"):
+        operands, wgmma = 4 if case.op == "gram" else 2, target_name == "sm_90"
+        problem = pipeline_problem(compiled, operands, tile.stages, wgmma)
     return {
         "kernel": case.name, "target": target_name, "dtype": dtype,
         "tile": f"{tile.rows}x{tile.cols}x{tile.depth}/{tile.warps}w{tile.stages}s",

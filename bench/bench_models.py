@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from _report import append_row, interleave
-from bench_step import DEVICE, TOLERANCE, Case, high_water_mark
+from bench_step import DEVICE, DTYPE, TOLERANCE, Case, high_water_mark
 from graddot_lm import fuse_head
 from torch import Tensor, nn
 
@@ -268,7 +268,7 @@ def measure(name: str, repeats: int) -> dict[str, float]:
     case.fuse()
     scores = case.methods["graddot"]()
     error = ((scores - want).abs().max() / want.abs().max()).item()
-    if not error < TOLERANCE:
+    if not error < TOLERANCE[DTYPE]:
         raise SystemExit(f"{name}: scores are wrong, no figures: relative error {error:.1e}")
     methods = {method: case.methods[method] for method in METHODS}
     clock = time.process_time if DEVICE == "cpu" else time.perf_counter

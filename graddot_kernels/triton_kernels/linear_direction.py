@@ -63,8 +63,8 @@ def direction_kernel(
         o_x = i_x + tl.arange(0, BK)
         p_block = p_x_rows[:, None] + o_x[None, :].to(tl.int64) * x_sd
         b_x = tl.load(p_block, mask=m_row[:, None] & (o_x < d_x)[None, :], other=0.0)
-        b_d = load_block(p_direction, o_n, o_x, d_y, d_x, dir_sy, dir_sx)  # [BN, BK]
-        b_p = tl.dot(b_x, tl.trans(b_d), b_p, input_precision=PRECISION)
+        b_d = load_block(p_direction, o_x, o_n, d_x, d_y, dir_sx, dir_sy)  # [BK, BN]
+        b_p = tl.dot(b_x, b_d, b_p, input_precision=PRECISION)
     p_y_rows = p_y + o_sample * y_sn + o_token * y_st
     b_dots = _row_dots(b_p, p_y_rows, m_row, i_n * BN, d_y, y_sd, SLICES)
     p_part = p_parts + (i_k * tiles_n + i_n) * rows + o_row

@@ -92,24 +92,24 @@ def wgrad_kernel(
         o_t = tl.arange(0, BT)
         p_g = p_grad + i_n.to(tl.int64) * grad_sn
         p_a = p_act + i_n.to(tl.int64) * act_sn
-        o_g = o_t[:, None].to(tl.int64) * grad_st + o_o[None, :].to(tl.int64) * grad_sd
+        o_g = o_o[:, None].to(tl.int64) * grad_sd + o_t[None, :].to(tl.int64) * grad_st
         o_a = o_t[:, None].to(tl.int64) * act_st + o_i[None, :].to(tl.int64) * act_sd
-        m_o, m_i = (o_o < d_grad)[None, :], (o_i < d_in)[None, :]
+        m_o, m_i = (o_o < d_grad)[:, None], (o_i < d_in)[None, :]
         depth = tl.full((), BT, tl.int64)  # a stride of 1 has no dtype
         g_step, a_step = depth * grad_st, depth * act_st
         g_last, a_last = grad_sn - (tiles_t - 1) * g_step, act_sn - (tiles_t - 1) * a_step
     for _ in range(steps):
         is_last = i_t + BT >= t
         if TMA:
-            b_grad = tl.reshape(p_grad.load([i_n, i_t, i_o]), (BT, BO))
+            b_grad = tl.trans(tl.reshape(p_grad.load([i_n, i_t, i_o]), (BT, BO)))
             b_act = tl.reshape(p_act.load([i_n, i_t, i_i]), (BT, BI))
         else:
-            m_t = (o_t < t - i_t)[:, None]
-            b_grad = tl.load(p_g + o_g, mask=m_t & m_o, other=0.0)
-            b_act = tl.load(p_a + o_a, mask=m_t & m_i, other=0.0)
+            m_t = o_t < t - i_t
+            b_grad = tl.load(p_g + o_g, mask=m_t[None, :] & m_o, other=0.0)
+            b_act = tl.load(p_a + o_a, mask=m_t[:, None] & m_i, other=0.0)
             p_g += tl.where(is_last, g_last, g_step)
             p_a += tl.where(is_last, a_last, a_step)
-        b_sample = tl.dot(tl.trans(b_grad), b_act, b_sample, input_precision=PRECISION)
+        b_sample = tl.dot(b_grad, b_act, b_sample, input_precision=PRECISION)
         if is_last:
             if PADDED:
                 b_sample = tl.where((o_o < d_out)[:, None], b_sample, 0.0)
