@@ -121,14 +121,24 @@ def test_a_parameter_that_the_engine_does_not_know_is_refused(change):
         engine.attach_train_batch(*train, 0, None)
 
 
-def test_a_parameter_that_was_frozen_is_refused():
+@pytest.mark.parametrize("when", ["between micro-batches", "in one"])
+def test_a_parameter_that_was_frozen_is_refused(when):
     """Not to be left out by some layers' rules, and scored as if it were trained by others'."""
     model, train, val = tiny_gpt2(), token_batch(2, 9, seed=1), token_batch(1, 9, seed=2)
     engine = GradDotProdEngine(model, val, exclude=["transformer.ln_f.bias"])
     engine.attach()
-    model.transformer.ln_f.requires_grad_(False)
-    with pytest.raises(GraddotError, match=r"^transformer.ln_f.weight: trained when .* frozen now"):
+    words = r"^transformer.ln_f.weight: trained when .* frozen now"
+    if when == "in one":
         engine.attach_train_batch(*train, 0, None)
+        inputs, labels = engine.prepare_forward_input(*train)
+    model.transformer.ln_f.requires_grad_(False)
+    if when == "in one":
+        model(inputs, labels=labels).loss.backward()
+        with pytest.raises(GraddotError, match=words):
+            engine.prepare_gradients()
+    else:
+        with pytest.raises(GraddotError, match=words):
+            engine.attach_train_batch(*train, 0, None)
 
 
 def test_wrong_label_shift_is_refused():

@@ -392,17 +392,20 @@ class GradDotProdEngine:
             )
         if self.store is not None:
             self._optimizers.check_one_step(self._pending)
+        self._require_trained()
+        if not self._val and self._forward.directions is None:
+            raise GraddotError(
+                "there is no direction; call set_directions first, or give the engine val_data"
+            )
+        self._optimizers.check_again()
+
+    def _require_trained(self) -> None:
         if frozen := [name for name, p in self._scored.items() if not p.requires_grad]:
             raise GraddotError(
                 f"{', '.join(frozen[:5])}{' …' if frozen[5:] else ''}: trained when the engine was made,"
                 " but frozen now, so that scores would leave out what coverage() says they have;"
                 " detach() the engine and make another one after parameters are frozen"
             )
-        if not self._val and self._forward.directions is None:
-            raise GraddotError(
-                "there is no direction; call set_directions first, or give the engine val_data"
-            )
-        self._optimizers.check_again()
 
     def _packed(self, lengths: Sequence[int] | Tensor, labels: Tensor) -> Segments:
         reasons = {
@@ -465,6 +468,7 @@ class GradDotProdEngine:
         or was not tracked; .grad must not be used then.
         """
         micro = self._forward.finish()
+        self._require_trained()  # as a callback may have frozen some since the micro-batch began
         if not micro.loss_scale.factors():
             raise GraddotError(
                 "the loss is none that the model returned, nor was it passed to track_loss, so that its"
