@@ -18,6 +18,7 @@ _SURELY_A_SUM = 4  # tokens of weight 1: of fewer it may be a factor that the lo
 # Where the autograd functions of PyTorch's communication are; as of torch 2.13 some have names instead.
 _COMMUNICATION = ("torch.distributed.nn", "torch.distributed._functional_collectives")
 AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
+AT_ONCE = 2**19  # of them in float64
 
 
 class ForwardSpan:
@@ -189,18 +190,16 @@ class TokenWeights:
         number = used.sum(1, keepdim=True)
         every = ((number + each - 1) // each).clamp(min=1)
         row, at = (used & (used.cumsum(1) % every == 0)).nonzero().unbind(1)
-        z, g = (x[row, at].double() for x in (logits, grad))
-        p, label = z.softmax(-1), g.argmin(-1, keepdim=True)
+        # In float64, which of all would be the step's peak of memory in a small model.
+        indices = [x.split(max(1, AT_ONCE // classes)) for x in (row, at)]
+        pieces = [_Piece(logits, grad, *piece) for piece in zip(*indices, strict=True)]
         self.tolerance = _tolerance(grad.dtype)
         fits = []
-        for smoothing in (g.new_zeros(()), _smoothing(p, g, label)):
-            d = p - smoothing / classes
-            d.scatter_add_(1, label, (smoothing - 1).expand_as(label))
-            size = d.norm(dim=-1)
-            weight = (g * d).sum(-1) / size.square()
+        for smoothing in (0.0, max(piece.smoothing() for piece in pieces)[1]):
+            parts = zip(*(piece.fit(smoothing) for piece in pieces), strict=True)
+            weight, size, off = (torch.cat(part) for part in parts)
             # What is predicted with all but certainty has a gradient that is mostly rounding.
             told = size > self.tolerance
-            off = (g - weight[:, None] * d).norm(dim=-1) / g.norm(dim=-1)
             fits.append((float(off[told].amax()) if told.any() else math.inf, weight, told))
         # A smoothing that fits little better is of rounding.
         off_by, weight, told = fits[fits[1][0] < fits[0][0] / 2]
@@ -290,15 +289,39 @@ def _tolerance(dtype: torch.dtype) -> float:
     return 0.1 if torch.finfo(dtype).bits == 16 else 1e-3
 
 
-def _smoothing(p: Tensor, g: Tensor, label: Tensor) -> Tensor:
-    """The ε of label smoothing, which all tokens have, by the one where it shows best: at classes that
-    are no label g is w · p − w · ε/C, a line through p. 0 where it is no such number."""
-    if not p.numel() or p.shape[1] < 3:
-        return p.new_zeros(())
-    others = torch.ones_like(p).scatter_(1, label, 0.0)
-    mean = lambda x: (x * others).sum(1, keepdim=True) / (p.shape[1] - 1)
-    centred = (p - mean(p)) * others
-    spread = centred.square().sum(1, keepdim=True)
-    slope = (centred * g).sum(1, keepdim=True) / spread
-    found = (p.shape[1] * (mean(p) - mean(g) / slope))[spread.argmax(), 0]
-    return torch.where((found > 0) & (found < 1), found, 0.0)
+class _Piece:
+    """Some tokens' logits z and gradients g there, (M, C), read in float64 for every question."""
+
+    def __init__(self, logits: Tensor, grad: Tensor, row: Tensor, at: Tensor) -> None:
+        self._logits, self._grad, self._at = logits, grad, (row, at)
+
+    def _read(self) -> tuple[Tensor, Tensor, Tensor]:
+        """p, softmax of z; g; and the label, (M, 1)."""
+        z, g = (x[self._at].double() for x in (self._logits, self._grad))
+        return z.softmax(-1), g, g.argmin(-1, keepdim=True)
+
+    def smoothing(self) -> tuple[float, float]:
+        """How well it shows, and the ε of label smoothing, which all tokens have, by the one where it
+        shows best: at classes that are no label g is w · p − w · ε/C, a line through p. 0 where it
+        is no such number."""
+        p, g, label = self._read()
+        if not p.numel() or p.shape[1] < 3:
+            return 0.0, 0.0
+        others = torch.ones_like(p).scatter_(1, label, 0.0)
+        mean = lambda x: (x * others).sum(1, keepdim=True) / (p.shape[1] - 1)
+        centred = (p - mean(p)) * others
+        spread = centred.square().sum(1, keepdim=True)
+        slope = (centred * g).sum(1, keepdim=True) / spread
+        found = (p.shape[1] * (mean(p) - mean(g) / slope))[spread.argmax(), 0].item()
+        return spread.max().item(), found if 0 < found < 1 else 0.0
+
+    def fit(self, smoothing: float) -> tuple[Tensor, Tensor, Tensor]:
+        """Of every token, (M,): its weight; the norm of what g is that weight times; and how far g is
+        from it, relative."""
+        d, g, label = self._read()
+        d -= smoothing / d.shape[1]
+        d.scatter_add_(1, label, torch.full_like(label, smoothing - 1, dtype=d.dtype))
+        size = d.norm(dim=-1)
+        weight = (g * d).sum(-1) / size.square()
+        off = (g - weight[:, None] * d).norm(dim=-1) / g.norm(dim=-1)
+        return weight, size, off
