@@ -88,7 +88,7 @@ def cases() -> list[Case]:
         _wgrad(" scale add", "fp32", SCALE=True, ACCUMULATE=True),
         _wgrad(" vocab", "fp32", PADDED=True),
         _wgrad(" norms", "fp32", NORMS=True),
-        _wgrad(" K norms", "fp32", RESIDENT=False, NORMS=True),
+        replace(_wgrad(" K norms", "fp32", RESIDENT=False, NORMS=True), hot=False),
         _wgrad(" tma", TMA=True),
         _wgrad(" tma norms", "fp32", TMA=True, NORMS=True),
         _wgrad(" tma fp32 D", "fp32", TMA=True),
