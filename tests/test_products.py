@@ -1,7 +1,11 @@
 """The compiled products of fp32, against float64: where the processor has AMX, by parts of bf16."""
 
+import copy
+
 import pytest
 import torch
+from graddot_lm import GradDotProdEngine
+from transformers.pytorch_utils import Conv1D
 
 from graddot_kernels import cpu_kernels, torch_impl
 
@@ -97,3 +101,28 @@ def test_taken_where_faster(monkeypatch) -> None:
     monkeypatch.setattr(cpu_kernels, "_PRODUCTS", False)
     torch_impl.mm(big, weight)
     assert seen == [(400, 130)]
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Linear, Conv1D])
+@pytest.mark.parametrize("rows", [(2, 200), (400,)], ids=["tokens", "rows"])
+def test_input_gradients_of_scored_layers(layer, rows) -> None:
+    """Of layers so large that they are taken; the first's weight gradient is made of the second's."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*(layer(384, 384) for _ in range(2)))
+    x, y = torch.randn(*rows, 384), torch.zeros(rows[0])
+
+    def gradient(model, x):
+        loss = model(x).flatten(1).square().mean(1).mean()
+        return torch.autograd.grad(loss, model[0].weight)[0].double()
+
+    want = gradient(copy.deepcopy(model).double(), x.double())
+    plain = (gradient(model, x) - want).norm()
+    engine = GradDotProdEngine(model, (x[:1], y[:1]), label_shift=0)
+    engine.attach()
+    engine.attach_train_batch(x, y, 0, None)
+    inputs, _ = engine.prepare_forward_input(x, y)
+    engine.track_loss(model(inputs).flatten(1).square().mean(1).mean()).backward()
+    engine.prepare_gradients()
+    error = (model[0].weight.grad - want).norm()
+    assert error < 1.5 * plain < 1e-5 * want.norm()
+    engine.detach()

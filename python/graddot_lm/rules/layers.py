@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graddot_kernels import cpu_kernels
 from graddot_kernels.sample_dots import bordered
+from graddot_kernels.torch_impl import mm
 
 from ..autocast import without_autocast
 from ..shared_uses import SharedUses, products
@@ -182,7 +183,8 @@ class LinearDot(ScoredFunction):
                 result[1] = cast(weight_grad, weight.dtype)
         if ctx.needs_input_grad[0]:
             w = cast(weight, grad_out.dtype)
-            result[0] = F.linear(grad_out, w if ctx.transposed else w.t())
+            x_grad = mm(grad_out.flatten(0, -2), w.t() if ctx.transposed else w)
+            result[0] = x_grad.view(*grad_out.shape[:-1], x_grad.shape[1])
         return tuple(result)
 
 
