@@ -88,7 +88,7 @@ def wgrad_kernel(
         b_d = load_block(p_direction, o_o, o_i, d_out, d_in, dir_so, dir_si)
     if not TMA:
         # Pointers that move on cost the loop two additions a load; computed anew from sample and
-        # token they cost as many instructions as two products take time.
+        # token they were two fifths of its instructions, an integer division among them.
         o_t = tl.arange(0, BT)
         p_g = p_grad + i_n.to(tl.int64) * grad_sn
         p_a = p_act + i_n.to(tl.int64) * act_sn
