@@ -32,6 +32,41 @@ def test_an_ignored_label_is_noticed_where_classes_come_second():
         engine.prepare_gradients()
 
 
+@pytest.mark.parametrize("tokens", [False, True])
+def test_an_ignored_label_that_comes_late_is_noticed(tokens):
+    """The loss says which it ignores before it meets one; in steps that are not checked it is looked for."""
+    model = Pixels() if tokens else Net()
+    labels = torch.arange(30).view(6, 5) % 2 if tokens else torch.arange(6) % 2
+    late = labels.clone()
+    late[1] = 2
+    val = X[4:], labels[4:]
+    loss_of = lambda model, x, y: F.cross_entropy(model(x), y, ignore_index=2)
+    engine = attached(model, val=val)
+    for number in range(2):
+        step(engine, loss_of, number=number, train=(X[:4], labels[:4]))
+    used = "5 labelled.*used 0" if tokens else "1 labelled.*used 0"
+    with pytest.raises(GraddotError, match=f"row 1 of the batch has {used}"):
+        step(engine, loss_of, number=2, train=(X[:4], late[:4]))
+
+
+def test_a_label_that_another_part_of_the_loss_ignores(close):
+    """Labels of 2 are looked at when they come, and counted rightly."""
+    model, labels = Net(), torch.arange(6) % 2
+    late = labels.clone()
+    late[1] = 2
+
+    def both(out, y):
+        return F.cross_entropy(out, y) + F.cross_entropy(out, (y + 1) % 2, ignore_index=2)
+
+    engine = attached(model, val=(X[4:], labels[4:]))
+    for number, y in enumerate((labels, late, late)):
+        train = X[:4], y[:4]
+        dots, scales = sample_dots(model, train, (X[4:], labels[4:]), loss=both)
+        loss_of = lambda model, x, y: both(model(x), y)
+        scores = step(engine, loss_of, number=number, train=train)
+        close(scores, total(dots), 1e-10, total(scales))
+
+
 def test_samples_beyond_the_margin_of_a_hinge_loss(close):
     """They get a gradient of 0, which is no sign of labels that the loss ignores."""
     model = Net()

@@ -87,7 +87,7 @@ class ModelForward:
         self._layouts = LayoutSearch(
             model, self._layers, self._averaging, self._resolve, self._in_step
         )
-        self._checks = FirstStep(model, self._layers, self._averaging)
+        self._checks = FirstStep(model, self._layers, self._averaging, loss.ignore_index)
         self.in_graph = InGraphLayers(self._layers, parameters)
         self._hooks: list[Any] = []
         # For graphs that torch.compile makes of the model.

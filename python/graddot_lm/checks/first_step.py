@@ -20,7 +20,7 @@ from ..segments import Segments, check_apart
 from .backward_check import check_backward
 from .digests import held_values, kept_numbers
 from .outputs import check_losses, check_memory, check_padding, is_divided
-from .own_loss import ForwardSpan, check_samples_apart
+from .own_loss import ForwardSpan, check_samples_apart, ignored_labels
 from .parts import ModelInputs
 from .verify import BufferCheck, LabelCheck, check_parameter_uses, tensors_in
 
@@ -40,8 +40,11 @@ def _give_back_freed() -> None:
 class FirstStep:
     """Runs the model as it was: to be called outside of any step."""
 
-    def __init__(self, model: nn.Module, layers: ScoredLayers, averaging: Averaging) -> None:
+    def __init__(
+        self, model: nn.Module, layers: ScoredLayers, averaging: Averaging, ignore_index: int
+    ) -> None:
         self._model, self._layers, self._averaging = model, layers, averaging
+        self._ignore_index = ignore_index
         self.thorough = True  # until a check left out rows in all ways; then by halves
         self.divided = has_causal_lm_loss(model)  # the model's loss, by num_items_in_batch
         self._undecided = False
@@ -50,6 +53,7 @@ class FirstStep:
         self._padding_checked = False  # whether there were rows that `padding` filled up
         self._apart_checked = False  # whether there was a packed row of several samples
         self._labels: LabelCheck | None = None
+        self._ignored: set[int] = set()  # labels that a loss ignores, counted, and not met so far
         self._buffers: BufferCheck | None = None  # as they were before the forward under way
         self._whole: dict[str, nn.Parameter] = {}
         self._by_sample: list[bool] = []  # of each of the model's outputs whether it is
@@ -70,7 +74,8 @@ class FirstStep:
 
     def has_new(self, micro: MicroBatch) -> bool:
         """Whether there is in it what no step had before, which is checked whenever it comes."""
-        return self._has_new_padding(micro) or self._has_new_packing(micro)
+        ignored = self._has_ignored(micro)
+        return ignored or self._has_new_padding(micro) or self._has_new_packing(micro)
 
     def _has_new_padding(self, micro: MicroBatch) -> bool:
         return bool(micro.filled) and not self._padding_checked
@@ -79,6 +84,13 @@ class FirstStep:
         """Whether it is the first packed row of several samples."""
         several = micro.segments is not None and len(micro.segments) > 1
         return several and not self._apart_checked
+
+    def _has_ignored(self, micro: MicroBatch) -> bool:
+        """Whether a label, which is counted, is one that the loss was seen to ignore."""
+        return any(bool((micro.labels == x).any()) for x in self._ignored)
+
+    def _note_ignored(self, loss: Tensor) -> None:
+        self._ignored |= ignored_labels(loss) - {self._ignore_index}
 
     # Around the model's forward
 
@@ -144,6 +156,7 @@ class FirstStep:
             for x in tensors_in(losses):
                 if x.dim() == 0 and x.requires_grad:
                     self._check_finite(x, micro.counts)
+                    self._note_ignored(x)
             self._compare_buffers(inputs)
             self._whole = {
                 name: self._whole.get(name, p)
@@ -155,8 +168,12 @@ class FirstStep:
         self._unlabelled = False
         if self.is_due:
             self._unlabelled = not self._averaging.agreed(bool(micro.counts.any()))
+        ignores = self._has_ignored(micro)
+        if self.is_due or ignores:
             first = self._finished == 0
-            self._labels = LabelCheck(output, micro.labels, micro.counts, micro.summed, first)
+            self._labels = LabelCheck(
+                output, micro.labels, micro.counts, micro.summed, first, ignores
+            )
         if self._check_reentrant and has_reentrant_checkpoint(tensors_in(output)):
             if directions_given:
                 distributed.check_static_graph()
@@ -253,6 +270,7 @@ class FirstStep:
         """Raise GraddotError if a parameter reaches the caller's loss behind its layer's back, if it
         compares samples, or if it is no number. counts (rows,) are labelled tokens."""
         self._check_finite(loss, counts)
+        self._note_ignored(loss)
         if self._span is not None:
             self._span.check(loss)
         check_parameter_uses(loss, self._whole)
@@ -278,6 +296,7 @@ class FirstStep:
         if self._reentrant is not None:
             check, self._reentrant = self._reentrant, None
             self._check_reentrant = not check.finish()
+        self._ignored = {x for x in self._ignored if not (micro.labels == x).any()}
         self._apart_checked |= micro.segments is not None and len(micro.segments) > 1
         if self._unlabelled:  # its loss says nothing: the next is checked in its place
             self._labels = None

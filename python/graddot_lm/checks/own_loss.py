@@ -146,6 +146,13 @@ def _between(start: Any, ends: set[Any]) -> list[Any]:
     return found
 
 
+def ignored_labels(loss: Tensor) -> set[int]:
+    """The labels that PyTorch's cross-entropies in a loss ignore, as they keep them for the backward."""
+    kept = [getattr(n, "_saved_ignore_index", None) for n in _between(loss.grad_fn, set())]
+    # It comes without a sign.
+    return {x - 2**64 if x >= 2**63 else x for x in kept if x is not None}
+
+
 def _compares_pairs(node: Any, ends: set[Any], rows: int) -> bool:
     """Whether it is a distance, which cannot be differentiated twice, of all of these rows, or all of one
     half and of the other: each side made of what the ends are."""

@@ -181,7 +181,8 @@ class LabelCheck:
 
     A wrong `label_shift` rescales scores silently when labels are ragged; the gradient at the
     logits shows which positions the loss really used. Those of labels of whole rows without a
-    gradient are a problem in the `first` step only: a hinge loss has none once a margin is reached.
+    gradient are a problem in the `first` step only, a hinge loss having none once a margin is reached,
+    and where the labels have one that the loss `ignores`.
     """
 
     def __init__(
@@ -191,12 +192,13 @@ class LabelCheck:
         counts: Tensor,
         summed: Callable[[Tensor], Tensor],
         first: bool,
+        ignores: bool = False,
     ) -> None:
         """summed adds up what each token has, (rows, T), as counts are."""
         self.problem: str | None = None
         self.weights: TokenWeights | None = None  # what the backward under way has shown
         self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
-        self._counts, self._first, self._strict = counts, first, first or labels.dim() > 1
+        self._counts, self._first, self._strict = counts, first, first or ignores or labels.dim() > 1
         self._summed, self._most = summed, math.inf
         for x in tensors_in(output):
             if x.requires_grad and x.dim() in (1, 2) and len(x) == len(labels):
