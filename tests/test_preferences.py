@@ -352,7 +352,7 @@ def test_a_forward_for_each_text_is_refused(tmp_path):
         halves = [logits_of(model, inputs, rows) for rows in (slice(n), slice(n, None))]
         return losses_of(torch.cat(halves)).mean()
 
-    with pytest.raises(GraddotError, match="compute_loss runs the model more than once with a"):
+    with pytest.raises(GraddotError, match="the loss runs the model more than once with a"):
         of_pairs(tmp_path, loss).train()
 
     named = lambda items: {f"chosen_{k}": x for k, x in collate(items).items()}

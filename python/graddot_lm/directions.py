@@ -6,6 +6,7 @@ every k steps, one of several targets, or one preconditioned by the optimizer's 
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 from . import distributed
 from .batches import Batch, LossForm, Rows, read_batch
 from .checkpointing import has_reentrant_checkpoint
+from .checks.digests import own_buffers
+from .checks.mean_loss import check_loss_of_tokens, unnoticed
 from .checks.verify import LabelCheck
 from .compiling.compiled import numbers
 from .compiling.compiler import run_compiled, run_uncompiled
@@ -154,6 +157,20 @@ class ValidationLoss:
             LabelCheck(output, rows.labels, counts, summed, first=False) for _, output in calls
         ]
         return loss
+
+    def check_rows(self, batch: Batch) -> None:
+        """Raise GraddotError unless the loss is that of the batch's rows (`check_loss_of_tokens`)."""
+        rows = read_batch(batch, "the batch")
+        with unnoticed(), own_buffers(self._model):
+            self(batch)  # sees how labels are shifted
+
+        def loss_of(which: Sequence[int]) -> Tensor:
+            inputs = {key: x[list(which)] for key, x in rows.inputs.items()}
+            part = replace(rows, inputs=inputs, labels=rows.labels[list(which)])
+            return batch_loss(self._model, part, self._loss_fn)
+
+        counts = self._form.count(rows.labels, self._shift)
+        check_loss_of_tokens(self._model, loss_of, counts, self._form.reduction)
 
     def check(self) -> None:
         """After a batch's backward, raise GraddotError if its loss was seen not to use the labels that were

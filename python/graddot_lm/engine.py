@@ -241,6 +241,21 @@ class GradDotProdEngine:
         with self._forward.set_aside(), torch.enable_grad():
             return mean_gradient(self._parameters, covered, batches, loss_of, loss_scale)
 
+    def check_loss(self, loss_fn: LossFunction, batch: Batch) -> None:
+        """Raise GraddotError unless a loss of your own is what scores take it for: the mean (or sum) over
+        the batch's labelled tokens of losses that have nothing to do with other rows.
+
+        loss_fn(model, inputs, labels) is what you pass to `track_loss`, as for `compute_directions`. It runs
+        on the batch and on parts of it, without dropout and with the same noise for every row; compared are
+        the losses and their gradients at what the model returns. That shows what a checked step cannot see
+        in the loss alone, as a division by the batch's positives. The batch should have what rows of
+        training differ in: lengths, classes, labels that are ignored.
+        """
+        if distributed.is_sharded(self._parameters.values()):
+            self._require_no_step()
+        with self._forward.set_aside(), torch.enable_grad():
+            ValidationLoss(self.model, self._loss, loss_fn).check_rows(batch)
+
     # Life cycle
 
     def attach(

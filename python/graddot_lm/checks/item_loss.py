@@ -5,8 +5,6 @@ Scores of `GradDotProdTrainer(mean_of_items=True)` take it for one.
 
 import contextlib
 import copy
-import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +14,7 @@ from torch import Tensor, nn
 from ..distributed import unshard
 from ..errors import GraddotError
 from ..sample_rows import SampleRows
-from .digests import NoDropout, own_buffers, own_random
-from .outputs import loss_tolerance
-from .parts import splits_of
-from .verify import map_tensors
+from .mean_loss import LossOfParts, unnoticed
 
 # What a trainer of TRL notes for its logs while it computes a loss.
 _LOGS = "_metrics", "_total_train_tokens"
@@ -145,127 +140,37 @@ def check_mean_of_items(
     """Raise GraddotError unless the loss of a batch is the mean of those of its items.
 
     compute(inputs, num_items) runs the model and gives the loss of a batch, which is not to depend on
-    num_items. The loss, and its gradient at what the model returns, are compared with those of parts of
-    the items, run without the others. What the model returns is moved at random for that: where it is
-    still its reference's, as under DPO before the first step, all items have the same loss, and so has
-    any mean of them. thorough as in `splits_of`.
+    num_items. What the model returns is moved at random: where it is still its reference's, as under DPO
+    before the first step, all items have the same loss, and so has any mean of them. thorough as in
+    `splits_of`.
     """
-    items, tolerance = len(several), loss_tolerance(model)
+    items = len(several)
 
-    def run(
-        part: Sequence[int], num_items: Any = num_items
-    ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        with own_buffers(model), _outputs_of(model, several, part) as outputs:
-            loss = compute(_take(inputs, part, several), num_items)
-        used = outputs if loss.requires_grad else []
-        grads = torch.autograd.grad(loss, used, allow_unused=True) if used else ()
-        return loss.detach().double(), grads
+    def losses(num_items: Any) -> LossOfParts:
+        loss_of = lambda which: compute(_take(inputs, which, several), num_items)
+        return LossOfParts(model, loss_of, several, lambda which: len(which) / items, moved=True)
 
-    with own_random(), NoDropout(), torch.enable_grad(), warnings.catch_warnings():
-        # What the model returns without a gradient, too, as numbers for the logs, has one here.
-        warnings.filterwarnings("ignore", "Converting a tensor with requires_grad")
-        whole, grads = run(range(items))
+    parts = losses(num_items)
+    with unnoticed():
         if num_items is not None:
-            without, _ = run(range(items), None)
-            if (whole - without).abs() > tolerance * without.abs():
+            (whole, _), (without, _) = parts.run(range(items)), losses(None).run(range(items))
+            if not parts.same(whole, without):
                 raise GraddotError(
                     f"the loss of the batch is {float(whole):.6g} where compute_loss gets num_items_in_batch,"
                     f" the labelled tokens of the whole step, and {float(without):.6g} without. Expected with"
                     " mean_of_items=True the mean over the batch's items of a loss of each one's own,"
                     " whatever that is"
                 )
-        for split in splits_of(items, thorough):
-            mean, same = torch.zeros_like(whole), True
-            for part in split:
-                loss, own = run(part)
-                mean += loss * len(part) / items
-                same &= _same_gradient(grads, own, part, several, tolerance)
-            if same and (whole - mean).abs() <= tolerance * mean.abs():
-                continue
-            raise GraddotError(
-                f"the loss of {items} items is {float(whole):.6g}, and the mean of those of"
-                f" {len(split[1])} and the other {len(split[0])} {float(mean):.6g}"
-                + ("" if same else ", with other gradients at what the model returns")
-                + ". Expected with mean_of_items=True the mean over the batch's items of a loss of each"
-                " one's own: one that compares items, as with a mean or running mean over the batch, or"
-                " weights them by their tokens, gives no item a share of its own; nor does a collator that"
-                " lays the rows in another order than a row of every item, then another of every item"
-            )
-
-
-def _same_gradient(
-    whole: Sequence[Tensor | None],
-    own: Sequence[Tensor | None],
-    part: Sequence[int],
-    several: SampleRows,
-    tolerance: float,
-) -> bool:
-    """Whether the outputs of a part's items have in the loss of all the gradient that they have in
-    their own, by their share."""
-    share, rows = len(part) / len(several), several.rows_of(part)
-    for x, y in zip(whole, own, strict=True):
-        if x is None or y is None or x.shape[:1] != (several.rows,) or y.shape[:1] != (len(rows),):
-            continue  # of a number, or of what has no rows
-        ours, theirs = x[rows].double(), y.double() * share
-        if ours.shape != theirs.shape:  # padded to another length
-            continue
-        if not (ours - theirs).norm() <= tolerance * (ours.norm() + theirs.norm()) + 1e-12:
-            return False
-    return True
-
-
-@contextlib.contextmanager
-def _outputs_of(
-    model: nn.Module, several: SampleRows, part: Sequence[int]
-) -> Iterator[list[Tensor]]:
-    """Inside of it the model, on a part of the items, runs without a graph, and what it returns is moved
-    by the same for a row in every part. The list has what it returned where a graph is made: leaves."""
-    rows, number = several.rows_of(part), itertools.count()
-    outputs: list[Tensor] = []
-    enabled: list[bool] = []
-    forwards = 0  # with a graph
-
-    def moved_output(x: Tensor) -> Tensor:
-        if not x.is_floating_point():
-            return x
-        moved = x.detach()
-        if x.shape[:1] == (len(rows),):
-            random = torch.Generator().manual_seed(next(number))
-            noise = torch.randn(several.rows, *x.shape[1:], generator=random, device="cpu")[
-                rows
-            ].to(x)
-            sizes = moved.abs().where(moved.isfinite(), 0.0)
-            sizes = sizes.mean(tuple(range(1, x.dim())), keepdim=True) if x.dim() > 1 else sizes
-            moved = moved + noise * (1 + sizes)
-        if not torch.is_grad_enabled():
-            return moved
-        outputs.append(moved.requires_grad_())
-        return moved.clone()  # which a loss may change in place, as no leaf can be
-
-    def before(module: nn.Module, args: Any) -> None:
-        nonlocal forwards
-        enabled.append(torch.is_grad_enabled())
-        forwards += enabled[-1]
-        if forwards > 1:
-            raise GraddotError(
-                "compute_loss runs the model more than once with a gradient. A step has one forward: let the"
-                " collator put the rows of all items into one batch, and split what the model returns for it"
-            )
-        torch.set_grad_enabled(False)
-
-    def after(module: nn.Module, args: Any, output: Any) -> Any:
-        torch.set_grad_enabled(enabled.pop())
-        return map_tensors(output, moved_output)
-
-    hooks = [
-        model.register_forward_pre_hook(before),
-        model.register_forward_hook(after, always_call=True),
-    ]
-    try:
-        yield outputs
-    finally:
-        for hook in hooks:
-            hook.remove()
+        difference = parts.difference(thorough)
+    if difference is not None:
+        some, others = map(len, difference.parts[::-1])
+        raise GraddotError(
+            f"the loss of {items} items is {difference.whole:.6g}, and the mean of those of {some} and the"
+            f" other {others} {difference}. Expected with mean_of_items=True the mean over the batch's items"
+            " of a loss of each one's own: one that compares items, as with a mean or running mean over the"
+            " batch, or weights them by their tokens, gives no item a share of its own; nor does a collator"
+            " that lays the rows in another order than a row of every item, then another of every item"
+        )
 
 
 def _take(inputs: Mapping[str, Any], which: Sequence[int], several: SampleRows) -> dict[str, Any]:

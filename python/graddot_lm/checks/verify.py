@@ -198,7 +198,11 @@ class LabelCheck:
         self.problem: str | None = None
         self.weights: TokenWeights | None = None  # what the backward under way has shown
         self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
-        self._counts, self._first, self._strict = counts, first, first or ignores or labels.dim() > 1
+        self._counts, self._first, self._strict = (
+            counts,
+            first,
+            first or ignores or labels.dim() > 1,
+        )
         self._summed, self._most = summed, math.inf
         for x in tensors_in(output):
             if x.requires_grad and x.dim() in (1, 2) and len(x) == len(labels):
