@@ -182,6 +182,8 @@ class _Proof:
         model's parameters by id."""
         self._originals = {**(originals or {}), **{id(p): n for n, p in module.named_parameters()}}
         self._scored, self._plain = exact_copy(module), exact_copy(module)
+        for p, own in zip(self._plain.parameters(), self._scored.parameters(), strict=True):
+            own.data = p.data  # with a .grad each
         for copied in (self._scored, self._plain):
             copied._forward_hooks.clear()  # which may collect what the layer returns in a step
             copied._forward_pre_hooks.clear()
@@ -274,18 +276,17 @@ class _Proof:
                 if not x.dim():
                     self._close(f"output {k}", scored_out[k], x)
             self._backward(scored_out, weights)
+            self._step.dot_held_rows()
             self._backward(joint_out, weights)
-            joint = _gradients(self._plain)
+            samples = _Samples(_gradients(self._scored), _gradients(self._plain))
             for i, (_, out) in enumerate(calls):
                 own = lambda x, i=i: take_rows(x, [i], self._rows, [len(x) // self._rows])
                 for k, x in enumerate(out):
                     if x.dim():
                         self._close(f"output {k} of sample {i} alone and", x, own(joint_out[k]))
                         self._close(f"output {k} of sample {i}", own(scored_out[k]), x)
-            samples = _Samples()
-            for i in reversed(
-                range(self._rows)
-            ):  # the val row first, with which all others are dotted
+            # The val row first, with which all others are dotted.
+            for i in reversed(range(self._rows)):
                 inputs, out = calls.pop()
                 one = lambda x, i=i: take_rows(x, [i], self._rows, self._entries)
                 own = lambda x, i=i: take_rows(x, [i], self._rows, [len(x) // self._rows])
@@ -298,7 +299,7 @@ class _Proof:
                     if x.grad is not None and whole.shape != x.shape:
                         got = torch.zeros_like(x) if whole.grad is None else one(whole.grad)
                         self._close(f"gradient of input {k}, sample {i},", got, x.grad)
-            self._compare_gradients(samples, joint)
+            self._compare_gradients(samples)
 
     def _check_copied(self, outputs: list[Tensor]) -> None:
         """Raise GraddotError if the copy uses the model's parameters, of which nothing would be proven: the
@@ -392,28 +393,26 @@ class _Proof:
                 message = f"{self._title()}: an output of shape {shape} has no rows"
                 raise NoRows(message, self._name)
 
-    def _compare_gradients(self, samples: "_Samples", joint: dict[str, Tensor]) -> None:
-        """joint has those of all rows in one batch, which an autograd function may not make the sum of
-        each one's own, as one that divides a weight's by the number of tokens."""
-        val, largest = samples.val, lambda norms: max(norms, default=0.0)
+    def _compare_gradients(self, samples: "_Samples") -> None:
+        """Of all rows in one batch an autograd function may not make the sum of each one's own, as one that
+        divides a weight's by the number of tokens."""
+        largest = lambda norms: max(norms, default=0.0)
         # Some gradients are zero but for rounding.
-        floor = 1e-2 * largest(g.norm().item() for g in samples.total.values())
-        small = 1e-4 * largest(g.norm().item() for g in val.values())
-        self._step.dot_held_rows()
-        for n, p in self._scored.named_parameters():
-            if n not in val:
-                continue
-            both = samples.total[n] + val[n]
-            self._close(f"sum over samples of the gradient of {n}", both, joint[n], floor)
-            got = torch.zeros_like(p) if p.grad is None else p.grad
-            self._close(f"training gradient of {n}", got, samples.total[n], floor)
+        floor = 1e-2 * largest(samples.train_norms.values())
+        small = 1e-4 * largest(samples.val_norms.values())
+        for n in samples.val_norms:
+            self._small(
+                f"training gradient of {n}", samples.train_off[n], samples.train_norms[n], floor
+            )
+            what = f"sum over samples of the gradient of {n}"
+            self._small(what, samples.joint_off[n], samples.joint_norms[n], floor)
             dots = self._step.collected(n)
             if dots is None:
-                dots = p.new_zeros(1, len(samples.train))
+                dots = next(self._scored.parameters()).new_zeros(1, len(samples.train))
             for i, sample in enumerate(samples.train):
                 want, norm = sample[n]
                 size = max(
-                    val[n].norm().item() * norm, small * largest(x for _, x in sample.values())
+                    samples.val_norms[n] * norm, small * largest(x for _, x in sample.values())
                 )
                 self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
 
@@ -427,8 +426,11 @@ class _Proof:
         if got.isinf().any():
             infinite = got.isinf() & (got == want)  # as logits of what is masked
             got, want = got.masked_fill(infinite, 0), want.masked_fill(infinite, 0)
-        scale = max(want.norm().item(), floor, 1e-30)
-        error = (got - want).norm().item() / scale
+        self._small(what, (got - want).norm().item(), want.norm().item(), floor)
+
+    def _small(self, what: str, error: float, norm: float, floor: float = 0.0) -> None:
+        """The norm of a difference against that of what is right."""
+        error /= max(norm, floor, 1e-30)
         if not error <= TOLERANCE:
             other = "in the batch differ" if what.endswith("and") else "differs from autograd's"
             raise GraddotError(f"{self._title()}: the {what} {other} by {error:.1e} of its norm")
@@ -439,24 +441,39 @@ class _Proof:
 
 
 class _Samples:
-    """Gradients of one sample after the other, the val row's first; of a training row only its dot with
-    that, and norm, by parameter, and the sum of all are kept."""
+    """Gradients of one sample after the other, the val row's first, by parameter: of a training row its dot
+    with that, and norm. They are taken away from the training gradient of the rule and from that of all
+    rows in one batch, of which norms are left, and of what is left of them; so no sum of samples is held."""
 
-    def __init__(self) -> None:
-        self.val: dict[str, Tensor] = {}
-        self.total: dict[str, Tensor] = {}
+    def __init__(self, training: dict[str, Tensor], joint: dict[str, Tensor]) -> None:
+        """Which are written to."""
+        self._training, self._val = training, dict[str, Tensor]()
+        self.train_norms, self.joint_norms = _norms(training), _norms(joint)
+        self._joint = {n: joint[n].sub_(g) for n, g in training.items()}  # the val row's
+        self.val_norms: dict[str, float] = {}
+        self.joint_off: dict[str, float] = {}
         self.train: list[dict[str, tuple[Tensor, float]]] = []
 
     def add(self, grads: dict[str, Tensor]) -> None:
         """Take the next one's, in the order from the last training row to the first."""
-        if not self.val:
-            self.val, self.total = grads, {n: torch.zeros_like(g) for n, g in grads.items()}
+        if not self.val_norms:
+            self._val, self.val_norms = grads, _norms(grads)
+            self.joint_off = {n: self._joint.pop(n).sub_(g).norm().item() for n, g in grads.items()}
             return
-        self.train.insert(
-            0, {n: ((self.val[n] * g).sum(), g.norm().item()) for n, g in grads.items()}
-        )
+        norms = _norms(grads)
+        flat = lambda x: x.reshape(-1)
+        dots = {n: torch.dot(flat(self._val[n]), flat(g)) for n, g in grads.items()}
+        self.train.insert(0, {n: (dots[n], norms[n]) for n in grads})
         for n, g in grads.items():
-            self.total[n] += g
+            self._training[n] -= g
+
+    @property
+    def train_off(self) -> dict[str, float]:
+        return _norms(self._training)
+
+
+def _norms(grads: dict[str, Tensor]) -> dict[str, float]:
+    return {n: g.norm().item() for n, g in grads.items()}
 
 
 def _own(x: Any) -> Any:

@@ -48,10 +48,18 @@ class ProvenRule:
     where nothing can be proven with an entry a row, they are taken for the same in all. Of what is
     longer it is tried last that it holds several entries of each row, (rows·S, ...), as a bias of
     attention does, by heads.
+
+    smaller makes of a layer and its arguments a smaller one that does the same, or None: it is proven on
+    that, or else on the layer itself.
     """
 
-    def __init__(self, ways: dict[str, Callable[[float], Rule]], largest: float = LARGEST) -> None:
-        self._ways, self._largest = ways, largest
+    def __init__(
+        self,
+        ways: dict[str, Callable[[float], Rule]],
+        largest: float = LARGEST,
+        smaller: Callable[[nn.Module, Any, Any], tuple[nn.Module, Any] | None] | None = None,
+    ) -> None:
+        self._ways, self._largest, self._smaller = ways, largest, smaller
         self.follows = "in place" in ways
         # By kind of call; with which of its arguments are the same for all rows, and which hold several
         # entries of each.
@@ -91,6 +99,12 @@ class ProvenRule:
     ) -> tuple[Rule, list[int], list[int]]:
         from ..checks.layer_proof import prove  # it attaches rules, this one among them
 
+        few = self._smaller(module, args, kwargs) if self._smaller is not None else None
+        if few is not None:
+            for way in self._ways.values():
+                with contextlib.suppress(GraddotError):
+                    make = functools.partial(way, self._largest)
+                    return prove(few[0], scored, make, *few[1]), [], []
         reasons = []
         leaves, main = tree_leaves((args, kwargs)), first_tensor(args, kwargs)
         others = [(i, x) for i, x in enumerate(leaves) if x is not main]

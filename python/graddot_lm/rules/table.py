@@ -23,6 +23,7 @@ from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
 from .recurrent import PROJECTIONS, recurrent_rule
 from .transformers_layers import (
     experts,
+    few_experts,
     is_adapted_experts,
     is_experts,
     is_experts_of_all,
@@ -176,7 +177,7 @@ def rule_for(module: nn.Module) -> Rule | None:
             general = own or module.groups > 1  # type: ignore[operator]
             return general_rule(any_size=True) if general else rule
     if is_experts(module):
-        return ProvenRule({"experts": lambda most: experts})
+        return ProvenRule({"experts": lambda most: experts}, smaller=few_experts)
     form = rms_norm_form(module)
     if form is None:
         return general_rule(any_size=layer_type(module) in _registered)

@@ -8,11 +8,13 @@ after the other's, multiplied by their scores. A relative position bias is an em
 bucket numbers, the same for every sample, so each sample gets its own table.
 """
 
+import copy
 import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from graddot_kernels.sample_dots import bordered
 
@@ -25,6 +27,7 @@ from .layers import ScoredFunction, accumulator, weight_grad_dot
 # How many times an expert's tokens rows of one length may be, before a product with the direction for
 # every token is less work.
 _MOST_FILLED = 2
+_FEW = 3  # experts, of which one may get all of a row's tokens
 
 
 class ExpertLinearDot(ScoredFunction):
@@ -220,6 +223,30 @@ def experts(
         .index_add(0, token, out.to(hidden.dtype))
         .view(hidden.shape)
     )
+
+
+def few_experts(module: Any, args: Any, kwargs: Any) -> tuple[nn.Module, tuple[Any, Any]] | None:
+    """The same layer of a few of its experts, and arguments by which tokens are routed to those: what its
+    forward does with them it does with all, and a proof holds many float64 copies of a layer. None where it
+    cannot be made, or would be no smaller."""
+    sizes = {p.shape[0] for p in module.parameters()}
+    own = getattr(module.forward, "own_forward", module.forward)  # where it is a scored layer's
+    plain = getattr(own, "__func__", None) is type(module).forward
+    if not plain or sizes != {getattr(module, "num_experts", None)} or max(sizes) <= _FEW:
+        return None
+    few = copy.copy(module)
+    few.__dict__.pop("forward", None)
+    few._parameters = {
+        name: nn.Parameter(p.detach()[:_FEW], p.requires_grad)
+        for name, p in module._parameters.items()
+    }
+    few.num_experts, number = _FEW, module.num_experts
+
+    def routed(x: Tensor) -> Tensor:
+        # An index beyond the last expert is of what is masked.
+        return x if x.is_floating_point() else torch.where(x < number, x % _FEW, _FEW)
+
+    return few, tree_map_only(Tensor, routed, (args, kwargs))
 
 
 def is_experts_of_all(module: nn.Module) -> bool:
