@@ -250,56 +250,63 @@ class _Proof:
         args, kwargs = tree_map_only(nn.Module, exact, (args, kwargs))
         leaves = tree_leaves((args, kwargs))
         self._entries |= {len(leaves[i]) // self._rows for i in self._several}
+        arguments = args, kwargs
+        # One graph at a time: in float64 it may be most of what there is.
         with _exactly(), self._in_double, self._scored_forwards():
-            scored_in, scored_out = self._call(self._scored, (args, kwargs), numbers)
-            joint_out = self._call(self._plain, (args, kwargs), numbers)[1]
+            joint_out = self._call(self._plain, arguments, numbers)[1]
             self._check_copied(joint_out)
             joint_out = [self._with_rows(x) for x in joint_out]
-            generator = torch.Generator().manual_seed(0)
-            weights = [
-                torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu").to(
-                    x.device
-                )
-                for x in joint_out
-            ]
+            weights = _weights(joint_out)
+            joint_out = self._backward(joint_out, weights)
+            joint = _gradients(self._plain)
+            scored_in, scored_out = self._call(self._scored, arguments, numbers)
             scored_out = [self._with_rows(x) for x in scored_out]
             self._compare_shapes(scored_out, joint_out)
-            calls = []
-            for i in range(self._rows):
-                one = lambda x, i=i: take_rows(x, [i], self._rows, self._entries)
-                alone = tree_map_only(Tensor, one, (args, kwargs))
-                calls.append(self._call(self._plain, alone, numbers))
-            parts = [
-                self._part(k, x, [out[k] for _, out in calls]) for k, x in enumerate(joint_out)
-            ]
+            scored_out = self._backward(scored_out, weights)
+            self._step.dot_held_rows()
+            samples = _Samples(_gradients(self._scored), joint)
+            parts = self._parts(arguments, joint_out)
             for k, x in enumerate(joint_out):
                 if not x.dim():
                     self._close(f"output {k}", scored_out[k], x)
-            self._backward(scored_out, weights)
-            self._step.dot_held_rows()
-            self._backward(joint_out, weights)
-            samples = _Samples(_gradients(self._scored), _gradients(self._plain))
-            for i, (_, out) in enumerate(calls):
+            # The val row first, with which all others are dotted.
+            for i in reversed(range(self._rows)):
+                self._plain.zero_grad(set_to_none=True)
+                inputs, out = self._call(self._plain, self._alone(arguments, i), numbers)
                 own = lambda x, i=i: take_rows(x, [i], self._rows, [len(x) // self._rows])
                 for k, x in enumerate(out):
                     if x.dim():
                         self._close(f"output {k} of sample {i} alone and", x, own(joint_out[k]))
                         self._close(f"output {k} of sample {i}", own(scored_out[k]), x)
-            # The val row first, with which all others are dotted.
-            for i in reversed(range(self._rows)):
-                inputs, out = calls.pop()
-                one = lambda x, i=i: take_rows(x, [i], self._rows, self._entries)
-                own = lambda x, i=i: take_rows(x, [i], self._rows, [len(x) // self._rows])
-                self._plain.zero_grad(set_to_none=True)
                 self._backward(
                     out, [own(w) if w.dim() else w * p for w, p in zip(weights, parts, strict=True)]
                 )
                 samples.add(_gradients(self._plain))
                 for k, (x, whole) in enumerate(zip(inputs, scored_in, strict=True)):
                     if x.grad is not None and whole.shape != x.shape:
-                        got = torch.zeros_like(x) if whole.grad is None else one(whole.grad)
+                        got = torch.zeros_like(x) if whole.grad is None else whole.grad
+                        got = self._alone(got, i)
                         self._close(f"gradient of input {k}, sample {i},", got, x.grad)
             self._compare_gradients(samples)
+
+    def _alone(self, values: Any, i: int) -> Any:
+        """Row i of all tensors that have rows."""
+        one = lambda x: take_rows(x, [i], self._rows, self._entries)
+        return tree_map_only(Tensor, one, values)
+
+    def _parts(self, arguments: Any, joint: list[Tensor]) -> list[float]:
+        """By what a sample's own outputs enter the joint ones: 1, or of a number a mean's 1 / rows."""
+        if all(x.dim() for x in joint):
+            return [1.0] * len(joint)
+        totals = [torch.zeros_like(x) for x in joint]
+        for i in range(self._rows):
+            _, out = self._call(self._plain, self._alone(arguments, i), True)
+            for total, x in zip(totals, out, strict=True):
+                if not x.dim():
+                    total += x.detach()
+        return [
+            self._part(k, x, total) for k, (x, total) in enumerate(zip(joint, totals, strict=True))
+        ]
 
     def _check_copied(self, outputs: list[Tensor]) -> None:
         """Raise GraddotError if the copy uses the model's parameters, of which nothing would be proven: the
@@ -310,11 +317,9 @@ class _Proof:
                 " function that it keeps; make that a method, or keep in it what it uses"
             )
 
-    def _part(self, k: int, joint: Tensor, alone: list[Tensor]) -> float:
-        """By what a sample's own output k enters the joint one: 1, or a mean's 1 / rows."""
+    def _part(self, k: int, joint: Tensor, total: Tensor) -> float:
         if joint.dim():
             return 1.0
-        total = torch.stack([x.detach() for x in alone]).sum()
         for part in (1 / self._rows, 1.0):
             if torch.allclose(joint, part * total, rtol=TOLERANCE, atol=0):
                 return part
@@ -371,16 +376,17 @@ class _Proof:
             ],
         )
 
-    def _backward(self, outputs: list[Tensor], weights: list[Tensor]) -> None:
+    def _backward(self, outputs: list[Tensor], weights: list[Tensor]) -> list[Tensor]:
+        """The outputs without their graph."""
         used = [(x * w).sum() for x, w in zip(outputs, weights, strict=True) if x.requires_grad]
-        if not used:
-            return
         try:
-            torch.stack(used).sum().backward()
+            if used:
+                torch.stack(used).sum().backward()
         except GraddotError:
             raise
         except Exception as error:  # as above
             raise GraddotError(f"its backward: {_first_line(error)}") from error
+        return [x.detach() for x in outputs]
 
     def _compare_shapes(self, scored: list[Tensor], joint: list[Tensor]) -> None:
         got, want = [tuple(x.shape) for x in scored], [tuple(x.shape) for x in joint]
@@ -470,6 +476,16 @@ class _Samples:
     @property
     def train_off(self) -> dict[str, float]:
         return _norms(self._training)
+
+
+def _weights(outputs: list[Tensor]) -> list[Tensor]:
+    """Of a loss that is their sum with these."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [
+        torch.randn(x.shape, generator=generator, dtype=torch.float64, device="cpu")
+        for x in outputs
+    ]
+    return [w.to(x.device) for w, x in zip(drawn, outputs, strict=True)]
 
 
 def _norms(grads: dict[str, Tensor]) -> dict[str, float]:
