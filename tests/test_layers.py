@@ -242,6 +242,21 @@ def test_check_layer_names_what_is_wrong(rule, match):
         check_layer(wrong(rule), X)
 
 
+class Wide(Scale):
+    """Too large for float64."""
+
+    def forward(self, x):
+        if x.dtype == torch.float64:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.00 GiB.\n(more)")
+        return super().forward(x)
+
+
+def test_a_layer_without_memory_for_its_proof_is_told_what_to_do():
+    told = r"Tried to allocate 9.00 GiB\.\. It is proven on \d+ rows in float64.* batch of shorter rows"
+    with pytest.raises(GraddotError, match=told):
+        check_layer(Wide(6), X)
+
+
 def test_check_layer_sees_dots_given_to_the_wrong_samples():
     class Swapped(torch.autograd.Function):
         @staticmethod

@@ -361,7 +361,7 @@ class _Proof:
                 self._input_gradients = False
                 return self._call(module, arguments, numbers)
             of_dtype = "dtype" in str(error) or "scalar type" in str(error)
-            raise (_OtherDtype if of_dtype else GraddotError)(_first_line(error)) from error
+            raise (_OtherDtype if of_dtype else GraddotError)(self._reason(error)) from error
         outputs = list(tensors_in(out))
         if not outputs and out is not None:
             raise GraddotError(
@@ -385,7 +385,7 @@ class _Proof:
         except GraddotError:
             raise
         except Exception as error:  # as above
-            raise GraddotError(f"its backward: {_first_line(error)}") from error
+            raise GraddotError(f"its backward: {self._reason(error)}") from error
         return [x.detach() for x in outputs]
 
     def _compare_shapes(self, scored: list[Tensor], joint: list[Tensor]) -> None:
@@ -440,6 +440,19 @@ class _Proof:
         if not error <= TOLERANCE:
             other = "in the batch differ" if what.endswith("and") else "differs from autograd's"
             raise GraddotError(f"{self._title()}: the {what} {other} by {error:.1e} of its norm")
+
+    def _reason(self, error: Exception) -> str:
+        """Its first line; of memory what to do."""
+        message = str(error).strip().splitlines() or [""]
+        reason = f"{type(error).__name__}: {message[0]}"
+        memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if memory or "can't allocate memory" in reason:
+            reason += (
+                f". It is proven on {self._rows} rows in float64, which takes more memory than there is: run"
+                " a batch of shorter rows first, for what is proven holds for any length; or, where it holds"
+                " many layers, put its own parameters into a small module beside them"
+            )
+        return reason
 
     def _title(self) -> str:
         kind = type(self._plain).__name__
@@ -503,11 +516,6 @@ def _gradients(module: nn.Module) -> dict[str, Tensor]:
     """Of every trainable parameter; zeros where none came, as for an expert without tokens."""
     trainable = {n: p for n, p in module.named_parameters() if p.requires_grad}
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in trainable.items()}
-
-
-def _first_line(error: Exception) -> str:
-    message = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {message[0]}"
 
 
 class _InDouble(TorchFunctionMode):
