@@ -406,10 +406,11 @@ class _Proof:
         # Some gradients are zero but for rounding.
         floor = 1e-2 * largest(samples.train_norms.values())
         small = 1e-4 * largest(samples.val_norms.values())
+        of_samples = [small * largest(norm for _, norm in x.values()) for x in samples.train]
+        train_off = samples.train_off()
         for n in samples.val_norms:
-            self._small(
-                f"training gradient of {n}", samples.train_off[n], samples.train_norms[n], floor
-            )
+            what = f"training gradient of {n}"
+            self._small(what, train_off[n], samples.train_norms[n], floor)
             what = f"sum over samples of the gradient of {n}"
             self._small(what, samples.joint_off[n], samples.joint_norms[n], floor)
             dots = self._step.collected(n)
@@ -417,9 +418,7 @@ class _Proof:
                 dots = next(self._scored.parameters()).new_zeros(1, len(samples.train))
             for i, sample in enumerate(samples.train):
                 want, norm = sample[n]
-                size = max(
-                    samples.val_norms[n] * norm, small * largest(x for _, x in sample.values())
-                )
+                size = max(samples.val_norms[n] * norm, of_samples[i])
                 self._close(f"dot product of {n} with sample {i}", dots[0, i], want, size)
 
     def _close(self, what: str, got: Tensor, want: Tensor, floor: float = 0.0) -> None:
@@ -486,7 +485,6 @@ class _Samples:
         for n, g in grads.items():
             self._training[n] -= g
 
-    @property
     def train_off(self) -> dict[str, float]:
         return _norms(self._training)
 
