@@ -1,4 +1,4 @@
-"""nn.RNN, LSTM and GRU, with what they compute with weights taken apart.
+"""nn.RNN, LSTM and GRU, and their cells, with what they compute with weights taken apart.
 
 The gates of a step are gates(x_t) + W_hh h_(t-1) + b_hh, with gates(x) = W_ih x + b_ih a linear layer's.
 A zero that is added to the rest takes its gradient to W_hh and b_hh, whose values in it take none.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..autocast import no_autocast, without_autocast
 from ..errors import GraddotError
-from ..scored import Scored, any_layout
+from ..scored import Scored, any_layout, by_token
 from .layers import ScoredFunction, accumulator, linear_grad, note_uses, vector_grad
 
 KERNELS: dict[str, Any] = {
@@ -83,6 +83,45 @@ def recurrent_rule(module: nn.Module, scored: Scored, x: Any, hx: Any = None) ->
     if not several:
         out = out.transpose(0, 1) if time_first else scored.shaped(out)
     return out, end if module.mode == "LSTM" else end[0]
+
+
+@by_token
+def cell_rule(module: nn.Module, scored: Scored, x: Tensor, hx: Any = None) -> Any:
+    """One step of nn.RNNCell, LSTMCell or GRUCell, x (rows, D) and hx (rows, H), or two of an LSTM's."""
+    assert isinstance(module, nn.RNNCellBase)
+    is_lstm = isinstance(module, nn.LSTMCell)
+    if x.dim() != 2:
+        raise GraddotError(
+            f"layer {scored.name} ({type(module).__name__}) got a tensor of shape {tuple(x.shape)};"
+            " expected (rows, D)"
+        )
+    zero = x.new_zeros(len(x), module.hidden_size)
+    h, c = hx if hx is not None and is_lstm else (zero if hx is None else hx, zero)
+    gates = scored.linear(x, module.weight_ih, module.bias_ih)
+    of_hidden = scored.linear(h, module.weight_hh, module.bias_hh)
+    h, c = h.to(gates.dtype), c.to(gates.dtype)
+    if is_lstm:
+        return _lstm(gates + of_hidden, c)
+    if isinstance(module, nn.GRUCell):
+        return _gru(gates, of_hidden, h)
+    activation = torch.relu if module.nonlinearity == "relu" else torch.tanh
+    return activation(gates + of_hidden)
+
+
+def _lstm(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """The next h and c."""
+    both, new, last = gates.tensor_split((2 * c.shape[1], 3 * c.shape[1]), 1)
+    enter, keep = both.sigmoid().chunk(2, 1)
+    c = keep * c + enter * new.tanh()
+    return last.sigmoid() * c.tanh(), c
+
+
+def _gru(gates: Tensor, of_hidden: Tensor, h: Tensor) -> Tensor:
+    """The next h."""
+    two = 2 * h.shape[1]
+    reset, keep = (gates[:, :two] + of_hidden[:, :two]).sigmoid().chunk(2, 1)
+    new = (gates[:, two:] + reset * of_hidden[:, two:]).tanh()
+    return new + keep * (h - new)
 
 
 def _run(
@@ -178,18 +217,9 @@ def _step_by_step(
     for x, y in zip(gates.unbind(1), added.unbind(1), strict=True):
         hidden.append(h.detach())
         if mode == "LSTM":
-            both, new, last = torch.addmm(x, h, by_hidden).tensor_split(
-                (2 * h.shape[1], 3 * h.shape[1]), 1
-            )
-            enter, keep = both.sigmoid().chunk(2, 1)
-            c = keep * c + enter * new.tanh()
-            h = last.sigmoid() * c.tanh()
+            h, c = _lstm(torch.addmm(x, h, by_hidden), c)
         elif mode == "GRU":
-            of_hidden = torch.addmm(y, h, by_hidden)
-            two = 2 * h.shape[1]
-            reset, keep = (x[:, :two] + of_hidden[:, :two]).sigmoid().chunk(2, 1)
-            new = (x[:, two:] + reset * of_hidden[:, two:]).tanh()
-            h = new + keep * (h - new)
+            h = _gru(x, torch.addmm(y, h, by_hidden), h)
         else:
             activation = torch.relu if mode == "RNN_RELU" else torch.tanh
             h = activation(torch.addmm(x, h, by_hidden))

@@ -20,7 +20,7 @@ from .attention import multihead_attention
 from .convolutions import conv_rule
 from .general import ProvenRule, Rule, general_rule
 from .norms import RMSNormForm, rms_norm_form, rms_norm_rule
-from .recurrent import PROJECTIONS, recurrent_rule
+from .recurrent import PROJECTIONS, cell_rule, recurrent_rule
 from .transformers_layers import (
     experts,
     few_experts,
@@ -65,6 +65,9 @@ _TABLE: dict[type[nn.Module], Rule] = {
     nn.RNN: recurrent_rule,
     nn.LSTM: recurrent_rule,
     nn.GRU: recurrent_rule,
+    nn.RNNCell: cell_rule,
+    nn.LSTMCell: cell_rule,
+    nn.GRUCell: cell_rule,
 }
 _registered: dict[type[nn.Module], Rule | None] = {}
 
