@@ -42,6 +42,9 @@ _NO_TERMS = (
     " without norms, for which there are none"
 )
 _TOGETHER = 2**16  # elements of row gradients that are multiplied and added up at once
+_SIDE_BY_SIDE = (
+    256  # tokens of uses, as of a recurrent cell's, that the others are paired with at once
+)
 
 
 @dataclass
@@ -152,7 +155,7 @@ class SharedUses:
     _rows_done: int = 0
     _embeddings: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
     _parts: dict[int, list[_LinearPart]] = field(default_factory=dict)
-    _vectors: tuple[Tensor, ...] = ()
+    _vectors: Tensor | None = None  # the sum of their row gradients
 
     @property
     def calls(self) -> int:
@@ -164,7 +167,8 @@ class SharedUses:
     def holds(self) -> bool:
         """Whether one use keeps tensors of its own for another."""
         kept = self.embedding_ids or self._linears or self._embeddings or self._parts
-        return bool(kept or self._vectors) or self.held is not None or self.head_tables is not None
+        others = self._vectors, self.held, self.head_tables
+        return bool(kept) or any(x is not None for x in others)
 
     def count_linear(self) -> None:
         self.linear_calls += not recomputing()
@@ -278,7 +282,7 @@ class SharedUses:
         for ids, emb_grad in self._embeddings.values():
             terms.append(self._mixed_pair(self._part(act, grad, ids), ids, emb_grad))
         if self.linear_calls > 1:
-            self._linears += ((act, grad),)
+            self._linears = _side_by_side(*self._linears, (act, grad))
         for i, ids in enumerate(self.embedding_ids):
             if i not in self._embeddings:
                 self._parts.setdefault(i, []).append(self._part(act, grad, ids))
@@ -376,12 +380,12 @@ class SharedUses:
         self._check_count(self._vectors_done, self.vector_calls)
         if not self._has_pairs or (not self.paired and self.vector_calls == 1):
             return None
-        terms = None
-        if self._vectors:
-            other = torch.stack(self._vectors).sum(0)
-            terms = self._vector_form(other, row_grads) + self._vector_form(row_grads, other)
-        self._vectors += (row_grads,)
-        return terms
+        other = self._vectors
+        if other is None:
+            self._vectors = row_grads
+            return None
+        self._vectors = other + row_grads
+        return self._vector_form(other, row_grads) + self._vector_form(row_grads, other)
 
     def _vector_form(self, direction_rows: Tensor, sample_rows: Tensor) -> Tensor:
         if self.val_rows:
@@ -505,6 +509,19 @@ class SharedUses:
         return head_terms + embedding_direction_dot(
             rows, part.train.slots[:n], grad[:n], padding_idx=missing
         )
+
+
+def _side_by_side(*uses: tuple[Tensor, Tensor]) -> tuple[tuple[Tensor, Tensor], ...]:
+    """Linear uses, (rows, T, Din) and (rows, T, Dout) each, the last two of them as one of 2T tokens where
+    they are of one small T, and so on: of many uses there are few, and each token is copied few times."""
+    kept = list(uses)
+    while len(kept) > 1:
+        (a, b), (c, d) = kept[-2:]
+        small = a.shape == c.shape and 2 * a.shape[1] <= _SIDE_BY_SIDE
+        if not (small and a.dtype == c.dtype and b.dtype == d.dtype):
+            break
+        kept[-2:] = [(torch.cat([a, c], 1), torch.cat([b, d], 1))]
+    return tuple(kept)
 
 
 def products(direction: Tensor, samples: Tensor) -> Tensor:
