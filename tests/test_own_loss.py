@@ -431,3 +431,55 @@ def test_what_a_hook_sees_is_that_of_the_step():
     model[1].register_forward_hook(lambda module, args, out: seen.update(hidden=out))
     scores, _ = run_step(model, *POINTS, loss=features, label_shift=0)
     close(scores, total(want), 1e-5)
+
+
+def speech(rows, seed):
+    """Frames (rows, 14, 5), and texts of two to four labels."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(1, 6, (rows, 4), generator=g)
+    labels[torch.arange(4) >= 2 + torch.arange(rows)[:, None] % 3] = -100
+    return torch.randn(rows, 14, 5, generator=g).double(), labels
+
+
+def ctc_loss(logits, labels, reduction="mean"):
+    lengths = (labels != -100).sum(1)
+    log_probs = logits.log_softmax(-1).transpose(0, 1)
+    frames = torch.full_like(lengths, len(log_probs))
+    return F.ctc_loss(log_probs, labels.clamp(min=0), frames, lengths, reduction=reduction)
+
+
+def ctc_over_rows(logits, labels):
+    return ctc_loss(logits, labels, "sum") / len(labels)
+
+
+def ctc_over_tokens(logits, labels):
+    return ctc_loss(logits, labels, "sum") / (labels != -100).sum()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+def test_ctc_losses_are_added_up_as_expected(factor):
+    """PyTorch's own mean is one of the rows' means."""
+    train, val = speech(4, 1), speech(2, 2)
+    for loss, text in [
+        (ctc_loss, "weigh 0.04167 to 0.08333 in .* in a mean of rows' own means"),
+        (ctc_over_rows, "weighs 0.1667 in .* divided by the number of rows or of all tokens"),
+        (functools.partial(ctc_loss, reduction="sum"), "weighs 1 in .* as in a sum"),
+    ]:
+        with pytest.raises(GraddotError, match=text):
+            run_step(net(6).double(), train, val, loss=loss, factor=factor, label_shift=0)
+    scores, _ = run_step(
+        net(6).double(), train, val, loss=ctc_over_tokens, factor=factor, label_shift=0
+    )
+    close(scores, total(sample_dots(net(6).double(), train, val, ctc_over_tokens)[0]), 1e-10)
+
+
+def test_of_one_number_a_row_ctc_losses_are_a_mean_of_rows():
+    (x, y), (xv, yv) = speech(4, 1), speech(2, 2)
+    texts = torch.cat([y, yv])
+    loss = lambda logits, rows: ctc_loss(logits, texts[rows])
+    train, val = (x, torch.arange(4)), (xv, torch.arange(4, 6))
+    model = net(6).double()
+    scores, _ = run_step(model, train, val, loss=loss, label_shift=0)
+    close(scores, total(sample_dots(net(6).double(), train, val, loss)[0]), 1e-10)
+    for name, grad in gradient(net(6).double(), *train, loss=loss).items():
+        assert torch.allclose(model.get_parameter(name).grad, grad, rtol=1e-10), name

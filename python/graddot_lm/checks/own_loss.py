@@ -181,7 +181,51 @@ def _gathers(node: Any) -> bool:
     return any(len(x.shape) > 0 for x in node._input_metadata)
 
 
-class TokenWeights:
+def sums_of_rows(loss: Tensor) -> list[Any]:
+    """The nodes of a loss that make (rows,), the sum over each row's labels: PyTorch's CTC losses."""
+    return [n for n in _between(loss.grad_fn, set()) if "CtcLossBackward" in n.name()]
+
+
+class RowWeights:
+    """What the tokens of each row weigh in a loss, by its gradient at the rows' sums, (rows,)."""
+
+    def __init__(self, grad: Tensor) -> None:
+        used = grad != 0
+        self._shape, self.tolerance, self.known = (
+            grad.shape,
+            _tolerance(grad.dtype),
+            bool(used.any()),
+        )
+        self._by_row = grad.double().masked_fill(~used, math.nan)
+        self._weight = self._by_row[used]
+
+    def check(self, counts: Tensor, n: int, factor: Tensor) -> None:
+        """Raise GraddotError if they differ, and add up to 1 over all rows or over training rows, the
+        first n, and validation rows each; or as `EqualWeights`. counts (rows,) are labelled tokens."""
+        if not self.known:
+            return
+        low, high = (x / factor.to(self._weight.device) for x in self._weight.aminmax())
+        if not high - low > self.tolerance * high.abs():
+            EqualWeights(self._weight.mean(), self._shape, self.tolerance).check(counts, factor)
+            return
+        weights = self._by_row / factor.to(self._by_row.device)
+        sums = torch.where(counts > 0, counts * weights, 0.0).to(weights)
+        is_one = lambda x: bool((x - 1).abs() < self.tolerance / 20)
+        if is_one(sums.sum()):
+            what = "add up to one, as in a mean of rows' own means or one with weights of classes"
+        elif n < len(sums) and is_one(sums[:n].sum()) and is_one(sums[n:].sum()):
+            what = "add up to one over training and validation rows each, as in a sum of two means"
+        else:
+            return  # weights that have nothing to do with the rest of the batch
+        raise GraddotError(
+            f"the labelled tokens of the batch weigh {float(low):.4g} to {float(high):.4g} in the loss"
+            f" passed to track_loss, and {what}. Expected the mean over the labelled tokens of all"
+            " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
+            " rows' own means give the engine labels of one number a row, so that each counts once"
+        )
+
+
+class TokenWeights(RowWeights):
     """What the tokens of each row weigh in a cross-entropy, by the gradient at its logits.
 
     There it is w · (p − y) for a token of weight w, of which p, softmax of the logits, is known, and y
@@ -215,31 +259,6 @@ class TokenWeights:
         number = torch.bincount(row, minlength=rows)
         total = self._weight.new_zeros(rows).index_add_(0, row, self._weight)
         self._by_row = total / number  # NaN of a row of which nothing is told
-
-    def check(self, counts: Tensor, n: int, factor: Tensor) -> None:
-        """Raise GraddotError if they differ, and add up to 1 over all rows or over training rows, the
-        first n, and validation rows each; or as `EqualWeights`. counts (rows,) are labelled tokens."""
-        if not self.known:
-            return
-        low, high = (x / factor.to(self._weight.device) for x in self._weight.aminmax())
-        if not high - low > self.tolerance * high.abs():
-            EqualWeights(self._weight.mean(), self._shape, self.tolerance).check(counts, factor)
-            return
-        weights = self._by_row / factor.to(self._by_row.device)
-        sums = torch.where(counts > 0, counts * weights, 0.0).to(weights)
-        is_one = lambda x: bool((x - 1).abs() < self.tolerance / 20)
-        if is_one(sums.sum()):
-            what = "add up to one, as in a mean of rows' own means or one with weights of classes"
-        elif n < len(sums) and is_one(sums[:n].sum()) and is_one(sums[n:].sum()):
-            what = "add up to one over training and validation rows each, as in a sum of two means"
-        else:
-            return  # weights that have nothing to do with the rest of the batch
-        raise GraddotError(
-            f"the labelled tokens of the batch weigh {float(low):.4g} to {float(high):.4g} in the loss"
-            f" passed to track_loss, and {what}. Expected the mean over the labelled tokens of all"
-            " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
-            " rows' own means give the engine labels of one number a row, so that each counts once"
-        )
 
 
 class EqualWeights:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..distributed import is_sharded
 from ..errors import GraddotError
 from ..rules.layers import ScoredFunction
-from .own_loss import EqualWeights, TokenWeights
+from .own_loss import EqualWeights, RowWeights, TokenWeights, sums_of_rows
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -196,7 +196,7 @@ class LabelCheck:
     ) -> None:
         """summed adds up what each token has, (rows, T), as counts are."""
         self.problem: str | None = None
-        self.weights: TokenWeights | None = None  # what the backward under way has shown
+        self.weights: list[RowWeights] = []  # what the backward under way has shown
         self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
         self._counts, self._first, self._strict = (
             counts,
@@ -221,6 +221,15 @@ class LabelCheck:
         for logits, classes in [(x, -1) for x in behind[-1:]] or [(x, 1) for x in before[-1:]]:
             compare = functools.partial(self._compare, logits.detach(), classes)
             logits.register_hook(compare)
+
+    def watch(self, loss: Tensor) -> None:
+        """See what rows weigh in a loss of the caller's own whose backward is to come."""
+        for node in sums_of_rows(loss):
+            node.register_prehook(self._note_sums)
+
+    def _note_sums(self, grads: tuple[Tensor | None, ...]) -> None:
+        if grads[0] is not None and grads[0].shape == (len(self._counts),):
+            self.weights.append(RowWeights(grads[0]))
 
     def _note_losses(self, grad: Tensor | None) -> None:  # None where DDP has none
         if grad is not None and (found := EqualWeights.of(grad)) is not None:
@@ -247,7 +256,7 @@ class LabelCheck:
         used = self._summed(~idle)
         if (used > self._most).any():  # frames of speech, of which labels are no tokens
             return
-        self.weights = TokenWeights(logits, grad, ~idle)
+        self.weights.append(TokenWeights(logits, grad, ~idle))
         missing = self._counts.to(used.device) - used
         if (missing > 0).any():
             gone = self._summed(idle & _rounds_to_zero(logits, grad))
