@@ -103,6 +103,26 @@ def smoothed_over_all_tokens(logits, labels):
     return token_losses(logits, labels, label_smoothing=0.1)[0].mean()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("part", [0.1, 0.5, 3.0])
+def test_a_factor_hides_no_mean_of_means(part, dtype):
+    half = lambda *args: part * mean_of_means(*args)
+    with pytest.raises(GraddotError, match="add up to the same in every row"):
+        run_step(tiny_gpt2().to(dtype), *TEXT, loss=half)
+
+
+def test_weights_by_length_are_exact():
+    """Where the sum is divided by the number of labelled tokens, as of other weights of samples."""
+
+    def weighted(logits, labels):
+        losses, used = token_losses(logits, labels)
+        return (losses.sum(1) / used.sum(1)).sum() / used.sum()
+
+    scores, _ = run_step(tiny_gpt2().double(), *TEXT, loss=weighted)
+    want = total(sample_dots(tiny_gpt2().double(), *TEXT, weighted)[0])
+    close(scores, want, 1e-10)
+
+
 OTHERWISE_DIVIDED = {
     "sum": (a_sum, "weighs 1 in .* as in a sum. .* loss_reduction='sum'"),
     "rows": (over_rows, "weighs 0.1667 in .* divided by the number of rows or of all tokens"),

@@ -201,7 +201,8 @@ class RowWeights:
 
     def check(self, counts: Tensor, n: int, factor: Tensor) -> None:
         """Raise GraddotError if they differ, and add up to 1 over all rows or over training rows, the
-        first n, and validation rows each; or as `EqualWeights`. counts (rows,) are labelled tokens."""
+        first n, and validation rows each, or to the same in every row; or as `EqualWeights`. counts
+        (rows,) are labelled tokens."""
         if not self.known:
             return
         low, high = (x / factor.to(self._weight.device) for x in self._weight.aminmax())
@@ -215,6 +216,8 @@ class RowWeights:
             what = "add up to one, as in a mean of rows' own means or one with weights of classes"
         elif n < len(sums) and is_one(sums[:n].sum()) and is_one(sums[n:].sum()):
             what = "add up to one over training and validation rows each, as in a sum of two means"
+        elif self._same_in_all(sums, counts):
+            what = "add up to the same in every row, as in a mean of rows' own means times a factor"
         else:
             return  # weights that have nothing to do with the rest of the batch
         raise GraddotError(
@@ -223,6 +226,20 @@ class RowWeights:
             " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
             " rows' own means give the engine labels of one number a row, so that each counts once"
         )
+
+    def _same_in_all(self, sums: Tensor, counts: Tensor) -> bool:
+        """Whether rows with different numbers of labelled tokens have the same sum of weights, other than
+        weights by their length would have, of a sum divided by the number of labelled tokens."""
+        told = (counts.to(sums.device) > 0) & sums.isfinite()
+        if not told.any():
+            return False
+        (fewest, most), (low, high) = (
+            counts.to(sums.device)[told].aminmax(),
+            sums[told].abs().aminmax(),
+        )
+        alike = high - low <= self.tolerance / 10 * high
+        divided = (high * counts.sum().to(high.device) - 1).abs() < self.tolerance / 10
+        return bool((fewest < most) & alike & ~divided)
 
 
 class TokenWeights(RowWeights):
