@@ -503,3 +503,39 @@ def test_of_one_number_a_row_ctc_losses_are_a_mean_of_rows():
     close(scores, total(sample_dots(net(6).double(), train, val, loss)[0]), 1e-10)
     for name, grad in gradient(net(6).double(), *train, loss=loss).items():
         assert torch.allclose(model.get_parameter(name).grad, grad, rtol=1e-10), name
+
+
+class TwoOutputs(nn.Module):
+    """Logits of two heads, or logits and the embeddings that they are made of, which every token uses."""
+
+    def __init__(self, heads):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.mix = nn.Embedding(61, 8), nn.RNN(8, 8, batch_first=True, bidirectional=True)
+        self.heads = nn.ModuleList([nn.Linear(16, 61) for _ in range(heads)])
+
+    def forward(self, ids):
+        embedded = self.wte(ids)
+        hidden = self.mix(embedded)[0]
+        logits = [head(hidden) for head in self.heads]
+        return logits if len(logits) > 1 else (*logits, embedded)
+
+
+def test_what_logits_are_made_of_is_taken_for_no_logits():
+    loss = lambda out, labels: lm_loss(out[0], labels)
+    model = TwoOutputs(1).double()
+    scores, _ = run_step(model, *TEXT, loss=loss)
+    close(scores, total(sample_dots(TwoOutputs(1).double(), *TEXT, loss)[0]), 1e-10)
+    with pytest.raises(GraddotError, match="labelled tokens by its labels, but the loss used"):
+        run_step(TwoOutputs(1).double(), *TEXT, loss=loss, label_shift=0)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_head_is_looked_at(first):
+    """A loss of two heads, one of them a mean of rows' own means."""
+    loss = lambda out, labels: mean_of_means(out[first], labels) + lm_loss(out[1 - first], labels)
+    with pytest.raises(GraddotError, match="add up to one, as in a mean of rows' own means"):
+        run_step(TwoOutputs(2).double(), *TEXT, loss=loss)
+    both = lambda out, labels: 0.3 * lm_loss(out[0], labels) + lm_loss(out[1], labels)
+    scores, _ = run_step(TwoOutputs(2).double(), *TEXT, loss=both)
+    close(scores, total(sample_dots(TwoOutputs(2).double(), *TEXT, both)[0]), 1e-10)

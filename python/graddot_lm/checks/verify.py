@@ -195,7 +195,8 @@ class LabelCheck:
         ignores: bool = False,
     ) -> None:
         """summed adds up what each token has, (rows, T), as counts are."""
-        self.problem: str | None = None
+        # Of each output, whether its gradient is that of a cross-entropy, and what is wrong with it.
+        self._problems: dict[int, tuple[bool, str | None]] = {}
         self.weights: list[RowWeights] = []  # what the backward under way has shown
         self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
         self._counts, self._first, self._strict = (
@@ -218,9 +219,17 @@ class LabelCheck:
             behind = [output["logits"]]
         if not (behind or before):
             behind = self._longer(output, labels)
-        for logits, classes in [(x, -1) for x in behind[-1:]] or [(x, 1) for x in before[-1:]]:
-            compare = functools.partial(self._compare, logits.detach(), classes)
+        classes = -1 if behind else 1
+        for place, logits in enumerate(behind or before):
+            compare = functools.partial(self._compare, place, logits.detach(), classes)
             logits.register_hook(compare)
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with the last output whose gradient is a cross-entropy's, or, if there is none, with
+        the last that has one: another may be what logits are made of."""
+        found = sorted(self._problems.items(), key=lambda item: (item[1][0], item[0]))
+        return found[-1][1][1] if found else None
 
     def watch(self, loss: Tensor) -> None:
         """See what rows weigh in a loss of the caller's own whose backward is to come."""
@@ -247,7 +256,7 @@ class LabelCheck:
         self._summed, self._most = lambda by_token: by_token.sum(1), labels.shape[1]
         return [logits]
 
-    def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
+    def _compare(self, place: int, logits: Tensor, classes: int, grad: Tensor) -> None:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
         if not self._first and grad.isnan().any():  # it may be of 0 times NaN
@@ -256,20 +265,23 @@ class LabelCheck:
         used = self._summed(~idle)
         if (used > self._most).any():  # frames of speech, of which labels are no tokens
             return
-        self.weights.append(TokenWeights(logits, grad, ~idle))
+        weights = TokenWeights(logits, grad, ~idle)
+        self.weights.append(weights)
         missing = self._counts.to(used.device) - used
         if (missing > 0).any():
             gone = self._summed(idle & _rounds_to_zero(logits, grad))
             missing = torch.where(missing > 0, (missing - gone).clamp(min=0), missing)
         wrong = (missing != 0 if self._strict else missing < 0).nonzero().flatten().tolist()
+        problem = None
         if wrong:
             row = wrong[0]
-            self.problem = (
+            problem = (
                 f"row {row} of the batch has {int(self._counts[row])} labelled tokens by its"
                 f" labels, but the loss used {int(used[row])}. Pass label_shift=1 if the loss"
                 " shifts the labels itself, and 0 if it does not; if it ignores another value than"
                 " -100, pass ignore_index"
             )
+        self._problems[place] = weights.known, problem
 
 
 def _rounds_to_zero(logits: Tensor, grad: Tensor) -> Tensor:
