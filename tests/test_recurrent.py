@@ -1,6 +1,7 @@
 """nn.RNN, LSTM and GRU: against autograd, one sample at a time, and in whole language models."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -50,6 +51,55 @@ def test_a_layer(kind, rows, given, deep):
     torch.manual_seed(0)
     layer = States(KINDS[kind](6, 5, batch_first=True, **options), given)
     check_layer(layer, torch.randn(rows, 7, 6))
+
+
+CELLS = {
+    "lstm": nn.LSTMCell,
+    "gru": nn.GRUCell,
+    "rnn": nn.RNNCell,
+    "relu": functools.partial(nn.RNNCell, nonlinearity="relu"),
+}
+
+
+class Unrolled(nn.Module):
+    """A cell called token by token, from a state of its own, or none."""
+
+    def __init__(self, kind, own, bias):
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.head = CELLS[kind](6, 5, bias=bias), nn.Linear(5, 3)
+        self.start = nn.Parameter(torch.randn(5)) if own else None
+
+    def forward(self, x):
+        state = None
+        if self.start is not None:
+            state = self.start.expand(len(x), -1)
+            state = (
+                (state, torch.zeros_like(state)) if self.cell.weight_ih.shape[0] == 20 else state
+            )
+        for token in x.unbind(1):
+            state = self.cell(token, state)
+        return self.head(state[0] if isinstance(state, tuple) else state)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["", "no-bias"])
+@pytest.mark.parametrize("own", [False, True], ids=["", "own-state"])
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cell(kind, own, bias, monkeypatch):
+    """No row needs a copy of its weights, however large."""
+    monkeypatch.setattr("graddot_lm.rules.general.LARGEST", 5)
+    model = Unrolled(kind, own, bias).double()
+    points = lambda rows, seed: (
+        torch.randn(rows, 4, 6, generator=torch.Generator().manual_seed(seed)).double(),
+        torch.arange(rows) % 3,
+    )
+    train, val = points(4, 1), points(2, 2)
+    scores, dots = run_step(model, train, val, loss=F.cross_entropy, label_shift=0)
+    want, scales = sample_dots(model, train, val, loss=F.cross_entropy)
+    assert set(dots) == {name for name, _ in model.named_parameters()}
+    assert ((scores - total(want)).abs() <= 1e-10 * total(scales)).all()
+    same_gradients(model, gradient(model, *train, loss=F.cross_entropy), 1e-10)
+    check_layer(model.cell, train[0][:, 0])
 
 
 class Model(nn.Module):

@@ -23,6 +23,7 @@ from ..checks.digests import DROPOUTS
 from ..errors import GraddotError
 from ..scored import Scored, thread
 from .followed import Followed, is_tensor, tensors_among
+from .recurrent import CELLS
 from .row_calls import functions_seen, is_custom, over_rows
 from .scored_operations import scored_operation
 
@@ -100,6 +101,11 @@ class Following(TorchFunctionMode):
         kwargs, followed = kwargs or {}, self._followed
         if thread.around is not self:  # inside of a layer that is scored by itself
             return func(*args, **kwargs)
+        if (
+            func in CELLS
+        ):  # of whose calls torch.vmap knows no LSTM's, and copies the weights of all
+            with self:
+                return CELLS[func](*args, **kwargs)
         tensors = list(tensors_among((*args, *kwargs.values())))
         name = getattr(func, "__name__", "")
         if name in ONLY_THE_TYPE:

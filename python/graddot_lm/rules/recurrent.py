@@ -1,4 +1,4 @@
-"""nn.RNN, LSTM and GRU, with what they compute with weights taken apart.
+"""nn.RNN, LSTM and GRU, and their cells, with what they compute with weights taken apart.
 
 The gates of a step are gates(x_t) + W_hh h_(t-1) + b_hh, with gates(x) = W_ih x + b_ih a linear layer's.
 A zero that is added to the rest takes its gradient to W_hh and b_hh, whose values in it take none.
@@ -9,6 +9,7 @@ the place of W_ih. There the zero is W_hh h + b_hh less itself, with the hidden 
 without a graph.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -195,3 +196,37 @@ def _step_by_step(
             h = activation(torch.addmm(x, h, by_hidden))
         out.append(h)
     return torch.stack(out, 1), (h[None], c[None]) if mode == "LSTM" else (h[None],)
+
+
+def _lstm_cell(  # type: ignore[no-untyped-def]
+    x, state, w_ih, w_hh, b_ih=None, b_hh=None
+):
+    h, c = state
+    gates = F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh)
+    enter, keep, new, last = gates.chunk(4, 1)
+    c = keep.sigmoid() * c + enter.sigmoid() * new.tanh()
+    return last.sigmoid() * c.tanh(), c
+
+
+def _gru_cell(  # type: ignore[no-untyped-def]
+    x, h, w_ih, w_hh, b_ih=None, b_hh=None
+):
+    of_input, of_hidden = F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh)
+    (x_reset, x_keep, x_new), (h_reset, h_keep, h_new) = of_input.chunk(3, 1), of_hidden.chunk(3, 1)
+    new = (x_new + (x_reset + h_reset).sigmoid() * h_new).tanh()
+    return new + (x_keep + h_keep).sigmoid() * (h - new)
+
+
+def _rnn_cell(  # type: ignore[no-untyped-def]
+    activation, x, h, w_ih, w_hh, b_ih=None, b_hh=None
+):
+    return activation(F.linear(x, w_ih, b_ih) + F.linear(h, w_hh, b_hh))
+
+
+# What the cells call, (rows, D) and (rows, H), made of linear layers.
+CELLS: dict[Any, Callable[..., Any]] = {
+    torch._VF.lstm_cell: _lstm_cell,  # type: ignore[attr-defined]
+    torch._VF.gru_cell: _gru_cell,  # type: ignore[attr-defined]
+    torch._VF.rnn_tanh_cell: functools.partial(_rnn_cell, torch.tanh),  # type: ignore[attr-defined]
+    torch._VF.rnn_relu_cell: functools.partial(_rnn_cell, torch.relu),  # type: ignore[attr-defined]
+}
