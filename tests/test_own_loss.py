@@ -49,10 +49,6 @@ def smoothed_lm_loss(logits, labels):
     return losses.sum() / used.sum()
 
 
-def by_classes(logits, labels):
-    return F.cross_entropy(logits, labels, weight=CLASS_WEIGHTS.to(logits))
-
-
 def two_means(logits, labels):
     n = len(POINTS[0][0])
     return F.cross_entropy(logits[:n], labels[:n]) + F.cross_entropy(logits[n:], labels[n:])
@@ -68,7 +64,6 @@ WEIGHTED = {
     "row-means": (tiny_gpt2, TEXT, mean_of_means, 1, "0.02381 to 0.04167 .*add up to one, as"),
     "smoothed": (tiny_gpt2, TEXT, smoothed_mean_of_means, 1, "0.02381 to 0.04167 .*to one, as"),
     "tokens": (tiny_gpt2, TEXT, with_token_weights, 1, "add up to one, as in a mean of rows' own"),
-    "classes": (net, POINTS, by_classes, 0, "add up to one, as in .* weights of classes"),
     "two-means": (net, POINTS, two_means, 0, "0.1667 to 0.3333.*each, as in a sum of two means"),
 }
 
@@ -101,6 +96,51 @@ def over_all_tokens(logits, labels):
 
 def smoothed_over_all_tokens(logits, labels):
     return token_losses(logits, labels, label_smoothing=0.1)[0].mean()
+
+
+def by_classes(logits, labels, weight=CLASS_WEIGHTS, **form):
+    return F.cross_entropy(logits, labels, weight=weight.to(logits), **form)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("part", [0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_mean_with_weights_of_classes_is_refused(dtype, part, smoothing):
+    loss = lambda *args: part * by_classes(*args, label_smoothing=smoothing)
+    train, val = ((x.to(dtype), y) for x, y in POINTS)
+    with pytest.raises(
+        GraddotError, match="weights of classes, .* none of its 9 samples has a loss"
+    ):
+        run_step(net().to(dtype), train, val, loss=loss, label_shift=0)
+
+
+def over_samples(logits, labels):
+    return by_classes(logits, labels, reduction="sum") / len(labels)
+
+
+def each_alone(logits, labels):
+    rows = zip(logits.split(1), labels.split(1), strict=True)
+    return torch.stack([by_classes(*row) for row in rows]).mean()
+
+
+def without_a_class(logits, labels):
+    """As padding is left out."""
+    return by_classes(logits, labels, torch.tensor([2.0, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [(over_samples, {}), (each_alone, {}), (without_a_class, {"ignore_index": 1})],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_weights_of_classes_are_exact(loss, options):
+    """Where no sample's loss is divided by those of others."""
+    train, val = ((x.double(), y) for x, y in POINTS)
+    model = net().double()
+    scores, _ = run_step(model, train, val, loss=loss, label_shift=0, **options)
+    rows = [i for i, y in enumerate(train[1]) if y != options.get("ignore_index")]
+    few = tuple(x[rows] for x in train)
+    close(scores[rows], total(sample_dots(net().double(), few, val, loss)[0]), 1e-10)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])

@@ -20,7 +20,7 @@ from ..segments import Segments, check_apart
 from .backward_check import check_backward
 from .digests import held_values, kept_numbers
 from .outputs import check_losses, check_memory, check_padding, is_divided
-from .own_loss import ForwardSpan, check_samples_apart, ignored_labels
+from .own_loss import ForwardSpan, check_class_weights, check_samples_apart, ignored_labels
 from .parts import ModelInputs
 from .verify import BufferCheck, LabelCheck, check_parameter_uses, tensors_in
 
@@ -274,6 +274,7 @@ class FirstStep:
         if self._span is not None:
             self._span.check(loss)
         check_parameter_uses(loss, self._whole)
+        check_class_weights(loss, len(counts if self._several is None else self._several))
         check_samples_apart(loss, self._returned, self.thorough, self._several)
         if self._labels is not None:
             self._labels.watch(loss)

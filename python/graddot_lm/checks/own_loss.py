@@ -19,6 +19,7 @@ _SURELY_A_SUM = 4  # tokens of weight 1: of fewer it may be a factor that the lo
 _COMMUNICATION = ("torch.distributed.nn", "torch.distributed._functional_collectives")
 AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
 AT_ONCE = 2**19  # of them in float64
+_MEAN = 1  # PyTorch's number for reduction="mean"
 
 
 class ForwardSpan:
@@ -151,6 +152,23 @@ def ignored_labels(loss: Tensor) -> set[int]:
     kept = [getattr(n, "_saved_ignore_index", None) for n in _between(loss.grad_fn, set())]
     # It comes without a sign.
     return {x - 2**64 if x >= 2**63 else x for x in kept if x is not None}
+
+
+def check_class_weights(loss: Tensor, samples: int) -> None:
+    """Raise GraddotError if a loss is made of PyTorch's cross-entropies over several samples that divide by
+    the weights of all their labels' classes. A weight of 0 leaves a class out."""
+    divided = 0
+    for node in _between(loss.grad_fn, set()):
+        if node.name().startswith("NllLoss") and node._saved_weight is not None:
+            used = node._saved_weight[node._saved_weight != 0]
+            is_mean = node._saved_reduction == _MEAN and used.numel() > 0
+            divided += is_mean and bool(used.min() != used.max())
+    if 0 < divided < samples:
+        raise GraddotError(
+            "the loss passed to track_loss is a cross-entropy with weights of classes, divided by those of all"
+            f" labels of the batch, so that none of its {samples} samples has a loss of its own. Divide the sum"
+            ' (reduction="sum") by the number of labelled tokens, whatever the weights'
+        )
 
 
 def _compares_pairs(node: Any, ends: set[Any], rows: int) -> bool:
