@@ -579,3 +579,31 @@ def test_every_head_is_looked_at(first):
     both = lambda out, labels: 0.3 * lm_loss(out[0], labels) + lm_loss(out[1], labels)
     scores, _ = run_step(TwoOutputs(2).double(), *TEXT, loss=both)
     close(scores, total(sample_dots(TwoOutputs(2).double(), *TEXT, both)[0]), 1e-10)
+
+
+class WithClass(nn.Module):
+    """Logits of tokens, and of a class of the row."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = TwoOutputs(1)
+        self.classes = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        logits, embedded = self.model(ids)
+        return logits, self.classes(embedded.mean(1))
+
+
+@pytest.mark.parametrize("part", [0.1, 1.0])
+def test_a_class_of_rows_beside_tokens_is_no_mean_over_tokens(part):
+    """But where rows have as many of them."""
+
+    def loss(out, labels):
+        classes = F.cross_entropy(out[1], labels[:, 0] % 3)
+        return part * lm_loss(out[0], labels) + classes
+
+    with pytest.raises(GraddotError, match="weighs 0.1667 in .* divided by the number of rows"):
+        run_step(WithClass().double(), *TEXT, loss=loss)
+    train, val = token_batch(4, 9, seed=1), token_batch(2, 9, seed=2)
+    scores, _ = run_step(WithClass().double(), train, val, loss=loss)
+    close(scores, total(sample_dots(WithClass().double(), train, val, loss)[0]), 1e-10)

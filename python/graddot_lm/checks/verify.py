@@ -208,6 +208,8 @@ class LabelCheck:
         for x in tensors_in(output):
             if x.requires_grad and x.dim() in (1, 2) and len(x) == len(labels):
                 x.register_hook(self._note_losses)
+                if x.dim() == 2 and labels.dim() > 1:  # a class of whole rows beside tokens
+                    x.register_hook(functools.partial(self._note_classes, x.detach()))
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
         for x in tensors_in(output):
             if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
@@ -243,6 +245,11 @@ class LabelCheck:
     def _note_losses(self, grad: Tensor | None) -> None:  # None where DDP has none
         if grad is not None and (found := EqualWeights.of(grad)) is not None:
             self.of_losses.append(found)
+
+    def _note_classes(self, logits: Tensor, grad: Tensor | None) -> None:
+        if grad is not None:
+            used = (grad != 0).any(1, keepdim=True)
+            self.weights.append(TokenWeights(logits[:, None], grad[:, None], used))
 
     def _longer(self, output: Any, labels: Tensor) -> list[Tensor]:
         """The logits of a model that puts tokens of its own before those that labels have."""
