@@ -71,13 +71,16 @@ def test_batches_as_long_as_any_other_dimension(name):
 
 
 @pytest.mark.parametrize("inplace", [False, True])
-def test_a_mask_of_dropout_without_rows_is_one_for_all(inplace):
+@pytest.mark.parametrize("rows", [1, 2])
+def test_a_mask_of_dropout_without_rows_is_one_for_all(rows, inplace):
+    """Also where what is dropped has as many entries as there are rows, five."""
+
     def forward(m, x):
         return m.inner(x).detach() * 0 + F.dropout(m.p * 2, 0.5, m.training, inplace)
 
     model = Block(forward, p=torch.ones(5, 6))
     x, y = data(4)
-    engine = GradDotProdEngine(model, data(2, seed=1), label_shift=0)
+    engine = GradDotProdEngine(model, data(rows, seed=1), label_shift=0)
     engine.attach()
     masks = []
     for _ in range(4):

@@ -49,10 +49,6 @@ def smoothed_lm_loss(logits, labels):
     return losses.sum() / used.sum()
 
 
-def by_classes(logits, labels):
-    return F.cross_entropy(logits, labels, weight=CLASS_WEIGHTS.to(logits))
-
-
 def two_means(logits, labels):
     n = len(POINTS[0][0])
     return F.cross_entropy(logits[:n], labels[:n]) + F.cross_entropy(logits[n:], labels[n:])
@@ -68,7 +64,6 @@ WEIGHTED = {
     "row-means": (tiny_gpt2, TEXT, mean_of_means, 1, "0.02381 to 0.04167 .*add up to one, as"),
     "smoothed": (tiny_gpt2, TEXT, smoothed_mean_of_means, 1, "0.02381 to 0.04167 .*to one, as"),
     "tokens": (tiny_gpt2, TEXT, with_token_weights, 1, "add up to one, as in a mean of rows' own"),
-    "classes": (net, POINTS, by_classes, 0, "add up to one, as in .* weights of classes"),
     "two-means": (net, POINTS, two_means, 0, "0.1667 to 0.3333.*each, as in a sum of two means"),
 }
 
@@ -101,6 +96,71 @@ def over_all_tokens(logits, labels):
 
 def smoothed_over_all_tokens(logits, labels):
     return token_losses(logits, labels, label_smoothing=0.1)[0].mean()
+
+
+def by_classes(logits, labels, weight=CLASS_WEIGHTS, **form):
+    return F.cross_entropy(logits, labels, weight=weight.to(logits), **form)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("part", [0.5, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_mean_with_weights_of_classes_is_refused(dtype, part, smoothing):
+    loss = lambda *args: part * by_classes(*args, label_smoothing=smoothing)
+    train, val = ((x.to(dtype), y) for x, y in POINTS)
+    with pytest.raises(
+        GraddotError, match="weights of classes, .* none of its 9 samples has a loss"
+    ):
+        run_step(net().to(dtype), train, val, loss=loss, label_shift=0)
+
+
+def over_samples(logits, labels):
+    return by_classes(logits, labels, reduction="sum") / len(labels)
+
+
+def each_alone(logits, labels):
+    rows = zip(logits.split(1), labels.split(1), strict=True)
+    return torch.stack([by_classes(*row) for row in rows]).mean()
+
+
+def without_a_class(logits, labels):
+    """As padding is left out."""
+    return by_classes(logits, labels, torch.tensor([2.0, 0.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    ("loss", "options"),
+    [(over_samples, {}), (each_alone, {}), (without_a_class, {"ignore_index": 1})],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+def test_weights_of_classes_are_exact(loss, options):
+    """Where no sample's loss is divided by those of others."""
+    train, val = ((x.double(), y) for x, y in POINTS)
+    model = net().double()
+    scores, _ = run_step(model, train, val, loss=loss, label_shift=0, **options)
+    rows = [i for i, y in enumerate(train[1]) if y != options.get("ignore_index")]
+    few = tuple(x[rows] for x in train)
+    close(scores[rows], total(sample_dots(net().double(), few, val, loss)[0]), 1e-10)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("part", [0.1, 0.5, 3.0])
+def test_a_factor_hides_no_mean_of_means(part, dtype):
+    half = lambda *args: part * mean_of_means(*args)
+    with pytest.raises(GraddotError, match="add up to the same in every row"):
+        run_step(tiny_gpt2().to(dtype), *TEXT, loss=half)
+
+
+def test_weights_by_length_are_exact():
+    """Where the sum is divided by the number of labelled tokens, as of other weights of samples."""
+
+    def weighted(logits, labels):
+        losses, used = token_losses(logits, labels)
+        return (losses.sum(1) / used.sum(1)).sum() / used.sum()
+
+    scores, _ = run_step(tiny_gpt2().double(), *TEXT, loss=weighted)
+    want = total(sample_dots(tiny_gpt2().double(), *TEXT, weighted)[0])
+    close(scores, want, 1e-10)
 
 
 OTHERWISE_DIVIDED = {
@@ -431,3 +491,131 @@ def test_what_a_hook_sees_is_that_of_the_step():
     model[1].register_forward_hook(lambda module, args, out: seen.update(hidden=out))
     scores, _ = run_step(model, *POINTS, loss=features, label_shift=0)
     close(scores, total(want), 1e-5)
+
+
+def speech(rows, seed):
+    """Frames (rows, 14, 5), and texts of two to four labels."""
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(1, 6, (rows, 4), generator=g)
+    labels[torch.arange(4) >= 2 + torch.arange(rows)[:, None] % 3] = -100
+    return torch.randn(rows, 14, 5, generator=g).double(), labels
+
+
+def ctc_loss(logits, labels, reduction="mean"):
+    lengths = (labels != -100).sum(1)
+    log_probs = logits.log_softmax(-1).transpose(0, 1)
+    frames = torch.full_like(lengths, len(log_probs))
+    return F.ctc_loss(log_probs, labels.clamp(min=0), frames, lengths, reduction=reduction)
+
+
+def ctc_over_rows(logits, labels):
+    return ctc_loss(logits, labels, "sum") / len(labels)
+
+
+def ctc_over_tokens(logits, labels):
+    return ctc_loss(logits, labels, "sum") / (labels != -100).sum()
+
+
+@pytest.mark.parametrize("factor", [1.0, 1024.0])
+def test_ctc_losses_are_added_up_as_expected(factor):
+    """PyTorch's own mean is one of the rows' means."""
+    train, val = speech(4, 1), speech(2, 2)
+    for loss, text in [
+        (ctc_loss, "weigh 0.04167 to 0.08333 in .* in a mean of rows' own means"),
+        (ctc_over_rows, "weighs 0.1667 in .* divided by the number of rows or of all tokens"),
+        (functools.partial(ctc_loss, reduction="sum"), "weighs 1 in .* as in a sum"),
+    ]:
+        with pytest.raises(GraddotError, match=text):
+            run_step(net(6).double(), train, val, loss=loss, factor=factor, label_shift=0)
+    scores, _ = run_step(
+        net(6).double(), train, val, loss=ctc_over_tokens, factor=factor, label_shift=0
+    )
+    close(scores, total(sample_dots(net(6).double(), train, val, ctc_over_tokens)[0]), 1e-10)
+
+
+def test_of_one_number_a_row_ctc_losses_are_a_mean_of_rows():
+    (x, y), (xv, yv) = speech(4, 1), speech(2, 2)
+    texts = torch.cat([y, yv])
+    loss = lambda logits, rows: ctc_loss(logits, texts[rows])
+    train, val = (x, torch.arange(4)), (xv, torch.arange(4, 6))
+    model = net(6).double()
+    scores, _ = run_step(model, train, val, loss=loss, label_shift=0)
+    close(scores, total(sample_dots(net(6).double(), train, val, loss)[0]), 1e-10)
+    for name, grad in gradient(net(6).double(), *train, loss=loss).items():
+        assert torch.allclose(model.get_parameter(name).grad, grad, rtol=1e-10), name
+
+
+class TwoOutputs(nn.Module):
+    """Logits of two heads, or logits and the embeddings that they are made of, which every token uses."""
+
+    def __init__(self, heads):
+        super().__init__()
+        torch.manual_seed(0)
+        self.wte, self.mix = nn.Embedding(61, 8), nn.RNN(8, 8, batch_first=True, bidirectional=True)
+        self.heads = nn.ModuleList([nn.Linear(16, 61) for _ in range(heads)])
+
+    def forward(self, ids):
+        embedded = self.wte(ids)
+        hidden = self.mix(embedded)[0]
+        logits = [head(hidden) for head in self.heads]
+        return logits if len(logits) > 1 else (*logits, embedded)
+
+
+def test_what_logits_are_made_of_is_taken_for_no_logits():
+    loss = lambda out, labels: lm_loss(out[0], labels)
+    model = TwoOutputs(1).double()
+    scores, _ = run_step(model, *TEXT, loss=loss)
+    close(scores, total(sample_dots(TwoOutputs(1).double(), *TEXT, loss)[0]), 1e-10)
+    with pytest.raises(GraddotError, match="labelled tokens by its labels, but the loss used"):
+        run_step(TwoOutputs(1).double(), *TEXT, loss=loss, label_shift=0)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_every_head_is_looked_at(first):
+    """A loss of two heads, one of them a mean of rows' own means."""
+    loss = lambda out, labels: mean_of_means(out[first], labels) + lm_loss(out[1 - first], labels)
+    with pytest.raises(GraddotError, match="add up to one, as in a mean of rows' own means"):
+        run_step(TwoOutputs(2).double(), *TEXT, loss=loss)
+    both = lambda out, labels: 0.3 * lm_loss(out[0], labels) + lm_loss(out[1], labels)
+    scores, _ = run_step(TwoOutputs(2).double(), *TEXT, loss=both)
+    close(scores, total(sample_dots(TwoOutputs(2).double(), *TEXT, both)[0]), 1e-10)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_head_that_predicts_further_ahead_is_refused(first):
+    """The mean over the second next tokens, of which a row has one less, is no mean over the next."""
+
+    def loss(out, labels):
+        further = out[first][:, :-2].transpose(1, 2), labels[:, 2:]
+        return lm_loss(out[1 - first], labels) + 0.5 * F.cross_entropy(*further)
+
+    with pytest.raises(GraddotError, match="several heads' losses have to be of the same tokens"):
+        run_step(TwoOutputs(2).double(), *TEXT, loss=loss)
+
+
+class WithClass(nn.Module):
+    """Logits of tokens, and of a class of the row."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = TwoOutputs(1)
+        self.classes = nn.Linear(8, 3)
+
+    def forward(self, ids):
+        logits, embedded = self.model(ids)
+        return logits, self.classes(embedded.mean(1))
+
+
+@pytest.mark.parametrize("part", [0.1, 1.0])
+def test_a_class_of_rows_beside_tokens_is_no_mean_over_tokens(part):
+    """But where rows have as many of them."""
+
+    def loss(out, labels):
+        classes = F.cross_entropy(out[1], labels[:, 0] % 3)
+        return part * lm_loss(out[0], labels) + classes
+
+    with pytest.raises(GraddotError, match="weighs 0.1667 in .* divided by the number of rows"):
+        run_step(WithClass().double(), *TEXT, loss=loss)
+    train, val = token_batch(4, 9, seed=1), token_batch(2, 9, seed=2)
+    scores, _ = run_step(WithClass().double(), train, val, loss=loss)
+    close(scores, total(sample_dots(WithClass().double(), train, val, loss)[0]), 1e-10)

@@ -25,7 +25,7 @@ from .verify import tensors_in
 OUTPUTS = " outputs"  # beside the layers' names
 ROUGH = 1e-2  # tolerance for fp32, by which 16 bits may have gone, or TF32
 
-_DROPOUTS = {
+DROPOUTS = {
     F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
     torch.dropout, torch.alpha_dropout, torch.feature_dropout,
 }  # fmt: skip
@@ -43,7 +43,7 @@ _NEEDS_GRADIENT = {Tensor.register_hook, Tensor.retain_grad}
 
 # What `NoDropout` looks at: a forward asks for a shape or the like far more often.
 _CHANGED = {
-    *_DROPOUTS, *_DRAWN, *_NEEDS_GRADIENT, *KERNELS.values(), torch.randperm, torch.randint,
+    *DROPOUTS, *_DRAWN, *_NEEDS_GRADIENT, *KERNELS.values(), torch.randperm, torch.randint,
     F.scaled_dot_product_attention, F.multi_head_attention_forward,
 }  # fmt: skip
 
@@ -91,7 +91,7 @@ class NoDropout(TorchFunctionMode):
             ints = [x for x in args[:2] if isinstance(x, int)]
             low = ints[0] if len(ints) == 2 else kwargs.get("low", 0)
             return func(*args, **kwargs).fill_(low)
-        if func in _DROPOUTS:
+        if func in DROPOUTS:
             return args[0] if args else kwargs["input"]
         if func is F.scaled_dot_product_attention:
             args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args

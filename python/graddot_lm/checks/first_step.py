@@ -20,7 +20,7 @@ from ..segments import Segments, check_apart
 from .backward_check import check_backward
 from .digests import held_values, kept_numbers
 from .outputs import check_losses, check_memory, check_padding, is_divided
-from .own_loss import ForwardSpan, check_samples_apart, ignored_labels
+from .own_loss import ForwardSpan, check_class_weights, check_samples_apart, ignored_labels
 from .parts import ModelInputs
 from .verify import BufferCheck, LabelCheck, check_parameter_uses, tensors_in
 
@@ -274,7 +274,10 @@ class FirstStep:
         if self._span is not None:
             self._span.check(loss)
         check_parameter_uses(loss, self._whole)
+        check_class_weights(loss, len(counts if self._several is None else self._several))
         check_samples_apart(loss, self._returned, self.thorough, self._several)
+        if self._labels is not None:
+            self._labels.watch(loss)
 
     def finish(self, micro: MicroBatch) -> None:
         """After the backward. Raises GraddotError if a check of it failed."""
@@ -285,12 +288,12 @@ class FirstStep:
         if self._labels is not None:
             if self._labels.problem is not None:
                 raise GraddotError(self._labels.problem)
-            weights, self._labels.weights = self._labels.weights, None
+            weights, self._labels.weights = self._labels.weights, []
             of_losses, self._labels.of_losses = self._labels.of_losses, []
             scale, is_mean = micro.loss_scale, micro.loss_reduction == "mean"
             if scale.is_own and is_mean and micro.segments is None and micro.several is None:
-                if weights is not None:
-                    weights.check(micro.counts, micro.n, scale.factor())
+                for found in weights:
+                    found.check(micro.counts, micro.n, scale.factor())
                 for equal in of_losses:
                     equal.check(micro.counts, scale.factor())
         if self._reentrant is not None:

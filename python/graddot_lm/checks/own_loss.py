@@ -19,6 +19,7 @@ _SURELY_A_SUM = 4  # tokens of weight 1: of fewer it may be a factor that the lo
 _COMMUNICATION = ("torch.distributed.nn", "torch.distributed._functional_collectives")
 AT_MOST = 2**22  # numbers that a look may cost: it is at what a batch has of it, not at all logits
 AT_ONCE = 2**19  # of them in float64
+_MEAN = 1  # PyTorch's number for reduction="mean"
 
 
 class ForwardSpan:
@@ -153,6 +154,23 @@ def ignored_labels(loss: Tensor) -> set[int]:
     return {x - 2**64 if x >= 2**63 else x for x in kept if x is not None}
 
 
+def check_class_weights(loss: Tensor, samples: int) -> None:
+    """Raise GraddotError if a loss is made of PyTorch's cross-entropies over several samples that divide by
+    the weights of all their labels' classes. A weight of 0 leaves a class out."""
+    divided = 0
+    for node in _between(loss.grad_fn, set()):
+        if node.name().startswith("NllLoss") and node._saved_weight is not None:
+            used = node._saved_weight[node._saved_weight != 0]
+            is_mean = node._saved_reduction == _MEAN and used.numel() > 0
+            divided += is_mean and bool(used.min() != used.max())
+    if 0 < divided < samples:
+        raise GraddotError(
+            "the loss passed to track_loss is a cross-entropy with weights of classes, divided by those of all"
+            f" labels of the batch, so that none of its {samples} samples has a loss of its own. Divide the sum"
+            ' (reduction="sum") by the number of labelled tokens, whatever the weights'
+        )
+
+
 def _compares_pairs(node: Any, ends: set[Any], rows: int) -> bool:
     """Whether it is a distance, which cannot be differentiated twice, of all of these rows, or all of one
     half and of the other: each side made of what the ends are."""
@@ -181,7 +199,64 @@ def _gathers(node: Any) -> bool:
     return any(len(x.shape) > 0 for x in node._input_metadata)
 
 
-class TokenWeights:
+def sums_of_rows(loss: Tensor) -> list[Any]:
+    """The nodes of a loss that make (rows,), the sum over each row's labels: PyTorch's CTC losses."""
+    return [n for n in _between(loss.grad_fn, set()) if "CtcLossBackward" in n.name()]
+
+
+class RowWeights:
+    """What the tokens of each row weigh in a loss, by its gradient at the rows' sums, (rows,)."""
+
+    def __init__(self, grad: Tensor) -> None:
+        used = grad != 0
+        self._shape, self.tolerance = grad.shape, _tolerance(grad.dtype)
+        self.known = bool(used.any())
+        self._by_row = grad.double().masked_fill(~used, math.nan)
+        self._weight = self._by_row[used]
+
+    def check(self, counts: Tensor, n: int, factor: Tensor) -> None:
+        """Raise GraddotError if they differ, and add up to 1 over all rows or over training rows, the
+        first n, and validation rows each, or to the same in every row; or as `EqualWeights`. counts
+        (rows,) are labelled tokens."""
+        if not self.known:
+            return
+        low, high = (x / factor.to(self._weight.device) for x in self._weight.aminmax())
+        if not high - low > self.tolerance * high.abs():
+            EqualWeights(self._weight.mean(), self._shape, self.tolerance).check(counts, factor)
+            return
+        weights = self._by_row / factor.to(self._by_row.device)
+        sums = torch.where(counts > 0, counts * weights, 0.0).to(weights)
+        is_one = lambda x: bool((x - 1).abs() < self.tolerance / 20)
+        if is_one(sums.sum()):
+            what = "add up to one, as in a mean of rows' own means or one with weights of classes"
+        elif n < len(sums) and is_one(sums[:n].sum()) and is_one(sums[n:].sum()):
+            what = "add up to one over training and validation rows each, as in a sum of two means"
+        elif self._same_in_all(sums, counts):
+            what = "add up to the same in every row, as in a mean of rows' own means times a factor"
+        else:
+            return  # weights that have nothing to do with the rest of the batch
+        raise GraddotError(
+            f"the labelled tokens of the batch weigh {float(low):.4g} to {float(high):.4g} in the loss"
+            f" passed to track_loss, and {what}. Expected the mean over the labelled tokens of all"
+            " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
+            " rows' own means give the engine labels of one number a row, so that each counts once"
+        )
+
+    def _same_in_all(self, sums: Tensor, counts: Tensor) -> bool:
+        """Whether rows with different numbers of labelled tokens have the same sum of weights, other than
+        weights by their length would have, of a sum divided by the number of labelled tokens."""
+        counts = counts.to(sums.device)
+        told = (counts > 0) & sums.isfinite()
+        if not told.any():
+            return False
+        fewest, most = counts[told].aminmax()
+        low, high = sums[told].abs().aminmax()
+        alike = high - low <= self.tolerance / 10 * high
+        divided = (high * counts.sum() - 1).abs() < self.tolerance / 10
+        return bool((fewest < most) & alike & ~divided)
+
+
+class TokenWeights(RowWeights):
     """What the tokens of each row weigh in a cross-entropy, by the gradient at its logits.
 
     There it is w · (p − y) for a token of weight w, of which p, softmax of the logits, is known, and y
@@ -215,31 +290,6 @@ class TokenWeights:
         number = torch.bincount(row, minlength=rows)
         total = self._weight.new_zeros(rows).index_add_(0, row, self._weight)
         self._by_row = total / number  # NaN of a row of which nothing is told
-
-    def check(self, counts: Tensor, n: int, factor: Tensor) -> None:
-        """Raise GraddotError if they differ, and add up to 1 over all rows or over training rows, the
-        first n, and validation rows each; or as `EqualWeights`. counts (rows,) are labelled tokens."""
-        if not self.known:
-            return
-        low, high = (x / factor.to(self._weight.device) for x in self._weight.aminmax())
-        if not high - low > self.tolerance * high.abs():
-            EqualWeights(self._weight.mean(), self._shape, self.tolerance).check(counts, factor)
-            return
-        weights = self._by_row / factor.to(self._by_row.device)
-        sums = torch.where(counts > 0, counts * weights, 0.0).to(weights)
-        is_one = lambda x: bool((x - 1).abs() < self.tolerance / 20)
-        if is_one(sums.sum()):
-            what = "add up to one, as in a mean of rows' own means or one with weights of classes"
-        elif n < len(sums) and is_one(sums[:n].sum()) and is_one(sums[n:].sum()):
-            what = "add up to one over training and validation rows each, as in a sum of two means"
-        else:
-            return  # weights that have nothing to do with the rest of the batch
-        raise GraddotError(
-            f"the labelled tokens of the batch weigh {float(low):.4g} to {float(high):.4g} in the loss"
-            f" passed to track_loss, and {what}. Expected the mean over the labelled tokens of all"
-            " rows. Divide a sum with weights by their number, whatever the weights; for the mean of"
-            " rows' own means give the engine labels of one number a row, so that each counts once"
-        )
 
 
 class EqualWeights:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..distributed import is_sharded
 from ..errors import GraddotError
 from ..rules.layers import ScoredFunction
-from .own_loss import EqualWeights, TokenWeights
+from .own_loss import EqualWeights, RowWeights, TokenWeights, sums_of_rows
 
 
 def tensors_in(output: Any) -> Iterator[Tensor]:
@@ -195,18 +195,17 @@ class LabelCheck:
         ignores: bool = False,
     ) -> None:
         """summed adds up what each token has, (rows, T), as counts are."""
-        self.problem: str | None = None
-        self.weights: TokenWeights | None = None  # what the backward under way has shown
+        # Of each output, whether its gradient is that of a cross-entropy, and what is wrong with it.
+        self._problems: dict[int, tuple[bool, str | None]] = {}
+        self.weights: list[RowWeights] = []  # what the backward under way has shown
         self.of_losses: list[EqualWeights] = []  # the same, of losses of rows or tokens
-        self._counts, self._first, self._strict = (
-            counts,
-            first,
-            first or ignores or labels.dim() > 1,
-        )
-        self._summed, self._most = summed, math.inf
+        self._counts, self._summed, self._most = counts, summed, math.inf
+        self._first, self._strict = first, first or ignores or labels.dim() > 1
         for x in tensors_in(output):
             if x.requires_grad and x.dim() in (1, 2) and len(x) == len(labels):
                 x.register_hook(self._note_losses)
+                if x.dim() == 2 and labels.dim() > 1:  # a class of whole rows beside tokens
+                    x.register_hook(functools.partial(self._note_classes, x.detach()))
         behind, before = [], []  # (rows, ..., C), and (rows, C, ...) as of images
         for x in tensors_in(output):
             if x.requires_grad and x.dim() == labels.dim() + 1 and not labels.is_floating_point():
@@ -218,13 +217,37 @@ class LabelCheck:
             behind = [output["logits"]]
         if not (behind or before):
             behind = self._longer(output, labels)
-        for logits, classes in [(x, -1) for x in behind[-1:]] or [(x, 1) for x in before[-1:]]:
-            compare = functools.partial(self._compare, logits.detach(), classes)
+        classes = -1 if behind else 1
+        self._heads = len(behind or before)
+        for place, logits in enumerate(behind or before):
+            compare = functools.partial(self._compare, place, logits.detach(), classes)
             logits.register_hook(compare)
+
+    @property
+    def problem(self) -> str | None:
+        """What is wrong with an output whose gradient is a cross-entropy's, or, if there is none, with the
+        last that has a gradient: another may be what logits are made of."""
+        found = [self._problems[place] for place in sorted(self._problems)]
+        judged = [problem for known, problem in found if known] or [p for _, p in found[-1:]]
+        return next((problem for problem in judged if problem is not None), None)
+
+    def watch(self, loss: Tensor) -> None:
+        """See what rows weigh in a loss of the caller's own whose backward is to come."""
+        for node in sums_of_rows(loss):
+            node.register_prehook(self._note_sums)
+
+    def _note_sums(self, grads: tuple[Tensor | None, ...]) -> None:
+        if grads[0] is not None and grads[0].shape == (len(self._counts),):
+            self.weights.append(RowWeights(grads[0]))
 
     def _note_losses(self, grad: Tensor | None) -> None:  # None where DDP has none
         if grad is not None and (found := EqualWeights.of(grad)) is not None:
             self.of_losses.append(found)
+
+    def _note_classes(self, logits: Tensor, grad: Tensor | None) -> None:
+        if grad is not None:
+            used = (grad != 0).any(1, keepdim=True)
+            self.weights.append(TokenWeights(logits[:, None], grad[:, None], used))
 
     def _longer(self, output: Any, labels: Tensor) -> list[Tensor]:
         """The logits of a model that puts tokens of its own before those that labels have."""
@@ -238,7 +261,7 @@ class LabelCheck:
         self._summed, self._most = lambda by_token: by_token.sum(1), labels.shape[1]
         return [logits]
 
-    def _compare(self, logits: Tensor, classes: int, grad: Tensor) -> None:
+    def _compare(self, place: int, logits: Tensor, classes: int, grad: Tensor) -> None:
         last = [x.movedim(classes, -1) for x in (logits, grad)]
         logits, grad = (x.reshape(x.shape[0], -1, x.shape[-1]) for x in last)
         if not self._first and grad.isnan().any():  # it may be of 0 times NaN
@@ -247,20 +270,28 @@ class LabelCheck:
         used = self._summed(~idle)
         if (used > self._most).any():  # frames of speech, of which labels are no tokens
             return
-        self.weights = TokenWeights(logits, grad, ~idle)
+        weights = TokenWeights(logits, grad, ~idle)
+        self.weights.append(weights)
         missing = self._counts.to(used.device) - used
         if (missing > 0).any():
             gone = self._summed(idle & _rounds_to_zero(logits, grad))
             missing = torch.where(missing > 0, (missing - gone).clamp(min=0), missing)
         wrong = (missing != 0 if self._strict else missing < 0).nonzero().flatten().tolist()
+        problem = None
         if wrong:
             row = wrong[0]
-            self.problem = (
+            problem = (
                 f"row {row} of the batch has {int(self._counts[row])} labelled tokens by its"
                 f" labels, but the loss used {int(used[row])}. Pass label_shift=1 if the loss"
                 " shifts the labels itself, and 0 if it does not; if it ignores another value than"
                 " -100, pass ignore_index"
+                + (
+                    "; several heads' losses have to be of the same tokens"
+                    if self._heads > 1
+                    else ""
+                )
             )
+        self._problems[place] = weights.known, problem
 
 
 def _rounds_to_zero(logits: Tensor, grad: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from ..checkpointing import runs_again_alone
+from ..checks.digests import DROPOUTS
 from ..errors import GraddotError
 from ..scored import Scored, thread
 from .followed import Followed, is_tensor, tensors_among
@@ -28,6 +29,8 @@ from .scored_operations import scored_operation
 WRITES = {"__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__"}
 ONLY_THE_TYPE = {"to", "type_as"}  # of a second tensor
 CASTS = {*ONLY_THE_TYPE, "type", "float", "double", "half", "bfloat16"}
+# What leaves the first dimension what it was; proofs have other casts, and no dropout.
+KEEPS_ROWS = CASTS | {function.__name__ for function in DROPOUTS}
 TRANSPOSES = (Tensor.t, torch.t, Tensor.T.__get__, Tensor.mT.__get__)  # type: ignore[attr-defined]
 # What was decided in a forward, by function and number of its call: for each result whether its
 # first dimension is that of the rows; None of a call that met rows.
@@ -116,9 +119,9 @@ class Following(TorchFunctionMode):
             out = func(*args, **kwargs)
             if all(id(x) in followed.made for x in variable):
                 results = list(tensors_among((out,)))
-                cast = bool(tensors) and name in CASTS
-                made = cast and id(tensors[0]) in followed.made
-                expanded = (made,) * len(results) if cast else self._decided(name, results)
+                keeps = bool(tensors) and name in KEEPS_ROWS
+                made = keeps and id(tensors[0]) in followed.made
+                expanded = (made,) * len(results) if keeps else self._decided(name, results)
                 for x, has_rows in zip(results, expanded, strict=True):
                     if has_rows:
                         followed.made[id(x)] = x
@@ -259,7 +262,7 @@ class Following(TorchFunctionMode):
             return results[k].to(dtype)  # autocast does not reach every operation under vmap
 
         outputs, name = list(tensors_among((out,))), getattr(func, "__name__", "")
-        if name in CASTS:
+        if name in KEEPS_ROWS:
             expanded: tuple[bool, ...] = (id(sources[0]) in self._followed.expanded,)
         else:
             expanded = self._decided(name, outputs)
@@ -284,8 +287,8 @@ class Following(TorchFunctionMode):
 
     def _decided(self, name: str, outputs: list[Tensor]) -> tuple[bool, ...]:
         """Whether the first dimension of each result of a call without rows is that of the rows: as
-        was decided in the proof, else by its length. Casts, which depend on dtypes that the proof
-        does not have, leave things as they are."""
+        was decided in the proof, else by its length. Not asked of what leaves that as it is, as casts,
+        which depend on dtypes that the proof does not have."""
         rows = self._scored.rows
         fits = tuple(x.dim() > 0 and x.shape[0] > 0 and x.shape[0] % rows == 0 for x in outputs)
         known = self._known.get(self._next(name))
