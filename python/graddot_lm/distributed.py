@@ -153,7 +153,8 @@ def check_plain(name: str, parameter: Tensor | None, known: nn.Parameter) -> Non
     if parameter is not known and not isinstance(known, DTensor):
         raise GraddotError(
             f"{name} was replaced since the engine was made; make the engine last, after"
-            " fully_shard and whatever else replaces parameters"
+            " fully_shard and whatever else replaces parameters. In a forward that runs layers with other"
+            " weights (torch.func.functional_call) they cannot be scored"
         )
 
 
