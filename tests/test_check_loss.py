@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from brute_force import gradient, lm_loss, sample_dots, tiny_gpt2, total
 from graddot_lm import GraddotError, GradDotProdEngine
 from net_steps import step
+from process_group import on_processes
 from test_own_loss import POINTS, TEXT, mean_of_means, net
 from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
 
 SCENES = torch.randn(6, 9, 8, generator=torch.Generator().manual_seed(3)).double()
 FOUND = (torch.arange(54).view(6, 9) % 5 == 0).double()  # of a box each whether an object is in it
@@ -165,3 +168,29 @@ def test_in_the_midst_of_training(close):
     expected = gradient(model, *train)
     for name, p in model.named_parameters():
         close(p.grad, expected[name], 1e-10, expected[name].norm())
+
+
+def check_and_step(rank, world, sharded):
+    model = tiny_gpt2().double()
+    if sharded:
+        for block in model.transformer.h:
+            fully_shard(block)
+        fully_shard(model)
+    else:
+        DistributedDataParallel(model)
+    engine = GradDotProdEngine(model, TEXT[1], label_shift=1)
+    engine.attach()
+    with pytest.raises(GraddotError, match="Expected the mean over"):
+        engine.check_loss(loss_fn(mean_of_means), TEXT[0])
+    engine.check_loss(loss_fn(lm_loss), TEXT[0])
+    engine.attach_train_batch(*TEXT[0], 0, None)
+    x, y = engine.prepare_forward_input(*TEXT[0])
+    engine.track_loss(lm_loss(model(x).logits, y)).backward()
+    return engine.aggregate_and_log()
+
+
+@pytest.mark.parametrize("sharded", [False, True], ids=["ddp", "fsdp2"])
+def test_several_processes(tmp_path, sharded, close):
+    dots, scales = sample_dots(tiny_gpt2().double(), *TEXT)
+    for scores in on_processes(2, tmp_path, check_and_step, sharded):
+        close(scores, total(dots), 1e-10, total(scales))

@@ -249,7 +249,8 @@ class GradDotProdEngine:
         on the batch and on parts of it, without dropout and with the same noise for every row; compared are
         the losses and their gradients at what the model returns. That shows what a checked step cannot see
         in the loss alone, as a division by the batch's positives. The batch should have what rows of
-        training differ in: lengths, classes, labels that are ignored.
+        training differ in: lengths, classes, labels that are ignored. In a sharded model all processes
+        call it, between two steps, with the same batch.
         """
         if distributed.is_sharded(self._parameters.values()):
             self._require_no_step()
@@ -471,7 +472,7 @@ class GradDotProdEngine:
 
         A loss that the caller computes is refused without; `.loss` of a model's output is tracked.
         Raises GraddotError in a checked step if the loss compares samples, and `prepare_gradients` if
-        it is a mean with weights.
+        it is a mean with weights, as far as the loss alone shows that; `check_loss` sees more.
         """
         run_compiled()
         return self._forward.tracked(loss)
