@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from brute_force import sample_dots, total
 from engine_steps import check_against_brute_force, close, run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer, register_layer
+from graddot_lm.checks import layer_proof
 from graddot_lm.rules.norms import RMSNormForm, rms_norm_form
 from graddot_lm.rules.table import rule_for
 from torch import nn
@@ -240,6 +241,17 @@ def wrong(rule):
 def test_check_layer_names_what_is_wrong(rule, match):
     with pytest.raises(GraddotError, match=match):
         check_layer(wrong(rule), X)
+
+
+def test_a_long_proof_is_announced(monkeypatch, caplog):
+    data = lambda rows: (torch.randn(rows, 6), torch.arange(rows) % 6)
+    for largest in (2**24, 20):
+        monkeypatch.setattr(layer_proof, "LARGE", largest)
+        model = nn.Sequential(ByMaximum(6), nn.Linear(6, 6))
+        model[0].more = nn.Parameter(torch.randn(30), requires_grad=False)
+        run_step(model, data(4), data(2), loss=F.cross_entropy, label_shift=0)
+        told = "layer 0 of type ByMaximum, of 0 million parameters, is proven now, once, on"
+        assert (told in caplog.text) == (largest == 20)
 
 
 class Wide(Scale):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -25,6 +26,8 @@ from .verify import foreign_uses, tensors_in
 
 WayType = TypeVar("WayType", bound=Rule)
 TOLERANCE = 1e-5  # of the norm: many layers compute in fp32 whatever their input is
+LARGE = 2**24  # parameters of a layer whose proof is announced
+_log = logging.getLogger(__name__)
 
 
 def check_layer(module: nn.Module, *inputs: Any, **kwargs: Any) -> None:
@@ -64,7 +67,14 @@ def prove(
     rows = scored.rows
     error: GraddotError | None = None
     counts = _unlike(module, scored, args, kwargs)
-    for count in counts[skip : skip + 2] or counts[-1:]:
+    tried = counts[skip : skip + 2] or counts[-1:]
+    if (size := sum(p.numel() for p in module.parameters())) > LARGE:
+        _log.warning(
+            "layer %s of type %s, of %.0f million parameters, is proven now, once, on %d rows in float64, which"
+            " may take as long as many steps (docs/guide.md, Models)",
+            scored.name or "(itself)", type(module).__name__, size / 1e6, tried[0],
+        )  # fmt: skip
+    for count in tried:
         few = [i % rows for i in range(count - 1)] + [rows - 1]
         try:
             return _prove_on(module, scored, make, few, args, kwargs)
