@@ -5,8 +5,13 @@ from brute_force import sample_dots, token_batch, total
 from engine_steps import relative, run_step
 from graddot_lm import GraddotError
 from graddot_lm.checks import copies, layer_proof
-from model_zoo import VOCAB, moe
+from model_zoo import VOCAB, moe, needs_mixtures
 from test_models import TOLERANCE
+
+
+def mixture():
+    needs_mixtures()
+    return moe("Mixtral", num_local_experts=8)
 
 
 def experts_of(model):
@@ -23,7 +28,7 @@ def test_experts_in_one_module_are_proven_on_a_few(monkeypatch, record_property)
         return copies.exact_copy(module)
 
     monkeypatch.setattr(layer_proof, "exact_copy", exact_copy)
-    model = moe("Mixtral", num_local_experts=8)
+    model = mixture()
     train, val = token_batch(4, 11, VOCAB, seed=1), token_batch(2, 11, VOCAB, seed=2)
     dots, _ = sample_dots(model, train, val)
     scores, _ = run_step(model, train, val)
@@ -43,7 +48,7 @@ def of_class(model, forward):
 
 def test_experts_that_do_something_else_are_refused():
     twice = lambda forward: lambda self, *args: 2 * forward(self, *args)
-    model = of_class(moe("Mixtral", num_local_experts=8), twice)
+    model = of_class(mixture(), twice)
     with pytest.raises(GraddotError, match="mlp.experts of type Other has no rule that holds"):
         run_step(model, token_batch(4, 11, VOCAB, seed=1), token_batch(2, 11, VOCAB, seed=2))
 
@@ -56,7 +61,7 @@ def test_experts_that_cannot_be_made_fewer_are_proven_as_they_are(close):
 
         return call
 
-    model = of_class(moe("Mixtral", num_local_experts=8), of_eight).double()
+    model = of_class(mixture(), of_eight).double()
     train, val = token_batch(4, 11, VOCAB, seed=1), token_batch(2, 11, VOCAB, seed=2)
     dots, scales = sample_dots(model, train, val)
     close(run_step(model, train, val)[0], total(dots), TOLERANCE, total(scales))
