@@ -1,13 +1,11 @@
 """nn.RNNCell, LSTMCell and GRUCell, called token by token, so that their weights have many uses."""
 
-import copy
-
 import pytest
 import torch
 from brute_force import gradient, lm_loss, sample_dots, token_batch, total
 from engine_steps import run_step
 from graddot_lm import GraddotError, GradDotProdEngine, check_layer
-from loop_steps import same_gradients
+from test_recurrent import check_exact, check_norms
 from torch import nn
 
 CELLS = {
@@ -55,15 +53,7 @@ def test_a_cell(kind, rows):
 @CELL
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 def test_a_language_model(kind, bias, close):
-    model = Reader(kind, bias)
-    dots, scales = sample_dots(model, TRAIN, VAL)
-    want = gradient(model, *TRAIN)
-    for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):
-        trained = copy.deepcopy(model).to(dtype)
-        scores, of_parameters = run_step(trained, TRAIN, VAL)
-        close(scores, total(dots), tolerance, total(scales))
-        same_gradients(trained, want, tolerance)
-        assert set(of_parameters) == {name for name, _ in model.named_parameters()}
+    check_exact(Reader(kind, bias), TRAIN, VAL, close)
 
 
 @CELL
@@ -74,11 +64,7 @@ def test_norms(kind, close):
     engine.attach_train_batch(*TRAIN, 0, None)
     x, y = engine.prepare_forward_input(*TRAIN)
     engine.track_loss(lm_loss(model(x), y)).backward()
-    dots, scales = sample_dots(model, TRAIN, VAL)
-    close(engine.aggregate_and_log(), total(dots), 1e-9, total(scales))
-    own = [gradient(model, TRAIN[0][i : i + 1], TRAIN[1][i : i + 1]) for i in range(4)]
-    norms = [torch.stack([g.norm() for g in grads.values()]).norm() for grads in own]
-    close(engine.gradient_norms(), torch.stack(norms), 1e-9)
+    check_norms(engine, TRAIN, VAL, close)
 
 
 @CELL

@@ -178,15 +178,15 @@ def check_loss_of_tokens(
     share = lambda which: float(tokens[list(which)].sum() / tokens.sum()) if mean else 1.0
     parts = LossOfParts(model, loss_of, SampleRows(rows), share, moved=False)
     with unnoticed():
-        (first, _), (again, _) = parts.run(rows), parts.run(rows)
-        if not parts.same(first, again):
-            raise GraddotError(
-                f"the loss of one batch is {float(first):.6g} and then {float(again):.6g}: NaN, or made of"
-                " random numbers of a generator of its own. Let loss_fn draw the same for a row each time"
-            )
         difference = parts.difference()
-    if difference is None:
-        return
+        if difference is None:
+            return
+        (first, _), (again, _) = parts.run(rows), parts.run(rows)
+    if not parts.same(first, again):
+        raise GraddotError(
+            f"the loss of one batch is {float(first):.6g} and then {float(again):.6g}: NaN, or made of random"
+            " numbers of a generator of its own. Let loss_fn draw the same for a row each time"
+        )
     some, others = map(len, difference.parts[::-1])
     made_of = "the mean by labelled tokens of those" if mean else "the sum of those"
     raise GraddotError(
