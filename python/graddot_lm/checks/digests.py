@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import GraddotError
 from ..rules.recurrent import KERNELS
 from ..scored import first_tensor
+from .parts import Numbers
 from .verify import tensors_in
 
 OUTPUTS = " outputs"  # beside the layers' names
@@ -220,6 +221,14 @@ def kept_numbers(model: nn.Module) -> dict[int | str, Tensor]:
     return found
 
 
+def numbers_of(model: nn.Module, out: Any) -> Numbers:
+    """To be called while the modules still hold what the forward left in them."""
+    numbers = kept_numbers(model)
+    numbers.update({k: x for k, x in enumerate(tensors_in(out)) if x.dim() == 0})
+    aux_loss = out.get("aux_loss") if isinstance(out, Mapping) else None
+    return Numbers({key: x.double() for key, x in numbers.items()}, aux_loss)
+
+
 def own_inputs(arguments: Any) -> Any:
     """A call's arguments with copies of their tensors, for a model may write to its input."""
     copies: dict[int, Tensor] = {}
@@ -262,8 +271,10 @@ def digests(
     kwargs: Any,
     on_layer: Callable[[nn.Module, str], None] = lambda module, name: None,
     followed: Collection[str] = (),
+    on_output: Callable[[Any], None] = lambda out: None,
 ) -> dict[str, list[Digest]]:
-    """Digests of every call's first tensor by layer name, and of the outputs."""
+    """Digests of every call's first tensor by layer name, and of the outputs. on_output gets the outputs
+    while the modules still hold what the forward left in them."""
     found: dict[str, list[Digest]] = {}
     within: list[str] = []
 
@@ -289,6 +300,7 @@ def digests(
     args, kwargs = own_inputs((args, kwargs))
     with forwards_replaced(layers, seen), own_buffers(model):
         out = model(*args, **kwargs)
+        on_output(out)
     found[OUTPUTS] = [digest(x) for x in tensors_in(out) if x.dim() > 0]
     calls = [x for calls in found.values() for x in calls]
     if not any(x.tolerance > ROUGH for x in calls):  # nor is what 16 bits made cast to fp32
@@ -305,12 +317,20 @@ def digest(x: Tensor) -> Digest:
     if torch.is_autocast_enabled(x.device.type):
         tolerance = 0.1
     generator = torch.Generator().manual_seed(x.shape[-1])
-    direction = torch.randn(x.shape[-1], generator=generator, device="cpu").to(x.device)
-    wide = x if x.dtype == torch.float64 else x.float()
-    # As logits of classes that are masked, or tokens that attend to nothing: one would hide all beside it.
-    wide = wide.nan_to_num(nan=0.5, posinf=1.0, neginf=-1.0)
-    values = (wide * direction).sum(-1) if x.dim() > 1 else wide
+    direction = torch.randn(x.shape[-1], generator=generator, device="cpu")
+    project = lambda x: times(x, direction) if x.dim() > 1 else x if x.itemsize > 2 else x.float()
+    values = project(x)
+    if not bool(values.isfinite().all()):
+        # As logits of classes that are masked, or tokens that attend to nothing: one would hide all beside it.
+        values = project(x.nan_to_num(nan=0.5, posinf=1.0, neginf=-1.0))
     return Digest(x.shape, values, tolerance)
+
+
+def times(x: Tensor, directions: Tensor) -> Tensor:
+    """x @ directions, in fp32, or fp64 where x is; nothing else as large as x is made of fp32."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    with torch.autocast(x.device.type, enabled=False):
+        return wide @ directions.to(wide)
 
 
 def equal(a: list[Digest], b: list[Digest]) -> bool:

@@ -210,8 +210,11 @@ class FirstStep:
         fused = hasattr(self._model.__dict__.get("forward"), "label_shift")  # checks itself
         if not fused or micro.segments is not None:
             weights = micro.counts if micro.loss_reduction == "mean" else None
+            of_rows = several is None and micro.segments is None
+            # Processes that share the model have to run it equally often.
+            known = inputs.numbers if of_rows and not micro.step.sharded else {}
             self._problems = check_losses(
-                self._model, *inputs.both, samples, weights, take,
+                self._model, *inputs.both, samples, weights, take, known,
                 thorough=inputs.thorough, runs=inputs.runs,
             )  # fmt: skip
 

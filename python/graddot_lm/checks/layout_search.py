@@ -4,7 +4,7 @@ another kind, and remembered in between."""
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from ..rules.general import NoRows
 from ..scored_layers import ScoredLayers
 from ..scores import MicroBatch
 from ..step import Step, refuse_backward
-from .digests import own_buffers, own_inputs
+from .digests import numbers_of, own_buffers, own_inputs
 from .outputs import check_outputs
 from .parts import ModelInputs, splits_of
 from .rows import KnownLayouts, Layout, MixedSamples, find_layouts
@@ -157,12 +157,16 @@ class LayoutSearch:
         """`find_layouts`, where layers that get tokens picked out of the batch are experts."""
         resolve = functools.partial(self._resolve, micro)
         mixed: MixedSamples | None = None
+
+        def note(part: Sequence[int], out: Any) -> None:
+            inputs.numbers[tuple(part)] = numbers_of(self._model, out)
+
         while True:
             try:
                 layouts = find_layouts(
                     self._model, self._layers.judged(), *inputs.both, inputs.rows, resolve,
                     self._layers.followed(), inputs.entries, thorough=inputs.thorough,
-                    runs=inputs.runs, agreed=self._averaging.agreed,
+                    runs=inputs.runs, agreed=self._averaging.agreed, on_output=note,
                 )  # fmt: skip
                 break
             except MixedSamples as error:

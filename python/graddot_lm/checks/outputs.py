@@ -20,13 +20,13 @@ from .digests import (
     digest,
     held_values,
     hold,
-    kept_numbers,
     must_run,
+    numbers_of,
     own_buffers,
     own_inputs,
     own_random,
 )
-from .parts import Entries, filled_up, splits_of, take_inputs
+from .parts import Entries, Numbers, filled_up, splits_of, take_inputs
 from .verify import placed_tensors, tensors_in
 
 
@@ -323,6 +323,7 @@ def check_losses(
     rows: int,
     weights: Tensor | None,
     take: Callable[[Any, list[int]], Any],
+    known: Mapping[tuple[int, ...], Numbers],
     *,
     thorough: bool = True,
     runs: int = 0,
@@ -333,29 +334,30 @@ def check_losses(
     take(inputs, index) gives a model's inputs for some of the rows, which may be samples that share
     one. weights (rows,) are the rows' labelled tokens for a loss that is their mean, None for a sum. An
     auxiliary loss of a mixture of experts, class weights or a comparison of samples make a loss that is
-    neither. thorough and runs as in `find_layouts`.
+    neither. known are the numbers of some of the rows, on which it is not run again; thorough and runs as in
+    `find_layouts`.
     """
     splits = splits_of(rows, thorough)
     parts = filled_up([part for split in splits for part in split], runs)
     losses: list[dict[int | str, Tensor]] = []
     with torch.no_grad(), own_random(), NoDropout():
         for part in [list(range(rows)), *parts]:
-            part_args, part_kwargs = take((args, kwargs), part)
-            with own_buffers(model):
-                out = model(*part_args, **part_kwargs)
-                numbers = kept_numbers(model)
-            numbers.update({k: x for k, x in enumerate(tensors_in(out)) if x.dim() == 0})
+            if (found := known.get(tuple(part))) is None:
+                part_args, part_kwargs = take((args, kwargs), part)
+                with own_buffers(model):
+                    found = numbers_of(model, model(*part_args, **part_kwargs))
+            numbers, aux_loss = found
             if not numbers:
                 return {}
-            if isinstance(out, Mapping) and out.get("aux_loss") is not None:
+            if aux_loss is not None:
                 problem = (
-                    f"the loss has an aux_loss ({float(out['aux_loss']):.4g}) over all rows of the"
+                    f"the loss has an aux_loss ({float(aux_loss):.4g}) over all rows of the"
                     " batch, as that which balances experts, in which no row has a part of its"
                     " own; pass output_router_logits=False, or TRL router_aux_loss_coef=0.0"
                 )
                 return dict.fromkeys(numbers, problem)
-            losses.append({key: x.double() for key, x in numbers.items()})
-    found: dict[int | str, str] = {}
+            losses.append(numbers)
+    wrong: dict[int | str, str] = {}
     whole, *of_parts = losses
     rough = loss_tolerance(model)
     # What balances experts is all but the same in every part.
@@ -366,10 +368,10 @@ def check_losses(
             continue
         for k, split in enumerate(splits):
             of_split = torch.stack([value, *values[2 * k : 2 * k + 2]])
-            wrong = _problem(key, of_split, split, weights, tolerance[type(key)])
-            if wrong is not None:
-                found.setdefault(key, wrong)
-    return found
+            what = _problem(key, of_split, split, weights, tolerance[type(key)])
+            if what is not None:
+                wrong.setdefault(key, what)
+    return wrong
 
 
 def _problem(

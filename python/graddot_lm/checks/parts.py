@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,17 +72,26 @@ def filled_up(parts: list[list[int]], runs: int) -> list[list[int]]:
     return parts + parts[-1:] * (runs - len(parts))
 
 
+class Numbers(NamedTuple):
+    """What a run of a model gave without dimensions: by place among what it returned, and by name what its
+    modules hold; and a Hugging Face mixture's loss that balances experts."""
+
+    values: dict[int | str, Tensor]
+    aux_loss: Tensor | None
+
+
 @dataclass
 class ModelInputs:
     """What a model of a step is called with, and on what parts of its rows the checks run it: where they
     are `thorough`, on so many that any two rows are apart in one; and on at least `runs` of them, as on
-    the other processes that share it."""
+    the other processes that share it. numbers are what it gave for those that it ran on already."""
 
     args: Any
     kwargs: Mapping[str, Any]
     rows: int
     thorough: bool
     runs: int = 0
+    numbers: dict[tuple[int, ...], Numbers] = field(default_factory=dict)
     entries: Entries = field(init=False)
 
     def __post_init__(self) -> None:

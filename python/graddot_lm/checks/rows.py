@@ -94,8 +94,10 @@ def find_layouts(
     thorough: bool = True,
     runs: int = 0,
     agreed: Callable[[bool], bool] = bool,
+    on_output: Callable[[Sequence[int], Any], None] = lambda part, out: None,
 ) -> dict[str, Layout]:
-    """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs.
+    """By layer name, how its input holds the samples; on_layer may refuse a layer before it runs, and
+    on_output gets what the model returns for which rows.
     followed are those of the layers whose forward is followed (following.py). Where it is not
     thorough, rows are left out by halves only, for a model that was checked on others before. It is
     run on at least `runs` parts of the rows, as on the other processes that share it, and once more
@@ -108,20 +110,23 @@ def find_layouts(
     them in no such way (tokens picked out of the batch, say), and for a model whose outputs do.
     """
     if rows < 2:
-        return _layouts_of_one(model, layers, args, kwargs, on_layer)
+        of_one = functools.partial(on_output, range(rows))
+        return _layouts_of_one(model, layers, args, kwargs, on_layer, of_one)
     entries = entries or {}
     kept = [part for split in splits_of(rows, thorough or bool(entries)) for part in split]
     if rows == 3:
         kept = [*kept[::2], [0, 1]]  # every pair, and no row alone
     kept = filled_up(kept, runs)
     with torch.no_grad(), own_random(), NoDropout():
-        whole = digests(model, layers, args, kwargs, on_layer, followed)
+        of_all = functools.partial(on_output, range(rows))
+        whole = digests(model, layers, args, kwargs, on_layer, followed, of_all)
         outputs, found = whole[OUTPUTS], dict[str, Layout | None]()
         for index in kept:
             few_args, few_kwargs = take_inputs((args, kwargs), index, rows, entries)
             fails = f"runs on the joint batch of {rows} rows, but not on {len(index)} of them"
             with must_run(fails, "keep samples apart"):
-                part = digests(model, layers, few_args, few_kwargs)
+                of_part = functools.partial(on_output, index)
+                part = digests(model, layers, few_args, few_kwargs, on_output=of_part)
             with_rows = _with_rows(outputs, part[OUTPUTS], rows, len(index))
             whole[OUTPUTS] = [outputs[i] for i in with_rows]
             part[OUTPUTS] = [part[OUTPUTS][i] for i in with_rows]
@@ -150,10 +155,11 @@ def _layouts_of_one(
     args: Any,
     kwargs: Any,
     on_layer: Callable[[nn.Module, str], None],
+    on_output: Callable[[Any], None],
 ) -> dict[str, Layout]:
     """`find_layouts` of a batch of one row."""
     with torch.no_grad(), own_random(), NoDropout():
-        alone = digests(model, layers, args, kwargs, on_layer)
+        alone = digests(model, layers, args, kwargs, on_layer, on_output=on_output)
     of_one = {name: {_layout_of_one(digest) for digest in alone[name]} for name in alone}
     return {
         name: layouts.pop() if len(layouts) == 1 else "unseen"
