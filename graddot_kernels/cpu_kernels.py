@@ -187,11 +187,12 @@ def linear_wgrad_dot(
     return dots
 
 
-def product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x @ y, (M, K) and (K, N), where `product_available`; into out, whose rows have unit stride."""
+def product(x: Tensor, y: Tensor, out: Tensor | None = None, *, accumulate: bool = False) -> Tensor:
+    """x @ y, (M, K) and (K, N), where `product_available`; into out, whose rows have unit stride, or added
+    to it."""
     if out is None:
         out = x.new_empty(x.shape[0], y.shape[1])
-    linear_wgrad_dot(out, None, [], y[None], x.t()[None], None, False)
+    linear_wgrad_dot(out, None, [], y[None], x.t()[None], None, accumulate)
     return out
 
 

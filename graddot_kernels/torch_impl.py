@@ -7,6 +7,7 @@ the processor has them, compiled kernels do the fused route's inner work (`cpu_k
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import cpu_kernels
@@ -51,6 +52,14 @@ def mm(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
     if cpu_kernels.product_available(x, x.shape[0], y.shape[1], x.shape[1]):
         return cpu_kernels.product(x, y, out)
     return torch.mm(x, y, out=out)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias, (M, Din) and (Dout, Din), by whichever is faster."""
+    if cpu_kernels.product_available(x, len(x), len(weight), x.shape[1]):
+        out = None if bias is None else bias.expand(len(x), -1).contiguous()
+        return cpu_kernels.product(x, weight.t(), out, accumulate=bias is not None)
+    return F.linear(x, weight, bias)
 
 
 def mm_fp32(x: Tensor, y: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The compiled products of fp32, against float64: where the processor has AMX, by parts of bf16."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -90,17 +91,38 @@ def test_taken_where_faster(monkeypatch) -> None:
     """Not for a small result, nor for another dtype."""
     seen = []
     kernel = cpu_kernels.product
-    monkeypatch.setattr(cpu_kernels, "product", lambda *a: (seen.append(a[0].shape), kernel(*a))[1])
+    monkeypatch.setattr(
+        cpu_kernels, "product", lambda *a, **k: (seen.append(a[0].shape), kernel(*a, **k))[1]
+    )
     big, small = torch.randn(400, 130), torch.randn(20, 130)
-    weight = torch.randn(130, 500)
+    weight, bias = torch.randn(130, 500), torch.randn(500)
     for x in (big, small, big.double(), big.bfloat16()):
-        want = x.double() @ weight.to(x.dtype).double()
-        got = torch_impl.mm(x, weight.to(x.dtype))
-        torch.testing.assert_close(got.double(), want, rtol=2e-2, atol=0.2)
-    assert seen == [(400, 130)]
+        w, b = weight.to(x.dtype), bias.to(x.dtype)
+        want = x.double() @ w.double()
+        close = functools.partial(torch.testing.assert_close, rtol=2e-2, atol=0.2)
+        close(torch_impl.mm(x, w).double(), want)
+        close(torch_impl.linear(x, w.t()).double(), want)
+        close(torch_impl.linear(x, w.t(), b).double(), want + b.double())
+    assert seen == [(400, 130)] * 3
     monkeypatch.setattr(cpu_kernels, "_PRODUCTS", False)
     torch_impl.mm(big, weight)
-    assert seen == [(400, 130)]
+    torch_impl.linear(big, weight.t())
+    assert seen == [(400, 130)] * 3
+
+
+@pytest.mark.parametrize("terms", [128, 3072])
+def test_linear_is_as_exact_as_pytorch(terms: int) -> None:
+    """With its bias, of which the sum may be mostly made."""
+    x, y = matrices(400, terms, 400)
+    for bias in (torch.randn(400), 1e3 * torch.randn(400)):
+        want = x.double() @ y.double() + bias.double()
+        size = x.double().abs() @ y.double().abs() + bias.double().abs()
+        off = [
+            (got - want).abs() / size
+            for got in (torch_impl.linear(x, y.t(), bias), torch.addmm(bias, x, y))
+        ]
+        error, pytorch = (x.max().item() for x in off)
+        assert error < 1.5 * pytorch < 1e-6
 
 
 @pytest.mark.parametrize("layer", [torch.nn.Linear, Conv1D])

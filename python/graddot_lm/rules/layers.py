@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graddot_kernels import cpu_kernels
 from graddot_kernels.sample_dots import bordered
-from graddot_kernels.torch_impl import mm
+from graddot_kernels.torch_impl import linear, mm
 
 from ..autocast import without_autocast
 from ..shared_uses import SharedUses, products
@@ -160,7 +160,7 @@ class LinearDot(ScoredFunction):
         ctx.transposed = transposed
         note_uses(ctx, step, weight, bias, vector=False)
         b = None if bias is None else cast(bias, x.dtype)
-        out = F.linear(x.flatten(0, -2), w.t() if transposed else w, b)
+        out = linear(x.flatten(0, -2), w.t() if transposed else w, b)
         # No view, which a function's output that is modified in place (an activation) may not be.
         return torch.ops.aten._unsafe_view.default(out, [*x.shape[:-1], out.shape[1]])
 

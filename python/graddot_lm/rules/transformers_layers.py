@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from graddot_kernels.sample_dots import bordered
+from graddot_kernels.torch_impl import mm
 
 from ..autocast import autocast_input, no_autocast, without_autocast
 from ..errors import GraddotError
@@ -45,7 +46,7 @@ class ExpertLinearDot(ScoredFunction):
         ctx.uses = step.uses(parameter) if parameter.requires_grad else None
         weight = view(parameter)
         by_expert = weight.to(x.dtype) if transposed else weight.to(x.dtype).mT
-        return torch.cat([tokens @ w for tokens, w in zip(x.split(counts), by_expert, strict=True)])
+        return _times_expert(x, by_expert, counts)
 
     @staticmethod
     @without_autocast
@@ -56,8 +57,7 @@ class ExpertLinearDot(ScoredFunction):
         if ctx.needs_input_grad[0]:
             by_expert = weight.to(grad_out.dtype)
             by_expert = by_expert.mT if ctx.transposed else by_expert
-            parts = zip(split(grad_out), by_expert, strict=True)
-            result[0] = torch.cat([grad @ w for grad, w in parts])
+            result[0] = _times_expert(grad_out, by_expert, ctx.counts)
         if not ctx.needs_input_grad[1]:
             return tuple(result)
         uses = ctx.uses
@@ -97,14 +97,22 @@ class ExpertLinearDot(ScoredFunction):
                     if given is None:
                         val_norms += torch.stack([d.square().sum() for d in directions])
                 for k, direction in enumerate(directions):
-                    per_token = ((act @ direction.to(high).t()) * grad).sum(1)
+                    per_token = (mm(act, direction.to(high).t()) * grad).sum(1)
                     dots[k].index_add_(0, rows, per_token)
-                weight_grad[e] = (grad.t() @ act) * step.scale
+                weight_grad[e] = mm(grad.t(), act) * step.scale
         dots = dots[:, :n]
         if uses.norms:
             dots = bordered(dots, norms[:n], val_norms if given is None else None)
         step.collect(uses.leaf, dots)
         return tuple(result)
+
+
+def _times_expert(x: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """x (S, D) sorted by expert, each of whose tokens by its own of weights (E, D, D')."""
+    out = x.new_empty(len(x), weights.shape[2])
+    for tokens, weight, own in zip(x.split(counts), weights, out.split(counts), strict=True):
+        mm(tokens, weight, own)
+    return out
 
 
 def _laid_out(act: Tensor, grad: Tensor, rows: Tensor, number: int) -> tuple[Tensor, Tensor] | None:
@@ -133,7 +141,7 @@ def _directions(step: Step, act: Tensor, grad: Tensor, rows: Tensor) -> list[Ten
     start, directions = step.rows - sum(step.val_rows), []
     for count in step.val_rows:
         val = (rows >= start) & (rows < start + count)
-        directions.append(grad[val].t() @ act[val])
+        directions.append(mm(grad[val].t(), act[val]))
         start += count
     return directions
 
