@@ -49,6 +49,11 @@ GRADDOT_EXPORT void graddot_norm_backward(const graddot::NormProblem* problem) {
   graddot::norm_backward(graddot::instruction_set()->norm_part, *problem);
 }
 
+GRADDOT_EXPORT void graddot_column_sums(const graddot::ColumnSums* problem) {
+  const auto run = graddot::instruction_set()->column_sums_part_of(problem->element);
+  graddot::column_sums(run, *problem);
+}
+
 GRADDOT_EXPORT void graddot_advise_huge_pages(void* data, int64_t size) {
   graddot::advise_huge_pages(data, size);
 }

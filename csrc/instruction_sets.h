@@ -1,6 +1,7 @@
 // The vector kernels, once for each instruction set that they are compiled for.
 #pragma once
 
+#include "column_sums.h"
 #include "cross_entropy.h"
 #include "linear_wgrad.h"
 #include "norm.h"
@@ -14,6 +15,7 @@ struct InstructionSet {
   bool products;              // whether linear[kFp32] is for all products: faster than PyTorch's
   CrossEntropyRow cross_entropy_row[kElements];
   NormPart norm_part;  // of fp32
+  ColumnSumsPart column_sums_part[kElements];
 
   const LinearKernel& linear_of(const LinearProblem& p) const {
     constexpr int64_t kFew = 24;
@@ -23,6 +25,9 @@ struct InstructionSet {
   }
   CrossEntropyRow cross_entropy_row_of(Element element) const {
     return cross_entropy_row[static_cast<int64_t>(element)];
+  }
+  ColumnSumsPart column_sums_part_of(Element element) const {
+    return column_sums_part[static_cast<int64_t>(element)];
   }
 };
 

@@ -1,6 +1,7 @@
 // All kernels of one instruction set, as the translation units that include this are compiled.
 #pragma once
 
+#include "column_sums_part.h"
 #include "cross_entropy_row.h"
 #include "instruction_sets.h"
 #include "linear_fma.h"
@@ -15,7 +16,8 @@ constexpr graddot::InstructionSet kernels(const char* name, const graddot::Linea
           LinearKernelOf<MultiplyAdd<float>>::kernel(),
           products,
           {cross_entropy_row, cross_entropy_row_of<Bf16>, cross_entropy_row_of<Fp16>},
-          norm_part};
+          norm_part,
+          {column_sums_part<float>, column_sums_part<Bf16>, column_sums_part<Fp16>}};
 }
 
 constexpr graddot::InstructionSet kernels(const char* name) {

@@ -54,6 +54,15 @@ class _CrossEntropy(ctypes.Structure):  # csrc/cross_entropy.h
     )
 
 
+class _ColumnSums(ctypes.Structure):  # csrc/column_sums.h
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("element", "rows", "tokens", "d")),
+        ("x", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("row_stride", "token_stride")),
+        ("sums", ctypes.c_void_p),
+    )
+
+
 class _NormProblem(ctypes.Structure):  # csrc/norm.h
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("rows", "tokens", "d")),
@@ -65,7 +74,7 @@ class _NormProblem(ctypes.Structure):  # csrc/norm.h
     )
 
 
-_NORM_TOKENS = 128  # csrc/norm.h
+_TOKENS_OF_A_PART = 128  # csrc/norm.h, csrc/column_sums.h
 
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024
@@ -76,7 +85,7 @@ library.graddot_products.restype = ctypes.c_bool
 _PRODUCTS: bool = bool(INSTRUCTION_SET) and library.graddot_products()
 # Where `product` is the faster: packing costs what it costs for every row and column of the result.
 _LARGE_SIDE, _LARGE_SUM = 384, 128
-for _function in ("norm_backward", "advise_huge_pages"):
+for _function in ("norm_backward", "column_sums", "advise_huge_pages"):
     getattr(library, f"graddot_{_function}").restype = None
 
 
@@ -217,6 +226,19 @@ def cross_entropy_grad(
     return losses
 
 
+def column_sums(x: Tensor) -> Tensor:
+    """Σ_t x of every sample, (N, D) in fp32, of x (N, T, D) that is `available`."""
+    n, t, d = x.shape
+    x = x if x.stride(2) == 1 else x.contiguous()
+    parts = max(1, -(-t // _TOKENS_OF_A_PART))
+    sums = x.new_empty(n, parts, d, dtype=torch.float32)
+    problem = _ColumnSums(
+        _ELEMENTS[x.dtype], n, t, d, x.data_ptr(), x.stride(0), x.stride(1), sums.data_ptr()
+    )
+    library.graddot_column_sums(ctypes.byref(problem))
+    return sums.squeeze(1) if parts == 1 else sums.sum(1)
+
+
 def norm_backward(
     x: Tensor,
     grad: Tensor,
@@ -247,7 +269,7 @@ def norm_backward(
     x, grad = x.contiguous(), grad.contiguous()
     weight, mean, rstd = (None if y is None else y.contiguous() for y in (weight, mean, rstd))
     x_grad = None if weight is None else torch.empty_like(x)
-    parts = max(1, -(-t // _NORM_TOKENS))
+    parts = max(1, -(-t // _TOKENS_OF_A_PART))
     weight_rows, bias_rows = x.new_empty(n, parts, d), x.new_empty(n, parts, d)
     address = lambda y: None if y is None else y.data_ptr()
     problem = _NormProblem(

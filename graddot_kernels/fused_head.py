@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import cpu_kernels
 from .sample_dots import linear_sample_rows, squares
-from .torch_impl import mm
+from .torch_impl import column_sums, mm
 
 # Logits that exist at a time. On a CPU 256 MB, twice as many of 16 bits: its matrix products repack
 # the weight, and read and write the weight gradient, for every chunk, and with half of that took some
@@ -181,7 +181,7 @@ class _Head:
         chunk.of(self.act_grad).copy_(mm(grad, self.weight).view(shape))
         grad = grad.view(shape)
         if self.bias is not None:
-            self.bias_rows[chunk.r0 : chunk.r1] += grad.sum(1, dtype=self.losses.dtype)
+            self.bias_rows[chunk.r0 : chunk.r1] += column_sums(grad)
         return grad
 
     def begins(self, val_rows: list[int]) -> list[int]:

@@ -62,6 +62,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def column_sums(x: Tensor) -> Tensor:
+    """Σ_t x of every sample of x (N, T, D), accumulated: (N, D) in fp64 for fp64, else fp32."""
+    if cpu_kernels.available(x):
+        return cpu_kernels.column_sums(x)
+    return x.sum(1, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
 def mm_fp32(x: Tensor, y: Tensor) -> Tensor:
     """x @ y accumulated and returned in fp32, without a rounding of 16-bit results."""
     if x.is_cuda and x.dtype != torch.float32 and 0 not in (*x.shape, *y.shape):

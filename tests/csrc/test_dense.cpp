@@ -292,6 +292,33 @@ void test_norm(NormPart run) {
   }
 }
 
+void test_column_sums(const InstructionSet& set, Element element) {
+  const int64_t n = random_int(4), t = random_int(3) ? random_int(20) : 100 + random_int(200);
+  const int64_t d = random_int(2) ? 1 + random_int(20) : 1 + random_int(150);
+  const int64_t between = random_int(3), token_stride = d + between;
+  const int64_t row_stride = t * token_stride + random_int(5);
+  const int64_t size = n * t == 0 ? 0 : (n - 1) * row_stride + (t - 1) * token_stride + d;
+  const std::vector<float> numbers = rounded(random_numbers(size), element);
+  const std::vector<unsigned char> x = encoded(numbers, element);
+  ColumnSums p{element, n, t, d, x.data(), row_stride, token_stride, nullptr};
+  std::vector<float> sums(static_cast<size_t>(n * p.parts() * d), std::nanf(""));
+  p.sums = sums.data();
+  num_threads = 1 + random_int(4);
+  column_sums(set.column_sums_part_of(element), p);
+  std::vector<double> want(sums.size()), sizes(sums.size());
+  for (int64_t token = 0; token < n * t; ++token) {
+    const int64_t part = token / t * p.parts() + token % t / kSummedTokens;
+    for (int64_t i = 0; i < d; ++i) {
+      const auto at = static_cast<size_t>(token / t * row_stride + token % t * token_stride + i);
+      want[static_cast<size_t>(part * d + i)] += numbers[at];
+      sizes[static_cast<size_t>(part * d + i)] += std::abs(numbers[at]);
+    }
+  }
+  for (size_t i = 0; i < sums.size(); ++i) {
+    expect_close(sums[i], want[i], sizes[i], "sum of a column");
+  }
+}
+
 }  // namespace
 }  // namespace graddot
 
@@ -309,6 +336,7 @@ int main() {
       for (const graddot::Element element : graddot::kAll) {
         graddot::test_linear(*set, element);
         graddot::test_cross_entropy(*set, element);
+        graddot::test_column_sums(*set, element);
       }
       graddot::test_norm(set->norm_part);
       if (set->products) graddot::test_product(*set);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graddot_kernels import cpu_kernels
 from graddot_kernels.sample_dots import bordered
-from graddot_kernels.torch_impl import linear, mm
+from graddot_kernels.torch_impl import column_sums, linear, mm
 
 from ..autocast import without_autocast
 from ..shared_uses import SharedUses, products
@@ -171,7 +171,7 @@ class LinearDot(ScoredFunction):
         step, result = ctx.step, [None] * 5
         grad = step.as_samples(grad_out)
         if ctx.bias_uses is not None:
-            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
+            row_grads = column_sums(grad)
             result[2] = cast(vector_grad(step, ctx.bias_uses, row_grads), ctx.bias_dtype)
         if ctx.uses is not None:
             act = step.as_samples(ctx.make_input(*sources))

@@ -16,10 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from graddot_kernels.torch_impl import column_sums
+
 from ..autocast import no_autocast, without_autocast
 from ..errors import GraddotError
 from ..scored import Scored, any_layout, by_token
-from .layers import ScoredFunction, accumulator, linear_grad, note_uses, vector_grad
+from .layers import ScoredFunction, linear_grad, note_uses, vector_grad
 
 KERNELS: dict[str, Any] = {
     "LSTM": torch._VF.lstm,  # type: ignore[attr-defined]
@@ -194,7 +196,7 @@ class HiddenDot(ScoredFunction):
         step, result = ctx.step, [None] * 6
         grad = step.as_samples(ctx.in_time(grad_out))
         if ctx.bias_uses is not None:
-            row_grads = grad.sum(1, dtype=accumulator(grad.dtype))
+            row_grads = column_sums(grad)
             result[2] = vector_grad(step, ctx.bias_uses, row_grads).to(ctx.bias_dtype)
         if ctx.uses is not None:
             act = step.as_samples(ctx.in_time(torch.stack(ctx.hidden, 1)))
