@@ -4,12 +4,9 @@
 #include <cstdint>
 
 #include "element.h"
+#include "token_parts.h"
 
 namespace graddot {
-
-// Tokens that are summed together: what several threads share does not depend on how many they are, and
-// no fp32 sum is longer.
-constexpr int64_t kSummedTokens = 128;
 
 struct ColumnSums {
   Element element;
@@ -18,7 +15,7 @@ struct ColumnSums {
   int64_t row_stride, token_stride;
   float* sums;  // (rows, parts, d)
 
-  int64_t parts() const { return tokens == 0 ? 1 : (tokens + kSummedTokens - 1) / kSummedTokens; }
+  int64_t parts() const { return parts_of(tokens); }
 };
 
 using ColumnSumsPart = void (*)(const ColumnSums& problem, int64_t row, int64_t part);

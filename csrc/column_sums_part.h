@@ -9,8 +9,8 @@ namespace {
 template <class Element>
 void column_sums_part(const graddot::ColumnSums& p, int64_t row, int64_t part) {
   constexpr int64_t kVectors = 4, kFew = 16;
-  const int64_t first = part * graddot::kSummedTokens;
-  const int64_t tokens = smaller(graddot::kSummedTokens, p.tokens - first);
+  const int64_t first = part * graddot::kTokensOfAPart;
+  const int64_t tokens = smaller(graddot::kTokensOfAPart, p.tokens - first);
   const Element* x = static_cast<const Element*>(p.x) + row * p.row_stride + first * p.token_stride;
   float* sums = p.sums + (row * p.parts() + part) * p.d;
   int64_t i = 0;

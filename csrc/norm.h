@@ -3,11 +3,9 @@
 
 #include <cstdint>
 
-namespace graddot {
+#include "token_parts.h"
 
-// Tokens whose parameter gradients are summed together: what several threads share does not depend on
-// how many they are, and no fp32 sum is longer.
-constexpr int64_t kNormTokens = 128;
+namespace graddot {
 
 // Of y = x̂ · (offset + weight) + bias, x̂ = (x - mean) · rstd, and grad, all (rows, tokens, d) and
 // contiguous.
@@ -22,7 +20,7 @@ struct NormProblem {
   float* x_grad;                    // (rows, tokens, d), or null
   float *weight_rows, *bias_rows;  // Σ grad · x̂ and Σ grad, (rows, parts, d)
 
-  int64_t parts() const { return tokens == 0 ? 1 : (tokens + kNormTokens - 1) / kNormTokens; }
+  int64_t parts() const { return parts_of(tokens); }
 };
 
 using NormPart = void (*)(const NormProblem& problem, int64_t row, int64_t part);

@@ -29,8 +29,8 @@ void norm_part(const graddot::NormProblem& p, int64_t row, int64_t part) {
   const int64_t at = (row * p.parts() + part) * p.d;
   float *weight_row = p.weight_rows + at, *bias_row = p.bias_rows + at;
   for (int64_t i = 0; i < p.d; ++i) weight_row[i] = bias_row[i] = 0;
-  const int64_t first = part * graddot::kNormTokens;
-  const int64_t last = smaller(first + graddot::kNormTokens, p.tokens);
+  const int64_t first = part * graddot::kTokensOfAPart;
+  const int64_t last = smaller(first + graddot::kTokensOfAPart, p.tokens);
   for (int64_t token = row * p.tokens + first; token < row * p.tokens + last; ++token) {
     const float *x = p.x + token * p.d, *grad = p.grad + token * p.d;
     const Vector mean = all(p.mean == nullptr ? 0 : p.mean[token]);

@@ -74,7 +74,7 @@ class _NormProblem(ctypes.Structure):  # csrc/norm.h
     )
 
 
-_TOKENS_OF_A_PART = 128  # csrc/norm.h, csrc/column_sums.h
+_TOKENS_OF_A_PART = 128  # csrc/token_parts.h
 
 # A large tensor is fresh memory every time, and its page faults take as long as some of the work.
 _LARGE = 16 * 1024 * 1024

@@ -267,7 +267,7 @@ void test_norm(NormPart run) {
   std::vector<double> weight_sums(weights.size()), bias_sums(weights.size());
   for (int64_t token = 0; token < n * t; ++token) {
     const auto at = [&](int64_t i) { return static_cast<size_t>(token * d + i); };
-    const int64_t part = token / t * p.parts() + token % t / kNormTokens;
+    const int64_t part = token / t * p.parts() + token % t / kTokensOfAPart;
     const double m = centered ? mean[static_cast<size_t>(token)] : 0;
     double squares = 0, sum = 0, product = 0;
     for (int64_t i = 0; i < d; ++i) squares += double{x[at(i)]} * x[at(i)] / static_cast<double>(d);
@@ -307,7 +307,7 @@ void test_column_sums(const InstructionSet& set, Element element) {
   column_sums(set.column_sums_part_of(element), p);
   std::vector<double> want(sums.size()), sizes(sums.size());
   for (int64_t token = 0; token < n * t; ++token) {
-    const int64_t part = token / t * p.parts() + token % t / kSummedTokens;
+    const int64_t part = token / t * p.parts() + token % t / kTokensOfAPart;
     for (int64_t i = 0; i < d; ++i) {
       const auto at = static_cast<size_t>(token / t * row_stride + token % t * token_stride + i);
       want[static_cast<size_t>(part * d + i)] += numbers[at];
