@@ -93,6 +93,95 @@ def test_what_is_kept_to_be_looked_at_and_counts_do_no_harm(close):
         assert model.calls == number
 
 
+class Writing(nn.Module):
+    """Its forward adds what it sees to a number that it keeps, by some way of writing, and looks at that."""
+
+    def __init__(self, write):
+        super().__init__()
+        self.linear, self.write = nn.Linear(8, 3).double(), write
+        self.register_buffer("mean", torch.zeros(8).double())
+        self.register_buffer("number", torch.zeros((), dtype=torch.long))
+        self.kept, self.named = [torch.zeros(8).double()], {"mean": torch.zeros(8).double()}
+        self.teacher = nn.Parameter(torch.zeros(8).double(), requires_grad=False)
+
+    def forward(self, x):
+        known = self.mean + self.kept[0] + self.named["mean"] + self.teacher
+        out = self.linear(x.mean(1) - known.detach().clone()) / (1 + self.number)
+        with torch.no_grad():
+            self.write(self, 0.1 * x.detach().mean((0, 1)))
+        return out
+
+
+def set_kept(m, x):
+    m.kept[0] = m.kept[0] + x
+
+
+def set_numbers(m, x):
+    m.mean.numpy()[:] += x.numpy()
+
+
+def count_rows(m, x):
+    m.number += round(float(x.abs().sum() * 1e6))  # what no two batches have the same of
+
+
+WRITTEN = {
+    "buffer by data": (lambda m, x: m.mean.data.add_(x), "^buffer mean was changed by the forward"),
+    "buffer by numpy": (set_numbers, "^buffer mean was changed by the forward"),
+    "list": (set_kept, "^kept: changed by the forward, in which validation rows"),
+    "list in place": (lambda m, x: m.kept[0].add_(x), "^kept: changed by the forward, in which"),
+    "dict in place": (lambda m, x: m.named["mean"].add_(x), "^named: changed by the forward"),
+    "count": (count_rows, "^buffer number was changed .* as a count of rows would be"),
+}
+FROZEN = {
+    "in place": lambda m, x: m.teacher.add_(x),
+    "by data": lambda m, x: m.teacher.data.add_(x),
+    "another tensor": lambda m, x: setattr(m.teacher, "data", m.teacher.data + x),
+}
+
+
+@pytest.mark.parametrize("way", WRITTEN)
+def test_however_a_forward_writes(way, close):
+    """Beside validation rows it is refused; without them it is as in regular training, whatever the checks and
+    directions ran."""
+    write, message = WRITTEN[way]
+    with pytest.raises(GraddotError, match=message):
+        step(attached(Writing(write)), plain_loss)
+    model, regular = Writing(write), Writing(write)
+    regular.load_state_dict(model.state_dict())
+    engine = GradDotProdEngine(model)
+    engine.attach()
+    loss = lambda m, x, y: F.cross_entropy(m(x), y)
+    for number in range(3):
+        engine.set_directions(engine.compute_directions([VAL], loss))
+        step(engine, plain_loss, number=number)
+        model.zero_grad()
+        regular(TRAIN[0])
+    assert torch.equal(model.mean, regular.mean) and torch.equal(model.number, regular.number)
+    assert torch.equal(model.kept[0], regular.kept[0])
+    assert torch.equal(model.named["mean"], regular.named["mean"])
+
+
+@pytest.mark.parametrize("way", FROZEN)
+@pytest.mark.parametrize("rides", [True, False])
+def test_what_is_frozen_and_changed_by_the_forward_is_refused(way, rides):
+    model = Writing(FROZEN[way])
+    engine = attached(model) if rides else GradDotProdEngine(model)
+    if not rides:
+        engine.attach()
+        directions = {n: torch.ones_like(p) for n, p in model.named_parameters() if n != "teacher"}
+        engine.set_directions(directions)
+    with pytest.raises(GraddotError, match="^teacher: frozen, but changed by the model's forward"):
+        step(engine, plain_loss)
+
+
+def test_a_count_of_forwards_and_a_number_that_is_left_do_no_harm():
+    def write(m, x):
+        m.number += 1
+        m.last, m.seen = len(x), [x]
+
+    assert step(attached(Writing(write)), plain_loss).isfinite().all()
+
+
 class Noisy(Net):
     def __init__(self, mix):
         super().__init__()
@@ -130,6 +219,39 @@ class Sampled(nn.Module):
 
 def test_noise_before_a_layer_of_two_dimensions():
     assert step(attached(Sampled()), plain_loss).isfinite().all()
+
+
+class Quantized(nn.Module):
+    """A choice among vectors, by Gumbel noise, as wav2vec 2's quantizer makes it; mixes: of the sum of rows."""
+
+    def __init__(self, hard, mixes):
+        super().__init__()
+        self.up, self.table = nn.Linear(8, 6).double(), nn.Linear(6, 8).double()
+        self.head, self.hard, self.mixes = nn.Linear(8, 3).double(), hard, mixes
+
+    def forward(self, x):
+        logits = self.up(x)
+        logits = logits.sum(0, keepdim=True).expand_as(logits) if self.mixes else logits
+        return self.head(self.table(F.gumbel_softmax(logits, tau=2, hard=self.hard)).mean(1))
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_choice_by_gumbel_noise(hard, close):
+    model = Quantized(hard, mixes=False)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    engine = attached(model)
+    got = step(engine, plain_loss)
+    torch.set_rng_state(state)
+    # All rows at once, for each draws noise of its own: the gradients by the weights of their losses.
+    x, y = torch.cat([TRAIN[0], VAL[0]]), torch.cat([TRAIN[1], VAL[1]])
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    of = lambda loss: torch.autograd.grad(loss, [*model.parameters()], retain_graph=True)
+    val = of(losses[len(TRAIN[0]) :].mean())
+    want = [sum((a * b).sum() for a, b in zip(of(loss), val, strict=True)) for loss in losses]
+    close(got, torch.stack(want[: len(TRAIN[0])]), 1e-10)
+    with pytest.raises(GraddotError, match="depends on other samples of the batch"):
+        step(attached(Quantized(hard, mixes=True)), plain_loss)
 
 
 class Mean(Net):

@@ -41,6 +41,7 @@ from .batches import (
     read_rows,
     unlabelled,
 )
+from .checks.digests import own_buffers
 from .compiling.compiler import prepare_compiler, run_compiled, uncompiled
 from .coverage import Coverage, cover
 from .directions import (
@@ -223,7 +224,8 @@ class GradDotProdEngine:
         that for a mapping {target name: batches}. loss_fn(model, inputs, labels) gives a batch's
         loss, reduced as `loss_reduction` says and with the labels shifted as `label_shift` says; by
         default model(**inputs, labels=labels).loss. It runs the model as it is: call `model.eval()`
-        first for a gradient without dropout, and inside autocast if training is. loss_scale keeps an
+        first for a gradient without dropout, and inside autocast if training is. What the model's buffers
+        and attributes held before they hold afterwards. loss_scale keeps an
         fp16 backward from rounding to zero, as a GradScaler's scale does; where it overflows, a
         smaller one is taken, and the result is not scaled. `.grad` and scores are left alone. Raises
         GraddotError without labelled tokens, if of several batches the first, or the first with a label
@@ -238,7 +240,7 @@ class GradDotProdEngine:
             }
         loss_of = ValidationLoss(self.model, self._loss, loss_fn)
         covered = self._coverage.covered
-        with self._forward.set_aside(), torch.enable_grad():
+        with self._forward.set_aside(), torch.enable_grad(), own_buffers(self.model):
             return mean_gradient(self._parameters, covered, batches, loss_of, loss_scale)
 
     def check_loss(self, loss_fn: LossFunction, batch: Batch) -> None:

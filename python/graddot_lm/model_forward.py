@@ -358,9 +358,12 @@ class ModelForward:
         inputs = ModelInputs(args, kwargs, micro.step.rows, self._checks.thorough)
         as_one_layer = self._layers.include_model
         with self.set_aside():
-            self._checks.before_layouts(micro, inputs)
-            self._layouts.learn(micro, inputs)
-            self._checks.before_forward(micro, inputs)
+            try:
+                self._checks.before_layouts(micro, inputs)
+                self._layouts.learn(micro, inputs)
+                self._checks.before_forward(micro, inputs)
+            finally:  # and what they say may come of that
+                self._checks.check_frozen()
         self._inputs = inputs
         if self._layers.include_model and not as_one_layer:
             # The forward that PyTorch is about to call is the one that was there before: it runs

@@ -45,7 +45,7 @@ _NEEDS_GRADIENT = {Tensor.register_hook, Tensor.retain_grad}
 # What `NoDropout` looks at: a forward asks for a shape or the like far more often.
 _CHANGED = {
     *DROPOUTS, *_DRAWN, *_NEEDS_GRADIENT, *KERNELS.values(), torch.randperm, torch.randint,
-    F.scaled_dot_product_attention, F.multi_head_attention_forward,
+    F.scaled_dot_product_attention, F.multi_head_attention_forward, F.gumbel_softmax,
 }  # fmt: skip
 
 
@@ -59,6 +59,17 @@ def _draws(function: Any) -> bool:
 def _first_drawn(draw: Any, *args: Any, **kwargs: Any) -> Any:
     """What a function of numpy's random state draws first."""
     return getattr(type(draw.__self__)(0), draw.__name__)(*args, **kwargs)
+
+
+def _softmax_without_noise(
+    logits: Tensor, tau: float = 1, hard: bool = False, eps: float = 0, dim: int = -1
+) -> Tensor:
+    """F.gumbel_softmax with the same noise for every class."""
+    soft = (logits / tau).softmax(dim)
+    if not hard:
+        return soft
+    one_hot = torch.zeros_like(soft).scatter_(dim, soft.argmax(dim, keepdim=True), 1.0)
+    return one_hot - soft.detach() + soft
 
 
 class NoDropout(TorchFunctionMode):
@@ -88,6 +99,8 @@ class NoDropout(TorchFunctionMode):
             return func(*args, **kwargs).fill_(_DRAWN[func])
         if func is torch.randperm:  # every row gets another
             return func(*args, **kwargs).sort().values.roll(1)
+        if func is F.gumbel_softmax:  # which draws where no mode sees it
+            return _softmax_without_noise(*args, **kwargs)
         if func is torch.randint:
             ints = [x for x in args[:2] if isinstance(x, int)]
             low = ints[0] if len(ints) == 2 else kwargs.get("low", 0)
@@ -144,8 +157,8 @@ def must_run(what: str, shown: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def own_buffers(model: nn.Module) -> Iterator[None]:
-    """Inside of it the model has copies of its buffers, and of what its modules hold in attributes:
-    what a forward adds to a running mean or a counter, or remembers, is gone afterwards."""
+    """Inside of it the model has copies of its buffers, and of what its modules hold in attributes, lists
+    and dicts: what a forward adds to a running mean or a counter, or remembers, is gone afterwards."""
     modules = list(model.modules())
     kept = [(module, dict(module._buffers)) for module in modules if module._buffers]
     held = {module: _held_by(module) for module in modules}
@@ -157,8 +170,11 @@ def own_buffers(model: nn.Module) -> Iterator[None]:
     for module, values in held.items():
         tensors = {k: x for k, x in values.items() if isinstance(x, Tensor)}
         vars(module).update({k: own(x) for k, x in tensors.items() if not x.requires_grad})
+    copied = lambda x: (
+        copies[id(x)] if id(x) in copies else copies.setdefault(id(x), _mapped(x, own))
+    )
     for module, values in collected.items():
-        vars(module).update({k: copies.setdefault(id(x), x.copy()) for k, x in values.items()})
+        vars(module).update({k: copied(x) for k, x in values.items()})
     try:
         yield
     finally:
@@ -183,7 +199,50 @@ def _collections_of(module: nn.Module) -> dict[str, Any]:
     }
 
 
+def _mapped(collection: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A list or dict with `function` of the tensors that a forward may write to: no parameters, and
+    nothing that has a gradient."""
+
+    def one(x: Any) -> Any:
+        written = isinstance(x, Tensor) and not (x.requires_grad or isinstance(x, nn.Parameter))
+        return function(x) if written else x
+
+    if isinstance(collection, dict):
+        return {k: one(x) for k, x in collection.items()}
+    return [one(x) for x in collection]
+
+
 Held = Mapping[nn.Module, Mapping[str, Any]]
+
+
+def remembered_values(model: nn.Module) -> Held:
+    """`held_values` and lists and dicts, with copies of the tensors."""
+    own = lambda x: x.detach().clone()
+
+    def copied(x: Any) -> Any:
+        return (
+            own(x) if isinstance(x, Tensor) else _mapped(x, own) if type(x) in (list, dict) else x
+        )
+
+    return {
+        m: {k: copied(x) for k, x in values.items()} for m, values in kept_values(model).items()
+    }
+
+
+def kept_values(model: nn.Module) -> Held:
+    """`held_values` and the lists and dicts there."""
+    return {module: {**_held_by(module), **_collections_of(module)} for module in model.modules()}
+
+
+_FEW = 2**16
+
+
+def counts_of(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of the buffers of whole numbers, by name, but for long ones. (In attributes forwards also leave
+    what they got, as the number of rows, and do not look at it the next time.)"""
+    counted = lambda x: not (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool)
+    buffers = [(name, x) for name, x in model.named_buffers() if x.numel() <= _FEW and counted(x)]
+    return {name: x.clone() for name, x in buffers}
 
 
 def held_values(model: nn.Module) -> Held:

@@ -18,11 +18,11 @@ from ..scored_layers import ScoredLayers
 from ..scores import MicroBatch
 from ..segments import Segments, check_apart
 from .backward_check import check_backward
-from .digests import held_values, kept_numbers
-from .outputs import check_losses, check_memory, check_padding, is_divided
+from .digests import counts_of, kept_numbers, remembered_values
+from .outputs import check_counts, check_losses, check_memory, check_padding, is_divided
 from .own_loss import ForwardSpan, check_class_weights, check_samples_apart, ignored_labels
 from .parts import ModelInputs
-from .verify import BufferCheck, LabelCheck, check_parameter_uses, tensors_in
+from .verify import BufferCheck, FrozenCheck, LabelCheck, check_parameter_uses, tensors_in
 
 # Finished micro-batches after which the next is checked like the first: what a model does may
 # depend on its data, and a check costs a few forward passes.
@@ -54,6 +54,7 @@ class FirstStep:
         self._apart_checked = False  # whether there was a packed row of several samples
         self._labels: LabelCheck | None = None
         self._ignored: set[int] = set()  # labels that a loss ignores, counted, and not met so far
+        self._frozen: FrozenCheck | None = None  # as they were before the checks under way
         self._buffers: BufferCheck | None = None  # as they were before the forward under way
         self._whole: dict[str, nn.Parameter] = {}
         self._by_sample: list[bool] = []  # of each of the model's outputs whether it is
@@ -97,6 +98,13 @@ class FirstStep:
     def begin(self) -> None:
         """The model is about to be run on parts of the batch, or is not, and then in the step."""
         self._span = ForwardSpan() if self.is_due else None
+        self._frozen = FrozenCheck(self._model) if self.is_due else None
+
+    def check_frozen(self) -> None:
+        """Raise GraddotError if the runs of the model since have changed what is frozen."""
+        if self._frozen is not None:
+            self._frozen.compare()
+            self._frozen = None
 
     def forward_begins(self) -> None:
         if self._span is not None:
@@ -136,7 +144,8 @@ class FirstStep:
             _give_back_freed()
         self._buffers = None
         if micro.step.first and micro.step.val_rows:
-            self._buffers = BufferCheck(self._model, held_values(self._model))
+            held, counts = remembered_values(self._model), counts_of(self._model)
+            self._buffers = BufferCheck(self._model, held, counts)
 
     def see_whole(self) -> None:
         """Note the parameters that are whole now: of a sharded model others than its own."""
@@ -197,6 +206,8 @@ class FirstStep:
             self._buffers.compare(self._model)
             held, agreed = self._buffers.held, self._averaging.agreed
             check_memory(self._model, *inputs.both, held, agreed)
+            half = inputs.take(inputs.both, range(inputs.rows // 2))
+            check_counts(self._model, half, self._buffers.counts, agreed)
             self._buffers = None
 
     def _run_losses(self, micro: MicroBatch, inputs: ModelInputs) -> None:

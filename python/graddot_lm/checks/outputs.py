@@ -17,9 +17,10 @@ from .digests import (
     Held,
     NoDropout,
     close,
+    counts_of,
     digest,
-    held_values,
     hold,
+    kept_values,
     must_run,
     numbers_of,
     own_buffers,
@@ -27,7 +28,7 @@ from .digests import (
     own_random,
 )
 from .parts import Entries, Numbers, filled_up, splits_of, take_inputs
-from .verify import placed_tensors, tensors_in
+from .verify import changed_by_validation, placed_tensors, tensors_in
 
 
 @contextlib.contextmanager
@@ -215,18 +216,19 @@ def check_memory(
     before: Held,
     agreed: Callable[[bool], bool] = bool,
 ) -> None:
-    """Raise GraddotError if tensors or numbers that the forward left in its modules' attributes
-    change what the model returns the next time.
+    """Raise GraddotError if tensors or numbers that the forward left in its modules' attributes, or in
+    lists and dicts there, change what the model returns the next time. before are `remembered_values`.
 
     Validation rows then reach training rows in later steps. An attention map that is kept to be looked
     at, or an auxiliary loss, does no harm; nor does a count of forwards.
     """
-    now, changed = held_values(model), []
+    now, changed = kept_values(model), []
     earlier = {module: dict(values) for module, values in now.items()}
     for name, module in model.named_modules():
         old = before[module]
         for key, x in now[module].items():
-            if isinstance(x, (Tensor, float)) and not _same_value(x, old.get(key)):
+            kept = isinstance(x, (Tensor, float, list, dict))
+            if kept and not _same_value(x, old.get(key)):
                 changed.append(f"{name}.{key}".lstrip("."))
                 earlier[module].pop(key)
                 earlier[module].update({key: old[key]} if key in old else {})
@@ -256,10 +258,45 @@ def check_memory(
     )
 
 
+def check_counts(
+    model: nn.Module,
+    half: tuple[Any, Any],
+    before: Mapping[str, Tensor],
+    agreed: Callable[[bool], bool] = bool,
+) -> None:
+    """Raise GraddotError if buffers of whole numbers, before the forward `before`, were changed by it, and by
+    a run on half of the rows, whose inputs these are, in another way: as a count of rows, not of forwards."""
+    changes = lambda now, old: {
+        k: now[k] - x for k, x in old.items() if k in now and not torch.equal(now[k], x)
+    }
+    changed = changes(counts_of(model), before)
+    if not agreed(bool(changed)):
+        return
+    with torch.no_grad(), own_random(), NoDropout(), own_buffers(model):
+        start, (args, kwargs) = counts_of(model), own_inputs(half)
+        model(*args, **kwargs)
+        by_half = changes(counts_of(model), start)
+    for name, change in changed.items():
+        if name not in by_half or not torch.equal(change, by_half[name]):
+            raise changed_by_validation(f"buffer {name}", "a count of rows")
+
+
 def _same_value(x: Any, y: Any) -> bool:
+    """Of lists and dicts of their numbers and tensors without a gradient alone, for losses are kept there to
+    be added up."""
     if isinstance(x, Tensor) and isinstance(y, Tensor):
         return x.shape == y.shape and torch.equal(x, y.to(x))
+    if type(x) in (list, dict) and type(x) is type(y):
+        left, right = (list(enumerate(z) if type(z) is list else z.items()) for z in (x, y))
+        kept, before = ([pair for pair in z if _is_kept(pair[1])] for z in (left, right))
+        return len(kept) == len(before) and all(
+            a == b and _same_value(v, w) for (a, v), (b, w) in zip(kept, before, strict=True)
+        )
     return type(x) is type(y) and bool(x == y)
+
+
+def _is_kept(x: Any) -> bool:
+    return isinstance(x, float) or (isinstance(x, Tensor) and not x.requires_grad)
 
 
 def _same(got: list[Digest], want: list[Digest]) -> bool:

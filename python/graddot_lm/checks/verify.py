@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from ..distributed import is_sharded
+from ..distributed import is_sharded, own_part
 from ..errors import GraddotError
 from ..rules.layers import ScoredFunction
 from .own_loss import EqualWeights, RowWeights, TokenWeights, sums_of_rows
@@ -102,29 +103,77 @@ def check_same_model(
             )
 
 
+_SOME = 2**16
+
+
+def _some(x: Tensor) -> Tensor:
+    """A copy of it, or of so many of its numbers, from everywhere."""
+    flat = own_part(x.detach()).flatten()
+    return flat[:: -(-flat.numel() // _SOME) or 1].clone()
+
+
+def _are_same(x: Tensor, y: Tensor) -> bool:
+    """NaNs, too."""
+    return x.shape == y.shape and bool(((x == y) | (x.isnan() & y.isnan())).all())
+
+
+class FrozenCheck:
+    """A model's frozen parameters before the checks run it. They are as large as they are, and no run
+    has copies of them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [
+            (name, p, _some(p))
+            for name, p in model.named_parameters()
+            if not p.requires_grad and p.is_floating_point() and not is_lazy(p)
+        ]
+
+    def compare(self) -> None:
+        """Raise GraddotError if a forward changed one, as that of a teacher which follows the weights."""
+        changed = [name for name, p, before in self._before if not _are_same(_some(p), before)]
+        if changed:
+            raise GraddotError(
+                f"{', '.join(changed[:5])}{' …' if changed[5:] else ''}: frozen, but changed by the model's"
+                " forward, as a teacher that follows the weights. The checks of a first step run the model"
+                " several times, and have changed it as often: make the model anew, and change it in the"
+                " training loop, after the optimizer's step"
+            )
+
+
 class BufferCheck:
     """A model's floating-point buffers, and what it holds in attributes, before a forward in which
     validation rows ride along."""
 
-    def __init__(self, model: nn.Module, held: Mapping[nn.Module, Mapping[str, Any]]) -> None:
-        copied = lambda x: x.detach().clone() if isinstance(x, Tensor) else x
-        self.held = {m: {k: copied(x) for k, x in values.items()} for m, values in held.items()}
+    def __init__(
+        self,
+        model: nn.Module,
+        held: Mapping[nn.Module, Mapping[str, Any]],
+        counts: Mapping[str, Tensor],
+    ) -> None:
+        self.held, self.counts = held, counts
         self._before = [
-            (name, x, version(x)) for name, x in model.named_buffers() if x.is_floating_point()
+            (name, x, version(x), _some(x))
+            for name, x in model.named_buffers()
+            if x.is_floating_point()
         ]
 
     def compare(self, model: nn.Module) -> None:
         """Raise GraddotError if the forward changed one, as a running mean."""
         now = dict(model.named_buffers())
-        for name, x, before in self._before:
+        for name, x, before, numbers in self._before:
             y = now.get(name)
             same = y is not None and (y is x or y.shape == x.shape and torch.equal(x, y.to(x)))
-            if not same or version(x) != before:
-                raise GraddotError(
-                    f"buffer {name} was changed by the forward, in which validation rows ride along"
-                    " with the training rows, as a running mean would be. Leave val_data out and"
-                    " give directions (compute_directions), for training rows then run alone"
-                )
+            # Not every way to write to a tensor counts its versions.
+            if not same or version(x) != before or not _are_same(_some(x), numbers):
+                raise changed_by_validation(f"buffer {name}", "a running mean")
+
+
+def changed_by_validation(what: str, kind: str) -> GraddotError:
+    return GraddotError(
+        f"{what} was changed by the forward, in which validation rows ride along"
+        f" with the training rows, as {kind} would be. Leave val_data out and"
+        " give directions (compute_directions), for training rows then run alone"
+    )
 
 
 def version(x: Tensor) -> int:
