@@ -174,6 +174,37 @@ def test_what_is_frozen_and_changed_by_the_forward_is_refused(way, rides):
         step(engine, plain_loss)
 
 
+class Packed(torch.Tensor):
+    """A weight in another form, as of a quantized model: no operation but to be detached."""
+
+    @staticmethod
+    def __new__(cls, whole):
+        return torch.Tensor._make_wrapper_subclass(cls, whole.shape, dtype=whole.dtype)
+
+    def __init__(self, whole):
+        self.whole = whole
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.detach.default:
+            raise NotImplementedError(func)
+        return cls(args[0].whole)
+
+
+def test_a_frozen_weight_that_no_operation_reads(close):
+    class Model(Net):
+        def __init__(self):
+            super().__init__()
+            self.packed = nn.Parameter(Packed(torch.ones(8).double()), requires_grad=False)
+
+        def forward(self, x):
+            return super().forward(x * self.packed.whole)
+
+    model, plain = Model(), Net()
+    plain.load_state_dict({n: x for n, x in model.state_dict().items() if n != "packed"})
+    close(step(attached(model), plain_loss), step(attached(plain), plain_loss), 1e-10)
+
+
 def test_a_count_of_forwards_and_a_number_that_is_left_do_no_harm():
     def write(m, x):
         m.number += 1

@@ -107,8 +107,12 @@ _SOME = 2**16
 
 
 def _some(x: Tensor) -> Tensor:
-    """A copy of it, or of so many of its numbers, from everywhere."""
-    flat = own_part(x.detach()).flatten()
+    """A copy of it, or of so many of its numbers, from everywhere; none of what cannot be read so: other
+    types of tensors, as of quantized weights, and what is not there, as weights that are offloaded."""
+    plain = None if is_lazy(x) else own_part(x.detach())
+    if type(plain) is not Tensor or plain.is_meta or plain.layout != torch.strided:
+        return torch.empty(0, device="cpu")
+    flat = plain.flatten()
     return flat[:: -(-flat.numel() // _SOME) or 1].clone()
 
 
@@ -125,7 +129,7 @@ class FrozenCheck:
         self._before = [
             (name, p, _some(p))
             for name, p in model.named_parameters()
-            if not p.requires_grad and p.is_floating_point() and not is_lazy(p)
+            if not p.requires_grad and p.is_floating_point()
         ]
 
     def compare(self) -> None:
