@@ -122,8 +122,8 @@ def _are_same(x: Tensor, y: Tensor) -> bool:
 
 
 class FrozenCheck:
-    """A model's frozen parameters before the checks run it. They are as large as they are, and no run
-    has copies of them."""
+    """A model's frozen parameters before the checks run it; no run has copies of them, for they may be most
+    of the model."""
 
     def __init__(self, model: nn.Module) -> None:
         self._before = [
